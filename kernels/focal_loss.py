@@ -7,8 +7,8 @@ With p = sigmoid(x), s = softplus(x) = -log(1 - p), a = alpha, g = gamma, an ele
 and the one element of a foreground anchor that is its class costs the mirrored a (1-p)^g softplus(-x). A label >= 0 is
 that class (0 is a real class: there is no background channel), -1 is background, -2 drops the anchor.
 
-torchvision makes 87 passes over the logits (one-hot targets, eight saved tensors). Here the forward pass reads them once
-and writes the finished gradient once; backward only scales it.
+torchvision makes 87 passes over the logits (one-hot targets, eight saved tensors). Here the forward pass reads them
+once and writes the finished gradient once; backward only scales it.
 """
 
 from collections.abc import Sequence
