@@ -1,7 +1,6 @@
 """RetinaNet (Lin et al. 2017, https://arxiv.org/abs/1708.02002): torchvision's model on this package's operations."""
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -117,8 +116,8 @@ class RetinaNet(tv.RetinaNet):
         unknown = sorted(set(kwargs) - _TRANSFORM_ARGUMENTS)
         if unknown:
             warnings.warn(f"RetinaNet ignores the unknown arguments {', '.join(unknown)}", stacklevel=2)
-        plain = self.transform
-        self.transform = RetinaNetTransform(
+        plain: GeneralizedRCNNTransform = self.transform
+        self.transform: GeneralizedRCNNTransform = RetinaNetTransform(
             plain.min_size,
             plain.max_size,
             plain.image_mean,
@@ -184,12 +183,10 @@ class RetinaNet(tv.RetinaNet):
         if not isinstance(head, tv.RetinaNetClassificationHead):
             raise TypeError(f"set_num_classes knows torchvision's classification head, not {type(head)}")
         old = head.cls_logits
-        new = nn.Conv2d(old.in_channels, head.num_anchors * num_classes, kernel_size=3, padding=1)
-        nn.init.normal_(new.weight, std=0.01)
-        nn.init.constant_(new.bias, -math.log((1 - 0.01) / 0.01))  # a prior of 0.01, section 3.3 of the paper
-        head.cls_logits = new.to(old.weight.device, old.weight.dtype, memory_format=torch.channels_last)
+        fresh = tv.RetinaNetClassificationHead(old.in_channels, head.num_anchors, num_classes).cls_logits
+        head.cls_logits = fresh.to(old.weight.device, old.weight.dtype)
         head.num_classes = num_classes
-        return self
+        return self._apply(_same)
 
     def compute_loss(
         self, targets: Targets, head_outputs: Mapping[str, Any], anchors: Sequence[Tensor]
@@ -424,7 +421,8 @@ def from_torchvision(model: tv.RetinaNet) -> RetinaNet:
         return model
     if not isinstance(model, tv.RetinaNet):
         raise TypeError(f"model must be a torchvision RetinaNet, got {type(model).__module__}.{type(model).__name__}")
-    fast = _new_fast(type(model))
+    cls: type[tv.RetinaNet] = model.__class__
+    fast = _new_fast(cls)
     for name, value in vars(model).items():
         fast.__dict__[name] = value.copy() if isinstance(value, dict) else value
     _rebind_hooks(fast, model)
