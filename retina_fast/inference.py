@@ -1,0 +1,89 @@
+"""The detection path: select candidates, decode their boxes, suppress overlaps; padded from end to end."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from retina_fast.kernels.batched_nms import batched_nms
+from retina_fast.kernels.box_decode import box_decode
+from retina_fast.kernels.candidate_selection import candidate_selection
+
+
+class Detections(NamedTuple):
+    """The detections of B images, padded to D; the first counts[b] of row b count, highest score first."""
+
+    boxes: Tensor
+    """(B, D, 4) float32 xyxy pixels of the image as it was given; 0 in the padding."""
+    scores: Tensor
+    """(B, D) float32; 0 in the padding."""
+    labels: Tensor
+    """(B, D) int64; -1 in the padding."""
+    counts: Tensor
+    """(B,) int64."""
+
+    def to_list(self) -> list[dict[str, Tensor]]:
+        """torchvision's form, a dict an image; the only place that reads the counts on the host."""
+        return [
+            {"boxes": boxes[:count], "scores": scores[:count], "labels": labels[:count]}
+            for boxes, scores, labels, count in zip(
+                self.boxes, self.scores, self.labels, self.counts.tolist(), strict=True
+            )
+        ]
+
+    @classmethod
+    def from_list(cls, detections: Sequence[dict[str, Tensor]], width: int) -> "Detections":
+        """Pad torchvision's list of dicts to ``width`` detections an image."""
+        device = detections[0]["boxes"].device
+        padded = cls(
+            torch.zeros((len(detections), width, 4), device=device),
+            torch.zeros((len(detections), width), device=device),
+            torch.full((len(detections), width), -1, device=device),
+            torch.tensor([len(image["boxes"]) for image in detections], device=device),
+        )
+        for b, image in enumerate(detections):
+            row = slice(len(image["boxes"]))
+            padded.boxes[b, row], padded.scores[b, row] = image["boxes"], image["scores"]
+            padded.labels[b, row] = image["labels"]
+        return padded
+
+
+def detect(
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    anchors: Tensor,
+    image_sizes: Tensor,
+    original_sizes: Tensor,
+    num_classes: int,
+    score_thresh: float,
+    topk_candidates: int,
+    nms_thresh: float,
+    detections_per_img: int,
+) -> Detections:
+    """From the heads' outputs to detections, D = detections_per_img.
+
+    Args:
+        logits: the levels, each ``(B, A*K, H, W)`` or ``(B, N_l, K)``.
+        deltas: the levels, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``.
+        anchors: ``(N, 4)`` or ``(B, N, 4)`` float32 xyxy pixels.
+        image_sizes: ``(B, 2)`` height and width of each image inside the batch, to which boxes are clipped.
+        original_sizes: ``(B, 2)`` height and width as the image was given, to which boxes are scaled back.
+        num_classes: K.
+        score_thresh: scores must exceed it.
+        topk_candidates: the most candidates of one image and level that reach the suppression.
+        nms_thresh: IoU above which the lower of two boxes of one class goes.
+        detections_per_img: D, the most detections of an image.
+    """
+    candidates = candidate_selection(logits, num_classes, score_thresh, topk_candidates)
+    boxes = box_decode(deltas, anchors, candidates.anchors, image_sizes)  # (B, M, 4)
+    kept = batched_nms(boxes, candidates.scores, candidates.labels, candidates.counts, nms_thresh, detections_per_img)
+    valid = torch.arange(detections_per_img, device=boxes.device) < kept.counts[:, None]  # (B, D)
+    boxes = boxes.gather(1, kept.positions[..., None].expand(-1, -1, 4))  # (B, D, 4)
+    scale = (original_sizes.float() / image_sizes.float()).flip(1).repeat(1, 2)[:, None]  # (B, 1, 4): x, y, x, y
+    return Detections(
+        torch.where(valid[..., None], boxes * scale, 0),
+        torch.where(valid, candidates.scores.gather(1, kept.positions), 0),
+        torch.where(valid, candidates.labels.gather(1, kept.positions), -1),
+        kept.counts,
+    )

@@ -1,0 +1,441 @@
+"""RetinaNet (Lin et al. 2017, https://arxiv.org/abs/1708.02002): torchvision's model on this package's operations."""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import retinanet as tv
+from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from retina_fast.anchors import batch_anchors
+from retina_fast.inference import Detections, detect
+from retina_fast.kernels.box_decode import MAX_LOG_SCALE
+from retina_fast.kernels.levels import flatten_all
+from retina_fast.stock import has_hooks, is_stock, overrides
+from retina_fast.targets import GroundTruths, gather_targets, target_check, to_device
+from retina_fast.training import detection_losses, shared_or_stacked
+from retina_fast.transform import RetinaNetTransform, batch_images, check_images, resize_targets
+
+Images = Sequence[Tensor] | Tensor
+Targets = Sequence[Mapping[str, Tensor]]
+Sizes = list[tuple[int, int]]
+
+_TRANSFORM_ARGUMENTS = {"size_divisible", "fixed_size", "_skip_resize"}
+
+
+class _Forward(NamedTuple):
+    """What one pass through the trunk and the heads leaves for the losses and the detections."""
+
+    head_outputs: dict[str, Any]  # stock head: lists of levels as the convs wrote them; else what the head returned
+    grids: list[int]  # cells of each level
+    anchors: list[Tensor]
+    image_sizes: Sizes  # in the batch
+    original_sizes: Sizes
+    targets: Targets | None
+    truths: GroundTruths | None  # in the pixels of the batch
+
+
+class RetinaNet(tv.RetinaNet):
+    """torchvision's RetinaNet, drop-in: the same weights, arguments and results, computed faster.
+
+    Args:
+        backbone: a module with ``out_channels`` that returns a tensor or a dict of levels.
+        num_classes: K. Label 0 is a real class: there is no background class.
+        min_size: the shorter side images are resized to; None keeps every image's size (torchvision cannot).
+        max_size: bounds the longer side after that.
+        image_mean, image_std: of the normalisation; ImageNet's by default.
+        anchor_generator: sizes 32 to 512 at three scales and three ratios by default.
+        head: a module from levels to ``{"cls_logits": (B, N, K), "bbox_regression": (B, N, 4)}``.
+        proposal_matcher: a ``Matcher``; made of the two IoU thresholds by default.
+        score_thresh: scores must exceed it to be detections.
+        nms_thresh: IoU above which the lower of two boxes of one class goes.
+        detections_per_img: the most detections of an image.
+        fg_iou_thresh, bg_iou_thresh: IoU from which an anchor is foreground, and below which it is background.
+        topk_candidates: the most candidates of an image and level.
+        **kwargs: ``size_divisible``, ``fixed_size``, ``_skip_resize`` of the transform; others are warned of.
+
+    Input, output and errors are torchvision's: in training, ``model(images, targets)`` returns
+    ``{"classification", "bbox_regression"}``; in evaluation a list of ``{"boxes", "scores", "labels"}``, boxes xyxy in
+    pixels of the image as given. Where a part was replaced by a user's own, that part runs and the fast path steps
+    aside. On a GPU weights and activations are kept in channels_last; on a CPU they keep the user's layout, so that
+    the convs round exactly as torchvision's. Targets are checked in one batched pass, which
+    ``model.check_targets = False`` switches off.
+
+    Example::
+
+        >>> from retina_fast import retinanet_resnet18_fpn
+        >>> model = retinanet_resnet18_fpn(num_classes=3, weights_backbone=None).eval()
+        >>> [sorted(image) for image in model([torch.rand(3, 64, 96)])]
+        [['boxes', 'labels', 'scores']]
+    """
+
+    check_targets = True
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        min_size: int | Sequence[int] | None = 800,
+        max_size: int = 1333,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        anchor_generator: AnchorGenerator | None = None,
+        head: nn.Module | None = None,
+        proposal_matcher: Matcher | None = None,
+        score_thresh: float = 0.05,
+        nms_thresh: float = 0.5,
+        detections_per_img: int = 300,
+        fg_iou_thresh: float = 0.5,
+        bg_iou_thresh: float = 0.4,
+        topk_candidates: int = 1000,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            backbone,
+            num_classes,
+            min_size,
+            max_size,
+            image_mean,
+            image_std,
+            anchor_generator,
+            head,
+            proposal_matcher,
+            score_thresh,
+            nms_thresh,
+            detections_per_img,
+            fg_iou_thresh,
+            bg_iou_thresh,
+            topk_candidates,
+            **kwargs,
+        )
+        unknown = sorted(set(kwargs) - _TRANSFORM_ARGUMENTS)
+        if unknown:
+            warnings.warn(f"RetinaNet ignores the unknown arguments {', '.join(unknown)}", stacklevel=2)
+        plain: GeneralizedRCNNTransform = self.transform
+        self.transform: GeneralizedRCNNTransform = RetinaNetTransform(
+            plain.min_size,
+            plain.max_size,
+            plain.image_mean,
+            plain.image_std,
+            plain.size_divisible,
+            plain.fixed_size,
+            _skip_resize=plain._skip_resize,
+        )
+        self._apply(_same)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RetinaNet":
+        super()._apply(fn, recurse)
+        super()._apply(_channels_last_on_gpu, recurse)
+        return self
+
+    def forward(self, images: Images, targets: Targets | None = None) -> Any:
+        """Losses in training, detections in evaluation.
+
+        Args:
+            images: B tensors ``(3, H, W)`` of values in [0, 1], or one ``(B, 3, H, W)``.
+            targets: in training, B dicts with ``boxes`` (N, 4) xyxy pixels and ``labels`` (N,) integers in [0, K).
+        """
+        if self.training and targets is None:
+            raise AssertionError("targets should not be none when in training mode")
+        passed = self._forward(images, targets)
+        losses = self._losses(passed) if self.training else {}
+        detections = [] if self.training else self._detections(passed)
+        return self.eager_outputs(losses, detections)
+
+    def losses_and_detections(
+        self, images: Images, targets: Targets
+    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """Both from one forward pass, for validation: what training returns and what evaluation returns."""
+        passed = self._forward(images, targets)
+        return self._losses(passed), self._detections(passed)
+
+    def detect(self, batch: Tensor) -> Detections:
+        """The detections of ``forward`` for a batch ``(B, 3, H, W)``, padded to ``detections_per_img``.
+
+        Raises:
+            ValueError: if the batch is not 4-D.
+            RuntimeError: in training mode, where a forward pass would move the BatchNorm statistics.
+        """
+        if batch.dim() != 4:
+            raise ValueError(f"batch must be (B, C, H, W), got {tuple(batch.shape)}")
+        if self.training:
+            raise RuntimeError("detect needs evaluation mode: call model.eval() first")
+        passed = self._forward(batch, None)
+        if self._detects_fast():
+            return self._padded_detections(passed)
+        return Detections.from_list(self._detections(passed), self.detections_per_img)
+
+    def set_num_classes(self, num_classes: int) -> "RetinaNet":
+        """Give the model, pretrained or not, a fresh last layer for another class count; returns the model.
+
+        Raises:
+            ValueError: for a class count below 1.
+            TypeError: if the classification head is not torchvision's.
+        """
+        head = self.head.classification_head
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if not isinstance(head, tv.RetinaNetClassificationHead):
+            raise TypeError(f"set_num_classes knows torchvision's classification head, not {type(head)}")
+        old = head.cls_logits
+        fresh = tv.RetinaNetClassificationHead(old.in_channels, head.num_anchors, num_classes).cls_logits
+        head.cls_logits = fresh.to(old.weight.device, old.weight.dtype)
+        head.num_classes = num_classes
+        return self._apply(_same)
+
+    def compute_loss(
+        self, targets: Targets, head_outputs: Mapping[str, Any], anchors: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """The losses of given head outputs, each one concatenated ``(B, N, C)`` tensor or the list of its levels.
+
+        Args:
+            targets: B dicts with ``boxes`` and ``labels``, boxes in the pixels of the anchors.
+            head_outputs: ``cls_logits`` with K channels an anchor and ``bbox_regression`` with 4.
+            anchors: B tensors ``(N, 4)`` xyxy; they may differ between images.
+        """
+        first = _levels(head_outputs["cls_logits"])[0]
+        truths = gather_targets(targets, len(first), first.device, self._check())
+        return self._losses_of(targets, truths, head_outputs, anchors)
+
+    def postprocess_detections(
+        self, head_outputs: Mapping[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: Sizes
+    ) -> list[dict[str, Tensor]]:
+        """Detections in the pixels of the batch, from lists of levels ``(B, N_l, C)`` and, an image, ``(N_l, 4)``."""
+        if not _stock_coder(self.box_coder):
+            return super().postprocess_detections(head_outputs, anchors, image_shapes)
+        joined = torch.stack([torch.cat(levels) for levels in anchors])
+        return self._detect(head_outputs, joined, image_shapes, image_shapes).to_list()
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError("retina_fast.RetinaNet cannot be scripted: TorchScript is no longer developed")
+
+    def _check(self) -> Any:
+        if not self.check_targets:
+            return None
+        return target_check(self, getattr(getattr(self.head, "classification_head", None), "num_classes", None))
+
+    def _forward(self, images: Images, targets: Targets | None) -> _Forward:
+        images = check_images(images, len(self.transform.image_mean))
+        original_sizes = [(image.shape[1], image.shape[2]) for image in images]
+        truths = None
+        if targets is not None:
+            truths = gather_targets(targets, len(images), images[0].device, self._check())
+        if type(self.transform) in (RetinaNetTransform, GeneralizedRCNNTransform) and not has_hooks(self.transform):
+            batch, image_sizes = batch_images(self.transform, images)
+            if truths is not None:
+                truths = resize_targets(truths, original_sizes, image_sizes)
+        else:
+            image_list, targets = self.transform(images, targets)
+            batch, image_sizes = image_list.tensors, image_list.image_sizes
+            if targets is not None:
+                truths = gather_targets(targets, len(images), batch.device)
+        features = self.backbone(batch)
+        features = [features] if isinstance(features, Tensor) else list(features.values())
+        return _Forward(
+            self._head_outputs(features),
+            [level.shape[-2] * level.shape[-1] for level in features],
+            batch_anchors(self.anchor_generator, batch, image_sizes, features),
+            image_sizes,
+            original_sizes,
+            targets,
+            truths,
+        )
+
+    def _head_outputs(self, features: list[Tensor]) -> dict[str, Any]:
+        """The head's outputs level by level as its convs write them; a user's own head is called as it is."""
+        head = self.head
+        stock = is_stock(head, tv.RetinaNetHead, "forward")
+        if stock:
+            classification, regression = head.classification_head, head.regression_head
+            stock = is_stock(classification, tv.RetinaNetClassificationHead, "forward")
+            stock = stock and is_stock(regression, tv.RetinaNetRegressionHead, "forward")
+        if not stock:
+            return head(features)
+        return {
+            "cls_logits": [classification.cls_logits(classification.conv(level)) for level in features],
+            "bbox_regression": [regression.bbox_reg(regression.conv(level)) for level in features],
+        }
+
+    def _losses(self, passed: _Forward) -> dict[str, Tensor]:
+        assert passed.targets is not None
+        assert passed.truths is not None
+        if not overrides(self, RetinaNet, "compute_loss"):
+            return self._losses_of(passed.targets, passed.truths, passed.head_outputs, passed.anchors)
+        resized = _as_dicts(passed.targets, passed.truths)
+        return self.compute_loss(resized, self._concatenated(passed.head_outputs), passed.anchors)
+
+    def _losses_of(
+        self, targets: Targets, truths: GroundTruths, head_outputs: Mapping[str, Any], anchors: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        if not self._trains_fast():
+            return super().compute_loss(_as_dicts(targets, truths), self._concatenated(head_outputs), anchors)
+        return detection_losses(
+            _levels(head_outputs["cls_logits"]),
+            _levels(head_outputs["bbox_regression"]),
+            shared_or_stacked(anchors),
+            truths,
+            self._num_classes(head_outputs),
+            self.proposal_matcher,
+            self.head.regression_head._loss_type,
+        )
+
+    def _trains_fast(self) -> bool:
+        head = self.head
+        if not isinstance(head, tv.RetinaNetHead) or overrides(head, tv.RetinaNetHead, "compute_loss"):
+            return False
+        classification, regression = head.classification_head, head.regression_head
+        return (
+            isinstance(classification, tv.RetinaNetClassificationHead)
+            and not overrides(classification, tv.RetinaNetClassificationHead, "compute_loss")
+            and isinstance(regression, tv.RetinaNetRegressionHead)
+            and not overrides(regression, tv.RetinaNetRegressionHead, "compute_loss")
+            and _stock_coder(regression.box_coder)
+            and is_stock(self.proposal_matcher, Matcher, "__call__", "set_low_quality_matches_")
+        )
+
+    def _detects_fast(self) -> bool:
+        return _stock_coder(self.box_coder) and not overrides(self, RetinaNet, "postprocess_detections")
+
+    def _detections(self, passed: _Forward) -> list[dict[str, Tensor]]:
+        if self._detects_fast():
+            return self._padded_detections(passed).to_list()
+        outputs = self._concatenated(passed.head_outputs)
+        per_cell = outputs["cls_logits"].shape[1] // sum(passed.grids)
+        lengths = [cells * per_cell for cells in passed.grids]
+        split = {key: list(output.split(lengths, dim=1)) for key, output in outputs.items()}
+        anchors = [list(image.split(lengths)) for image in passed.anchors]
+        detections = self.postprocess_detections(split, anchors, passed.image_sizes)
+        for image, size, original in zip(detections, passed.image_sizes, passed.original_sizes, strict=True):
+            scale = torch.tensor(original).float() / torch.tensor(size).float()
+            image["boxes"] = image["boxes"] * to_device(scale.flip(0).repeat(2), image["boxes"].device)
+        return detections
+
+    def _padded_detections(self, passed: _Forward) -> Detections:
+        anchors = shared_or_stacked(passed.anchors)
+        outputs = passed.head_outputs
+        if isinstance(outputs["cls_logits"], Tensor):  # a user's head: cut its concatenated outputs into levels
+            per_cell = anchors.shape[-2] // sum(passed.grids)
+            lengths = [cells * per_cell for cells in passed.grids]
+            outputs = {key: outputs[key].split(lengths, dim=1) for key in ("cls_logits", "bbox_regression")}
+        return self._detect(outputs, anchors, passed.image_sizes, passed.original_sizes)
+
+    def _detect(
+        self, head_outputs: Mapping[str, Any], anchors: Tensor, image_sizes: Sizes, original_sizes: Sizes
+    ) -> Detections:
+        logits = head_outputs["cls_logits"]
+        return detect(
+            logits,
+            head_outputs["bbox_regression"],
+            anchors,
+            to_device(torch.tensor(image_sizes), anchors.device),
+            to_device(torch.tensor(original_sizes), anchors.device),
+            self._num_classes(head_outputs),
+            self.score_thresh,
+            self.topk_candidates,
+            self.nms_thresh,
+            self.detections_per_img,
+        )
+
+    def _num_classes(self, head_outputs: Mapping[str, Any]) -> int:
+        first = _levels(head_outputs["cls_logits"])[0]
+        return first.shape[2] if first.dim() == 3 else self.head.classification_head.num_classes
+
+    def _concatenated(self, head_outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """torchvision's form of head outputs: one ``(B, N, C)`` tensor each."""
+        channels = {"cls_logits": self._num_classes(head_outputs), "bbox_regression": 4}
+        return {
+            key: output if isinstance(output, Tensor) else torch.cat(flatten_all(output, channels[key]), dim=1)
+            for key, output in head_outputs.items()
+        }
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _channels_last_on_gpu(tensor: Tensor) -> Tensor:
+    on_gpu = tensor.is_cuda and tensor.dim() == 4
+    return tensor.contiguous(memory_format=torch.channels_last) if on_gpu else tensor
+
+
+def _levels(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(output)
+
+
+def _as_dicts(targets: Targets, truths: GroundTruths) -> list[dict[str, Tensor]]:
+    """Target dicts with the boxes and labels of ``truths``, the other keys as they were."""
+    boxes, labels = truths.boxes.split(truths.counts), truths.labels.split(truths.counts)
+    return [{**target, "boxes": boxes[b], "labels": labels[b]} for b, target in enumerate(targets)]
+
+
+def _stock_coder(coder: object) -> bool:
+    return (
+        is_stock(coder, BoxCoder, "encode_single", "decode_single")
+        and tuple(coder.weights) == (1.0, 1.0, 1.0, 1.0)  # type: ignore[attr-defined]
+        and coder.bbox_xform_clip == MAX_LOG_SCALE  # type: ignore[attr-defined]
+    )
+
+
+@functools.cache
+def _fast_class(cls: type[tv.RetinaNet]) -> type[RetinaNet]:
+    """``cls`` with this package's RetinaNet in place of torchvision's below it; what ``cls`` overrides still wins."""
+    if cls is tv.RetinaNet:
+        return RetinaNet
+    members = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": lambda self, protocol: (_new_fast, (cls,), self.__dict__),
+    }
+    return type(f"Fast{cls.__name__}", (cls, RetinaNet), members)
+
+
+def _new_fast(cls: type[tv.RetinaNet]) -> RetinaNet:
+    fast = _fast_class(cls)
+    return fast.__new__(fast)
+
+
+def from_torchvision(model: tv.RetinaNet) -> RetinaNet:
+    """A live torchvision RetinaNet, or a subclass of it, turned fast; parameters, buffers and parts are shared.
+
+    Args:
+        model: it is left as it is, but for the memory format of weights on a GPU, which becomes channels_last. What
+            its class overrides (``forward``, ``compute_loss``, state_dict hooks, ...) keeps running.
+
+    Raises:
+        TypeError: for anything but a torchvision RetinaNet.
+
+    Example::
+
+        >>> from torchvision.models.detection import retinanet_resnet50_fpn
+        >>> slow = retinanet_resnet50_fpn(weights=None, weights_backbone=None)
+        >>> fast = from_torchvision(slow)
+        >>> fast.head.classification_head.cls_logits.weight is slow.head.classification_head.cls_logits.weight
+        True
+    """
+    if isinstance(model, RetinaNet):
+        return model
+    if not isinstance(model, tv.RetinaNet):
+        raise TypeError(f"model must be a torchvision RetinaNet, got {type(model).__module__}.{type(model).__name__}")
+    cls: type[tv.RetinaNet] = model.__class__
+    fast = _new_fast(cls)
+    for name, value in vars(model).items():
+        fast.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    _rebind_hooks(fast, model)
+    return fast._apply(_same)
+
+
+def _rebind_hooks(fast: RetinaNet, model: tv.RetinaNet) -> None:
+    """Point the hooks that hold ``model`` (weakly, or as bound methods) at ``fast``."""
+    for name, value in vars(fast).items():
+        if not name.endswith("_hooks") or not isinstance(value, dict):
+            continue
+        for key, hook in value.items():
+            if getattr(hook, "with_module", False):
+                value[key] = type(hook)(hook.hook, fast)
+            elif getattr(hook, "__self__", None) is model:
+                value[key] = hook.__func__.__get__(fast)

@@ -1,0 +1,161 @@
+"""Ground truths of a batch: gathered flat, checked once, and never at the price of waiting for the GPU."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+
+class GroundTruths(NamedTuple):
+    """The ground truths of B images, concatenated: image b owns rows offsets[b] to offsets[b + 1]."""
+
+    boxes: Tensor
+    """(G, 4) float32 xyxy pixels."""
+    labels: Tensor
+    """(G,) int64 classes."""
+    offsets: Tensor
+    """(B + 1,) int64."""
+    counts: list[int]
+    """B row counts, on the host."""
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Upload a small CPU tensor without waiting for the GPU."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
+def gather_targets(
+    targets: Sequence[Mapping[str, Tensor]], num_images: int, device: torch.device, check: "TargetCheck | None" = None
+) -> GroundTruths:
+    """Concatenate torchvision's list of target dicts, refusing what cannot be meant.
+
+    Args:
+        targets: B dicts with ``boxes`` (N, 4) xyxy and ``labels`` (N,); other keys are let be.
+        num_images: B.
+        device: where the result is wanted; targets are checked where they lie, before they are moved.
+        check: looks at the values of boxes and labels; None skips it.
+
+    Raises:
+        AssertionError: boxes not a tensor or not (N, 4), or (by ``check``) without positive width and height.
+        KeyError: no boxes or labels.
+        IndexError: fewer targets than images or labels than boxes, labels not integers or (``check``) out of range.
+        ValueError: more targets than images, more labels than boxes, or (``check``) boxes that are not finite.
+    """
+    if len(targets) != num_images:
+        error = ValueError if len(targets) > num_images else IndexError
+        raise error(f"targets has {len(targets)} entries for {num_images} images")
+    for i, target in enumerate(targets):
+        _check_structure(i, target)
+    counts = [len(target["boxes"]) for target in targets]
+    boxes = torch.cat([target["boxes"].detach().reshape(-1, 4) for target in targets])
+    labels = torch.cat([target["labels"] for target in targets])
+    boxes = boxes if boxes.dtype == torch.float32 else boxes.float()
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    if check is not None:
+        check(boxes, labels, counts)
+    return GroundTruths(to_device(boxes, device), to_device(labels, device).long(), to_device(offsets, device), counts)
+
+
+def _check_structure(i: int, target: Mapping[str, Tensor]) -> None:
+    for key in ("boxes", "labels"):
+        if key not in target:
+            raise KeyError(f"targets[{i}] has no {key!r}; its keys are {sorted(target)}")
+    boxes, labels = target["boxes"], target["labels"]
+    if not isinstance(boxes, Tensor):
+        raise AssertionError(f"Expected target boxes to be of type Tensor: targets[{i}]['boxes'] is a {type(boxes)}.")
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise AssertionError(
+            f"Expected target boxes to be a tensor of shape [N, 4]: targets[{i}]['boxes'] is {tuple(boxes.shape)}."
+        )
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"targets[{i}]['labels'] must be a Tensor, got a {type(labels)}")
+    integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if labels.numel() and not integers:
+        raise IndexError(f"targets[{i}]['labels'] must be integers, got {labels.dtype}")
+    if labels.dim() != 1 or len(labels) != len(boxes):
+        error = IndexError if labels.dim() == 1 and len(labels) < len(boxes) else ValueError
+        raise error(f"targets[{i}] has {len(boxes)} boxes and labels of shape {tuple(labels.shape)}")
+
+
+_NOT_FINITE, _DEGENERATE, _LABEL = 1, 2, 3
+_NO_ERROR = torch.iinfo(torch.int64).max
+
+
+def first_error(boxes: Tensor, labels: Tensor, num_classes: int | None) -> Tensor:
+    """The first wrong row of boxes (G, 4) and labels (G,), as 4 * row + code; the largest int64 if none is."""
+    wrong_label = (labels < 0) if num_classes is None else (labels < 0) | (labels >= num_classes)
+    code = wrong_label.long() * _LABEL
+    code.masked_fill_((boxes[:, 2:] <= boxes[:, :2]).any(dim=1), _DEGENERATE)
+    code.masked_fill_(~boxes.isfinite().all(dim=1), _NOT_FINITE)
+    rows = 4 * torch.arange(len(code), device=code.device) + code
+    none = rows.new_full((1,), _NO_ERROR)
+    return torch.cat((torch.where(code > 0, rows, _NO_ERROR), none)).amin()
+
+
+class _Pending(NamedTuple):
+    step: int
+    found: Tensor  # pinned copy of first_error's answer, valid once the event has passed
+    event: torch.cuda.Event
+    boxes: Tensor
+    labels: Tensor
+    counts: list[int]
+
+
+class TargetCheck:
+    """Looks at the values of targets: at once on the CPU; on a GPU at a later call, when the answer has come in."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.num_classes: int | None = None
+        self._pending: deque[_Pending] = deque()
+
+    def __call__(self, boxes: Tensor, labels: Tensor, counts: list[int]) -> None:
+        self.step += 1
+        found = first_error(boxes, labels, self.num_classes)
+        if boxes.device.type == "cpu":
+            self._raise(int(found), boxes, labels, counts, "")
+            return
+        self.raise_pending()
+        answer = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(found, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append(_Pending(self.step, answer, event, boxes, labels, counts))
+
+    def raise_pending(self) -> None:
+        """Raise the error of an earlier step whose answer has arrived; never waits."""
+        while self._pending and self._pending[0].event.query():
+            step, answer, _, boxes, labels, counts = self._pending.popleft()
+            self._raise(int(answer), boxes, labels, counts, f" (in the targets of training step {step})")
+
+    def _raise(self, found: int, boxes: Tensor, labels: Tensor, counts: list[int], when: str) -> None:
+        if found == _NO_ERROR:
+            return
+        flat, code = divmod(found, 4)
+        row, image = flat, 0
+        while row >= counts[image]:
+            row, image = row - counts[image], image + 1
+        box, label = boxes[flat].tolist(), int(labels[flat])
+        if code == _NOT_FINITE:
+            raise ValueError(f"targets[{image}]['boxes'][{row}] is not finite: {box}{when}")
+        if code == _DEGENERATE:
+            raise AssertionError(
+                "All bounding boxes should have positive height and width. "
+                f"Found invalid box {box} for target at index {image}: targets[{image}]['boxes'][{row}]{when}"
+            )
+        allowed = "at least 0" if self.num_classes is None else f"in [0, {self.num_classes})"
+        raise IndexError(f"targets[{image}]['labels'][{row}] is {label}, must be {allowed}{when}")
+
+
+_CHECKS: WeakKeyDictionary[nn.Module, TargetCheck] = WeakKeyDictionary()
+
+
+def target_check(model: nn.Module, num_classes: int | None) -> TargetCheck:
+    """The check of a model; it lives beside the model, which thus stays plain to copy and to pickle."""
+    check = _CHECKS.setdefault(model, TargetCheck())
+    check.num_classes = num_classes
+    return check

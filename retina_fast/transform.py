@@ -1,0 +1,86 @@
+"""Sizes and batching of images: what torchvision's GeneralizedRCNNTransform does, on ``image_batch``."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from retina_fast.kernels.image_batch import image_batch
+from retina_fast.targets import GroundTruths, to_device
+
+
+class RetinaNetTransform(GeneralizedRCNNTransform):
+    """torchvision's transform that also takes ``min_size=None``: images keep their size."""
+
+    def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
+        if self.min_size[-1] is None and self.fixed_size is None:
+            return image, target
+        return super().resize(image, target)
+
+
+def check_images(images: Sequence[Tensor] | Tensor, channels: int) -> list[Tensor]:
+    """The images of a list, a tuple or a 4-D batch.
+
+    Raises:
+        ValueError: for an image that is not 3-D, is empty, or has neither 1 nor ``channels`` channels.
+        TypeError: for an image that is not floating point.
+        IndexError: for no image at all.
+    """
+    if isinstance(images, Tensor) and images.dim() != 4:
+        raise ValueError(f"images must be a list of (C, H, W) tensors or a (B, C, H, W) tensor, got {images.shape}")
+    if not len(images):
+        raise IndexError("images is empty")
+    for i, image in enumerate(images):
+        if not isinstance(image, Tensor):
+            raise TypeError(f"images[{i}] must be a Tensor, got a {type(image)}")
+        if image.dim() != 3:
+            raise ValueError(f"images is expected to be a list of 3d tensors (C, H, W), images[{i}] is {image.shape}")
+        if not image.is_floating_point():
+            raise TypeError(
+                f"Expected input images to be of floating type (in range [0, 1]), images[{i}] is {image.dtype}; "
+                "convert with image.float() / 255"
+            )
+        if image.shape[0] not in (1, channels) or not image.numel():
+            raise ValueError(f"images[{i}] must be ({channels}, H, W) with at least one pixel, got {image.shape}")
+    return list(images)
+
+
+def resized_size(transform: GeneralizedRCNNTransform, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) an image is resized to; in training with several min_size one is drawn."""
+    if transform.training and transform._skip_resize:
+        return height, width
+    if transform.fixed_size is not None:
+        return transform.fixed_size[1], transform.fixed_size[0]
+    sizes = transform.min_size
+    min_size = transform.torch_choice(sizes) if transform.training and len(sizes) > 1 else sizes[-1]
+    if min_size is None:
+        return height, width
+    scale = min(min_size / min(height, width), transform.max_size / max(height, width))
+    return math.floor(height * scale), math.floor(width * scale)
+
+
+def batch_images(transform: GeneralizedRCNNTransform, images: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The padded channels_last batch ``(B, C, H, W)`` and the (height, width) each image has in it.
+
+    Raises:
+        RuntimeError: for an image so elongated that one side would shrink to no pixel.
+    """
+    sizes = [resized_size(transform, *image.shape[1:]) for image in images]
+    for i, (image, size) in enumerate(zip(images, sizes, strict=True)):
+        if min(size) < 1:
+            raise RuntimeError(f"images[{i}] of {tuple(image.shape[1:])} pixels would be resized to {size}")
+    batch = image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
+    return batch, sizes
+
+
+def resize_targets(
+    truths: GroundTruths, original: Sequence[tuple[int, int]], resized: Sequence[tuple[int, int]]
+) -> GroundTruths:
+    """The ground truths in the pixels of the resized images."""
+    if list(original) == list(resized):
+        return truths
+    ratio = (torch.tensor(resized).float() / torch.tensor(original).float()).flip(1).repeat(1, 2)  # (B, 4): x, y, x, y
+    rows = ratio.repeat_interleave(torch.tensor(truths.counts), dim=0)  # (G, 4)
+    return truths._replace(boxes=truths.boxes * to_device(rows, truths.boxes.device))
