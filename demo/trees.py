@@ -1,7 +1,8 @@
 """Brings the sample data: four annotated aerial photographs of trees (NEON airborne survey, MIT licence).
 
-They lie in the wheel of the `deepforest` package, with Pascal VOC boxes beside them. Two large photographs are split by
-place: their left 70% is for training, their right 30% is held out. Two small ones, of other forests, are never trained on.
+They lie in the wheel of the `deepforest` package, with Pascal VOC boxes beside them. Two large photographs are split
+by place: their left 70% is for training, their right 30% is held out. Two small ones, of other forests, are never
+trained on.
 
     data/trees/train.json     the left parts, as overlapping tiles of 512 px
     data/trees/heldout.json   the right parts, whole
@@ -148,7 +149,8 @@ def _area(boxes: Tensor) -> Tensor:
 
 def _write_coco(pictures: list[Picture], folder: Path, split: str) -> None:
     (folder / split).mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for image_id, picture in enumerate(pictures, start=1):
         file_name = f"{picture.name}.png"
         height, width = picture.image.shape[1:]

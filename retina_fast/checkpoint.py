@@ -51,7 +51,10 @@ class Checkpoint:
             UserError: if this version of the package has no such builder, or the weights do not fit it.
         """
         model = build(self.builder, len(self.classes), **self.kwargs)
-        problems = model.load_state_dict(self.state_dict, strict=False)
+        try:
+            problems = model.load_state_dict(self.state_dict, strict=False)
+        except RuntimeError as error:  # the shapes differ
+            raise UserError(f"the weights do not fit {self.builder}: {str(error).splitlines()[-1].strip()}") from error
         for kind, keys in (("lack", problems.missing_keys), ("have an unknown", problems.unexpected_keys)):
             if keys:
                 raise UserError(f"the weights do not fit {self.builder}: they {kind} {keys[0]} ({len(keys)} in all)")
@@ -103,6 +106,9 @@ def load(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"{path}: no such model file")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look at the checksums
+                raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as error:
         raise UserError(f"{path}: damaged, or not a model file written by retina-fast train") from error
@@ -110,8 +116,10 @@ def load(path: str | Path) -> Checkpoint:
     missing = expected - set(content) if isinstance(content, dict) else expected
     if missing:
         raise UserError(f"{path}: not a model file of retina_fast: it has no {', '.join(sorted(missing))}")
-    if content["version"] != VERSION:
-        raise UserError(f"{path}: is of version {content['version']}, this package reads {VERSION}: update retina_fast")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{path}: is of version {content.get('version')}, this package reads {VERSION}: update retina_fast"
+        )
     checkpoint = Checkpoint(**{name: content[name] for name in expected})
     checkpoint.state_dict = {
         name: value.float() if value.dtype == torch.float16 else value for name, value in checkpoint.state_dict.items()

@@ -23,6 +23,12 @@ except ModuleNotFoundError as error:
 app = typer.Typer(help="RetinaNet, fast: train, evaluate and detect.", no_args_is_help=True, add_completion=False)
 console = Console()
 
+WORKERS = max(1, (os.cpu_count() or 1) // 2)
+Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare images.")]
+ModelFile = Annotated[
+    Path | None, typer.Option(help="The model file that train wrote; without it, the trees that come with the package.")
+]
+
 
 @contextlib.contextmanager
 def _one_sentence() -> Iterator[None]:
@@ -67,13 +73,22 @@ def train(
     images: Annotated[Path, typer.Option(help="The folder of their images.")],
     output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/train"),
     model: Annotated[str, typer.Option(help="The network.")] = "retinanet_resnet18_fpn_lite",
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps; rounded up to equal intervals of 500 or less.")] = 6000,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Optimizer steps; rounded up to equal intervals of 500 or less.")
+    ] = 6000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 4,
     lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 2e-3,
-    crop: Annotated[int, typer.Option(min=0, help="Side of the training crops in pixels; 0: whole images.")] = 256,
-    aerial: Annotated[bool, typer.Option("--aerial", help="Pictures without an upright direction: turn them too.")] = False,
+    crop: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Side of the training crops in pixels, 0: whole images. By default 256 for lite models."
+        ),
+    ] = None,
+    aerial: Annotated[
+        bool, typer.Option("--aerial", help="Pictures without an upright direction: turn them too.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, data order and augmentation.")] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare images.")] = max(1, (os.cpu_count() or 1) // 2),
+    workers: Workers = WORKERS,
     checkpoint: Annotated[Path | None, typer.Option(help="A model file to start from.")] = None,
     val_json: Annotated[Path | None, typer.Option(help="Annotations to validate on.")] = None,
     val_images: Annotated[Path | None, typer.Option(help="The folder of their images.")] = None,
@@ -87,6 +102,8 @@ def train(
         if (val_json is None) != (val_images is None):
             raise UserError("--val-json and --val-images belong together: give both or neither")
         validation = CocoDataset(val_json, val_images) if val_json and val_images else None
+        if crop is None:
+            crop = 256 if model.endswith("_lite") else 0  # the others resize every image to 800 px or so
         settings = TrainSettings(model, steps, batch_size, lr, crop, aerial, seed)
         try:
             file = run(settings, CocoDataset(json, images), validation, checkpoint, output, resume, workers, console)
@@ -94,6 +111,45 @@ def train(
             console.print(f"Stopped and saved. To go on, give the same command with --resume (run: {output})")
             raise typer.Exit(130) from None
         console.print(f"Wrote {file}")
+
+
+@app.command()
+def evaluate(
+    json: Annotated[Path, typer.Option(help="Annotations, COCO JSON.")],
+    images: Annotated[Path, typer.Option(help="The folder of their images.")],
+    checkpoint: ModelFile = None,
+    workers: Workers = WORKERS,
+) -> None:
+    """Print a model's COCO metrics on a data set."""
+    with _one_sentence():
+        from retina_fast.commands.evaluate import evaluate as run
+        from retina_fast.commands.evaluate import report
+        from retina_fast.commands.predict import TREES, load_model
+
+        model, content = load_model(checkpoint or TREES)
+        report(run(model, content.classes, CocoDataset(json, images), workers, console), console)
+
+
+@app.command()
+def detect(
+    inputs: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
+    output: Annotated[Path, typer.Option(help="The folder for detections.json and pictures.")] = Path("out"),
+    score: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
+    checkpoint: ModelFile = None,
+    workers: Workers = WORKERS,
+) -> None:
+    """Find objects in images."""
+    with _one_sentence():
+        from retina_fast.commands.detect import detect as run
+        from retina_fast.commands.detect import report
+        from retina_fast.commands.predict import TREES, load_model
+
+        model, content = load_model(checkpoint or TREES)
+        found = run(model, content, inputs, output, score, workers, console)
+        report(found, console)
+        if not found.counts:
+            raise UserError("not one of the images can be read")
+        console.print(f"Wrote {output / 'detections.json'} and {len(found.counts)} pictures beside it")
 
 
 if __name__ == "__main__":

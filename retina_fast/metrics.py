@@ -38,8 +38,8 @@ def coco_metrics(
 ) -> dict[str, float]:
     """COCO's box metrics, each 0 to 1, or NaN where the data has no object of that size.
 
-    AP is the mean over IoU 0.50:0.95, AP50 and AP75 are those at one IoU; APs, APm and APl count objects under 32x32 px,
-    up to 96x96 px, and over; AR is the recall, mean over IoU 0.50:0.95.
+    AP is the mean over IoU 0.50:0.95, AP50 and AP75 are those at one IoU; APs, APm and APl count objects under 32x32
+    px, up to 96x96 px, and over; AR is the recall, mean over IoU 0.50:0.95.
 
     Args:
         coco: the ground truth, a COCO file's content; every annotation with `id`, `area` and `iscrowd`.

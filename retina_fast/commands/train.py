@@ -34,7 +34,7 @@ from retina_fast import checkpoint
 from retina_fast.checkpoint import Checkpoint
 from retina_fast.commands.train_log import TrainLog
 from retina_fast.data.augment import TrainingSet, augmentation, batches, mixed_seed
-from retina_fast.data.coco import CocoDataset, Sample, Tried
+from retina_fast.data.coco import CocoDataset, Sample, Tried, plain
 from retina_fast.errors import ImageError, UserError
 from retina_fast.metrics import as_results, coco_metrics
 
@@ -102,11 +102,11 @@ class Detector(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         images, targets = batch
-        losses = self.model([_unit_range(image) for image in images], targets)
+        losses = self.model([image.float() / 255 for image in images], targets)
         loss = losses["classification"] + losses["bbox_regression"]
         if not torch.isfinite(loss):
             files = ", ".join(target["path"] for target in targets)
-            values = ", ".join(f"{name} {float(value)}" for name, value in losses.items())
+            values = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
             raise UserError(
                 f"the loss is not finite at step {self.global_step} ({values}); its images: {files}. Look at their "
                 "boxes, or lower --lr. The weights of the last interval are in the output folder"
@@ -137,7 +137,7 @@ class Detector(L.LightningModule):
             return
         image, target = batch
         with torch.autocast(self.device.type, enabled=False):
-            losses, (detections,) = self.model.losses_and_detections([_unit_range(image)], [target])
+            losses, (detections,) = self.model.losses_and_detections([image.float() / 255], [target])
         dataset = self.trainer.val_dataloaders.dataset.dataset  # type: ignore[union-attr]
         self._results += as_results(detections, target["image_id"], dataset.category_ids)
         self._image_ids.append(target["image_id"])
@@ -275,17 +275,16 @@ def train(
     module = Detector(_start(settings, data, start_from), settings)
     training_set = TrainingSet(data, augmentation(settings.crop, settings.aerial), settings.seed)
     training_set[0, 0]  # complains here, and not in a worker, if no image can be read
-    sampler = StepSampler(module, len(data))
     loader = DataLoader(
         training_set,
-        batch_sampler=sampler,  # type: ignore[arg-type]
+        batch_sampler=StepSampler(module, len(data)),  # type: ignore[arg-type]
         collate_fn=_collate,
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_ignore_interrupts,
     )
     validation_loader = validation and DataLoader(
-        Tried(validation), batch_size=None, collate_fn=_plain, num_workers=workers, worker_init_fn=_ignore_interrupts
+        Tried(validation), batch_size=None, collate_fn=plain, num_workers=workers, worker_init_fn=_ignore_interrupts
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress, _quiet_lightning():
@@ -307,16 +306,15 @@ def train(
 
 
 def _start(settings: TrainSettings, data: CocoDataset, start_from: Path | None) -> Checkpoint:
-    """Random weights, or those of a model file as far as its classes are the data's."""
-    weights = checkpoint.build(settings.model, len(data.classes)).state_dict()
-    kwargs: dict[str, Any] = {}
-    if start_from:
-        other = checkpoint.load(start_from)
-        if other.builder != settings.model:
-            raise UserError(f"{start_from} is a {other.builder}: train it with --model {other.builder}")
-        kwargs = other.kwargs
-        same_classes = other.classes == data.classes
-        weights |= {name: w for name, w in other.state_dict.items() if same_classes or "cls_logits" not in name}
+    """Random weights, or those of a model file; where its classes are others than the data's, with a new last layer."""
+    other = checkpoint.load(start_from) if start_from else None
+    if other and other.builder != settings.model:
+        raise UserError(f"{start_from} is a {other.builder}: train it with --model {other.builder}")
+    kwargs = other.kwargs if other else {}
+    weights = checkpoint.build(settings.model, len(data.classes), **kwargs).state_dict()
+    if other:
+        same = other.classes == data.classes
+        weights |= {name: value for name, value in other.state_dict.items() if same or "cls_logits" not in name}
     return Checkpoint(settings.model, kwargs, data.classes, data.category_ids, weights)
 
 
@@ -326,7 +324,9 @@ def _check_resume(last: Path, settings: TrainSettings) -> None:
     state = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
     for name, value in asdict(settings).items():
         if state["settings"][name] != value:
-            raise UserError(f"the run in {last.parent} has {name} {state['settings'][name]}, not {value}: give it the same")
+            raise UserError(
+                f"the run in {last.parent} has {name} {state['settings'][name]}, not {value}: give it the same"
+            )
 
 
 def _warmup_cosine(step: int, total: int) -> float:
@@ -347,20 +347,8 @@ def _average(averages: list[Tensor], values: list[Tensor], count: Tensor) -> Non
 
 
 def _collate(samples: list[Sample]) -> Batch:
-    images, targets = zip(*map(_plain, samples), strict=True)
+    images, targets = zip(*map(plain, samples), strict=True)
     return list(images), list(targets)
-
-
-def _plain(sample: Any) -> Any:
-    """The sample with ordinary tensors, which are cheaper than tv_tensors to send to another process and to use."""
-    if isinstance(sample, ImageError):
-        return sample
-    image, target = sample
-    return image.as_subclass(Tensor), target | {"boxes": target["boxes"].as_subclass(Tensor)}
-
-
-def _unit_range(image: Tensor) -> Tensor:
-    return image.float() / 255
 
 
 @contextlib.contextmanager
@@ -381,7 +369,7 @@ def _stop_on_signal(files: RunFiles) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         files.stop = True
         files.progress.console.print("Stopping after this step")
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -30,7 +30,10 @@ class TrainLog:
         file = self.folder / "log.csv"
         if step and file.exists():
             with file.open(newline="") as lines:
-                rows = [{k: float(v) for k, v in row.items() if v} | {"step": int(row["step"])} for row in csv.DictReader(lines)]
+                rows = [
+                    {k: float(v) for k, v in row.items() if v} | {"step": int(row["step"])}
+                    for row in csv.DictReader(lines)
+                ]
             self.rows = [row for row in rows if row["step"] <= step]
         with file.open("w", newline="") as lines:
             writer = csv.DictWriter(lines, _COLUMNS + _VALIDATION_COLUMNS)
@@ -69,7 +72,8 @@ class TrainLog:
             right = axes.twinx()
             right.set(ylabel="validation AP50", ylim=(0, 1))
             right.plot([row["step"] for row in validated], [row["AP50"] for row in validated], "k.-", label="AP50")
-        axes.legend()
+        if axes.lines:
+            axes.legend()
         figure.savefig(self.folder / "loss.png", dpi=100)
 
     def _write(self, row: dict[str, float]) -> None:

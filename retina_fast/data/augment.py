@@ -62,7 +62,7 @@ class RandomTranspose(nn.Module):
             return image, target
         boxes = target["boxes"]
         height, width = boxes.canvas_size
-        boxes = tv_tensors.BoundingBoxes(boxes[:, [1, 0, 3, 2]], format="XYXY", canvas_size=(width, height))  # type: ignore[call-overload]
+        boxes = tv_tensors.BoundingBoxes(boxes[:, [1, 0, 3, 2]], format="XYXY", canvas_size=(width, height))
         return tv_tensors.Image(image.mT), target | {"boxes": boxes}
 
 

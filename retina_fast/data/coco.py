@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.io import ImageReadMode, decode_image
@@ -18,7 +19,7 @@ from retina_fast.errors import ImageError, UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
-Sample = tuple[tv_tensors.Image, dict[str, Any]]
+Sample = tuple[Tensor, dict[str, Any]]
 
 
 def read_image(path: Path) -> Tensor:
@@ -90,12 +91,11 @@ class CocoDataset(Dataset[Sample]):
         image = read_image(self.path(index))
         size = (record.get("height", image.shape[1]), record.get("width", image.shape[2]))
         if size != tuple(image.shape[1:]):
-            raise ImageError(
-                f"{self.path(index)}: is {image.shape[2]}x{image.shape[1]}, but {self.json_file} says {size[1]}x{size[0]}"
-            )
+            given = f"{self.json_file} says {size[1]}x{size[0]}"
+            raise ImageError(f"{self.path(index)}: is {image.shape[2]}x{image.shape[1]}, but {given}")
         boxes = torch.tensor(self._boxes.get(record["id"], []), dtype=torch.float32).reshape(-1, 4)
         target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
             "labels": torch.tensor(self._labels.get(record["id"], []), dtype=torch.int64),
             "image_id": record["id"],
             "path": str(self.path(index)),
@@ -163,6 +163,18 @@ class Tried(Dataset[Sample | ImageError]):
             return self.dataset[index]
         except ImageError as error:
             return error
+
+
+def plain(sample: Any) -> Any:
+    """The sample with ordinary tensors, which are cheaper than tv_tensors to use and to send to another process.
+
+    Example::
+
+        >>> image, target = plain(dataset[0])  # doctest: +SKIP
+    """
+    if isinstance(sample, ImageError):
+        return sample
+    return tuple(tree_map_only(tv_tensors.TVTensor, lambda tensor: tensor.as_subclass(Tensor), sample))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
