@@ -10,7 +10,6 @@ from typing import Annotated
 
 import torch
 
-
 from retina_fast.data.coco import CocoDataset
 from retina_fast.errors import UserError
 
@@ -56,7 +55,10 @@ def _one_sentence() -> Iterator[None]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(metadata.version("retina_fast"))
+        try:
+            print(metadata.version("retina_fast"))
+        except metadata.PackageNotFoundError:
+            print("an uninstalled checkout")
         raise typer.Exit
 
 

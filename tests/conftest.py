@@ -13,7 +13,8 @@ def write_shapes(folder: Path, count: int, seed: int = 0, size: int = 96) -> tup
     """Images of red and blue rectangles on grey noise; the COCO file and the folder of the images."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     (folder / "images").mkdir(parents=True)
     for image_id in range(count):
         image = (110 + 20 * torch.randn(3, size, size)).clamp(0, 255).to(torch.uint8)

@@ -86,7 +86,7 @@ def test_weights_that_do_not_fit_are_named(lite):
     def built(**changes):
         return Checkpoint(**vars(lite) | changes).build()
 
-    with pytest.raises(UserError, match="there is no model 'resnet'; choose one of .*retinanet_resnet50_fpn"):
+    with pytest.raises(UserError, match=r"there is no model 'resnet'; choose one of .*retinanet_resnet50_fpn"):
         built(builder="resnet")
     fewer = dict(list(lite.state_dict.items())[1:])
     with pytest.raises(UserError, match=r"they lack backbone.* \(1 in all\)"):

@@ -76,9 +76,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("step", [0, 1, 2, 4, 8])
 def test_a_run_stopped_and_resumed_gives_the_same_weights(data, whole, tmp_path, monkeypatch, step):
     output = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         interrupt(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
-        run(data, output)
+        with pytest.raises(Stopped):
+            run(data, output)
     assert state(output)["global_step"] == step + 1
     run(data, output, resume=True, workers=1)
     assert_same_run(whole, output)
@@ -90,9 +91,10 @@ def test_a_run_that_died_goes_on_from_its_last_interval(data, whole, tmp_path, m
     def die():
         raise RuntimeError("power cut")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+    with monkeypatch.context() as patch:
         interrupt(patch, 7, die)
-        run(data, tmp_path)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(data, tmp_path)
     assert state(tmp_path)["global_step"] == 6
     run(data, tmp_path, resume=True)
     assert_same_run(whole, tmp_path)

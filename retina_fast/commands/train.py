@@ -277,7 +277,7 @@ def train(
     training_set[0, 0]  # complains here, and not in a worker, if no image can be read
     loader = DataLoader(
         training_set,
-        batch_sampler=StepSampler(module, len(data)),  # type: ignore[arg-type]
+        batch_sampler=StepSampler(module, len(data)),
         collate_fn=_collate,
         num_workers=workers,
         persistent_workers=workers > 0,
