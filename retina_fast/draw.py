@@ -32,7 +32,7 @@ def draw_boxes(image: Tensor, boxes: Tensor, colors: Sequence[str], texts: Seque
     widths = (boxes[:, 2] - boxes[:, 0]).tolist()
     texts = texts or [""] * len(boxes)
     fitting: Any = [text if len(text) * _LETTER <= w else None for text, w in zip(texts, widths, strict=True)]
-    return draw_bounding_boxes(image, boxes, fitting, list(colors), width=1 + max(image.shape[1:]) // 800)
+    return draw_bounding_boxes(image, boxes, fitting, list(colors), width=2 + max(image.shape[1:]) // 1500)
 
 
 def draw_detections(image: Tensor, detections: dict[str, Tensor], classes: Sequence[str]) -> Tensor:
