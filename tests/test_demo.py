@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.io import decode_image, encode_png
 
-from demo import run, trees
+from demo import compare, run, trees
 from demo.trees import Picture, split_by_place, tiles
 from retina_fast import checkpoint
 from retina_fast.checkpoint import Checkpoint
@@ -109,11 +109,24 @@ def test_pictures_show_what_was_found_and_what_was_marked(root, tmp_path):
     assert blue[7:23, 5].all()
 
 
-def test_the_demo_prints_one_line_for_the_held_out_parts(root, monkeypatch, capsys):
+@pytest.fixture
+def model_file(tmp_path) -> Path:
+    torch.manual_seed(0)
     builder = "retinanet_resnet18_fpn_lite"
     weights = checkpoint.build(builder, 1).state_dict()
-    checkpoint.save(Checkpoint(builder, {}, ["Tree"], [1], weights), root / "trees.pt")
-    monkeypatch.setattr(run, "TREES", root / "trees.pt")
+    checkpoint.save(Checkpoint(builder, {}, ["Tree"], [1], weights), tmp_path / "trees.pt")
+    return tmp_path / "trees.pt"
+
+
+def test_both_training_paths_agree(root, model_file, one_thread):
+    folder = trees.prepare(root)
+    rows = compare.compare(CocoDataset(folder / "train.json", folder / "train"), model_file, steps=3, crop=64)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert compare.difference(rows) < 1e-4
+
+
+def test_the_demo_prints_one_line_for_the_held_out_parts(root, model_file, monkeypatch, capsys):
+    monkeypatch.setattr(run, "TREES", model_file)
     monkeypatch.setattr(run, "prepare", lambda: trees.prepare(root))
     monkeypatch.setattr(run, "OUTPUT", root / "out")
     run.main()
