@@ -21,6 +21,7 @@ def as_results(detections: dict[str, Tensor], image_id: Any, category_ids: list[
 
     Example::
 
+        >>> import torch
         >>> as_results({"boxes": torch.tensor([[0., 0., 4., 2.]]), "scores": torch.ones(1),
         ...             "labels": torch.zeros(1, dtype=torch.int64)}, image_id=7, category_ids=[1])
         [{'image_id': 7, 'category_id': 1, 'bbox': [0.0, 0.0, 4.0, 2.0], 'score': 1.0}]

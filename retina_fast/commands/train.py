@@ -8,6 +8,9 @@ files are written:
     best.pt     those with the best AP50 in validation, if there is validation data
     log.csv     step, losses, learning rate, validation
     loss.png    the curves
+
+A run that is stopped, at any moment, and resumed with the same settings ends with the same bits as one that is not: all
+randomness comes from the seed and the step. (On another number of threads, sums round otherwise.)
 """
 
 import contextlib
@@ -18,7 +21,7 @@ import shutil
 import signal
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +91,7 @@ class Detector(L.LightningModule):
 
     def __init__(self, start: Checkpoint, settings: TrainSettings) -> None:
         super().__init__()
-        self.start, self.settings = start, settings
+        self.about, self.settings = replace(start, state_dict={}), settings
         # A tenth faster on a CPU, too, than the default layout.
         self.model: Any = start.build().to(memory_format=torch.channels_last)
         self.metrics: dict[str, float] = {}
@@ -176,7 +179,8 @@ class RunFiles(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         losses = {name: float(value) for name, value in outputs.items() if name != "loss"}
-        self.record.add(trainer.global_step, losses, trainer.optimizers[0].param_groups[0]["lr"])
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        self.record.add(trainer.global_step, losses, lr, last=trainer.is_last_batch)
         self.progress.update(self.task, completed=trainer.global_step)
         if self.stop and not trainer.is_last_batch:
             self._save(trainer)
@@ -204,8 +208,7 @@ class RunFiles(L.Callback):
         state["settings"] = asdict(module.settings)
         # WeightAveraging has put the averaged weights here.
         weights = {name.removeprefix("model."): value for name, value in state["state_dict"].items()}
-        model = Checkpoint(**vars(module.start) | {"state_dict": weights, "metrics": module.metrics})
-        checkpoint.save(model, self.folder / "model.pt")
+        checkpoint.save(replace(module.about, state_dict=weights, metrics=module.metrics), self.folder / "model.pt")
 
     def _save(self, trainer: L.Trainer) -> None:
         partial = self.folder / "last.ckpt.partial"

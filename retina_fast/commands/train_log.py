@@ -17,7 +17,7 @@ class TrainLog:
     Example::
 
         >>> log = TrainLog(Path("runs/a"))  # doctest: +SKIP
-        >>> log.add(1, {"classification": 1.1, "bbox_regression": 0.6}, lr=1e-3)  # doctest: +SKIP
+        >>> log.add(1, {"classification": 1.1, "bbox_regression": 0.6}, lr=1e-3, last=False)  # doctest: +SKIP
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,10 +40,10 @@ class TrainLog:
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def add(self, step: int, losses: dict[str, float], lr: float) -> None:
-        """Note one step's losses."""
+    def add(self, step: int, losses: dict[str, float], lr: float, last: bool) -> None:
+        """Note one step's losses; `last` closes a row before it is full, at the end of an interval."""
         self.window.append(losses)
-        if step % _EVERY == 0:
+        if step % _EVERY == 0 or last:
             means = {name: fmean(x[name] for x in self.window) for name in losses}
             self._write({"step": step, **means, "lr": lr})
             self.window = []
