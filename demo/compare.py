@@ -19,7 +19,7 @@ from torchvision.models.detection import retinanet as torchvision_retinanet
 from demo.trees import prepare
 from retina_fast import checkpoint
 from retina_fast.commands.predict import TREES
-from retina_fast.data.augment import TrainingSet, augmentation, batches
+from retina_fast.data.augment import Flips, TrainingSet, augmentation, batches
 from retina_fast.data.coco import CocoDataset, plain
 
 OUTPUT = Path("out")
@@ -56,7 +56,7 @@ def compare(data: CocoDataset, weights: Path, steps: int, crop: int) -> list[dic
     warmups = [
         torch.optim.lr_scheduler.LinearLR(optimizer, 0.001, total_iters=1000) for optimizer in optimizers.values()
     ]
-    training_set = TrainingSet(data, augmentation(crop, aerial=True), seed=0)
+    training_set = TrainingSet(data, augmentation(crop, Flips.ALL), seed=0)
     rows = []
     for step, keys in enumerate(track(batches(len(data), _BATCH, 0, range(steps)), "Training both", total=steps)):
         samples = [plain(training_set[key]) for key in keys]

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import torch
 
+from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.errors import UserError
 
@@ -86,9 +87,9 @@ def train(
             min=0, help="Side of the training crops in pixels, 0: whole images. By default 256 for lite models."
         ),
     ] = None,
-    aerial: Annotated[
-        bool, typer.Option("--aerial", help="Pictures without an upright direction: turn them too.")
-    ] = False,
+    flips: Annotated[
+        Flips, typer.Option(help="Mirror images as likely as the picture itself; all: turns by 90 degrees too.")
+    ] = Flips.HORIZONTAL,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, data order and augmentation.")] = 0,
     workers: Workers = WORKERS,
     checkpoint: Annotated[Path | None, typer.Option(help="A model file to start from.")] = None,
@@ -106,7 +107,7 @@ def train(
         validation = CocoDataset(val_json, val_images) if val_json and val_images else None
         if crop is None:
             crop = 256 if model.endswith("_lite") else 0  # the others resize every image to 800 px or so
-        settings = TrainSettings(model, steps, batch_size, lr, crop, aerial, seed)
+        settings = TrainSettings(model, steps, batch_size, lr, crop, flips, seed)
         try:
             file = run(settings, CocoDataset(json, images), validation, checkpoint, output, resume, workers, console)
         except Stopped:

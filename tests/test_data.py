@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.io import write_jpeg, write_png
 
-from retina_fast.data.augment import RandomTranspose, ScaledCrop, TrainingSet, augmentation, batches
+from retina_fast.data.augment import Flips, RandomTranspose, ScaledCrop, TrainingSet, augmentation, batches
 from retina_fast.data.coco import CocoDataset, Tried, plain, read_image
 from retina_fast.errors import ImageError, UserError
 from tests.conftest import COLORS
@@ -121,7 +121,7 @@ def extent(mask: Tensor) -> list[float]:
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(
-    "transform", [augmentation(64, aerial=True).transforms, augmentation(0, aerial=True).transforms]
+    "transform", [augmentation(64, flips=Flips.ALL).transforms, augmentation(0, flips=Flips.ALL).transforms]
 )
 def test_boxes_follow_the_pixels(transform, seed):
     torch.manual_seed(seed)
@@ -156,7 +156,7 @@ def test_a_crop_of_a_smaller_image_is_padded():
 
 def test_flips_and_transposes_give_all_eight_views():
     image, target = painted(60, 60)
-    steps = augmentation(0, aerial=True).transforms[:-1]
+    steps = augmentation(0, flips=Flips.ALL).transforms[:-1]
     assert any(isinstance(step, RandomTranspose) for step in steps)
     torch.manual_seed(0)
     views = set()
@@ -170,12 +170,12 @@ def test_flips_and_transposes_give_all_eight_views():
 
 def test_an_item_depends_on_seed_epoch_and_index_alone(shapes):
     dataset = CocoDataset(*shapes)
-    first = TrainingSet(dataset, augmentation(64, aerial=True), seed=5)
+    first = TrainingSet(dataset, augmentation(64, flips=Flips.ALL), seed=5)
     state = torch.random.get_rng_state()
     image, target = first[2, 4]
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not torch.equal(image, first[3, 4][0])
-    assert not torch.equal(image, TrainingSet(dataset, augmentation(64, aerial=True), seed=6)[2, 4][0])
+    assert not torch.equal(image, TrainingSet(dataset, augmentation(64, flips=Flips.ALL), seed=6)[2, 4][0])
     for workers in (0, 2):
         loader = DataLoader(first, batch_size=None, sampler=[(0, 1), (2, 4)], num_workers=workers, collate_fn=plain)
         other, other_target = list(loader)[1]
@@ -193,7 +193,7 @@ def test_batches_pass_over_every_image_and_can_start_anywhere():
 
 def test_an_unreadable_image_is_replaced_in_training(shapes):
     dataset = CocoDataset(*shapes)
-    training_set = TrainingSet(dataset, augmentation(0, aerial=False), seed=0)
+    training_set = TrainingSet(dataset, augmentation(0, flips=Flips.NONE), seed=0)
     (shapes[1] / "5.png").write_text("no image")
     with pytest.warns(UserWarning, match=r"5\.png: not a readable image .*another image takes its place"):
         assert training_set[0, 5][1]["image_id"] == 0

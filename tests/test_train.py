@@ -12,11 +12,12 @@ from rich.console import Console
 from retina_fast import checkpoint
 from retina_fast.commands import train as module
 from retina_fast.commands.train import Stopped, TrainSettings, train
+from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.errors import UserError
 from tests.conftest import write_shapes
 
-SETTINGS = TrainSettings("retinanet_resnet18_fpn_lite", 9, batch_size=2, lr=1e-3, crop=64, aerial=False, seed=3)
+SETTINGS = TrainSettings("retinanet_resnet18_fpn_lite", 9, batch_size=2, lr=1e-3, crop=64, flips=Flips.NONE, seed=3)
 INTERVAL = 3
 
 

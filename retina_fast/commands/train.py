@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from retina_fast import checkpoint
 from retina_fast.checkpoint import Checkpoint
 from retina_fast.commands.train_log import TrainLog
-from retina_fast.data.augment import TrainingSet, augmentation, batches, mixed_seed
+from retina_fast.data.augment import Flips, TrainingSet, augmentation, batches, mixed_seed
 from retina_fast.data.coco import CocoDataset, Sample, Tried, plain
 from retina_fast.errors import ImageError, UserError
 from retina_fast.metrics import as_results, coco_metrics
@@ -61,7 +61,7 @@ class TrainSettings:
         batch_size: images a step.
         lr: peak learning rate.
         crop: side of the training crops in pixels; 0 trains on whole images.
-        aerial: whether the pictures have no upright direction.
+        flips: which mirror images of a picture are as likely as itself.
         seed: of the weights, the order of the images and the augmentations.
     """
 
@@ -70,7 +70,7 @@ class TrainSettings:
     batch_size: int
     lr: float
     crop: int
-    aerial: bool
+    flips: Flips
     seed: int
 
     @property
@@ -261,7 +261,7 @@ def train(
 
     Example::
 
-        >>> settings = TrainSettings("retinanet_resnet18_fpn_lite", 100, 4, 2e-3, 256, aerial=False, seed=0)
+        >>> settings = TrainSettings("retinanet_resnet18_fpn_lite", 100, 4, 2e-3, 256, Flips.NONE, seed=0)
         >>> train(settings, dataset, None, None, Path("runs/a"), False, 1, Console())  # doctest: +SKIP
         PosixPath('runs/a/model.pt')
     """
@@ -276,7 +276,7 @@ def train(
 
     torch.manual_seed(settings.seed)
     module = Detector(_start(settings, data, start_from), settings)
-    training_set = TrainingSet(data, augmentation(settings.crop, settings.aerial), settings.seed)
+    training_set = TrainingSet(data, augmentation(settings.crop, settings.flips), settings.seed)
     training_set[0, 0]  # complains here, and not in a worker, if no image can be read
     loader = DataLoader(
         training_set,

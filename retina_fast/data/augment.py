@@ -4,6 +4,7 @@ import math
 import random
 import warnings
 from collections.abc import Iterator
+from enum import StrEnum
 
 import numpy as np
 import torch
@@ -66,20 +67,29 @@ class RandomTranspose(nn.Module):
         return tv_tensors.Image(image.mT), target | {"boxes": boxes}
 
 
-def augmentation(crop: int, aerial: bool) -> v2.Compose:
+class Flips(StrEnum):
+    """Which mirror images of a picture are as likely as itself: none where light or labels have a direction."""
+
+    NONE = "none"
+    HORIZONTAL = "horizontal"
+    ALL = "all"  # with the vertical one and turns by 90 degrees, for pictures without an upright direction
+
+
+def augmentation(crop: int, flips: Flips) -> v2.Compose:
     """The transforms of an (image, target) pair.
 
     Args:
         crop: side of the crops in pixels, or 0 to keep whole images.
-        aerial: whether the pictures have no upright direction: adds vertical flips and turns by 90 degrees.
+        flips: which flips are drawn, each for half of the pictures.
 
     Example::
 
-        >>> image, target = augmentation(crop=256, aerial=True)(*dataset[0])  # doctest: +SKIP
+        >>> image, target = augmentation(crop=256, flips=Flips.ALL)(*dataset[0])  # doctest: +SKIP
     """
     steps: list[nn.Module] = [ScaledCrop(crop)] if crop else []
-    steps.append(v2.RandomHorizontalFlip())
-    if aerial:
+    if flips != Flips.NONE:
+        steps.append(v2.RandomHorizontalFlip())
+    if flips == Flips.ALL:
         steps += [v2.RandomVerticalFlip(), RandomTranspose()]
     # Strong, since it carries over to pictures of another haze or ground: without it a detector trained on one
     # aerial photograph found 5% of what it finds in another.
@@ -98,7 +108,7 @@ class TrainingSet(Dataset[Sample]):
 
     Example::
 
-        >>> training_set = TrainingSet(dataset, augmentation(256, aerial=False), seed=0)  # doctest: +SKIP
+        >>> training_set = TrainingSet(dataset, augmentation(256, Flips.HORIZONTAL), seed=0)  # doctest: +SKIP
         >>> image, target = training_set[3, 17]  # epoch 3, image 17  # doctest: +SKIP
     """
 
