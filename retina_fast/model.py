@@ -382,7 +382,7 @@ def _stock_coder(coder: object) -> bool:
 
 
 @functools.cache
-def _fast_class(cls: type[tv.RetinaNet]) -> type[RetinaNet]:
+def _fast_class(cls: Any) -> type[RetinaNet]:
     """``cls`` with this package's RetinaNet in place of torchvision's below it; what ``cls`` overrides still wins."""
     if cls is tv.RetinaNet:
         return RetinaNet

@@ -132,7 +132,7 @@ def test_the_averaged_weights_are_written_and_validated(whole):
 def test_steps_are_split_into_equal_intervals(monkeypatch):
     monkeypatch.setattr(module, "_INTERVAL", 500)
     for steps, interval, total in ((1, 1, 1), (60, 60, 60), (500, 500, 500), (1001, 334, 1002), (9000, 500, 9000)):
-        settings = TrainSettings("", steps, 1, 1.0, 0, False, 0)
+        settings = TrainSettings("", steps, 1, 1.0, 0, Flips.NONE, 0)
         assert (settings.interval, settings.total_steps) == (interval, total)
 
 
