@@ -1,9 +1,9 @@
 """Greedy non-maximum suppression, exact per class, for a batch of images at once (Neubeck and Van Gool 2006).
 
 By falling score, the lower index first on a tie, a box is kept unless its IoU with a kept box of its class exceeds the
-threshold; IoU = I / (A + B - I) in float32. torchvision's ``batched_nms`` moves classes apart by adding
-label * (largest coordinate + 1) to small inputs, which rounds: its two paths disagree on borderline boxes, and 16-bit
-offsets overflow. Nothing is added here.
+threshold; IoU = I / (A + B - I) in float32, or in float64 for float64 boxes. torchvision's ``batched_nms`` moves
+classes apart by adding label * (largest coordinate + 1) to small inputs, which rounds: its two paths disagree on
+borderline boxes, and 16-bit offsets overflow. Nothing is added here.
 """
 
 from typing import NamedTuple
@@ -25,8 +25,8 @@ class Kept(NamedTuple):
 def nms_image(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_thresh: float) -> Tensor:
     """Positions of the kept boxes of one image, best first."""
     order = scores.sort(descending=True, stable=True).indices
-    boxes = boxes[order].float()
-    falling = torch.arange(len(order), 0, -1, device=boxes.device).float()  # stands in for the scores: no ties left
+    boxes = boxes[order] if boxes.dtype == torch.float64 else boxes[order].float()
+    falling = torch.arange(len(order), 0, -1, device=boxes.device).to(boxes.dtype)  # for the scores: no ties left
     if labels is None:
         return order[torchvision.ops.nms(boxes, falling, iou_thresh)]
     by_class = labels[order].sort(stable=True)

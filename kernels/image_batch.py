@@ -25,13 +25,15 @@ def image_batch_reference(
     first = images[0]
     height, width = (math.ceil(max(side) / size_divisible) * size_divisible for side in zip(*sizes, strict=True))
     layout = torch.channels_last if first.is_cuda else torch.contiguous_format
-    shape = (len(images), len(mean), height, width)
+    channels = max(len(mean), len(std), *(len(image) for image in images))
+    shape = (len(images), channels, height, width)
     batch = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout).zero_()
     for b, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
-        image = (image - image.new_tensor(mean)[:, None, None]) / image.new_tensor(std)[:, None, None]
+        centre, spread = (torch.as_tensor(x, dtype=image.dtype, device=image.device) for x in (mean, std))
+        image = (image - centre[:, None, None]) / spread[:, None, None]
         if image.shape[1:] != (h, w):
             image = F.interpolate(image[None], size=(h, w), mode="bilinear", align_corners=False)[0]
-        batch[b, :, :h, :w] = image
+        batch[b, : len(image), :h, :w] = image
     return batch
 
 
@@ -47,8 +49,8 @@ def image_batch(
     Args:
         images: B tensors ``(C, h, w)``, or ``(1, h, w)`` to be repeated, floating point.
         sizes: the (height, width) each is resized to, at least 1 pixel.
-        mean: C means to subtract.
-        std: C standard deviations to divide by.
+        mean: C means to subtract, or one for all channels.
+        std: C standard deviations to divide by, or one.
         size_divisible: H and W are the largest sizes rounded up to a multiple of it.
 
     Example::

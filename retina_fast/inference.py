@@ -34,8 +34,9 @@ class Detections(NamedTuple):
 
     @classmethod
     def from_list(cls, detections: Sequence[dict[str, Tensor]], width: int) -> "Detections":
-        """Pad torchvision's list of dicts to ``width`` detections an image."""
+        """Pad torchvision's list of dicts to ``width`` detections an image, or to the most that one of them has."""
         device = detections[0]["boxes"].device
+        width = max(width, *(len(image["boxes"]) for image in detections))
         padded = cls(
             torch.zeros((len(detections), width, 4), device=device),
             torch.zeros((len(detections), width), device=device),
@@ -61,7 +62,7 @@ def detect(
     nms_thresh: float,
     detections_per_img: int,
 ) -> Detections:
-    """From the heads' outputs to detections, D = detections_per_img.
+    """From the heads' outputs to detections.
 
     Args:
         logits: the levels, each ``(B, A*K, H, W)`` or ``(B, N_l, K)``.
@@ -73,10 +74,11 @@ def detect(
         score_thresh: scores must exceed it.
         topk_candidates: the most candidates of one image and level that reach the suppression.
         nms_thresh: IoU above which the lower of two boxes of one class goes.
-        detections_per_img: D, the most detections of an image.
+        detections_per_img: D, the most detections of an image; D is never more than the candidates there can be.
     """
     candidates = candidate_selection(logits, num_classes, score_thresh, topk_candidates)
     boxes = box_decode(deltas, anchors, candidates.anchors, image_sizes)  # (B, M, 4)
+    detections_per_img = min(detections_per_img, boxes.shape[1])  # "no limit" is often a very large number
     kept = batched_nms(boxes, candidates.scores, candidates.labels, candidates.counts, nms_thresh, detections_per_img)
     valid = torch.arange(detections_per_img, device=boxes.device) < kept.counts[:, None]  # (B, D)
     boxes = boxes.gather(1, kept.positions[..., None].expand(-1, -1, 4))  # (B, D, 4)

@@ -16,10 +16,16 @@ from retina_fast.anchors import batch_anchors
 from retina_fast.inference import Detections, detect
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE
 from retina_fast.kernels.levels import flatten_all
-from retina_fast.stock import has_hooks, is_stock, overrides
+from retina_fast.stock import is_stock, overrides
 from retina_fast.targets import GroundTruths, gather_targets, target_check, to_device
 from retina_fast.training import detection_losses, shared_or_stacked
-from retina_fast.transform import RetinaNetTransform, batch_images, check_images, resize_targets
+from retina_fast.transform import (
+    RetinaNetTransform,
+    batch_images,
+    check_images,
+    is_stock_transform,
+    resize_targets,
+)
 
 Images = Sequence[Tensor] | Tensor
 Targets = Sequence[Mapping[str, Tensor]]
@@ -138,10 +144,13 @@ class RetinaNet(tv.RetinaNet):
 
         Args:
             images: B tensors ``(3, H, W)`` of values in [0, 1], or one ``(B, 3, H, W)``.
-            targets: in training, B dicts with ``boxes`` (N, 4) xyxy pixels and ``labels`` (N,) integers in [0, K).
+            targets: in training, B dicts with ``boxes`` (N, 4) xyxy pixels and ``labels`` (N,) integers in [0, K). In
+                evaluation they are not needed; only the boxes are then checked.
         """
         if self.training and targets is None:
             raise AssertionError("targets should not be none when in training mode")
+        if targets is not None and not self.training:
+            targets = _unlabelled(targets[: len(images)])
         passed = self._forward(images, targets)
         losses = self._losses(passed) if self.training else {}
         detections = [] if self.training else self._detections(passed)
@@ -155,7 +164,8 @@ class RetinaNet(tv.RetinaNet):
         return self._losses(passed), self._detections(passed)
 
     def detect(self, batch: Tensor) -> Detections:
-        """The detections of ``forward`` for a batch ``(B, 3, H, W)``, padded to ``detections_per_img``.
+        """The detections of ``forward`` for a batch ``(B, 3, H, W)``, padded to ``detections_per_img`` or, where that
+        is more, to the most candidates there can be.
 
         Raises:
             ValueError: if the batch is not 4-D.
@@ -198,8 +208,7 @@ class RetinaNet(tv.RetinaNet):
             head_outputs: ``cls_logits`` with K channels an anchor and ``bbox_regression`` with 4.
             anchors: B tensors ``(N, 4)`` xyxy; they may differ between images.
         """
-        first = _levels(head_outputs["cls_logits"])[0]
-        truths = gather_targets(targets, len(first), first.device, self._check())
+        truths = gather_targets(targets, len(anchors), anchors[0].device, self._check())
         return self._losses_of(targets, truths, head_outputs, anchors)
 
     def postprocess_detections(
@@ -220,20 +229,21 @@ class RetinaNet(tv.RetinaNet):
         return target_check(self, getattr(getattr(self.head, "classification_head", None), "num_classes", None))
 
     def _forward(self, images: Images, targets: Targets | None) -> _Forward:
-        images = check_images(images, len(self.transform.image_mean))
-        original_sizes = [(image.shape[1], image.shape[2]) for image in images]
         truths = None
-        if targets is not None:
-            truths = gather_targets(targets, len(images), images[0].device, self._check())
-        if type(self.transform) in (RetinaNetTransform, GeneralizedRCNNTransform) and not has_hooks(self.transform):
+        if is_stock_transform(self.transform) and not (targets and self._loss_reads_shapes(targets)):
+            images = check_images(images, max(len(self.transform.image_mean), len(self.transform.image_std)))
+            original_sizes = [(image.shape[1], image.shape[2]) for image in images]
+            if targets is not None:
+                truths = gather_targets(targets, len(images), images[0].device, self._check())
             batch, image_sizes = batch_images(self.transform, images)
             if truths is not None:
                 truths = resize_targets(truths, original_sizes, image_sizes)
-        else:
+        else:  # what it may be given, and what it makes of the targets, is for the user's own transform to say
+            original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
             image_list, targets = self.transform(images, targets)
             batch, image_sizes = image_list.tensors, image_list.image_sizes
             if targets is not None:
-                truths = gather_targets(targets, len(images), batch.device)
+                truths = gather_targets(targets, len(image_sizes), batch.device, self._check())
         features = self.backbone(batch)
         features = [features] if isinstance(features, Tensor) else list(features.values())
         return _Forward(
@@ -245,6 +255,11 @@ class RetinaNet(tv.RetinaNet):
             targets,
             truths,
         )
+
+    def _loss_reads_shapes(self, targets: Targets) -> bool:
+        """Whether a loss of the user's own may read masks or keypoints, which torchvision's transform resizes."""
+        own_loss = overrides(self, RetinaNet, "compute_loss") or not self._trains_fast()
+        return own_loss and any(key in target for target in targets for key in ("masks", "keypoints"))
 
     def _head_outputs(self, features: list[Tensor]) -> dict[str, Any]:
         """The head's outputs level by level as its convs write them; a user's own head is called as it is."""
@@ -299,7 +314,12 @@ class RetinaNet(tv.RetinaNet):
         )
 
     def _detects_fast(self) -> bool:
-        return _stock_coder(self.box_coder) and not overrides(self, RetinaNet, "postprocess_detections")
+        return (
+            _stock_coder(self.box_coder)
+            and not overrides(self, RetinaNet, "postprocess_detections")
+            and isinstance(self.transform, GeneralizedRCNNTransform)
+            and not overrides(self.transform, GeneralizedRCNNTransform, "postprocess")
+        )
 
     def _detections(self, passed: _Forward) -> list[dict[str, Tensor]]:
         if self._detects_fast():
@@ -310,10 +330,11 @@ class RetinaNet(tv.RetinaNet):
         split = {key: list(output.split(lengths, dim=1)) for key, output in outputs.items()}
         anchors = [list(image.split(lengths)) for image in passed.anchors]
         detections = self.postprocess_detections(split, anchors, passed.image_sizes)
-        for image, size, original in zip(detections, passed.image_sizes, passed.original_sizes, strict=True):
-            scale = torch.tensor(original).float() / torch.tensor(size).float()
-            image["boxes"] = image["boxes"] * to_device(scale.flip(0).repeat(2), image["boxes"].device)
-        return detections
+        training, self.transform.training = self.transform.training, False  # in training it would not rescale
+        try:
+            return self.transform.postprocess(detections, passed.image_sizes, passed.original_sizes)
+        finally:
+            self.transform.training = training
 
     def _padded_detections(self, passed: _Forward) -> Detections:
         anchors = shared_or_stacked(passed.anchors)
@@ -345,13 +366,17 @@ class RetinaNet(tv.RetinaNet):
         first = _levels(head_outputs["cls_logits"])[0]
         return first.shape[2] if first.dim() == 3 else self.head.classification_head.num_classes
 
-    def _concatenated(self, head_outputs: Mapping[str, Any]) -> dict[str, Any]:
-        """torchvision's form of head outputs: one ``(B, N, C)`` tensor each."""
+    def _concatenated(self, head_outputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """torchvision's form of head outputs, one ``(B, N, C)`` tensor each; what a user's own head returned stays."""
+        if not isinstance(self.head, tv.RetinaNetHead) or overrides(self.head, tv.RetinaNetHead, "forward"):
+            return head_outputs
         channels = {"cls_logits": self._num_classes(head_outputs), "bbox_regression": 4}
-        return {
-            key: output if isinstance(output, Tensor) else torch.cat(flatten_all(output, channels[key]), dim=1)
-            for key, output in head_outputs.items()
+        joined = {
+            key: torch.cat(flatten_all(_levels(head_outputs[key]), channels[key]), dim=1)
+            for key in channels
+            if not isinstance(head_outputs[key], Tensor) or head_outputs[key].dim() == 4
         }
+        return {**head_outputs, **joined}
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -373,6 +398,13 @@ def _as_dicts(targets: Targets, truths: GroundTruths) -> list[dict[str, Tensor]]
     return [{**target, "boxes": boxes[b], "labels": labels[b]} for b, target in enumerate(targets)]
 
 
+def _unlabelled(targets: Targets) -> list[dict[str, Tensor]]:
+    """Targets as evaluation reads them, as in torchvision: the labels may be of any kind, or missing."""
+    return [
+        {**target, "labels": target["boxes"].new_zeros(len(target["boxes"]), dtype=torch.int64)} for target in targets
+    ]
+
+
 def _stock_coder(coder: object) -> bool:
     return (
         is_stock(coder, BoxCoder, "encode_single", "decode_single")
@@ -389,7 +421,7 @@ def _fast_class(cls: Any) -> type[RetinaNet]:
     members = {
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
-        "__reduce_ex__": lambda self, protocol: (_new_fast, (cls,), self.__dict__),
+        "__reduce_ex__": lambda self, protocol: (_new_fast, (cls,), self.__getstate__()),
     }
     return type(f"Fast{cls.__name__}", (cls, RetinaNet), members)
 

@@ -52,9 +52,8 @@ def gather_targets(
     for i, target in enumerate(targets):
         _check_structure(i, target)
     counts = [len(target["boxes"]) for target in targets]
-    boxes = torch.cat([target["boxes"].detach().reshape(-1, 4) for target in targets])
+    boxes = torch.cat([target["boxes"].detach().float() for target in targets])  # cast first: cat would promote to fp16
     labels = torch.cat([target["labels"] for target in targets])
-    boxes = boxes if boxes.dtype == torch.float32 else boxes.float()
     offsets = torch.tensor([0, *counts]).cumsum(0)
     if check is not None:
         check(boxes, labels, counts)
@@ -107,7 +106,7 @@ class _Pending(NamedTuple):
 
 
 class TargetCheck:
-    """Looks at the values of targets: at once on the CPU; on a GPU at a later call, when the answer has come in."""
+    """Looks at the values of targets: at once; but on a CUDA device at a later call, when the answer has come in."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -117,7 +116,7 @@ class TargetCheck:
     def __call__(self, boxes: Tensor, labels: Tensor, counts: list[int]) -> None:
         self.step += 1
         found = first_error(boxes, labels, self.num_classes)
-        if boxes.device.type == "cpu":
+        if boxes.device.type != "cuda":
             self._raise(int(found), boxes, labels, counts, "")
             return
         self.raise_pending()

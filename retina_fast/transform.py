@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from retina_fast.kernels.image_batch import image_batch
+from retina_fast.stock import is_stock
 from retina_fast.targets import GroundTruths, to_device
 
 
@@ -20,8 +21,20 @@ class RetinaNetTransform(GeneralizedRCNNTransform):
         return super().resize(image, target)
 
 
+_STEPS = ("forward", "normalize", "resize", "torch_choice", "batch_images", "max_by_axis", "postprocess")
+
+
+def is_stock_transform(transform: object) -> bool:
+    """Whether ``transform`` is torchvision's or ours, with none of its steps a user's own and no hooks."""
+    return any(is_stock(transform, cls, *_STEPS) for cls in (RetinaNetTransform, GeneralizedRCNNTransform))
+
+
 def check_images(images: Sequence[Tensor] | Tensor, channels: int) -> list[Tensor]:
     """The images of a list, a tuple or a 4-D batch.
+
+    Args:
+        images: what the model was given.
+        channels: of the mean and the standard deviation; 1 serves images of any number of channels.
 
     Raises:
         ValueError: for an image that is not 3-D, is empty, or has neither 1 nor ``channels`` channels.
@@ -42,8 +55,9 @@ def check_images(images: Sequence[Tensor] | Tensor, channels: int) -> list[Tenso
                 f"Expected input images to be of floating type (in range [0, 1]), images[{i}] is {image.dtype}; "
                 "convert with image.float() / 255"
             )
-        if image.shape[0] not in (1, channels) or not image.numel():
-            raise ValueError(f"images[{i}] must be ({channels}, H, W) with at least one pixel, got {image.shape}")
+        if (channels > 1 and image.shape[0] not in (1, channels)) or not image.numel():
+            wanted = channels if channels > 1 else "C"
+            raise ValueError(f"images[{i}] must be ({wanted}, H, W) with at least one pixel, got {image.shape}")
     return list(images)
 
 

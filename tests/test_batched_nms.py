@@ -80,3 +80,16 @@ def test_half_precision_boxes_do_not_overflow():
     boxes = torch.tensor([[0, 0, 60000, 60000], [0, 0, 60000, 60000], [0, 0, 60000, 60000]], dtype=torch.float16)
     kept = ops.batched_nms(boxes, torch.tensor([0.9, 0.8, 0.7], dtype=torch.float16), torch.tensor([0, 90, 0]), 0.5)
     assert kept.tolist() == [0, 1]
+
+
+def test_float64_boxes_are_compared_in_float64():
+    """Map coordinates: in float32 a box at 5,000,000 metres is rounded to half a metre."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.rand(200, 4, generator=generator, dtype=torch.float64) * 20
+    boxes[:, 2:] += boxes[:, :2] + 1
+    scores, labels = torch.rand(200, generator=generator).double(), torch.arange(200) % 3
+    far = boxes + 5_000_000
+    for iou_thresh in (0.0, 0.3, 0.5):
+        assert torch.equal(ops.nms(far, scores, iou_thresh), torchvision.ops.nms(far, scores, iou_thresh))
+        exact = torchvision.ops.boxes._batched_nms_vanilla(far, scores, labels, iou_thresh)
+        assert torch.equal(ops.batched_nms(far, scores, labels, iou_thresh), exact)

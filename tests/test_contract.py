@@ -1,8 +1,10 @@
 """What users of torchvision's RetinaNet rely on: errors, live changes, parts of their own, ways in."""
 
 import copy
+import inspect
 import math
 import pickle
+import threading
 import warnings
 from unittest.mock import patch
 
@@ -18,6 +20,8 @@ import retina_fast
 from benchmarks.agreement import differing
 from retina_fast import targets as targets_module
 
+METHODS = ("forward", "compute_loss", "postprocess_detections")
+
 
 def torchvision_model(num_classes=3, cls=tv.RetinaNet, **kwargs):
     torch.manual_seed(0)
@@ -32,7 +36,10 @@ def torchvision_model(num_classes=3, cls=tv.RetinaNet, **kwargs):
     return model
 
 
-IMAGES = [torch.rand(3, 64, 80, generator=torch.Generator().manual_seed(1)), torch.rand(3, 50, 64)]
+IMAGES = [
+    torch.rand(3, 64, 80, generator=torch.Generator().manual_seed(1)),
+    torch.rand(3, 50, 64, generator=torch.Generator().manual_seed(2)),
+]
 
 
 def good_targets():
@@ -207,9 +214,91 @@ def test_half_precision_boxes(model):
     assert all(torch.equal(exact[key], losses[key]) for key in exact)
 
 
-def test_targets_in_evaluation_are_let_be(model):
+def test_boxes_of_different_dtypes_keep_their_values():
+    """Concatenated as they are, integers would become halves, which cannot hold 3001."""
+    boxes = [torch.tensor([[4, 5, 3001, 4001]]), torch.zeros(0, 4).half()]
+    targets = [{"boxes": b, "labels": torch.zeros(len(b), dtype=torch.int64)} for b in boxes]
+    truths = targets_module.gather_targets(targets, 2, torch.device("cpu"))
+    assert truths.boxes.tolist() == [[4, 5, 3001, 4001]]
+
+
+def test_targets_in_evaluation(model):
+    """torchvision resizes their boxes and looks whether they are degenerate; it never reads their labels."""
+    plain = torchvision_model().eval()
+    model.load_state_dict(plain.state_dict())
     model.eval()
-    assert model(IMAGES, good_targets())[0].keys() == model(IMAGES)[0].keys()
+    other_classes = _labels(torch.tensor([90, -1]))
+    no_labels = [{"boxes": target["boxes"]} for target in good_targets()]
+    for targets in (good_targets(), other_classes, no_labels, good_targets() + good_targets()):
+        plain(IMAGES, targets)
+        assert all(torch.equal(model(IMAGES, targets)[0][key], model(IMAGES)[0][key]) for key in ("boxes", "labels"))
+    for refusing in (plain, model):
+        with pytest.raises(AssertionError, match="positive height and width"):
+            refusing(IMAGES, _boxes(torch.tensor([[9.0, 9, 9, 12]])))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_images_of_any_channels(channels):
+    """One mean and standard deviation serve any number of channels."""
+    models = []
+    for make in (torchvision_model, lambda **kw: retina_fast.from_torchvision(torchvision_model(**kw))):
+        changed = make(image_mean=[0.4], image_std=torch.tensor([0.3]))
+        torch.manual_seed(1)
+        changed.backbone[0] = nn.Conv2d(channels, 16, 8, 8)
+        models.append(changed)
+    images = [image[:1].expand(channels, -1, -1) + torch.arange(channels)[:, None, None] / 9 for image in IMAGES]
+    assert_same(models[1], models[0], images=images)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 10**9])
+@pytest.mark.parametrize("name", ["detections_per_img", "topk_candidates"])
+def test_extreme_limits(model, name, limit):
+    """A very large number is how users say that there is no limit: it must not be allocated."""
+    plain = torchvision_model().eval()
+    model.load_state_dict(plain.state_dict())
+    for one in (plain, model.eval()):
+        setattr(one, name, limit)
+    exact = torchvision.ops.boxes._batched_nms_vanilla
+    with torch.no_grad(), patch.object(torchvision.ops.boxes, "batched_nms", exact):
+        for image, other in zip(model(IMAGES), plain(IMAGES), strict=True):
+            assert len(image["boxes"]) == len(other["boxes"])
+            assert differing(image, other) == 0
+    assert len(model.detect(IMAGES[0][None]).to_list()[0]["boxes"]) == len(model(IMAGES[:1])[0]["boxes"])
+
+
+def test_gradients_of_images(model):
+    """As for saliency maps and adversarial examples: of the losses, and of what was detected."""
+    plain = torchvision_model()
+    model.load_state_dict(plain.state_dict())
+    found = []
+    for one in (model, plain):
+        images = [image.clone().requires_grad_() for image in IMAGES]
+        losses = one.train()(images, good_targets())
+        grads = torch.autograd.grad(sum(losses.values()), images)
+        one.eval().score_thresh = 0.6
+        detected = sum(image["scores"].sum() + image["boxes"].sum() / 100 for image in one(images))
+        found.append((*grads, *torch.autograd.grad(detected, images)))
+    for grad, reference in zip(*found, strict=True):
+        assert (grad - reference).norm() <= 1e-4 * reference.norm()
+
+
+def test_signatures_equal_torchvision():
+    def parameters(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    detection = torchvision.models.detection
+    pairs = [
+        (retina_fast.RetinaNet, tv.RetinaNet),
+        *((getattr(retina_fast.RetinaNet, name), getattr(tv.RetinaNet, name)) for name in METHODS),
+        *(
+            (getattr(retina_fast, name), getattr(detection, name))
+            for name in detection.retinanet.__all__
+            if "_resnet" in name
+        ),
+        *((getattr(retina_fast.ops, name), getattr(torchvision.ops, name)) for name in ("nms", "batched_nms")),
+    ]
+    for ours, theirs in pairs:
+        assert parameters(ours) == parameters(theirs)
 
 
 def test_label_zero_is_a_class(model):
@@ -291,7 +380,50 @@ class OwnTransform(torchvision.models.detection.transform.GeneralizedRCNNTransfo
         return super().normalize(image) * 0.5
 
 
+class OwnPostprocess(torchvision.models.detection.transform.GeneralizedRCNNTransform):
+    def postprocess(self, result, image_shapes, original_image_sizes):
+        result = super().postprocess(result, image_shapes, original_image_sizes)
+        return [{**image, "boxes": image["boxes"] + 1} for image in result]
+
+
+class WrappedTransform(nn.Module):
+    """Torchvision's transform as a part of something that is none."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.postprocess = inner.postprocess
+
+    def forward(self, images, targets=None):
+        return self.inner(images, targets)
+
+
+class OwnOutputs(tv.RetinaNetHead):
+    """Returns what only its own loss can read."""
+
+    def forward(self, x):
+        outputs = super().forward(x)
+        return {"mine": outputs, "levels": x} if self.training else {**outputs, "extra": outputs["cls_logits"]}
+
+    def compute_loss(self, targets, head_outputs, anchors, matched_idxs):
+        return super().compute_loss(targets, head_outputs["mine"], anchors, matched_idxs)
+
+
+def _on_the_object(part, name, change):
+    """Replace a method of one object, as monkey patches do."""
+    method = getattr(part, name)
+    setattr(part, name, lambda *args, **kwargs: change(method, *args, **kwargs))
+
+
 PARTS = {
+    "head outputs": lambda m: setattr(m.head, "__class__", OwnOutputs),
+    "postprocess": lambda m: setattr(m.transform, "__class__", OwnPostprocess),
+    "transform of another kind": lambda m: setattr(m, "transform", WrappedTransform(m.transform)),
+    "normalize on the object": lambda m: _on_the_object(m.transform, "normalize", lambda f, image: f(image) * 0.5),
+    "resize on the object": lambda m: _on_the_object(
+        m.transform, "resize", lambda f, image, target=None: (image, target)
+    ),
+    "postprocess on the object": lambda m: _on_the_object(m.transform, "postprocess", lambda f, found, *sizes: found),
     "matcher": lambda m: setattr(m, "proposal_matcher", OwnMatcher(0.5, 0.4, allow_low_quality_matches=True)),
     "coder": lambda m: setattr(m, "box_coder", OwnCoder((1.0, 1.0, 1.0, 1.0))),
     "coder weights": lambda m: setattr(m.head.regression_head, "box_coder", BoxCoder((10.0, 10.0, 5.0, 5.0))),
@@ -352,7 +484,75 @@ def test_a_users_head_on_its_own():
     assert all(torch.allclose(again[key], losses[key]) for key in losses)
 
 
+def test_bytes_for_a_transform_that_takes_them():
+    plain = torchvision_model()
+    plain.transform.normalize = lambda image: (image.float() / 255 - 0.5) / 0.25
+    fast = retina_fast.from_torchvision(plain)
+    assert_same(fast, plain, images=[(image * 255).byte() for image in IMAGES])
+
+
+def test_boxes_that_a_transform_converts():
+    class FromXYWH(torchvision.models.detection.transform.GeneralizedRCNNTransform):
+        def forward(self, images, targets=None):
+            if targets is not None:
+                targets = [{**t, "boxes": torchvision.ops.box_convert(t["boxes"], "xywh", "xyxy")} for t in targets]
+            return super().forward(images, targets)
+
+    plain = torchvision_model()
+    plain.transform.__class__ = FromXYWH
+    narrow = [{**t, "boxes": torch.tensor([[20.0, 20, 12, 9]]), "labels": t["labels"][:1]} for t in good_targets()]
+    assert_same(retina_fast.from_torchvision(plain), plain, targets=narrow)
+
+
+def test_keypoints_and_masks_reach_a_loss_of_ones_own_resized():
+    seen = []
+
+    class Own(tv.RetinaNet):
+        def compute_loss(self, targets, head_outputs, anchors):
+            seen.append(targets[1])
+            return super().compute_loss(targets, head_outputs, anchors)
+
+    plain = torchvision_model(cls=Own)
+    targets = good_targets()
+    for target, image in zip(targets, IMAGES, strict=True):
+        target["keypoints"] = torch.rand(len(target["boxes"]), 2, 3) * 30
+        target["masks"] = torch.rand(len(target["boxes"]), *image.shape[1:]).round().byte()
+    for one in (retina_fast.from_torchvision(plain), plain):
+        one.train()(IMAGES, targets)
+    assert seen[0]["masks"].shape[1:] == (64, 81)
+    assert all(torch.equal(seen[0][key], seen[1][key]) for key in ("boxes", "keypoints", "masks"))
+
+
+def test_more_detections_than_the_limit():
+    """What a postprocess of the user's own returns is not cut."""
+
+    class Own(tv.RetinaNet):
+        def postprocess_detections(self, *args):
+            return [
+                {key: v.repeat(2, *[1] * (v.dim() - 1)) for key, v in image.items()}
+                for image in super().postprocess_detections(*args)
+            ]
+
+    fast = retina_fast.from_torchvision(torchvision_model(cls=Own, detections_per_img=5)).eval()
+    assert fast.detect(IMAGES[0][None]).counts.tolist() == [10]
+
+
 # Ways in.
+
+
+class Locked(tv.RetinaNet):
+    """Holds what cannot be copied, and leaves it out of its state."""
+
+    def __getstate__(self):
+        return {key: value for key, value in vars(self).items() if key != "lock"}
+
+
+def test_a_subclass_says_what_its_state_is():
+    plain = torchvision_model(cls=Locked)
+    plain.lock = threading.Lock()
+    twin = copy.deepcopy(retina_fast.from_torchvision(plain))
+    assert isinstance(twin, Locked)
+    assert not hasattr(twin, "lock")
 
 
 class RetinaNetHub(tv.RetinaNet):
