@@ -43,6 +43,7 @@ def gather_targets(
     Raises:
         AssertionError: boxes not a tensor or not (N, 4), or (by ``check``) without positive width and height.
         KeyError: no boxes or labels.
+        TypeError: a target that is no dict, or labels that are no tensor.
         IndexError: fewer targets than images or labels than boxes, labels not integers or (``check``) out of range.
         ValueError: more targets than images, more labels than boxes, or (``check``) boxes that are not finite.
     """
@@ -61,6 +62,8 @@ def gather_targets(
 
 
 def _check_structure(i: int, target: Mapping[str, Tensor]) -> None:
+    if not hasattr(target, "keys"):
+        raise TypeError(f"targets[{i}] must be a dict of boxes and labels, got a {type(target)}")
     for key in ("boxes", "labels"):
         if key not in target:
             raise KeyError(f"targets[{i}] has no {key!r}; its keys are {sorted(target)}")

@@ -108,6 +108,7 @@ REFUSED = {
     "fewer labels than boxes": (_labels(torch.tensor([0])), IndexError, r"targets\[0\] has 2 boxes"),
     "more targets than images": (good_targets() + good_targets()[:1], ValueError, "3 entries for 2 images"),
     "fewer targets than images": (good_targets()[:1], IndexError, "1 entries for 2 images"),
+    "one dict": (good_targets()[0], TypeError, r"targets\[0\] must be a dict"),
     "no boxes": ([{"labels": torch.tensor([1])}] * 2, KeyError, r"targets\[0\] has no 'boxes'"),
     "no labels": ([{"boxes": torch.rand(1, 4)}] * 2, KeyError, r"targets\[0\] has no 'labels'"),
 }
