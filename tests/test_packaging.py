@@ -1,0 +1,99 @@
+"""The package as it is installed: what the wheel holds, and what importing it brings along."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = ("faster_coco_eval", "lightning", "matplotlib", "rich", "typer")
+USE = f"""
+import sys
+import retina_fast
+print(retina_fast.__file__)
+print(sorted(set({EXTRAS}) & set(sys.modules)))
+import kernels
+import retina_fast.kernels.levels
+print(kernels.owner)
+import torch
+model = retina_fast.retinanet_resnet18_fpn_lite(weights_backbone=None, num_classes=2).eval()
+print(len(model([torch.rand(3, 32, 32)])))
+"""
+
+
+def run(*command, folder, **variables):
+    """What a command prints, run in a folder that is not the checkout."""
+    environment = {**os.environ, **variables}
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A wheel and an sdist of a copy of the checkout, with a file of weights in it."""
+    version = metadata.version("setuptools") if list(metadata.distributions(name="setuptools")) else "0"
+    if int(version.split(".")[0]) < 77:
+        pytest.skip("needs setuptools>=77")
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("retina_fast", "kernels"):
+        ignore = shutil.ignore_patterns("__pycache__", "*.pt")
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignore)
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "README.md").touch()
+    (folder / "retina_fast" / "weights").mkdir(exist_ok=True)
+    (folder / "retina_fast" / "weights" / "small.pt").touch()
+    build = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
+    run("-c", build, folder=folder)
+    (wheel,), (sdist,) = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz")
+    return wheel, sdist
+
+
+def sources():
+    """Every file of code by the place it is imported from."""
+    return {
+        f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, package in (("retina_fast", "retina_fast"), ("kernels", "retina_fast/kernels"))
+        for path in (ROOT / folder).rglob("*.py")
+    }
+
+
+def test_every_subpackage_is_listed():
+    """setuptools takes the listed packages alone: one forgotten is missed only after installing."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {name.rpartition("/")[0].replace("/", ".") for name in sources()} == set(listed)
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # it would hide Hugging Face's package of that name
+
+
+def test_wheel_and_sdist(built):
+    wheel, sdist = built
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert sources() | {"retina_fast/py.typed", "retina_fast/weights/small.pt"} <= names
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"retina_fast"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f"kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= packed
+    assert {"LICENSE", "pyproject.toml", "retina_fast/py.typed", "retina_fast/weights/small.pt"} <= packed
+
+
+@pytest.mark.parametrize("place", ["checkout", "wheel"])
+def test_import_beside_hugging_faces_kernels(place, request, tmp_path):
+    """A package called kernels stays importable, also from the checkout; no extra is imported with the core."""
+    home = ROOT
+    if place == "wheel":
+        home = tmp_path / "installed"
+        zipfile.ZipFile(request.getfixturevalue("built")[0]).extractall(home)
+    (tmp_path / "theirs" / "kernels").mkdir(parents=True)
+    (tmp_path / "theirs" / "kernels" / "__init__.py").write_text("owner = 'Hugging Face'")
+    path = os.pathsep.join((str(home), str(tmp_path / "theirs")))
+    printed = run("-W", "ignore", "-c", USE, folder=tmp_path, PYTHONPATH=path, OMP_NUM_THREADS="1")
+    assert printed == [str(home / "retina_fast" / "__init__.py"), "[]", "Hugging Face", "1"]
