@@ -205,7 +205,7 @@ class RunFiles(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, state: dict[str, Any]) -> None:
         assert isinstance(module, Detector)
-        state["settings"] = asdict(module.settings)
+        state["settings"] = asdict(module.settings) | {"flips": module.settings.flips.value}  # weights_only reads no enum
         # WeightAveraging has put the averaged weights here.
         weights = {name.removeprefix("model."): value for name, value in state["state_dict"].items()}
         checkpoint.save(replace(module.about, state_dict=weights, metrics=module.metrics), self.folder / "model.pt")
