@@ -4,11 +4,15 @@ With p = sigmoid(x), s = softplus(x) = -log(1 - p), a = alpha, g = gamma, an ele
 
     L = (1-a) p^g s              dL/dx = (1-a) p^g (g (1-p) s + p)
 
-and the one element of a foreground anchor that is its class costs the mirrored a (1-p)^g softplus(-x). A label >= 0 is
-that class (0 is a real class: there is no background channel), -1 is background, -2 drops the anchor.
+and the one element of a foreground anchor that is its class costs the same of -x, with a for 1-a and the slope's sign
+turned. A label >= 0 is that class (0 is a real class: there is no background channel), -1 is background, -2 drops the
+anchor.
 
 torchvision makes 87 passes over the logits (one-hot targets, eight saved tensors). Here the forward pass reads them
-once and writes the finished gradient once; backward only scales it.
+once and writes the finished gradient once, since the foreground counts are known before it runs; backward only scales
+it by the incoming gradient, and reads nothing where that is 1. Two cases read the logits again in backward instead,
+three passes in all: float16, whose finished gradients would be flushed to zero before GradScaler's factor reaches
+them, and compiled graphs, where scaling a saved tensor in place becomes a copy.
 """
 
 from collections.abc import Sequence
@@ -17,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retina_fast.kernels.compiler import HAS_TRITON, PTX, tl, triton
+from retina_fast.kernels.fast_math import LOG2E, exp2, reciprocal, sigmoid
 from retina_fast.kernels.levels import flatten_all
 
 BACKGROUND = -1
 IGNORED = -2
-
-_TILE = 1 << 16  # elements of a CPU tile: its temporaries stay in the L2 cache
 
 
 def focal_loss_reference(
@@ -37,8 +41,9 @@ def focal_loss_reference(
     x = torch.cat(flatten_all(logits, num_classes), dim=1)  # (B, N, K)
     x = _at_least_float32(x)
     target = labels[..., None] == torch.arange(num_classes, device=x.device)  # (B, N, K)
+    x = torch.where((labels == IGNORED)[..., None], 0, x)
     x = torch.where(target, -x, x)  # the logit of the wrong answer
-    weight = torch.where(target, alpha, 1 - alpha)
+    weight = torch.where(target, *reversed(_weights(alpha)))
     loss = weight * torch.sigmoid(x) ** gamma * -F.logsigmoid(-x)
     loss = torch.where((labels == IGNORED)[..., None], 0, loss)
     return (loss.sum(dim=(1, 2)) / normalizers).sum()
@@ -48,8 +53,26 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _weights(alpha: float) -> tuple[float, float]:
+    """The weights of a background element and of an anchor's class; a negative alpha weighs both 1."""
+    return (1 - alpha, alpha) if alpha >= 0 else (1.0, 1.0)
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "focal_loss: double backward (create_graph=True) is not supported; focal_loss_reference can be differentiated twice"
+        )
+
+
+# CPU: a tiled pass with the backward written by hand
+
+_CPU_TILE = 1 << 16  # elements of a tile: its temporaries stay in the L2 cache
+
+
 def _cpu_tile(x: Tensor, labels: Tensor, alpha: float, gamma: float, grad: Tensor | None, scale: Tensor) -> Tensor:
     """Summed loss of the rows x (n, K) with labels (n,); its gradient times scale goes into grad (n, K) if given."""
+    background_weight, class_weight = _weights(alpha)
     x = _at_least_float32(x)
     p, s = torch.sigmoid(x), F.softplus(x)
     modulation = p.square() if gamma == 2 else p**gamma
@@ -58,53 +81,278 @@ def _cpu_tile(x: Tensor, labels: Tensor, alpha: float, gamma: float, grad: Tenso
     columns = labels[rows].long()
     q_true = torch.sigmoid(-x[rows, columns])
     s_true = F.softplus(-x[rows, columns])
-    modulation_true = alpha * q_true**gamma
+    modulation_true = class_weight * q_true**gamma
 
     background = modulation * s
     background[rows, columns] = 0
     background[ignored] = 0
     if grad is not None:
-        slope = torch.addcmul(p, 1 - p, s, value=gamma).mul_(modulation).mul_(1 - alpha)
+        slope = torch.addcmul(p, 1 - p, s, value=gamma).mul_(modulation).mul_(background_weight)
         slope[rows, columns] = -modulation_true * (gamma * (1 - q_true) * s_true + q_true)
         slope[ignored] = 0
         grad.copy_(slope.mul_(scale))
-    return (1 - alpha) * background.sum() + (modulation_true * s_true).sum()
+    return background_weight * background.sum() + (modulation_true * s_true).sum()
+
+
+def _cpu_pass(
+    levels: Sequence[Tensor], labels: Tensor, scales: Tensor, alpha: float, gamma: float, with_grads: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss with image b weighed by scales[b], and its gradients if wanted."""
+    grads = [torch.empty_like(level, memory_format=torch.contiguous_format) for level in levels] if with_grads else []
+    total = scales.new_zeros((), dtype=torch.float64)
+    start = 0
+    for i, level in enumerate(levels):
+        step = max(1, _CPU_TILE // max(1, level.shape[2]))
+        for b in range(level.shape[0]):
+            for begin in range(0, level.shape[1], step):
+                rows = slice(begin, min(begin + step, level.shape[1]))
+                tile_labels = labels[b, start + rows.start : start + rows.stop]
+                tile_grad = grads[i][b, rows] if with_grads else None
+                total += _cpu_tile(level[b, rows], tile_labels, alpha, gamma, tile_grad, scales[b]) * scales[b]
+        start += level.shape[1]
+    return total.to(scales.dtype), grads
 
 
 class _FocalLossCPU(torch.autograd.Function):
-    """Loss and finished gradient in one tiled pass over the levels, each (B, N_l, K)."""
+    """Loss and finished gradient in one pass over the levels, each (B, N_l, K); float16 is read again in backward."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx, labels: Tensor, normalizers: Tensor, alpha: float, gamma: float, *levels: Tensor
     ) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
-        grads = [torch.empty_like(level, memory_format=torch.contiguous_format) if wanted else None for level in levels]
-        total = labels.new_zeros((), dtype=torch.float64)
-        scales = _at_least_float32(normalizers).reciprocal()
-        starts = [0]
-        for level in levels:
-            starts.append(starts[-1] + level.shape[1])
-        for level, grad, start in zip(levels, grads, starts, strict=False):
-            step = max(1, _TILE // max(1, level.shape[2]))
-            for b in range(level.shape[0]):
-                for i in range(0, level.shape[1], step):
-                    rows = slice(i, min(i + step, level.shape[1]))
-                    tile_labels = labels[b, start + rows.start : start + rows.stop]
-                    tile_grad = None if grad is None else grad[b, rows]
-                    loss = _cpu_tile(level[b, rows], tile_labels, alpha, gamma, tile_grad, scales[b])
-                    total += loss * scales[b]
-        if wanted:
-            ctx.save_for_backward(*grads)
-        return total.to(torch.float64 if levels[0].dtype == torch.float64 else torch.float32)
+        scales = normalizers.to(_at_least_float32(levels[0]).dtype).reciprocal()
+        ctx.half = levels[0].dtype == torch.float16
+        loss, grads = _cpu_pass(levels, labels, scales, alpha, gamma, any(ctx.needs_input_grad) and not ctx.half)
+        ctx.constants = alpha, gamma
+        ctx.save_for_backward(*((labels, scales, *levels) if ctx.half else grads))
+        return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = ctx.saved_tensors
-        if grad_output != 1:
-            grads = [grad * grad_output.to(grad.dtype) for grad in grads]
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _refuse_double_backward()
+        if ctx.half:
+            labels, scales, *levels = ctx.saved_tensors
+            _, grads = _cpu_pass(levels, labels, scales * grad_loss, *ctx.constants, with_grads=True)
+        else:
+            grads = ctx.saved_tensors
+            if grad_loss != 1:
+                grads = [grad * grad_loss.to(grad.dtype) for grad in grads]
         return None, None, None, None, *grads
+
+
+# Triton. A tile is a run of logits of one image and level that starts on a 16-byte boundary. Nearly all tiles hold
+# background only: those need one look at their anchors' labels, no label an element and no mask.
+
+_TILE = 8192  # by instruction counts: 4096 costs 3 more an element, the price of a tile's set-up
+_CHUNK = 2048  # of a background tile, unrolled: 16 bytes a thread and load, 48 to 56 registers
+_MIXED_CHUNK = 512  # of a mixed tile, a loop: its labels and columns then cost no registers the fast path lacks
+_SCALE_TILE = 4096
+_SCALE_PROGRAMS = 1024  # about what an H200 holds at once; where the factor is 1 their launch is all that is paid
+
+
+@triton.jit
+def _focal(x, GAMMA: tl.constexpr, PTX: tl.constexpr):
+    """p^g s and its slope p^g (g (1-p) s + p) for p = sigmoid(x), s = softplus(x); NaN gives NaN."""
+    p, l = sigmoid(x, PTX)
+    s = tl.maximum(x, 0.0) + l
+    if GAMMA == 2:
+        modulation = p * p
+    elif GAMMA == 0:
+        modulation = 1.0
+    else:
+        modulation = exp2((tl.minimum(x, 0.0) - l) * (GAMMA * LOG2E), PTX)  # log(p) = min(x, 0) - l
+    return modulation * s, modulation * (GAMMA * ((1 - p) * s) + p)
+
+
+@triton.jit
+def _background_tile(
+    x_ptr, grad_ptr, weight, factor, GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    losses = tl.zeros([CHUNK], tl.float32)
+    for begin in tl.static_range(0, TILE, CHUNK):
+        i = begin + tl.arange(0, CHUNK)
+        loss, slope = _focal(tl.load(x_ptr + i).to(tl.float32), GAMMA, PTX)
+        losses += loss
+        if WITH_GRADS:
+            tl.store(grad_ptr + i, (slope * (weight * factor)).to(grad_ptr.dtype.element_ty))
+    return tl.sum(losses, axis=0) * weight
+
+
+@triton.jit
+def _mixed_tile(
+    x_ptr, grad_ptr, labels_ptr, begin, end, background_weight, class_weight, factor, K: tl.constexpr,
+    GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    losses = tl.zeros([CHUNK], tl.float32)
+    for chunk in range(0, TILE, CHUNK):
+        i = chunk + tl.arange(0, CHUNK)
+        element = begin + i
+        mask = (element >= 0) & (element < end)
+        anchor = element // K
+        label = tl.load(labels_ptr + anchor, mask=mask, other=-2)
+        is_class = label == element - anchor * K
+        x = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32)
+        loss, slope = _focal(tl.where(is_class, -x, x), GAMMA, PTX)
+        weight = tl.where(is_class, class_weight, background_weight)
+        losses += tl.where(label == -2, 0.0, loss * weight)
+        if WITH_GRADS:
+            grad = tl.where(label == -2, 0.0, slope * (tl.where(is_class, -weight, weight) * factor))
+            tl.store(grad_ptr + i, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    return tl.sum(losses, axis=0)
+
+
+@triton.jit(do_not_specialize=["starts", "first_tiles", "num_anchors"])
+def _focal_loss_kernel(
+    levels, grads, labels_ptr, normalizers_ptr, partials_ptr, factor_ptr, starts, first_tiles, num_anchors,
+    background_weight, class_weight, K: tl.constexpr, GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    MIXED_CHUNK: tl.constexpr, TILE_ANCHORS: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Program (t, b): tile t, counted through the levels, of image b. Writes its share of the loss to partials (B, T)
+    and its gradients; one of the two may be left out. The gradients are multiplied by factor if there is one."""
+    tile = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    x_ptr, grad_ptr, start, anchors, first = levels[0], grads[0], starts[0], starts[1] - starts[0], first_tiles[0]
+    for l in tl.static_range(1, len(levels)):
+        if tile >= first_tiles[l]:
+            x_ptr, grad_ptr, start, anchors, first = levels[l], grads[l], starts[l], starts[l + 1] - starts[l], first_tiles[l]
+    end = anchors * K  # logits of an image in this level
+    shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries
+    begin = (tile - first) * TILE - shift
+    offset = tl.multiple_of(image * end - shift, 16) + (tile - first) * TILE
+    labels_ptr += image * num_anchors + start
+
+    first_anchor = tl.maximum(begin, 0) // K
+    anchor = first_anchor + tl.arange(0, TILE_ANCHORS)
+    label = tl.load(labels_ptr + anchor, mask=anchor * K < tl.minimum(begin + TILE, end), other=-1)
+    is_background = (begin >= 0) & (begin + TILE <= end) & (tl.max((label != -1).to(tl.int32), axis=0) == 0)
+
+    scale = reciprocal(tl.load(normalizers_ptr + image), PTX)
+    background_weight *= scale
+    class_weight *= scale
+    factor = 1.0
+    if factor_ptr is not None:
+        factor = tl.load(factor_ptr)
+    if is_background:
+        loss = _background_tile(
+            x_ptr + offset, grad_ptr + offset, background_weight, factor, GAMMA, TILE, CHUNK, WITH_GRADS, PTX
+        )
+    else:
+        loss = _mixed_tile(
+            x_ptr + offset, grad_ptr + offset, labels_ptr, begin, end, background_weight, class_weight, factor,
+            K, GAMMA, TILE, MIXED_CHUNK, WITH_GRADS, PTX,
+        )  # fmt: skip
+    if partials_ptr is not None:
+        tl.store(partials_ptr + image * tl.num_programs(0) + tile, loss)
+
+
+@triton.jit
+def _scale_kernel(tensors, sizes, factor_ptr, TILE: tl.constexpr):
+    """Multiplies the tensors by factor in place; reads and writes nothing where that is 1."""
+    factor = tl.load(factor_ptr)
+    if factor != 1:
+        i = tl.arange(0, TILE)
+        for t in tl.static_range(len(tensors)):
+            offset = tl.program_id(0).to(tl.int64) * TILE
+            while offset < sizes[t]:
+                ptr = tensors[t] + offset + i
+                if offset + TILE <= sizes[t]:
+                    tl.store(ptr, (tl.load(ptr).to(tl.float32) * factor).to(ptr.dtype.element_ty))
+                else:
+                    mask = i < sizes[t] - offset
+                    tl.store(ptr, (tl.load(ptr, mask=mask).to(tl.float32) * factor).to(ptr.dtype.element_ty), mask=mask)
+                offset += tl.num_programs(0) * TILE
+
+
+@torch.library.custom_op("retina_fast::focal_loss", mutates_args=())
+def _focal_loss_op(
+    levels: list[Tensor],
+    labels: Tensor,
+    normalizers: Tensor,
+    factor: Tensor | None,
+    num_classes: int,
+    alpha: float,
+    gamma: float,
+    with_loss: bool,
+    with_grads: bool,
+) -> list[Tensor]:
+    """[the loss (), the gradient of each contiguous level (B, N_l, K), times factor ()], each if wanted.
+
+    One launch over all levels: at batch 1 the whole work is 10 us, the time of two launches.
+    """
+    starts, first_tiles = [0], [0]
+    for level in levels:
+        starts.append(starts[-1] + level.shape[1])
+        first_tiles.append(first_tiles[-1] + triton.cdiv(level.shape[1] * num_classes + 15, _TILE))
+    partials = labels.new_empty(len(labels), first_tiles[-1], dtype=torch.float32) if with_loss else None
+    grads = [torch.empty_like(level) for level in levels] if with_grads else []
+    background_weight, class_weight = _weights(alpha)
+    with torch.cuda.device_of(labels):
+        _focal_loss_kernel[(first_tiles[-1], len(labels))](
+            tuple(levels), tuple(grads or levels), labels, normalizers, partials, factor, tuple(starts),
+            tuple(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes, GAMMA=float(gamma),
+            TILE=_TILE, CHUNK=_CHUNK, MIXED_CHUNK=_MIXED_CHUNK,
+            TILE_ANCHORS=triton.next_power_of_2((_TILE - 1) // num_classes + 2), WITH_GRADS=with_grads, PTX=PTX,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return ([] if partials is None else [partials.sum()]) + grads
+
+
+@_focal_loss_op.register_fake
+def _(levels, labels, normalizers, factor, num_classes, alpha, gamma, with_loss, with_grads):
+    loss = [labels.new_empty((), dtype=torch.float32)] if with_loss else []
+    return loss + ([torch.empty_like(level) for level in levels] if with_grads else [])
+
+
+@torch.library.custom_op("retina_fast::scale_", mutates_args=("tensors",))
+def _scale_op(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiplies contiguous tensors in place by factor (), which is read on the device."""
+    sizes = tuple(tensor.numel() for tensor in tensors)
+    with torch.cuda.device_of(factor):
+        programs = min(_SCALE_PROGRAMS, triton.cdiv(max(sizes), _SCALE_TILE))
+        _scale_kernel[(programs,)](tuple(tensors), sizes, factor, TILE=_SCALE_TILE)
+
+
+@_scale_op.register_fake
+def _(tensors, factor):
+    return None
+
+
+def _setup_context(ctx, inputs, output):
+    levels, labels, normalizers, _, *ctx.constants, _, ctx.with_grads = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(output[1:] if ctx.with_grads else (*levels, labels, normalizers)))
+
+
+def _backward(ctx, grad_outputs):
+    _refuse_double_backward()
+    factor = grad_outputs[0]
+    if ctx.with_grads:
+        grads = list(ctx.saved_tensors)
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            grads = [grad.clone() for grad in grads]  # a second backward may come, and needs them as they are
+        _scale_op(grads, factor)
+    else:
+        *levels, labels, normalizers = ctx.saved_tensors
+        grads = _focal_loss_op(levels, labels, normalizers, factor, *ctx.constants, with_loss=False, with_grads=True)
+    return grads, *[None] * 8
+
+
+_focal_loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _focal_loss_triton(
+    levels: Sequence[Tensor], labels: Tensor, normalizers: Tensor, num_classes: int, alpha: float, gamma: float
+) -> Tensor:
+    with_grads = (
+        torch.is_grad_enabled()
+        and any(level.requires_grad for level in levels)
+        and levels[0].dtype != torch.float16
+        and not torch.compiler.is_compiling()
+    )
+    levels = [level.contiguous() for level in levels]
+    labels, normalizers = labels.contiguous(), normalizers.contiguous()
+    return _focal_loss_op(levels, labels, normalizers, None, num_classes, alpha, gamma, True, with_grads)[0]
 
 
 def focal_loss(
@@ -118,15 +366,17 @@ def focal_loss(
     """Focal loss of a batch: the sum over images b of (the summed loss of b's anchors) / normalizers[b], a scalar.
 
     Args:
-        logits: the levels as the heads wrote them, each ``(B, A*K, H, W)`` or ``(B, N_l, K)``; any float dtype.
+        logits: the levels as the heads wrote them, each ``(B, A*K, H, W)`` or ``(B, N_l, K)``; any float dtype. Levels
+            in channels_last memory are read and their gradients written as they lie, NCHW ones are copied once.
         labels: ``(B, N)`` integers, N the anchors of all levels: a class in [0, K), -1 background, -2 ignored.
         normalizers: ``(B,)``, the foreground counts (at least 1) times B for torchvision's mean over images.
         num_classes: K.
-        alpha: weight of the positive class, 1 - alpha of the background.
+        alpha: weight of the positive class, 1 - alpha of the background; negative: no weights.
         gamma: focusing exponent, at least 0.
 
     Raises:
-        ValueError: if the levels do not hold B*N*K logits.
+        ValueError: if the levels do not hold B*N*K logits, or differ in dtype.
+        RuntimeError: in backward with create_graph=True; :func:`focal_loss_reference` can be differentiated twice.
 
     Example::
 
@@ -139,6 +389,10 @@ def focal_loss(
     levels = flatten_all(logits, num_classes)
     if tuple(labels.shape) != (levels[0].shape[0], sum(level.shape[1] for level in levels)):
         raise ValueError(f"labels {tuple(labels.shape)} do not fit levels {[tuple(level.shape) for level in levels]}")
-    if labels.device.type != "cpu":
+    if any(level.dtype != levels[0].dtype for level in levels):
+        raise ValueError(f"levels must share a dtype, got {[level.dtype for level in levels]}")
+    if labels.device.type == "cpu":
+        return _FocalLossCPU.apply(labels, normalizers, alpha, gamma, *levels)
+    if labels.device.type != "cuda" or not HAS_TRITON or levels[0].dtype == torch.float64:
         return focal_loss_reference(levels, labels, normalizers, num_classes, alpha, gamma)
-    return _FocalLossCPU.apply(labels, normalizers, alpha, gamma, *levels)
+    return _focal_loss_triton(levels, labels, normalizers, num_classes, alpha, gamma)
