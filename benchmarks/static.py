@@ -91,28 +91,45 @@ def _compile(launch: Any, target: str) -> Any:
     return launch.kernel.warmup(*map(described, launch.args), grid=(1,), **kwargs)
 
 
-def _in_a_process(launch: Any, row: Row, tile: int | None) -> Row:
+def _start(launch: Any, row: Row, tile: int | None, folder: Path) -> int:
     """Compiles in a fork of this process, so that an abort or a stray message is seen and ends nothing else."""
+    child = os.fork()
+    if child == 0:
+        try:
+            output = os.open(folder / "log", os.O_CREAT | os.O_WRONLY)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            _read(_compile(launch, row.target), row, tile)
+            (folder / "row").write_text(json.dumps(asdict(row)))
+        except BaseException as error:
+            os.write(2, f"error: {error!r}\n".encode())
+        finally:
+            os._exit(0)
+    return child
+
+
+def _finish(row: Row, status: int, folder: Path) -> Row:
+    printed = (folder / "log").read_text(errors="replace")
+    if "error:" in printed or status or not (folder / "row").exists():
+        row.error = f"status {status}: {printed[-2000:]}"
+        return row
+    return Row(**json.loads((folder / "row").read_text()))
+
+
+def _compile_all(jobs: list[tuple[Any, Row, int | None]]) -> list[Row]:
+    """One process a compile, as many at once as there are cores."""
+    rows: dict[int, Row] = {}
+    running: dict[int, int] = {}  # process to job
     with tempfile.TemporaryDirectory() as folder:
-        answer, log = Path(folder, "answer"), Path(folder, "log")
-        child = os.fork()
-        if child == 0:
-            try:
-                output = os.open(log, os.O_CREAT | os.O_WRONLY)
-                os.dup2(output, 1)
-                os.dup2(output, 2)
-                _read(_compile(launch, row.target), row, tile)
-                answer.write_text(json.dumps(asdict(row)))
-            except BaseException as error:
-                os.write(2, f"error: {error!r}\n".encode())
-            finally:
-                os._exit(0)
-        _, status = os.waitpid(child, 0)
-        printed = log.read_text(errors="replace")
-        if "error:" in printed or status or not answer.exists():
-            row.error = f"status {status}: {printed[-2000:]}"
-            return row
-        return Row(**json.loads(answer.read_text()))
+        for i, (launch, row, tile) in enumerate(jobs):
+            place = Path(folder, str(i))
+            place.mkdir()
+            running[_start(launch, row, tile, place)] = i
+            while len(running) >= (os.cpu_count() or 1) or (running and i == len(jobs) - 1):
+                child, status = os.wait()
+                done = running.pop(child)
+                rows[done] = _finish(jobs[done][1], status, Path(folder, str(done)))
+    return [rows[i] for i in range(len(jobs))]
 
 
 def _read(compiled: Any, row: Row, tile: int | None) -> None:
@@ -254,12 +271,13 @@ def main() -> None:
 
     from benchmarks.launches import CASES, record
 
-    rows = []
-    for name in arguments.case or CASES:
-        for launch in record(CASES[name].run):
-            for target in arguments.targets:
-                row = Row(name, launch.kernel.__name__, target)
-                rows.append(_in_a_process(launch, row, CASES[name].tile))
+    jobs = [
+        (launch, Row(name, launch.kernel.__name__, target), CASES[name].tile)
+        for name in arguments.case or CASES
+        for launch in record(CASES[name].run)
+        for target in arguments.targets
+    ]
+    rows = _compile_all(jobs)
     print(json.dumps([asdict(row) for row in rows]) if arguments.json else f"triton {triton.__version__}\n{_table(rows)}")
     if not arguments.json and any(row.error for row in rows):
         sys.exit(1)

@@ -143,9 +143,8 @@ class _FocalLossCPU(torch.autograd.Function):
 # Triton. A tile is a run of logits of one image and level that starts on a 16-byte boundary. Nearly all tiles hold
 # background only: those need one look at their anchors' labels, no label an element and no mask.
 
-_TILE = 8192  # by instruction counts: 4096 costs 3 more an element, the price of a tile's set-up
-_CHUNK = 2048  # of a background tile, unrolled: 16 bytes a thread and load, 48 to 56 registers
-_MIXED_CHUNK = 512  # of a mixed tile, a loop: its labels and columns then cost no registers the fast path lacks
+_TILE = 8192  # by instruction counts: at 4096 a tile's set-up costs 3 more an element
+_CHUNK = 1024  # of a background tile, unrolled: 16 bytes a thread in bf16, and 32 to 48 registers
 _SCALE_TILE = 4096
 _SCALE_PROGRAMS = 1024  # about what an H200 holds at once; where the factor is 1 their launch is all that is paid
 
@@ -176,7 +175,7 @@ def _background_tile(
         losses += loss
         if WITH_GRADS:
             tl.store(grad_ptr + i, (slope * (weight * factor)).to(grad_ptr.dtype.element_ty))
-    return tl.sum(losses, axis=0) * weight
+    return losses * weight
 
 
 @triton.jit
@@ -199,14 +198,14 @@ def _mixed_tile(
         if WITH_GRADS:
             grad = tl.where(label == -2, 0.0, slope * (tl.where(is_class, -weight, weight) * factor))
             tl.store(grad_ptr + i, grad.to(grad_ptr.dtype.element_ty), mask=mask)
-    return tl.sum(losses, axis=0)
+    return losses
 
 
 @triton.jit(do_not_specialize=["starts", "first_tiles", "num_anchors"])
 def _focal_loss_kernel(
     levels, grads, labels_ptr, normalizers_ptr, partials_ptr, factor_ptr, starts, first_tiles, num_anchors,
     background_weight, class_weight, K: tl.constexpr, GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    MIXED_CHUNK: tl.constexpr, TILE_ANCHORS: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
+    TILE_ANCHORS: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b): tile t, counted through the levels, of image b. Writes its share of the loss to partials (B, T)
     and its gradients; one of the two may be left out. The gradients are multiplied by factor if there is one."""
@@ -234,16 +233,16 @@ def _focal_loss_kernel(
     if factor_ptr is not None:
         factor = tl.load(factor_ptr)
     if is_background:
-        loss = _background_tile(
+        losses = _background_tile(
             x_ptr + offset, grad_ptr + offset, background_weight, factor, GAMMA, TILE, CHUNK, WITH_GRADS, PTX
         )
     else:
-        loss = _mixed_tile(
+        losses = _mixed_tile(
             x_ptr + offset, grad_ptr + offset, labels_ptr, begin, end, background_weight, class_weight, factor,
-            K, GAMMA, TILE, MIXED_CHUNK, WITH_GRADS, PTX,
+            K, GAMMA, TILE, CHUNK, WITH_GRADS, PTX,
         )  # fmt: skip
     if partials_ptr is not None:
-        tl.store(partials_ptr + image * tl.num_programs(0) + tile, loss)
+        tl.store(partials_ptr + image * tl.num_programs(0) + tile, tl.sum(losses, axis=0))
 
 
 @triton.jit
@@ -291,8 +290,8 @@ def _focal_loss_op(
         _focal_loss_kernel[(first_tiles[-1], len(labels))](
             tuple(levels), tuple(grads or levels), labels, normalizers, partials, factor, tuple(starts),
             tuple(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes, GAMMA=float(gamma),
-            TILE=_TILE, CHUNK=_CHUNK, MIXED_CHUNK=_MIXED_CHUNK,
-            TILE_ANCHORS=triton.next_power_of_2((_TILE - 1) // num_classes + 2), WITH_GRADS=with_grads, PTX=PTX,
+            TILE=_TILE, CHUNK=_CHUNK,
+            TILE_ANCHORS=triton.next_power_of_2((_TILE - 2) // num_classes + 2), WITH_GRADS=with_grads, PTX=PTX,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return ([] if partials is None else [partials.sum()]) + grads
@@ -391,7 +390,7 @@ def focal_loss(
         raise ValueError(f"labels {tuple(labels.shape)} do not fit levels {[tuple(level.shape) for level in levels]}")
     if any(level.dtype != levels[0].dtype for level in levels):
         raise ValueError(f"levels must share a dtype, got {[level.dtype for level in levels]}")
-    if labels.device.type == "cpu":
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         return _FocalLossCPU.apply(labels, normalizers, alpha, gamma, *levels)
     if labels.device.type != "cuda" or not HAS_TRITON or levels[0].dtype == torch.float64:
         return focal_loss_reference(levels, labels, normalizers, num_classes, alpha, gamma)
