@@ -320,6 +320,7 @@ def _(tensors, factor):
 def _setup_context(ctx, inputs, output):
     levels, labels, normalizers, _, *ctx.constants, _, ctx.with_grads = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*(output[1:] if ctx.with_grads else (*levels, labels, normalizers)))
 
 
@@ -328,7 +329,8 @@ def _backward(ctx, grad_outputs):
     factor = grad_outputs[0]
     if ctx.with_grads:
         grads = list(ctx.saved_tensors)
-        if torch._C._autograd._get_current_graph_task_keep_graph():
+        traced = type(factor) is not Tensor  # a graph that is traced may hand out the saved tensors as well
+        if traced or torch._C._autograd._get_current_graph_task_keep_graph():
             grads = [grad.clone() for grad in grads]  # a second backward may come, and needs them as they are
         _scale_op(grads, factor)
     else:
