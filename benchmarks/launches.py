@@ -56,9 +56,7 @@ def _focal_loss(dtype: torch.dtype, with_loss: bool, with_grads: bool, num_class
     normalizers = torch.empty(8, device="cuda")
     factor = None if with_loss else torch.empty((), device="cuda")
     with contextlib.nullcontext() if with_loss else torch.no_grad():
-        focal_loss._focal_loss_op(
-            levels, labels, normalizers, factor, num_classes, 0.25, gamma, with_loss, with_grads
-        )
+        focal_loss._focal_loss_op(levels, labels, normalizers, factor, num_classes, 0.25, gamma, with_loss, with_grads)
 
 
 def _scale(dtype: torch.dtype) -> None:
@@ -177,4 +175,3 @@ class _NoHostCopies(TorchDispatchMode):
 
 
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-

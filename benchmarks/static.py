@@ -166,7 +166,7 @@ def _read_amdgcn(assembly: str, row: Row) -> None:
         return int(match[1]) if match else 0
 
     row.registers = number("vgpr_count")
-    row.spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    row.spilled = number("private_segment_fixed_size")  # scalars spilled to the lanes of a vector register cost none
     row.shared = number("group_segment_fixed_size")
     row.code = len(re.findall(r"^\s+(?:[vs]_|global_|buffer_|flat_|ds_)", assembly, re.M))
     words = {"byte": 8, "ubyte": 8, "sbyte": 8, "short": 16, "ushort": 16, "dword": 32}
@@ -214,9 +214,13 @@ def usual_path(blocks: list[Block]) -> list[str]:
     best: dict[int, dict[int, tuple[int, tuple[int, ...]]]] = {}
 
     def walk(i: int, seen: frozenset[int]) -> dict[int, tuple[int, tuple[int, ...]]]:
-        if i in best or i in seen:
-            return best.get(i, {})
-        tails = [walk(j, seen | {i}) for j in blocks[i].successors]
+        if i in best:
+            return best[i]
+        tails = []
+        for j in blocks[i].successors:
+            # back at the head of a loop: leave it
+            ahead = [j] if j not in seen else [after for after in blocks[j].successors if after not in seen]
+            tails += [walk(after, seen | {i}) for after in ahead if after != i]
         if not blocks[i].successors or any("EXIT" in last for last in blocks[i].instructions[-1:]):
             tails.append({0: (0, ())})
         wide = sum(map(_is_wide, blocks[i].instructions))
@@ -243,7 +247,9 @@ def _is_wide(instruction: str) -> bool:
 
 def _widest(path: list[str], kind: str) -> int:
     opcodes = [_opcode(i) for i in path if re.search(rf"\b{kind}\b", i)]
-    return max((int(found[1]) if (found := re.search(r"\.[US]?(8|16|64|128)\b", o)) else 32 for o in opcodes), default=0)
+    return max(
+        (int(found[1]) if (found := re.search(r"\.[US]?(8|16|64|128)\b", o)) else 32 for o in opcodes), default=0
+    )
 
 
 def _table(rows: list[Row]) -> str:
@@ -278,7 +284,9 @@ def main() -> None:
         for target in arguments.targets
     ]
     rows = _compile_all(jobs)
-    print(json.dumps([asdict(row) for row in rows]) if arguments.json else f"triton {triton.__version__}\n{_table(rows)}")
+    print(
+        json.dumps([asdict(row) for row in rows]) if arguments.json else f"triton {triton.__version__}\n{_table(rows)}"
+    )
     if not arguments.json and any(row.error for row in rows):
         sys.exit(1)
 

@@ -214,7 +214,13 @@ def _focal_loss_kernel(
     x_ptr, grad_ptr, start, anchors, first = levels[0], grads[0], starts[0], starts[1] - starts[0], first_tiles[0]
     for l in tl.static_range(1, len(levels)):
         if tile >= first_tiles[l]:
-            x_ptr, grad_ptr, start, anchors, first = levels[l], grads[l], starts[l], starts[l + 1] - starts[l], first_tiles[l]
+            x_ptr, grad_ptr, start, anchors, first = (
+                levels[l],
+                grads[l],
+                starts[l],
+                starts[l + 1] - starts[l],
+                first_tiles[l],
+            )
     end = anchors * K  # logits of an image in this level
     shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries
     begin = (tile - first) * TILE - shift

@@ -75,7 +75,13 @@ def _sigmoid_focal_loss_kernel(
 
 @torch.library.custom_op("retina_fast::sigmoid_focal_loss", mutates_args=())
 def _op(
-    inputs: Tensor, targets: Tensor, incoming: Tensor | None, alpha: float, gamma: float, output: str, dtype: torch.dtype
+    inputs: Tensor,
+    targets: Tensor,
+    incoming: Tensor | None,
+    alpha: float,
+    gamma: float,
+    output: str,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The "losses" of two contiguous tensors, their "sums" a tile (T,), or the "gradients" times incoming."""
     tiles = triton.cdiv(inputs.numel(), _TILE)
@@ -118,7 +124,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _sigmoid_focal_loss_triton(inputs: Tensor, targets: Tensor, alpha: float, gamma: float, reduction: str) -> Tensor:
-    dtype = torch.result_type(inputs, targets)
+    dtype = torch.promote_types(inputs.dtype, targets.dtype)
     if torch.is_autocast_enabled(inputs.device.type):
         dtype = torch.float32  # torchvision's logarithms and powers are, under autocast
     inputs, targets = inputs.contiguous(), targets.contiguous()

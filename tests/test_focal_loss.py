@@ -345,18 +345,14 @@ def test_opcheck(with_grads, device, small_tiles):
     logits, labels, normalizers = case(2, device, shapes=((3, 2),))
     levels = flatten_all([level.detach() for level in logits], 2)
     levels = [level.contiguous().requires_grad_() for level in levels]
-    torch.library.opcheck(
-        module._focal_loss_op, (levels, labels, normalizers, None, 2, 0.25, 2.0, True, with_grads)
-    )
+    torch.library.opcheck(module._focal_loss_op, (levels, labels, normalizers, None, 2, 0.25, 2.0, True, with_grads))
 
 
 def test_opcheck_of_the_backward_ops(device, small_tiles):
     logits, labels, normalizers = case(2, device, shapes=((3, 2),))
     levels = [level.detach().contiguous() for level in flatten_all(logits, 2)]
     factor = torch.tensor(3.0, device=device)
-    torch.library.opcheck(
-        module._focal_loss_op, (levels, labels, normalizers, factor, 2, 0.25, 2.0, False, True)
-    )
+    torch.library.opcheck(module._focal_loss_op, (levels, labels, normalizers, factor, 2, 0.25, 2.0, False, True))
     torch.library.opcheck(module._scale_op, (levels, factor))
 
 
