@@ -1,8 +1,8 @@
 """Every kernel launch of the project, recorded on a machine without a GPU.
 
-CASES is the one place where a kernel is listed: a case calls an op on fake CUDA tensors, at a size really used, and what
-it launches is then compiled for every target (``python -m benchmarks.static``) and its launcher is searched for host
-reads and copies between devices (tests/test_launches.py). A kernel is a ``@triton.jit`` function named ``*_kernel``.
+CASES is the one place where a kernel is listed: a case calls an op on fake CUDA tensors, at a size really used. What it
+launches is compiled for every target (``python -m benchmarks.static``), and its launcher is searched for host reads and
+copies between devices (tests/test_launches.py). A kernel is a ``@triton.jit`` function named ``*_kernel``.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import triton
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,8 +63,8 @@ def _scale(dtype: torch.dtype) -> None:
 
 
 def _sigmoid_focal_loss(dtype: torch.dtype, output: str) -> None:
-    x, targets, incoming = (torch.empty(8, 120087, 91, dtype=dtype, device="cuda") for _ in range(3))
-    incoming = incoming if output == "gradients" else None
+    x, targets = (torch.empty(8, 120087, 91, dtype=dtype, device="cuda") for _ in range(2))
+    incoming = torch.empty_like(x) if output == "gradients" else None
     sigmoid_focal_loss._op(x, targets, incoming, 0.25, 2.0, output, torch.float32 if output == "sums" else dtype)
 
 
@@ -155,8 +154,8 @@ def _no_launches(launches: list[Launch]) -> Iterator[None]:
 def _no_device_guard() -> Iterator[None]:
     """Entering a device needs a driver."""
     with (
-        mock.patch.object(torch.cuda.device, "__enter__", lambda guard: None),
-        mock.patch.object(torch.cuda.device, "__exit__", lambda guard, *_: False),
+        mock.patch.object(torch.cuda.device, "__enter__"),
+        mock.patch.object(torch.cuda.device, "__exit__", return_value=False),
     ):
         yield
 

@@ -1,7 +1,7 @@
 """What the compiler made of every kernel, for GPUs that are not at hand: ``python -m benchmarks.static [target ...]``.
 
-Each launch of benchmarks.launches.CASES is compiled as it would be specialised, for sm_80, sm_90, sm_100 and gfx942, and
-its machine code read: registers, spilled bytes, shared memory, instructions and MUFU an element, the widest global
+Each launch of benchmarks.launches.CASES is compiled as it would be specialised, for sm_80, sm_90, sm_100 and gfx942,
+and its machine code read: registers, spilled bytes, shared memory, instructions and MUFU an element, the widest global
 accesses. Per element means over the blocks that one usual tile executes, divided by the elements a thread handles.
 Every compile has a process of its own, and fails if it prints 'error:', which a HIP compile can do and yet return code.
 """

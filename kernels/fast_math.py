@@ -1,7 +1,7 @@
 """Special functions at one instruction each on NVIDIA, with a portable twin for the interpreter and for HIP.
 
-Triton's own exp2 adds a guard for subnormal results and its division a correction: together they would nearly double what an
-element of a focal loss costs. The PTX documentation gives these errors over the full range, subnormals flushed:
+Triton's own exp2 guards subnormal results and its division adds a correction: together they would nearly double what
+an element of a focal loss costs. The PTX documentation gives these errors over the full range, subnormals flushed:
 
     ex2.approx.ftz.f32    relative error 2^-22
     rcp.approx.ftz.f32    1 ulp, a relative error of 2^-23

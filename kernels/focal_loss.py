@@ -61,7 +61,8 @@ def _weights(alpha: float) -> tuple[float, float]:
 def _refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "focal_loss: double backward (create_graph=True) is not supported; focal_loss_reference can be differentiated twice"
+            "focal_loss: double backward (create_graph=True) is not supported; "
+            "focal_loss_reference can be differentiated twice"
         )
 
 
@@ -152,14 +153,14 @@ _SCALE_PROGRAMS = 1024  # about what an H200 holds at once; where the factor is 
 @triton.jit
 def _focal(x, GAMMA: tl.constexpr, PTX: tl.constexpr):
     """p^g s and its slope p^g (g (1-p) s + p) for p = sigmoid(x), s = softplus(x); NaN gives NaN."""
-    p, l = sigmoid(x, PTX)
-    s = tl.maximum(x, 0.0) + l
+    p, log1p = sigmoid(x, PTX)
+    s = tl.maximum(x, 0.0) + log1p
     if GAMMA == 2:
         modulation = p * p
     elif GAMMA == 0:
         modulation = 1.0
     else:
-        modulation = exp2((tl.minimum(x, 0.0) - l) * (GAMMA * LOG2E), PTX)  # log(p) = min(x, 0) - l
+        modulation = exp2((tl.minimum(x, 0.0) - log1p) * (GAMMA * LOG2E), PTX)  # log(p) = min(x, 0) - log1p
     return modulation * s, modulation * (GAMMA * ((1 - p) * s) + p)
 
 
@@ -212,14 +213,14 @@ def _focal_loss_kernel(
     tile = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     x_ptr, grad_ptr, start, anchors, first = levels[0], grads[0], starts[0], starts[1] - starts[0], first_tiles[0]
-    for l in tl.static_range(1, len(levels)):
-        if tile >= first_tiles[l]:
+    for level in tl.static_range(1, len(levels)):
+        if tile >= first_tiles[level]:
             x_ptr, grad_ptr, start, anchors, first = (
-                levels[l],
-                grads[l],
-                starts[l],
-                starts[l + 1] - starts[l],
-                first_tiles[l],
+                levels[level],
+                grads[level],
+                starts[level],
+                starts[level + 1] - starts[level],
+                first_tiles[level],
             )
     end = anchors * K  # logits of an image in this level
     shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries

@@ -5,9 +5,9 @@ probability of the wrong answer, a = alpha t + (1-alpha) (1-t) and g = gamma,
 
     L = a w^g c              dL/dx = a w^g (g (1-2t) p (1-p) c / w + p - t)
 
-torchvision makes 87 passes over tensors of the logits' size, forward and backward, and saves eight of them. Here forward
-reads the two inputs, and writes the losses only if they are not reduced; backward reads the inputs again and writes the
-gradient: 5 passes for a sum, 7 without reduction.
+torchvision makes 87 passes over tensors of the logits' size, forward and backward, and saves eight of them. Here
+forward reads the two inputs, and writes the losses only if they are not reduced; backward reads the inputs again and
+writes the gradient: 5 passes for a sum, 7 without reduction.
 """
 
 import torch
@@ -29,10 +29,10 @@ def _tile(
     mask = i < left if MASKED else None
     x = tl.load(x_ptr + i, mask=mask).to(tl.float32)
     t = tl.load(target_ptr + i, mask=mask).to(tl.float32)
-    q, l = sigmoid(-tl.abs(x), PTX)  # the smaller of p and 1 - p, exact where the larger has rounded to 1
+    q, log1p = sigmoid(-tl.abs(x), PTX)  # the smaller of p and 1 - p, exact where the larger has rounded to 1
     p = tl.where(x > 0, 1 - q, q)
     not_p = tl.where(x > 0, q, 1 - q)
-    entropy = tl.maximum(x, 0.0) - x * t + l
+    entropy = tl.maximum(x, 0.0) - x * t + log1p
     wrong = p * (1 - t) + not_p * t
     if GAMMA == 2:
         modulation = wrong * wrong

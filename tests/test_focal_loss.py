@@ -56,16 +56,17 @@ def case(k, device="cpu", dtype=torch.float32, shapes=((7, 5), (3, 2)), foregrou
     return levels, labels.to(device), torch.tensor([3.0, 17.0], device=device)
 
 
-def loss_and_grads(function, logits, labels, normalizers, k, alpha=0.25, gamma=2.0, factor=1.0):
+def loss_and_grads(function, inputs, k, alpha=0.25, gamma=2.0, factor=1.0):
+    logits, labels, normalizers = inputs
     loss = function(logits, labels, normalizers, k, alpha, gamma)
     return loss.detach(), torch.autograd.grad(loss * factor, logits)
 
 
-def exact(logits, labels, normalizers, k, alpha=0.25, gamma=2.0, factor=1.0):
+def exact(inputs, k, alpha=0.25, gamma=2.0, factor=1.0):
+    logits, labels, normalizers = inputs
     logits = [level.detach().cpu().double().requires_grad_() for level in logits]
-    return loss_and_grads(
-        focal_loss_reference, logits, labels.cpu(), normalizers.cpu().double(), k, alpha, gamma, factor
-    )
+    doubles = logits, labels.cpu(), normalizers.cpu().double()
+    return loss_and_grads(focal_loss_reference, doubles, k, alpha, gamma, factor)
 
 
 def error(ours, theirs):
@@ -80,21 +81,21 @@ def error(ours, theirs):
 # Matches the reference
 
 
-@pytest.mark.parametrize("alpha, gamma", [(0.25, 2.0), (0.25, 0.0), (1.0, 1.5), (-1.0, 2.0), (0.5, 0.5)])
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.25, 0.0), (1.0, 1.5), (-1.0, 2.0), (0.5, 0.5)])
 @pytest.mark.parametrize("k", [1, 7, 91])
 def test_float32_is_within_1e_5_of_float64(k, alpha, gamma, loss_fn, place, small_tiles):
     shapes = ((7, 5), (3, 2)) if k < 91 else ((3, 2), (1, 1))
     inputs = case(k, place, shapes=shapes)
-    loss, grads = loss_and_grads(loss_fn, *inputs, k, alpha, gamma, factor=3.0)
-    expected, expected_grads = exact(*inputs, k, alpha, gamma, factor=3.0)
+    loss, grads = loss_and_grads(loss_fn, inputs, k, alpha, gamma, factor=3.0)
+    expected, expected_grads = exact(inputs, k, alpha, gamma, factor=3.0)
     assert error(loss, expected) < 1e-5
     assert error(grads, expected_grads) < 1e-5
 
 
 def test_the_real_tile_sizes(device):
     inputs = case(91, device, torch.bfloat16, shapes=((11, 9), (1, 1)), foreground=0.003, ignored=0.003)
-    loss, grads = loss_and_grads(kernel_loss, *inputs, 91)
-    expected, expected_grads = exact(*inputs, 91)
+    loss, grads = loss_and_grads(kernel_loss, inputs, 91)
+    expected, expected_grads = exact(inputs, 91)
     assert error(loss, expected) < 1e-5
     assert error(grads, expected_grads) < 2**-8
 
@@ -103,8 +104,8 @@ def test_the_real_tile_sizes(device):
 def test_half_precision_is_within_twice_eager_error(dtype, loss_fn, place, small_tiles):
     k = 7
     logits, labels, normalizers = case(k, place, dtype)
-    loss, grads = loss_and_grads(loss_fn, logits, labels, normalizers, k)
-    expected, expected_grads = exact(logits, labels, normalizers, k)
+    loss, grads = loss_and_grads(loss_fn, (logits, labels, normalizers), k)
+    expected, expected_grads = exact((logits, labels, normalizers), k)
 
     x = torch.cat(flatten_all(logits, k), dim=1)
     targets = (labels[..., None] == torch.arange(k, device=place)).to(dtype)
@@ -127,15 +128,15 @@ def reciprocal_at_its_worst(x, PTX: tl.constexpr):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the model stands in for the hardware's approximations")
-@pytest.mark.parametrize("spread, shift", [(3.0, 0.0), (0.1, -4.6), (0.1, -7.0), (0.5, 8.0)])
+@pytest.mark.parametrize(("spread", "shift"), [(3.0, 0.0), (0.1, -4.6), (0.1, -7.0), (0.5, 8.0)])
 @pytest.mark.parametrize("worst", [("exp2",), ("reciprocal",), ("exp2", "reciprocal")])
 def test_approximations_at_their_documented_worst_stay_within_1e_5(worst, spread, shift, monkeypatch, small_tiles):
     for name in worst:
         monkeypatch.setattr(fast_math, name, globals()[f"{name}_at_its_worst"])
     logits, labels, normalizers = case(7, spread=spread)
     logits = [(level.detach() + shift).requires_grad_() for level in logits]
-    loss, grads = loss_and_grads(kernel_loss, logits, labels, normalizers, 7)
-    expected, expected_grads = exact(logits, labels, normalizers, 7)
+    loss, grads = loss_and_grads(kernel_loss, (logits, labels, normalizers), 7)
+    expected, expected_grads = exact((logits, labels, normalizers), 7)
     assert error(loss, expected) < 1e-5
     assert error(grads, expected_grads) < 1e-5
 
@@ -146,7 +147,7 @@ def test_approximations_at_their_documented_worst_stay_within_1e_5(worst, spread
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_lie_as_the_logits_lie(dtype, loss_fn, place, small_tiles):
     inputs = case(7, place, dtype)
-    _, grads = loss_and_grads(loss_fn, *inputs, 7)
+    _, grads = loss_and_grads(loss_fn, inputs, 7)
     for grad, level in zip(grads, inputs[0], strict=True):
         assert grad.dtype == level.dtype
         assert grad.stride() == level.stride()
@@ -155,7 +156,7 @@ def test_gradients_lie_as_the_logits_lie(dtype, loss_fn, place, small_tiles):
 @pytest.mark.parametrize("form", ["NCHW", "flat", "one tensor"])
 def test_other_layouts(form, loss_fn, place, small_tiles):
     logits, labels, normalizers = case(7, place)
-    expected, expected_grads = exact(logits, labels, normalizers, 7)
+    expected, expected_grads = exact((logits, labels, normalizers), 7)
     flat = flatten_all(logits, 7)
     forms = {"NCHW": [level.contiguous() for level in logits], "flat": flat, "one tensor": [torch.cat(flat, dim=1)]}
     loss = loss_fn(forms[form], labels, normalizers, 7)
@@ -174,7 +175,7 @@ def test_second_backward(dtype, loss_fn, place, small_tiles):
     second = torch.autograd.grad(loss * 3, logits, retain_graph=True)
     third = torch.autograd.grad(loss * 0.5, logits)
     for grads, factor in ((second, 3), (third, 0.5)):
-        assert error(grads, exact(logits, labels, normalizers, 7, factor=factor)[1]) < tolerance
+        assert error(grads, exact((logits, labels, normalizers), 7, factor=factor)[1]) < tolerance
 
 
 def test_double_backward_is_refused(loss_fn, place, small_tiles):
@@ -188,8 +189,8 @@ def test_float16_under_a_gradient_scaler_flushes_nothing(loss_fn, place, small_t
     """At the logits of an untrained head, a gradient rounded before GradScaler's factor would be zero."""
     logits, labels, normalizers = case(7, place, torch.float16, spread=0.1)
     logits = [(level.detach() - 3.6).requires_grad_() for level in logits]  # about -4.6
-    _, grads = loss_and_grads(loss_fn, logits, labels, normalizers, 7, factor=65536.0)
-    _, expected = exact(logits, labels, normalizers, 7, factor=65536.0)
+    _, grads = loss_and_grads(loss_fn, (logits, labels, normalizers), 7, factor=65536.0)
+    _, expected = exact((logits, labels, normalizers), 7, factor=65536.0)
     for grad, exactly in zip(grads, expected, strict=True):
         assert torch.equal(grad.cpu() == 0, exactly.half() == 0)
     assert error(grads, expected) < 2**-10
@@ -220,12 +221,14 @@ def test_scaling_in_place(factor, device, small_tiles):
 # Edges
 
 
-@pytest.mark.parametrize("foreground, ignored", [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)], ids=["none", "ignored", "all"])
+@pytest.mark.parametrize(
+    ("foreground", "ignored"), [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)], ids=["none", "ignored", "all"]
+)
 @pytest.mark.parametrize("k", [1, 7])
 def test_no_foreground_all_ignored_all_foreground(k, foreground, ignored, loss_fn, place, small_tiles):
     inputs = case(k, place, foreground=foreground, ignored=ignored)
-    loss, grads = loss_and_grads(loss_fn, *inputs, k)
-    expected, expected_grads = exact(*inputs, k)
+    loss, grads = loss_and_grads(loss_fn, inputs, k)
+    expected, expected_grads = exact(inputs, k)
     if ignored:
         assert loss == 0
         assert all((grad == 0).all() for grad in grads)
@@ -239,8 +242,8 @@ def test_one_anchor(label, loss_fn, place):
     logits = [torch.linspace(-2, 3, 5, device=place).reshape(1, 1, 5).requires_grad_()]
     labels = torch.tensor([[label]], dtype=torch.int32, device=place)
     inputs = logits, labels, torch.ones(1, device=place)
-    loss, grads = loss_and_grads(loss_fn, *inputs, 5)
-    expected, expected_grads = exact(*inputs, 5)
+    loss, grads = loss_and_grads(loss_fn, inputs, 5)
+    expected, expected_grads = exact(inputs, 5)
     torch.testing.assert_close(loss.cpu(), expected.float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(grads[0].cpu(), expected_grads[0].float(), rtol=1e-5, atol=1e-9)
 
@@ -248,7 +251,7 @@ def test_one_anchor(label, loss_fn, place):
 def test_an_empty_level_and_an_empty_batch(loss_fn, place):
     logits, labels, normalizers = case(7, place)
     empty = torch.empty(2, 21, 0, 4, device=place)
-    assert error(loss_fn([logits[0], empty, logits[1]], labels, normalizers, 7), exact(*case(7), 7)[0]) < 1e-5
+    assert error(loss_fn([logits[0], empty, logits[1]], labels, normalizers, 7), exact(case(7), 7)[0]) < 1e-5
     assert loss_fn([torch.empty(0, 9, 7, device=place)], labels.new_empty(0, 9), normalizers[:0], 7) == 0
 
 
@@ -256,8 +259,8 @@ def test_an_empty_level_and_an_empty_batch(loss_fn, place):
 def test_logits_of_80(sign, loss_fn, place, small_tiles):
     logits, labels, normalizers = case(7, place, foreground=0.5)
     logits = [(level.detach().sign() * 80 * sign).requires_grad_() for level in logits]
-    loss, grads = loss_and_grads(loss_fn, logits, labels, normalizers, 7)
-    expected, expected_grads = exact(logits, labels, normalizers, 7)
+    loss, grads = loss_and_grads(loss_fn, (logits, labels, normalizers), 7)
+    expected, expected_grads = exact((logits, labels, normalizers), 7)
     assert error(loss, expected) < 1e-5
     assert error(grads, expected_grads) < 1e-5
 
@@ -269,11 +272,11 @@ def test_nan_surfaces_but_not_from_ignored_anchors(label, loss_fn, place, small_
     poisoned = logits[0].detach().clone()
     poisoned.permute(0, 2, 3, 1).view(2, -1, 7)[1, 50, 3] = torch.nan
     logits[0] = poisoned.requires_grad_()
-    loss, grads = loss_and_grads(loss_fn, logits, labels, normalizers, 7)
+    loss, grads = loss_and_grads(loss_fn, (logits, labels, normalizers), 7)
     assert loss.isnan()
     assert grads[0].isnan().sum() == 1
     labels[1, 50] = -2
-    loss, grads = loss_and_grads(loss_fn, logits, labels, normalizers, 7)
+    loss, grads = loss_and_grads(loss_fn, (logits, labels, normalizers), 7)
     assert loss.isfinite()
     assert grads[0].isfinite().all()
 
@@ -285,8 +288,8 @@ def test_labels_out_of_range_stay_in_bounds(device, small_tiles):
     for i, label in enumerate((7, 1000, 2**31 - 1, -3, -(2**31))):
         labels[:, i::17] = label
         background[:, i::17] = -1
-    loss, grads = loss_and_grads(kernel_loss, logits, labels, normalizers, 7)
-    expected, expected_grads = exact(logits, background, normalizers, 7)
+    loss, grads = loss_and_grads(kernel_loss, (logits, labels, normalizers), 7)
+    expected, expected_grads = exact((logits, background, normalizers), 7)
     assert error(loss, expected) < 1e-5
     assert error(grads, expected_grads) < 1e-5
 
@@ -295,8 +298,8 @@ def test_every_gradient_is_written_and_the_sum_is_deterministic(device, small_ti
     inputs = case(7, device)
     torch.use_deterministic_algorithms(True)  # fills empty buffers with NaN
     try:
-        loss, grads = loss_and_grads(kernel_loss, *inputs, 7)
-        again, _ = loss_and_grads(kernel_loss, *inputs, 7)
+        loss, grads = loss_and_grads(kernel_loss, inputs, 7)
+        again, _ = loss_and_grads(kernel_loss, inputs, 7)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(grad.isfinite().all() for grad in grads)
@@ -318,10 +321,10 @@ def test_offsets_beyond_two_to_the_31(device):
         0.25, K=k, GAMMA=2.0, TILE=tile, CHUNK=module._CHUNK, TILE_ANCHORS=128, WITH_GRADS=True, PTX=module.PTX,
     )  # fmt: skip
     for image in range(3):
-        shift = image * anchors * k & 15  # image 2 starts beyond 2^31; a tile starts at the 16-byte boundary before
+        shift = image * anchors * k & 15  # image 2 starts beyond 2^31; its tile at the boundary before
         rows = (tile - shift) // k
         expected, expected_grads = exact(
-            [x[image, : rows * k].view(1, rows, k).requires_grad_()], labels[image : image + 1, :rows], torch.ones(1), k
+            ([x[image, : rows * k].view(1, rows, k)], labels[image : image + 1, :rows], torch.ones(1)), k
         )
         assert error(grad[image, :rows], expected_grads) < 2**-7
         assert abs(partials[image, 0].cpu() - expected) < 0.02 * expected  # but for the tile's last, cut anchor
@@ -370,8 +373,8 @@ def test_compiles_whole_with_no_copy_of_a_gradient(dynamic, device, small_tiles)
     logits, labels, normalizers = case(2, device, shapes=((3, 2),))
     backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=keep)
     compiled = torch.compile(kernel_loss, fullgraph=True, backend=backend, dynamic=dynamic)
-    loss, grads = loss_and_grads(compiled, logits, labels, normalizers, 2, factor=3.0)
-    expected, expected_grads = exact(logits, labels, normalizers, 2, factor=3.0)
+    loss, grads = loss_and_grads(compiled, (logits, labels, normalizers), 2, factor=3.0)
+    expected, expected_grads = exact((logits, labels, normalizers), 2, factor=3.0)
     assert error(loss, expected) < 1e-5
     assert error(grads, expected_grads) < 1e-5
     calls = [str(node.target) for node in backwards[0].graph.nodes if node.op == "call_function"]
@@ -382,15 +385,15 @@ def test_compiles_whole_with_no_copy_of_a_gradient(dynamic, device, small_tiles)
 def test_the_cpu_path_compiles_whole():
     logits, labels, normalizers = case(2, shapes=((3, 2),))
     compiled = torch.compile(focal_loss, fullgraph=True, backend="aot_eager")
-    loss, grads = loss_and_grads(compiled, logits, labels, normalizers, 2)
-    assert error(grads, exact(logits, labels, normalizers, 2)[1]) < 1e-5
+    _loss, grads = loss_and_grads(compiled, (logits, labels, normalizers), 2)
+    assert error(grads, exact((logits, labels, normalizers), 2)[1]) < 1e-5
 
 
 def test_autocast_changes_nothing(loss_fn, place, small_tiles):
     logits, labels, normalizers = case(7, place, torch.bfloat16)
-    loss, grads = loss_and_grads(loss_fn, logits, labels, normalizers, 7)
+    loss, grads = loss_and_grads(loss_fn, (logits, labels, normalizers), 7)
     with torch.autocast(place.type, dtype=torch.bfloat16):
-        again, again_grads = loss_and_grads(loss_fn, logits, labels, normalizers, 7)
+        again, again_grads = loss_and_grads(loss_fn, (logits, labels, normalizers), 7)
     assert loss.dtype == again.dtype == torch.float32
     assert torch.equal(loss, again)
     assert all(torch.equal(a, b) for a, b in zip(grads, again_grads, strict=True))

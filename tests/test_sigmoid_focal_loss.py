@@ -31,7 +31,7 @@ def exact(x, targets, *args):
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("alpha, gamma", [(0.25, 2), (-1, 2), (0.5, 0), (0.25, 1.5), (0.25, 0.5)])
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2), (-1, 2), (0.5, 0), (0.25, 1.5), (0.25, 0.5)])
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 def test_float32_is_within_1e_5_of_float64(soft, alpha, gamma, reduction, device):
     x, targets = case(device, soft=soft)
