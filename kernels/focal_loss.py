@@ -68,7 +68,7 @@ def _refuse_double_backward() -> None:
 
 # CPU: a tiled pass with the backward written by hand
 
-_CPU_TILE = 1 << 16  # elements of a tile: its temporaries stay in the L2 cache
+_CPU_TILE = 1 << 15  # swept 2^13 to 2^20: temporaries stay in L2, and torch splits no op of this size over threads
 
 
 def _cpu_tile(x: Tensor, labels: Tensor, alpha: float, gamma: float, grad: Tensor | None, scale: Tensor) -> Tensor:
