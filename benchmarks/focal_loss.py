@@ -134,30 +134,50 @@ CASES = [_case(setting) for setting in SETTINGS]
 # apex.contrib.focal_loss as it works, for any K and dtype: the loss and an unnormalised gradient in forward, that
 # gradient times the incoming one in backward: four passes over concatenated logits.
 
-_BLOCK = 1024
+_BLOCK = 2048
+
+
+@triton.jit
+def _apex_forward_tile(x_ptr, labels_ptr, grad_ptr, first, left, alpha, K: tl.constexpr, BLOCK: tl.constexpr,
+                       MASKED: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+    i = tl.arange(0, BLOCK)
+    mask = i < left if MASKED else None
+    element = first + i
+    label = tl.load(labels_ptr + element // K, mask=mask)
+    is_class = label == element % K
+    x = tl.load(x_ptr + i, mask=mask).to(tl.float32)
+    loss, slope = _focal(tl.where(is_class, -x, x), 2.0, PTX)
+    weight = tl.where(is_class, alpha, 1 - alpha)
+    tl.store(grad_ptr + i, (tl.where(is_class, -weight, weight) * slope).to(grad_ptr.dtype.element_ty), mask=mask)
+    return tl.sum(tl.where(i < left, weight * loss, 0.0))
 
 
 @triton.jit
 def _apex_forward(x_ptr, labels_ptr, grad_ptr, partials_ptr, size, alpha, K: tl.constexpr, BLOCK: tl.constexpr,
                   PTX: tl.constexpr):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
-    anchor = i // K
-    label = tl.load(labels_ptr + anchor, mask=mask, other=-2)
-    is_class = label == i - anchor * K
-    x = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    loss, slope = _focal(tl.where(is_class, -x, x), 2.0, PTX)
-    weight = tl.where(is_class, alpha, 1 - alpha)
-    tl.store(grad_ptr + i, (tl.where(is_class, -weight, weight) * slope).to(grad_ptr.dtype.element_ty), mask=mask)
-    tl.store(partials_ptr + tl.program_id(0), tl.sum(tl.where(mask, weight * loss, 0.0), axis=0))
+    offset = tl.program_id(0).to(tl.int64) * BLOCK
+    anchor = offset // K
+    first = (offset - anchor * K).to(tl.int32)
+    x_ptr, labels_ptr, grad_ptr = x_ptr + offset, labels_ptr + anchor, grad_ptr + offset
+    if offset + BLOCK <= size:
+        loss = _apex_forward_tile(x_ptr, labels_ptr, grad_ptr, first, BLOCK, alpha, K, BLOCK, False, PTX)
+    else:
+        loss = _apex_forward_tile(x_ptr, labels_ptr, grad_ptr, first, size - offset, alpha, K, BLOCK, True, PTX)
+    tl.store(partials_ptr + tl.program_id(0), loss)
 
 
 @triton.jit
 def _apex_backward(saved_ptr, grad_ptr, incoming_ptr, normalizer, size, BLOCK: tl.constexpr, PTX: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offset = tl.program_id(0).to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
     factor = tl.load(incoming_ptr) * reciprocal(normalizer, PTX)
-    grad = tl.load(saved_ptr + i, mask=i < size).to(tl.float32) * factor
-    tl.store(grad_ptr + i, grad.to(grad_ptr.dtype.element_ty), mask=i < size)
+    if offset + BLOCK <= size:
+        grad = tl.load(saved_ptr + offset + i).to(tl.float32) * factor
+        tl.store(grad_ptr + offset + i, grad.to(grad_ptr.dtype.element_ty))
+    else:
+        mask = i < size - offset
+        grad = tl.load(saved_ptr + offset + i, mask=mask).to(tl.float32) * factor
+        tl.store(grad_ptr + offset + i, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 class _ApexStyle(torch.autograd.Function):
