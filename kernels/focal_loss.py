@@ -325,42 +325,52 @@ def _(tensors, factor):
 
 
 def _setup_context(ctx, inputs, output):
-    levels, labels, normalizers, _, *ctx.constants, _, ctx.with_grads = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*(output[1:] if ctx.with_grads else (*levels, labels, normalizers)))
+    levels, labels, normalizers, _, *ctx.constants, with_loss, _ = inputs
+    ctx.mark_non_differentiable(*output[int(with_loss) :])
+    ctx.save_for_backward(*levels, labels, normalizers)
 
 
 def _backward(ctx, grad_outputs):
     _refuse_double_backward()
-    factor = grad_outputs[0]
-    if ctx.with_grads:
-        grads = list(ctx.saved_tensors)
-        traced = type(factor) is not Tensor  # a graph that is traced may hand out the saved tensors as well
-        if traced or torch._C._autograd._get_current_graph_task_keep_graph():
-            grads = [grad.clone() for grad in grads]  # a second backward may come, and needs them as they are
-        _scale_op(grads, factor)
-    else:
-        *levels, labels, normalizers = ctx.saved_tensors
-        grads = _focal_loss_op(levels, labels, normalizers, factor, *ctx.constants, with_loss=False, with_grads=True)
-    return grads, *[None] * 8
+    *levels, labels, normalizers = ctx.saved_tensors
+    constants = *ctx.constants, False, True
+    return _focal_loss_op(levels, labels, normalizers, grad_outputs[0], *constants), *[None] * 8
 
 
 _focal_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _OnePass(torch.autograd.Function):
+    """The gradient written with the loss. Outside compiled graphs this also costs the host half of what the op's own
+    autograd does."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, labels: Tensor, normalizers: Tensor, num_classes: int, alpha: float, gamma: float, *levels: Tensor
+    ) -> Tensor:
+        loss, *grads = _focal_loss_op(list(levels), labels, normalizers, None, num_classes, alpha, gamma, True, True)
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _refuse_double_backward()
+        grads = list(ctx.saved_tensors)
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            grads = [grad.clone() for grad in grads]  # a second backward may come, and needs them as they are
+        _scale_op(grads, factor)
+        return None, None, None, None, None, *grads
+
+
 def _focal_loss_triton(
     levels: Sequence[Tensor], labels: Tensor, normalizers: Tensor, num_classes: int, alpha: float, gamma: float
 ) -> Tensor:
-    with_grads = (
-        torch.is_grad_enabled()
-        and any(level.requires_grad for level in levels)
-        and levels[0].dtype != torch.float16
-        and not torch.compiler.is_compiling()
-    )
     levels = [level.contiguous() for level in levels]
     labels, normalizers = labels.contiguous(), normalizers.contiguous()
-    return _focal_loss_op(levels, labels, normalizers, None, num_classes, alpha, gamma, True, with_grads)[0]
+    wanted = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
+    if wanted and levels[0].dtype != torch.float16 and not torch.compiler.is_compiling():
+        return _OnePass.apply(labels, normalizers, num_classes, alpha, gamma, *levels)
+    return _focal_loss_op(levels, labels, normalizers, None, num_classes, alpha, gamma, True, False)[0]
 
 
 def focal_loss(
