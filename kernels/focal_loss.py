@@ -23,6 +23,7 @@ from torch import Tensor
 
 from retina_fast.kernels.compiler import HAS_TRITON, PTX, tl, triton
 from retina_fast.kernels.fast_math import LOG2E, exp2, reciprocal, sigmoid
+from retina_fast.kernels.focal_loss_cpu import at_least_float32, focal_loss_cpu, refuse_double_backward, weights
 from retina_fast.kernels.levels import flatten_all
 
 BACKGROUND = -1
@@ -39,106 +40,15 @@ def focal_loss_reference(
 ) -> Tensor:
     """The definition, differentiable by autograd; see :func:`focal_loss`."""
     x = torch.cat(flatten_all(logits, num_classes), dim=1)  # (B, N, K)
-    x = _at_least_float32(x)
+    x = at_least_float32(x)
     target = labels[..., None] == torch.arange(num_classes, device=x.device)  # (B, N, K)
     x = torch.where((labels == IGNORED)[..., None], 0, x)
     x = torch.where(target, -x, x)  # the logit of the wrong answer
-    weight = torch.where(target, *reversed(_weights(alpha)))
+    background_weight, class_weight = weights(alpha)
+    weight = torch.where(target, class_weight, background_weight)
     loss = weight * torch.sigmoid(x) ** gamma * -F.logsigmoid(-x)
     loss = torch.where((labels == IGNORED)[..., None], 0, loss)
     return (loss.sum(dim=(1, 2)) / normalizers).sum()
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _weights(alpha: float) -> tuple[float, float]:
-    """The weights of a background element and of an anchor's class; a negative alpha weighs both 1."""
-    return (1 - alpha, alpha) if alpha >= 0 else (1.0, 1.0)
-
-
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "focal_loss: double backward (create_graph=True) is not supported; "
-            "focal_loss_reference can be differentiated twice"
-        )
-
-
-# CPU: a tiled pass with the backward written by hand
-
-_CPU_TILE = 1 << 15  # swept 2^13 to 2^20: temporaries stay in L2, and torch splits no op of this size over threads
-
-
-def _cpu_tile(x: Tensor, labels: Tensor, alpha: float, gamma: float, grad: Tensor | None, scale: Tensor) -> Tensor:
-    """Summed loss of the rows x (n, K) with labels (n,); its gradient times scale goes into grad (n, K) if given."""
-    background_weight, class_weight = _weights(alpha)
-    x = _at_least_float32(x)
-    p, s = torch.sigmoid(x), F.softplus(x)
-    modulation = p.square() if gamma == 2 else p**gamma
-    ignored = labels == IGNORED
-    rows = (labels >= 0).nonzero().squeeze(1)
-    columns = labels[rows].long()
-    q_true = torch.sigmoid(-x[rows, columns])
-    s_true = F.softplus(-x[rows, columns])
-    modulation_true = class_weight * q_true**gamma
-
-    background = modulation * s
-    background[rows, columns] = 0
-    background[ignored] = 0
-    if grad is not None:
-        slope = torch.addcmul(p, 1 - p, s, value=gamma).mul_(modulation).mul_(background_weight)
-        slope[rows, columns] = -modulation_true * (gamma * (1 - q_true) * s_true + q_true)
-        slope[ignored] = 0
-        grad.copy_(slope.mul_(scale))
-    return background_weight * background.sum() + (modulation_true * s_true).sum()
-
-
-def _cpu_pass(
-    levels: Sequence[Tensor], labels: Tensor, scales: Tensor, alpha: float, gamma: float, with_grads: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss with image b weighed by scales[b], and its gradients if wanted."""
-    grads = [torch.empty_like(level, memory_format=torch.contiguous_format) for level in levels] if with_grads else []
-    total = scales.new_zeros((), dtype=torch.float64)
-    start = 0
-    for i, level in enumerate(levels):
-        step = max(1, _CPU_TILE // max(1, level.shape[2]))
-        for b in range(level.shape[0]):
-            for begin in range(0, level.shape[1], step):
-                rows = slice(begin, min(begin + step, level.shape[1]))
-                tile_labels = labels[b, start + rows.start : start + rows.stop]
-                tile_grad = grads[i][b, rows] if with_grads else None
-                total += _cpu_tile(level[b, rows], tile_labels, alpha, gamma, tile_grad, scales[b]) * scales[b]
-        start += level.shape[1]
-    return total.to(scales.dtype), grads
-
-
-class _FocalLossCPU(torch.autograd.Function):
-    """Loss and finished gradient in one pass over the levels, each (B, N_l, K); float16 is read again in backward."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx, labels: Tensor, normalizers: Tensor, alpha: float, gamma: float, *levels: Tensor
-    ) -> Tensor:
-        scales = normalizers.to(_at_least_float32(levels[0]).dtype).reciprocal()
-        ctx.half = levels[0].dtype == torch.float16
-        loss, grads = _cpu_pass(levels, labels, scales, alpha, gamma, any(ctx.needs_input_grad) and not ctx.half)
-        ctx.constants = alpha, gamma
-        ctx.save_for_backward(*((labels, scales, *levels) if ctx.half else grads))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        _refuse_double_backward()
-        if ctx.half:
-            labels, scales, *levels = ctx.saved_tensors
-            _, grads = _cpu_pass(levels, labels, scales * grad_loss, *ctx.constants, with_grads=True)
-        else:
-            grads = ctx.saved_tensors
-            if grad_loss != 1:
-                grads = [grad * grad_loss.to(grad.dtype) for grad in grads]
-        return None, None, None, None, *grads
 
 
 # Triton. A tile is a run of logits of one image and level that starts on a 16-byte boundary. Nearly all tiles hold
@@ -292,7 +202,7 @@ def _focal_loss_op(
         first_tiles.append(first_tiles[-1] + triton.cdiv(level.shape[1] * num_classes + 15, _TILE))
     partials = labels.new_empty(len(labels), first_tiles[-1], dtype=torch.float32) if with_loss else None
     grads = [torch.empty_like(level) for level in levels] if with_grads else []
-    background_weight, class_weight = _weights(alpha)
+    background_weight, class_weight = weights(alpha)
     with torch.cuda.device_of(labels):
         _focal_loss_kernel[(first_tiles[-1], len(labels))](
             tuple(levels), tuple(grads or levels), labels, normalizers, partials, factor, tuple(starts),
@@ -331,7 +241,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_outputs):
-    _refuse_double_backward()
+    refuse_double_backward()
     *levels, labels, normalizers = ctx.saved_tensors
     constants = *ctx.constants, False, True
     return _focal_loss_op(levels, labels, normalizers, grad_outputs[0], *constants), *[None] * 8
@@ -345,7 +255,7 @@ class _OnePass(torch.autograd.Function):
     autograd does."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx, labels: Tensor, normalizers: Tensor, num_classes: int, alpha: float, gamma: float, *levels: Tensor
     ) -> Tensor:
         loss, *grads = _focal_loss_op(list(levels), labels, normalizers, None, num_classes, alpha, gamma, True, True)
@@ -353,8 +263,8 @@ class _OnePass(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        _refuse_double_backward()
+    def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
         grads = list(ctx.saved_tensors)
         if torch._C._autograd._get_current_graph_task_keep_graph():
             grads = [grad.clone() for grad in grads]  # a second backward may come, and needs them as they are
@@ -410,7 +320,7 @@ def focal_loss(
     if any(level.dtype != levels[0].dtype for level in levels):
         raise ValueError(f"levels must share a dtype, got {[level.dtype for level in levels]}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _FocalLossCPU.apply(labels, normalizers, alpha, gamma, *levels)
+        return focal_loss_cpu(levels, labels, normalizers, alpha, gamma)
     if labels.device.type != "cuda" or not HAS_TRITON or levels[0].dtype == torch.float64:
         return focal_loss_reference(levels, labels, normalizers, num_classes, alpha, gamma)
     return _focal_loss_triton(levels, labels, normalizers, num_classes, alpha, gamma)
