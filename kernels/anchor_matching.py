@@ -55,7 +55,7 @@ def _match_image(anchors: Tensor, boxes: Tensor, fg: float, bg: float, low_quali
         iou = pairwise_iou(boxes, tile)  # (G, n)
         value, best = iou.max(dim=0)
         torch.maximum(highest, iou.amax(dim=1), out=highest)
-        passed.append((best, torch.where(value >= fg, best, torch.where(value >= bg, IGNORED, BACKGROUND))))
+        passed.append((best, torch.where(value < bg, BACKGROUND, torch.where(value < fg, IGNORED, best))))
     if not low_quality:
         return torch.cat([matched for _, matched in passed])
     final = []

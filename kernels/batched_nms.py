@@ -16,13 +16,13 @@ from torch import Tensor
 class Kept(NamedTuple):
     """The boxes kept of B images, padded to D; the first counts[b] of a row count, best first."""
 
-    index: Tensor
+    positions: Tensor
     """(B, D) int64: position of the box among the image's boxes; 0 in the padding."""
     counts: Tensor
     """(B,) int64."""
 
 
-def _nms_image(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_thresh: float) -> Tensor:
+def nms_image(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_thresh: float) -> Tensor:
     """Positions of the kept boxes of one image, best first."""
     order = scores.sort(descending=True, stable=True).indices
     boxes = boxes[order].float()
@@ -47,14 +47,14 @@ def batched_nms_reference(
     max_detections: int = 300,
 ) -> Kept:
     """The definition; see :func:`batched_nms`."""
-    index = torch.zeros((len(boxes), max_detections), dtype=torch.int64, device=boxes.device)
+    positions = torch.zeros((len(boxes), max_detections), dtype=torch.int64, device=boxes.device)
     kept_counts = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     for b, count in enumerate(counts.tolist()):
         image_labels = None if labels is None else labels[b, :count]
-        kept = _nms_image(boxes[b, :count], scores[b, :count], image_labels, iou_thresh)[:max_detections]
-        index[b, : len(kept)] = kept
+        kept = nms_image(boxes[b, :count], scores[b, :count], image_labels, iou_thresh)[:max_detections]
+        positions[b, : len(kept)] = kept
         kept_counts[b] = len(kept)
-    return Kept(index, kept_counts)
+    return Kept(positions, kept_counts)
 
 
 def batched_nms(
@@ -79,6 +79,6 @@ def batched_nms(
 
         >>> boxes = torch.tensor([[[0.0, 0, 9, 9], [0, 0, 9, 8], [0, 0, 9, 9]]])
         >>> batched_nms(boxes, torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[1, 1, 0]]), torch.tensor([3]), 0.5, 4)
-        Kept(index=tensor([[0, 2, 0, 0]]), counts=tensor([2]))
+        Kept(positions=tensor([[0, 2, 0, 0]]), counts=tensor([2]))
     """
     return batched_nms_reference(boxes, scores, labels, counts, iou_thresh, max_detections)

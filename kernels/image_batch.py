@@ -2,8 +2,8 @@
 
     out[b, c, y, x] = bilinear((image_b[c] - mean[c]) / std[c]) inside image b's resized area, 0 in the padding
 
-Bilinear without antialiasing, half-pixel centres, scale = input size / output size. The batch is channels_last, as the
-convs of the trunk want it.
+Bilinear without antialiasing, half-pixel centres, scale = input size / output size. On a GPU the batch is
+channels_last, as the convs of the trunk want it; on a CPU it is NCHW, so that they round as torchvision's do.
 """
 
 import math
@@ -24,8 +24,9 @@ def image_batch_reference(
     """The definition; see :func:`image_batch`."""
     first = images[0]
     height, width = (math.ceil(max(side) / size_divisible) * size_divisible for side in zip(*sizes, strict=True))
-    shape = (len(images), len(first), height, width)
-    batch = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=torch.channels_last).zero_()
+    layout = torch.channels_last if first.is_cuda else torch.contiguous_format
+    shape = (len(images), len(mean), height, width)
+    batch = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout).zero_()
     for b, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
         image = (image - image.new_tensor(mean)[:, None, None]) / image.new_tensor(std)[:, None, None]
         if image.shape[1:] != (h, w):
@@ -41,10 +42,10 @@ def image_batch(
     std: Sequence[float],
     size_divisible: int = 32,
 ) -> Tensor:
-    """Normalise, resize and pad images into one ``(B, C, H, W)`` channels_last batch of the first image's dtype.
+    """Normalise, resize and pad images into one ``(B, C, H, W)`` batch of the first image's dtype.
 
     Args:
-        images: B tensors ``(C, h, w)``, floating point.
+        images: B tensors ``(C, h, w)``, or ``(1, h, w)`` to be repeated, floating point.
         sizes: the (height, width) each is resized to, at least 1 pixel.
         mean: C means to subtract.
         std: C standard deviations to divide by.

@@ -1,7 +1,44 @@
 """retina_fast: torchvision's RetinaNet, drop-in, made fast."""
 
 from retina_fast import ops
-from retina_fast.builders import *  # noqa: F403
-from retina_fast.builders import RetinaNet_ResNet50_FPN_V2_Weights, RetinaNet_ResNet50_FPN_Weights
+from retina_fast.builders import (
+    RetinaNet_ResNet50_FPN_V2_Weights,
+    RetinaNet_ResNet50_FPN_Weights,
+    retinanet_resnet18_fpn,
+    retinanet_resnet18_fpn_lite,
+    retinanet_resnet18_fpn_v2,
+    retinanet_resnet34_fpn,
+    retinanet_resnet34_fpn_v2,
+    retinanet_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
+    retinanet_resnet101_fpn,
+    retinanet_resnet101_fpn_v2,
+    retinanet_resnet152_fpn,
+    retinanet_resnet152_fpn_v2,
+    retinanet_resnext50_32x4d_fpn,
+    retinanet_resnext50_32x4d_fpn_v2,
+)
 from retina_fast.inference import Detections
 from retina_fast.model import RetinaNet, from_torchvision
+
+__all__ = [
+    "Detections",
+    "RetinaNet",
+    "RetinaNet_ResNet50_FPN_V2_Weights",
+    "RetinaNet_ResNet50_FPN_Weights",
+    "from_torchvision",
+    "ops",
+    "retinanet_resnet18_fpn",
+    "retinanet_resnet18_fpn_lite",
+    "retinanet_resnet18_fpn_v2",
+    "retinanet_resnet34_fpn",
+    "retinanet_resnet34_fpn_v2",
+    "retinanet_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
+    "retinanet_resnet101_fpn",
+    "retinanet_resnet101_fpn_v2",
+    "retinanet_resnet152_fpn",
+    "retinanet_resnet152_fpn_v2",
+    "retinanet_resnext50_32x4d_fpn",
+    "retinanet_resnext50_32x4d_fpn_v2",
+]

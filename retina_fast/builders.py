@@ -1,8 +1,8 @@
 """The models by name: torchvision's two builders with their exact signatures, and their kin on other ResNets."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from urllib.error import URLError
 

@@ -79,11 +79,11 @@ def detect(
     boxes = box_decode(deltas, anchors, candidates.anchors, image_sizes)  # (B, M, 4)
     kept = batched_nms(boxes, candidates.scores, candidates.labels, candidates.counts, nms_thresh, detections_per_img)
     valid = torch.arange(detections_per_img, device=boxes.device) < kept.counts[:, None]  # (B, D)
-    boxes = boxes.gather(1, kept.index[..., None].expand(-1, -1, 4))  # (B, D, 4)
+    boxes = boxes.gather(1, kept.positions[..., None].expand(-1, -1, 4))  # (B, D, 4)
     scale = (original_sizes.float() / image_sizes.float()).flip(1).repeat(1, 2)[:, None]  # (B, 1, 4): x, y, x, y
     return Detections(
         torch.where(valid[..., None], boxes * scale, 0),
-        torch.where(valid, candidates.scores.gather(1, kept.index), 0),
-        torch.where(valid, candidates.labels.gather(1, kept.index), -1),
+        torch.where(valid, candidates.scores.gather(1, kept.positions), 0),
+        torch.where(valid, candidates.labels.gather(1, kept.positions), -1),
         kept.counts,
     )

@@ -1,9 +1,8 @@
 """RetinaNet (Lin et al. 2017, https://arxiv.org/abs/1708.02002): torchvision's model on this package's operations."""
 
 import functools
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -63,7 +62,8 @@ class RetinaNet(tv.RetinaNet):
     Input, output and errors are torchvision's: in training, ``model(images, targets)`` returns
     ``{"classification", "bbox_regression"}``; in evaluation a list of ``{"boxes", "scores", "labels"}``, boxes xyxy in
     pixels of the image as given. Where a part was replaced by a user's own, that part runs and the fast path steps
-    aside. Weights and activations are kept in channels_last. Targets are checked in one batched pass, which
+    aside. On a GPU weights and activations are kept in channels_last; on a CPU they keep the user's layout, so that
+    the convs round exactly as torchvision's. Targets are checked in one batched pass, which
     ``model.check_targets = False`` switches off.
 
     Example::
@@ -116,8 +116,8 @@ class RetinaNet(tv.RetinaNet):
         unknown = sorted(set(kwargs) - _TRANSFORM_ARGUMENTS)
         if unknown:
             warnings.warn(f"RetinaNet ignores the unknown arguments {', '.join(unknown)}", stacklevel=2)
-        plain = self.transform
-        self.transform = RetinaNetTransform(
+        plain: GeneralizedRCNNTransform = self.transform
+        self.transform: GeneralizedRCNNTransform = RetinaNetTransform(
             plain.min_size,
             plain.max_size,
             plain.image_mean,
@@ -126,7 +126,12 @@ class RetinaNet(tv.RetinaNet):
             plain.fixed_size,
             _skip_resize=plain._skip_resize,
         )
-        self.to(memory_format=torch.channels_last)
+        self._apply(_same)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RetinaNet":
+        super()._apply(fn, recurse)
+        super()._apply(_channels_last_on_gpu, recurse)
+        return self
 
     def forward(self, images: Images, targets: Targets | None = None) -> Any:
         """Losses in training, detections in evaluation.
@@ -178,12 +183,10 @@ class RetinaNet(tv.RetinaNet):
         if not isinstance(head, tv.RetinaNetClassificationHead):
             raise TypeError(f"set_num_classes knows torchvision's classification head, not {type(head)}")
         old = head.cls_logits
-        new = nn.Conv2d(old.in_channels, head.num_anchors * num_classes, kernel_size=3, padding=1)
-        nn.init.normal_(new.weight, std=0.01)
-        nn.init.constant_(new.bias, -math.log((1 - 0.01) / 0.01))  # a prior of 0.01, section 3.3 of the paper
-        head.cls_logits = new.to(old.weight.device, old.weight.dtype, memory_format=torch.channels_last)
+        fresh = tv.RetinaNetClassificationHead(old.in_channels, head.num_anchors, num_classes).cls_logits
+        head.cls_logits = fresh.to(old.weight.device, old.weight.dtype)
         head.num_classes = num_classes
-        return self
+        return self._apply(_same)
 
     def compute_loss(
         self, targets: Targets, head_outputs: Mapping[str, Any], anchors: Sequence[Tensor]
@@ -259,7 +262,8 @@ class RetinaNet(tv.RetinaNet):
         }
 
     def _losses(self, passed: _Forward) -> dict[str, Tensor]:
-        assert passed.targets is not None and passed.truths is not None
+        assert passed.targets is not None
+        assert passed.truths is not None
         if not overrides(self, RetinaNet, "compute_loss"):
             return self._losses_of(passed.targets, passed.truths, passed.head_outputs, passed.anchors)
         resized = _as_dicts(passed.targets, passed.truths)
@@ -350,6 +354,15 @@ class RetinaNet(tv.RetinaNet):
         }
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _channels_last_on_gpu(tensor: Tensor) -> Tensor:
+    on_gpu = tensor.is_cuda and tensor.dim() == 4
+    return tensor.contiguous(memory_format=torch.channels_last) if on_gpu else tensor
+
+
 def _levels(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else list(output)
 
@@ -390,8 +403,8 @@ def from_torchvision(model: tv.RetinaNet) -> RetinaNet:
     """A live torchvision RetinaNet, or a subclass of it, turned fast; parameters, buffers and parts are shared.
 
     Args:
-        model: it is left as it is, but for its weights' memory format, which becomes channels_last. What its class
-            overrides (``forward``, ``compute_loss``, state_dict hooks, ...) keeps running.
+        model: it is left as it is, but for the memory format of weights on a GPU, which becomes channels_last. What
+            its class overrides (``forward``, ``compute_loss``, state_dict hooks, ...) keeps running.
 
     Raises:
         TypeError: for anything but a torchvision RetinaNet.
@@ -408,11 +421,12 @@ def from_torchvision(model: tv.RetinaNet) -> RetinaNet:
         return model
     if not isinstance(model, tv.RetinaNet):
         raise TypeError(f"model must be a torchvision RetinaNet, got {type(model).__module__}.{type(model).__name__}")
-    fast = _new_fast(type(model))
+    cls: type[tv.RetinaNet] = model.__class__
+    fast = _new_fast(cls)
     for name, value in vars(model).items():
         fast.__dict__[name] = value.copy() if isinstance(value, dict) else value
     _rebind_hooks(fast, model)
-    return fast.to(memory_format=torch.channels_last)
+    return fast._apply(_same)
 
 
 def _rebind_hooks(fast: RetinaNet, model: tv.RetinaNet) -> None:

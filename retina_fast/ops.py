@@ -7,7 +7,7 @@ integer labels, levels as the heads wrote them, and padded batches.
 from torch import Tensor
 
 from retina_fast.kernels.anchor_matching import Matches, anchor_matching
-from retina_fast.kernels.batched_nms import Kept, _nms_image
+from retina_fast.kernels.batched_nms import Kept, nms_image
 from retina_fast.kernels.batched_nms import batched_nms as padded_batched_nms
 from retina_fast.kernels.box_decode import box_decode
 from retina_fast.kernels.box_loss import box_loss
@@ -49,7 +49,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         tensor([1, 2])
     """
     _check_boxes(boxes, scores)
-    return _nms_image(boxes, scores, None, iou_threshold)
+    return nms_image(boxes, scores, None, iou_threshold)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -74,7 +74,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     _check_boxes(boxes, scores)
     if idxs.shape != scores.shape:
         raise ValueError(f"idxs must be (N,) = {tuple(scores.shape)}, got {tuple(idxs.shape)}")
-    return _nms_image(boxes, scores, idxs, iou_threshold)
+    return nms_image(boxes, scores, idxs, iou_threshold)
 
 
 def _check_boxes(boxes: Tensor, scores: Tensor) -> None:

@@ -74,9 +74,9 @@ def _check_structure(i: int, target: Mapping[str, Tensor]) -> None:
         )
     if not isinstance(labels, Tensor):
         raise TypeError(f"targets[{i}]['labels'] must be a Tensor, got a {type(labels)}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        if labels.numel() or labels.dtype == torch.bool:
-            raise IndexError(f"targets[{i}]['labels'] must be integers, got {labels.dtype}")
+    integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if labels.numel() and not integers:
+        raise IndexError(f"targets[{i}]['labels'] must be integers, got {labels.dtype}")
     if labels.dim() != 1 or len(labels) != len(boxes):
         error = IndexError if labels.dim() == 1 and len(labels) < len(boxes) else ValueError
         raise error(f"targets[{i}] has {len(boxes)} boxes and labels of shape {tuple(labels.shape)}")
