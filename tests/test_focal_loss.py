@@ -169,12 +169,12 @@ def test_second_backward(dtype, loss_fn, place, small_tiles):
     logits, labels, normalizers = case(7, place, dtype)
     loss = loss_fn(logits, labels, normalizers, 7)
     tolerance = 1e-5 if dtype == torch.float32 else 2**-11
-    for factor in (1, 5):
+    for factor in (1.0, 5.0):
         for grad in torch.autograd.grad(loss * factor, logits, retain_graph=True):
             grad.mul_(100)  # what a user does to the first must not reach the second
     second = torch.autograd.grad(loss * 3, logits, retain_graph=True)
     third = torch.autograd.grad(loss * 0.5, logits)
-    for grads, factor in ((second, 3), (third, 0.5)):
+    for grads, factor in ((second, 3.0), (third, 0.5)):
         assert error(grads, exact((logits, labels, normalizers), 7, factor=factor)[1]) < tolerance
 
 
