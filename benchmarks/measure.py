@@ -113,8 +113,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "copy_gb_s": round(copy_gb_s(device), 1),
-        "bf16_tflop_s": round(bf16_tflop_s(device), 1),
+        "copy_gb_s": float(f"{copy_gb_s(device):.4g}"),
+        "bf16_tflop_s": float(f"{bf16_tflop_s(device):.4g}"),
     }
 
 

@@ -1,12 +1,14 @@
 """The limits that compiled kernels must hold on GPUs that are not at hand, and the reading of machine code itself."""
 
+import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.launches import CASES
-from benchmarks.static import TARGETS, basic_blocks, report, usual_path
+from benchmarks.launches import CASES, Launch
+from benchmarks.static import TARGETS, Row, _compile_all, basic_blocks, report, usual_path
 
 pytest.importorskip("triton")
 
@@ -43,6 +45,25 @@ def test_focal_loss_in_bfloat16_holds_its_limits(rows):
         assert (row.load_bits, row.store_bits, row.spilled) == (128, 128, 0)
         scale = rows["focal_loss scale bf16", "_scale_kernel", target]
         assert (scale.load_bits, scale.store_bits) == (128, 128)
+
+
+class Noisy:
+    """A kernel whose compiler complains, and yet returns code."""
+
+    def warmup(self, **_):
+        os.write(1, b"<inline asm>:1:2: error: invalid instruction\n")
+        return SimpleNamespace(asm={"amdgcn": ".vgpr_count: 8"})
+
+
+class Aborting:
+    def warmup(self, **_):
+        os.abort()
+
+
+@pytest.mark.parametrize("kernel", [Noisy(), Aborting()])
+def test_a_complaint_or_an_abort_of_the_compiler_is_an_error(kernel):
+    (row,) = _compile_all([(Launch(kernel, (), {}, (1,)), Row("case", "kernel", "gfx942"), None)])
+    assert row.error
 
 
 def test_inline_ptx_stays_in_one_file():
