@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", help=f"among tests, {', '.join(BENCHMARKS)}; all by default")
     parser.add_argument("--minutes", type=float, default=7.5, help="start no case after this long")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of the result file")
+    parser.add_argument("--commit", help="what is measured, where the checkout lacks its .git")
     arguments = parser.parse_args()
     parts = arguments.parts or ["tests", *BENCHMARKS]
     if unknown := set(parts) - {"tests", *BENCHMARKS}:
@@ -78,7 +79,7 @@ def main() -> int:
     benchmarks = [name for name in BENCHMARKS if name in parts]
     if not benchmarks:
         return 0
-    here = environment(device)
+    here = environment(device, arguments.commit)
     print(", ".join(f"{key} {value}" for key, value in here.items()))
     results = Results(arguments.output / file_name(here["device"]), here)
     cases = [case for name in benchmarks for case in importlib.import_module(f"benchmarks.{name}").CASES]

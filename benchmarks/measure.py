@@ -92,8 +92,8 @@ class Results:
         partial.replace(self.path)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on, with the two ceilings measured now."""
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """What a figure depends on, with the two ceilings measured now. ``commit`` is for a copy without its .git."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -110,7 +110,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "torchvision": torchvision.__version__,
-        "commit": git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD") or commit,
         "dirty": None if changes is None else bool(changes),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "copy_gb_s": float(f"{copy_gb_s(device):.4g}"),
