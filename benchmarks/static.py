@@ -7,6 +7,7 @@ Every compile has a process of its own, and fails if it prints 'error:', which a
 """
 
 import argparse
+import heapq
 import json
 import os
 import re
@@ -209,32 +210,25 @@ def basic_blocks(sass: str) -> list[Block]:
 
 
 def usual_path(blocks: list[Block]) -> list[str]:
-    """The instructions of the cheapest way through (loops once) among those that make the most 16-byte accesses: a
-    tile's fast path, since what handles exceptions also costs more."""
-    best: dict[int, dict[int, tuple[int, tuple[int, ...]]]] = {}
-
-    def walk(i: int, seen: frozenset[int]) -> dict[int, tuple[int, tuple[int, ...]]]:
-        if i in best:
-            return best[i]
-        tails = []
+    """The instructions of the cheapest way through, a loop's body once, among those that make the most 16-byte
+    accesses: a tile's fast path, since what handles exceptions also costs more."""
+    wide = [sum(map(_is_wide, block.instructions)) for block in blocks]
+    ways = [(len(blocks[0].instructions), wide[0], (0,))]  # length, 16-byte accesses, path; shortest first
+    reached: set[tuple[int, int]] = set()
+    ends: dict[int, tuple[int, ...]] = {}
+    while ways:
+        length, count, path = heapq.heappop(ways)
+        i = path[-1]
+        if (i, count) in reached:
+            continue
+        reached.add((i, count))
+        last = blocks[i].instructions[-1:]
+        if not blocks[i].successors or any("EXIT" in instruction for instruction in last):
+            ends.setdefault(count, path)
         for j in blocks[i].successors:
-            # back at the head of a loop: leave it
-            ahead = [j] if j not in seen else [after for after in blocks[j].successors if after not in seen]
-            tails += [walk(after, seen | {i}) for after in ahead if after != i]
-        if not blocks[i].successors or any("EXIT" in last for last in blocks[i].instructions[-1:]):
-            tails.append({0: (0, ())})
-        wide = sum(map(_is_wide, blocks[i].instructions))
-        ways: dict[int, tuple[int, tuple[int, ...]]] = {}
-        for tail in tails:
-            for count, (length, path) in tail.items():
-                way = (length + len(blocks[i].instructions), (i, *path))
-                ways[count + wide] = min(way, ways.get(count + wide, way))
-        best[i] = ways
-        return ways
-
-    ways = walk(0, frozenset())
-    _, path = ways[max(ways)]
-    return [instruction for i in path for instruction in blocks[i].instructions]
+            if path.count(j) < (1 if wide[j] else 2):  # a loop's test runs once more than its body
+                heapq.heappush(ways, (length + len(blocks[j].instructions), count + wide[j], (*path, j)))
+    return [instruction for i in ends[max(ends)] for instruction in blocks[i].instructions]
 
 
 def _opcode(instruction: str) -> str:

@@ -55,7 +55,7 @@ def focal_loss_reference(
 # background only: those need one look at their anchors' labels, no label an element and no mask.
 
 _TILE = 8192  # by instruction counts: at 4096 a tile's set-up costs 3 more an element
-_CHUNK = 1024  # of a background tile, unrolled: 16 bytes a thread in bf16, and 32 to 48 registers
+_CHUNK = 1024  # the most elements that a program holds at once: 16 bytes a thread in bf16, no spills
 _SCALE_TILE = 4096
 _SCALE_PROGRAMS = 1024  # about what an H200 holds at once; where the factor is 1 their launch is all that is paid
 
@@ -112,7 +112,18 @@ def _mixed_tile(
     return losses
 
 
-@triton.jit(do_not_specialize=["starts", "first_tiles", "num_anchors"])
+def _codes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes as odd negative numbers. Triton specialises each integer of a tuple on being 1 or a multiple of 16,
+    whatever do_not_specialize says, and would compile again for nearly every image size."""
+    return tuple(-1 - 2 * size for size in sizes)
+
+
+@triton.jit
+def _size(code):
+    return (-1 - code) // 2
+
+
+@triton.jit(do_not_specialize=["num_anchors"])
 def _focal_loss_kernel(
     levels, grads, labels_ptr, normalizers_ptr, partials_ptr, factor_ptr, starts, first_tiles, num_anchors,
     background_weight, class_weight, K: tl.constexpr, GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
@@ -122,20 +133,17 @@ def _focal_loss_kernel(
     and its gradients; one of the two may be left out. The gradients are multiplied by factor if there is one."""
     tile = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
-    x_ptr, grad_ptr, start, anchors, first = levels[0], grads[0], starts[0], starts[1] - starts[0], first_tiles[0]
+    x_ptr, grad_ptr, start, stop, first = levels[0], grads[0], starts[0], starts[1], first_tiles[0]
     for level in tl.static_range(1, len(levels)):
-        if tile >= first_tiles[level]:
-            x_ptr, grad_ptr, start, anchors, first = (
-                levels[level],
-                grads[level],
-                starts[level],
-                starts[level + 1] - starts[level],
-                first_tiles[level],
-            )
-    end = anchors * K  # logits of an image in this level
+        if tile >= _size(first_tiles[level]):
+            x_ptr, grad_ptr = levels[level], grads[level]
+            start, stop, first = starts[level], starts[level + 1], first_tiles[level]
+    start = _size(start)
+    tile_of_level = tile - _size(first)
+    end = (_size(stop) - start) * K  # logits of an image in this level
     shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries
-    begin = (tile - first) * TILE - shift
-    offset = tl.multiple_of(image * end - shift, 16) + (tile - first) * TILE
+    begin = tile_of_level * TILE - shift
+    offset = tl.multiple_of(image * end - shift, 16) + tile_of_level * TILE
     labels_ptr += image * num_anchors + start
 
     first_anchor = tl.maximum(begin, 0) // K
@@ -170,12 +178,13 @@ def _scale_kernel(tensors, sizes, factor_ptr, TILE: tl.constexpr):
         i = tl.arange(0, TILE)
         for t in tl.static_range(len(tensors)):
             offset = tl.program_id(0).to(tl.int64) * TILE
-            while offset < sizes[t]:
+            size = _size(sizes[t])
+            while offset < size:
                 ptr = tensors[t] + offset + i
-                if offset + TILE <= sizes[t]:
+                if offset + TILE <= size:
                     tl.store(ptr, (tl.load(ptr).to(tl.float32) * factor).to(ptr.dtype.element_ty))
                 else:
-                    mask = i < sizes[t] - offset
+                    mask = i < size - offset
                     tl.store(ptr, (tl.load(ptr, mask=mask).to(tl.float32) * factor).to(ptr.dtype.element_ty), mask=mask)
                 offset += tl.num_programs(0) * TILE
 
@@ -205,8 +214,8 @@ def _focal_loss_op(
     background_weight, class_weight = weights(alpha)
     with torch.cuda.device_of(labels):
         _focal_loss_kernel[(first_tiles[-1], len(labels))](
-            tuple(levels), tuple(grads or levels), labels, normalizers, partials, factor, tuple(starts),
-            tuple(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes, GAMMA=float(gamma),
+            tuple(levels), tuple(grads or levels), labels, normalizers, partials, factor, _codes(starts),
+            _codes(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes, GAMMA=float(gamma),
             TILE=_TILE, CHUNK=_CHUNK,
             TILE_ANCHORS=triton.next_power_of_2((_TILE - 2) // num_classes + 2), WITH_GRADS=with_grads, PTX=PTX,
             num_warps=4, enable_fp_fusion=True,
@@ -223,10 +232,10 @@ def _(levels, labels, normalizers, factor, num_classes, alpha, gamma, with_loss,
 @torch.library.custom_op("retina_fast::scale_", mutates_args=("tensors",))
 def _scale_op(tensors: list[Tensor], factor: Tensor) -> None:
     """Multiplies contiguous tensors in place by factor (), which is read on the device."""
-    sizes = tuple(tensor.numel() for tensor in tensors)
+    sizes = [tensor.numel() for tensor in tensors]
     with torch.cuda.device_of(factor):
         programs = min(_SCALE_PROGRAMS, triton.cdiv(max(sizes), _SCALE_TILE))
-        _scale_kernel[(programs,)](tuple(tensors), sizes, factor, TILE=_SCALE_TILE)
+        _scale_kernel[(programs,)](tuple(tensors), _codes(sizes), factor, TILE=_SCALE_TILE)
 
 
 @_scale_op.register_fake

@@ -52,7 +52,7 @@ def _tile(
         tl.store(out_ptr, tl.sum(tl.where(i < left, modulation * entropy, 0.0), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _sigmoid_focal_loss_kernel(
     x_ptr, target_ptr, out_ptr, incoming_ptr, size, background_weight, class_weight, GAMMA: tl.constexpr,
     OUTPUT: tl.constexpr, INCOMING_STRIDE: tl.constexpr, TILE: tl.constexpr, PTX: tl.constexpr,

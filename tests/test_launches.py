@@ -16,6 +16,14 @@ def test_every_kernel_is_listed():
     assert listed == set(kernels())
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_no_size_within_a_tuple_makes_triton_compile_again(name):
+    """do_not_specialize does not reach into tuples: sizes there must be neither 1 nor a multiple of 16."""
+    for launch in record(CASES[name].run):
+        sizes = [size for arg in launch.args if isinstance(arg, tuple) for size in arg if isinstance(size, int)]
+        assert not [size for size in sizes if size == 1 or size % 16 == 0]
+
+
 def on_gpu(*shape):
     return torch.empty(*shape, device="cuda")
 
