@@ -54,7 +54,7 @@ def steps() -> tuple[Callable[[], dict[str, Tensor]], Callable[[], dict[str, Ten
 
     def step_torchvision() -> dict[str, Tensor]:
         losses = theirs.compute_loss(targets, joined, anchors)
-        torch.autograd.grad(sum(losses.values()), list(joined.values()))  # type: ignore[arg-type]
+        torch.autograd.grad(sum(losses.values()), list(joined.values()))
         return losses
 
     def step_ours() -> dict[str, Tensor]:

@@ -213,7 +213,8 @@ def usual_path(blocks: list[Block]) -> list[str]:
     """The instructions of the cheapest way through, a loop's body once, among those that make the most 16-byte
     accesses: a tile's fast path, since what handles exceptions also costs more."""
     wide = [sum(map(_is_wide, block.instructions)) for block in blocks]
-    ways = [(len(blocks[0].instructions), wide[0], (0,))]  # length, 16-byte accesses, path; shortest first
+    # length, 16-byte accesses, path; the shortest first
+    ways: list[tuple[int, int, tuple[int, ...]]] = [(len(blocks[0].instructions), wide[0], (0,))]
     reached: set[tuple[int, int]] = set()
     ends: dict[int, tuple[int, ...]] = {}
     while ways:

@@ -50,19 +50,21 @@ def pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
 def _match_image(anchors: Tensor, boxes: Tensor, fg: float, bg: float, low_quality: bool) -> Tensor:
     """(N,) int64 matched indices of one image with at least one ground truth."""
     tiles = anchors.split(max(1, _TILE_PAIRS // len(boxes)))
-    passed, highest = [], boxes.new_full((len(boxes),), -1.0)  # highest IoU of each ground truth
+    matched, best, peaks = [], [], []
     for tile in tiles:
         iou = pairwise_iou(boxes, tile)  # (G, n)
-        value, best = iou.max(dim=0)
-        torch.maximum(highest, iou.amax(dim=1), out=highest)
-        passed.append((best, torch.where(value < bg, BACKGROUND, torch.where(value < fg, IGNORED, best))))
-    if not low_quality:
-        return torch.cat([matched for _, matched in passed])
-    final = []
-    for tile, (best, matched) in zip(tiles, passed, strict=True):
-        ties = (pairwise_iou(boxes, tile) == highest[:, None]).any(dim=0)
-        final.append(torch.where(ties, best, matched))
-    return torch.cat(final)
+        value, index = iou.max(dim=0)
+        matched.append(torch.where(value < bg, BACKGROUND, torch.where(value < fg, IGNORED, index)))
+        best.append(index)
+        peaks.append(iou.amax(dim=1))
+    if low_quality:
+        highest = torch.stack(peaks).amax(dim=0)  # (G,)
+        for t, tile in enumerate(tiles):
+            here = (peaks[t] == highest).nonzero().squeeze(1)  # ground truths whose highest IoU lies in this tile
+            if len(here):
+                ties = (pairwise_iou(boxes[here], tile) == highest[here, None]).any(dim=0)
+                matched[t] = torch.where(ties, best[t], matched[t])
+    return torch.cat(matched)
 
 
 def anchor_matching_reference(

@@ -146,7 +146,7 @@ def retinanet_resnet50_fpn(
 
         >>> model = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=5)
         >>> sum(p.numel() for p in model.parameters())
-        32285441
+        32284049
     """
     weights = RetinaNet_ResNet50_FPN_Weights.verify(weights)
     weights_backbone = ResNet50_Weights.verify(weights_backbone)

@@ -382,7 +382,7 @@ def _stock_coder(coder: object) -> bool:
 
 
 @functools.cache
-def _fast_class(cls: type[tv.RetinaNet]) -> type[RetinaNet]:
+def _fast_class(cls: Any) -> type[RetinaNet]:
     """``cls`` with this package's RetinaNet in place of torchvision's below it; what ``cls`` overrides still wins."""
     if cls is tv.RetinaNet:
         return RetinaNet
@@ -394,7 +394,7 @@ def _fast_class(cls: type[tv.RetinaNet]) -> type[RetinaNet]:
     return type(f"Fast{cls.__name__}", (cls, RetinaNet), members)
 
 
-def _new_fast(cls: type[tv.RetinaNet]) -> RetinaNet:
+def _new_fast(cls: Any) -> RetinaNet:
     fast = _fast_class(cls)
     return fast.__new__(fast)
 
@@ -421,8 +421,7 @@ def from_torchvision(model: tv.RetinaNet) -> RetinaNet:
         return model
     if not isinstance(model, tv.RetinaNet):
         raise TypeError(f"model must be a torchvision RetinaNet, got {type(model).__module__}.{type(model).__name__}")
-    cls: type[tv.RetinaNet] = model.__class__
-    fast = _new_fast(cls)
+    fast = _new_fast(type(model))
     for name, value in vars(model).items():
         fast.__dict__[name] = value.copy() if isinstance(value, dict) else value
     _rebind_hooks(fast, model)

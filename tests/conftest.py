@@ -1,14 +1,60 @@
-"""Kernels run on the GPU if there is one, else interpreted, on CPU tensors."""
+"""Kernels run on the GPU if there is one, else interpreted, on CPU tensors. Below: images that several tests train on."""
 
+import json
 import os
+import random
+from pathlib import Path
 
 import pytest
 import torch
+from torchvision.io import write_png
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which nothing above does
 
 
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+COLORS = {"red": (220, 30, 30), "blue": (30, 60, 220)}
+
+
+def write_shapes(folder: Path, count: int, seed: int = 0, size: int = 96) -> tuple[Path, Path]:
+    """Images of red and blue rectangles on grey noise; the COCO file and the folder of the images."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    images: list[dict] = []
+    annotations: list[dict] = []
+    (folder / "images").mkdir(parents=True)
+    for image_id in range(count):
+        image = (110 + 20 * torch.randn(3, size, size)).clamp(0, 255).to(torch.uint8)
+        for cell in rng.sample([(x, y) for x in (0, 1) for y in (0, 1)], 2):
+            w, h = rng.randint(18, 34), rng.randint(18, 34)
+            x, y = (size // 2 * place + rng.randint(2, size // 2 - 36) for place in cell)
+            category_id = rng.choice([3, 7])
+            color = COLORS["red" if category_id == 3 else "blue"]
+            image[:, y : y + h, x : x + w] = torch.tensor(color, dtype=torch.uint8)[:, None, None]
+            box = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category_id, **box})
+        write_png(image, str(folder / "images" / f"{image_id}.png"))
+        images.append({"id": image_id, "file_name": f"{image_id}.png", "width": size, "height": size})
+    categories = [{"id": 7, "name": "blue"}, {"id": 3, "name": "red"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "shapes.json").write_text(json.dumps(content))
+    return folder / "shapes.json", folder / "images"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads that wait for each other slow down images this small, and their number changes the last bit of a sum."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> tuple[Path, Path]:
+    return write_shapes(tmp_path / "shapes", count=6)

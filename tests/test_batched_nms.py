@@ -12,7 +12,7 @@ from retina_fast.kernels.batched_nms import batched_nms
 
 def greedy(boxes, scores, labels, threshold):
     """Kept positions by the definition, IoU in float32."""
-    kept = []
+    kept: list[int] = []
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     for i in sorted(range(len(boxes)), key=lambda i: (-float(scores[i]), i)):
         for j in kept:

@@ -37,8 +37,8 @@ def torchvision_loss(deltas, anchors, indices, boxes, offsets, normalizers, loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_matches_torchvision(loss_type, dtype, channels_last):
-    deltas, *rest = case(dtype, channels_last)
-    ours, theirs = box_loss(deltas, *rest, loss_type), torchvision_loss(deltas, *rest, loss_type)
+    arguments = (*case(dtype, channels_last), loss_type)
+    deltas, ours, theirs = arguments[0], box_loss(*arguments), torchvision_loss(*arguments)
     assert ours.dtype == torch.float32
     assert abs(ours - theirs) <= 1e-5 * abs(theirs)
     tolerance = 1e-5 if dtype == torch.float32 else 4e-3  # bf16 rounds the gradient once
@@ -56,4 +56,4 @@ def test_no_foreground_costs_nothing(loss_type):
 
 def test_unknown_loss_is_refused():
     with pytest.raises(AssertionError, match="Unsupported loss: 'l2'"):
-        box_loss(*case(torch.float32), "l2")
+        box_loss(*(*case(torch.float32), "l2"))

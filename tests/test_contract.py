@@ -22,7 +22,7 @@ from retina_fast import targets as targets_module
 def torchvision_model(num_classes=3, cls=tv.RetinaNet, **kwargs):
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.ReLU())
-    backbone.out_channels = 16
+    backbone.out_channels = 16  # type: ignore[assignment]
     anchors = AnchorGenerator(((16, 24, 32),), ((0.5, 1.0, 2.0),))
     model = cls(backbone, num_classes, anchor_generator=anchors, min_size=64, max_size=128, **kwargs)
     for conv in (*model.head.modules(),):
@@ -130,7 +130,7 @@ def test_bad_arguments_are_refused():
     backbone = nn.Sequential(nn.Conv2d(3, 4, 8, 8))
     with pytest.raises(ValueError, match="out_channels"):
         retina_fast.RetinaNet(backbone, 3)
-    backbone.out_channels = 4
+    backbone.out_channels = 4  # type: ignore[assignment]
     with pytest.raises(TypeError, match="AnchorGenerator"):
         retina_fast.RetinaNet(backbone, 3, anchor_generator="yes")
     with pytest.raises(AssertionError):

@@ -162,7 +162,7 @@ def test_every_builder_trains_and_detects(name):
 
 def test_any_backbone_with_out_channels():
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 8, 8), torch.nn.ReLU())  # one level, a plain tensor
-    backbone.out_channels = 16
+    backbone.out_channels = 16  # type: ignore[assignment]
     sizes = torchvision.models.detection.anchor_utils.AnchorGenerator(((16, 32),), ((0.5, 1.0),))
     kwargs = {"num_classes": 2, "anchor_generator": sizes, "min_size": 96}
     ours = retina_fast.RetinaNet(backbone, **kwargs)

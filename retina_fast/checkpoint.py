@@ -1,0 +1,135 @@
+"""Model files: the weights, how to build the network that they fit, and the names of its classes.
+
+The file is a plain dictionary, read with `torch.load(weights_only=True)`, so that opening one runs no code of its
+author's. Floats are stored as float16, which halves the file and moves a detector's AP by less than it can be measured.
+"""
+
+import pickle
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retina_fast.builders import MODELS
+from retina_fast.errors import UserError
+
+VERSION = 1
+
+
+@dataclass
+class Checkpoint:
+    """A model and what a person must know to use it.
+
+    Attributes:
+        builder: its name in `retina_fast.builders.MODELS`.
+        kwargs: the builder's keyword arguments, without the class count; numbers, strings, booleans and lists only.
+        classes: K class names, by label.
+        category_ids: the K category ids of the data set that it was trained on.
+        state_dict: the weights.
+        metrics: whatever was measured, by name.
+
+    Example::
+
+        >>> checkpoint = load("runs/trees/model.pt")  # doctest: +SKIP
+        >>> model = checkpoint.build().eval()  # doctest: +SKIP
+    """
+
+    builder: str
+    kwargs: dict[str, Any]
+    classes: list[str]
+    category_ids: list[int]
+    state_dict: dict[str, Tensor]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def build(self) -> Any:
+        """The network with the weights, float32, on the CPU, in training mode.
+
+        Raises:
+            UserError: if this version of the package has no such builder, or the weights do not fit it.
+        """
+        model = build(self.builder, len(self.classes), **self.kwargs)
+        try:
+            problems = model.load_state_dict(self.state_dict, strict=False)
+        except RuntimeError as error:  # the shapes differ
+            raise UserError(f"the weights do not fit {self.builder}: {str(error).splitlines()[-1].strip()}") from error
+        for kind, keys in (("lack", problems.missing_keys), ("have an unknown", problems.unexpected_keys)):
+            if keys:
+                raise UserError(f"the weights do not fit {self.builder}: they {kind} {keys[0]} ({len(keys)} in all)")
+        return model
+
+
+def build(builder: str, num_classes: int, **kwargs: Any) -> nn.Module:
+    """The network of that name, with random weights.
+
+    Raises:
+        UserError: if there is none of that name; the message lists those that there are.
+
+    Example::
+
+        >>> build("retinanet_resnet18_fpn_lite", num_classes=1)  # doctest: +SKIP
+    """
+    if builder not in MODELS:
+        raise UserError(f"there is no model {builder!r}; choose one of {', '.join(sorted(MODELS))}")
+    return MODELS[builder](weights=None, weights_backbone=None, num_classes=num_classes, **kwargs)
+
+
+def save(checkpoint: Checkpoint, path: str | Path) -> None:
+    """Write a model file; floats become float16.
+
+    Example::
+
+        >>> save(checkpoint, "model.pt")  # doctest: +SKIP
+    """
+    content = vars(checkpoint) | {"version": VERSION}
+    content["state_dict"] = {name: _small(value) for name, value in checkpoint.state_dict.items()}
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")  # a run stopped while writing leaves the old file whole
+    torch.save(content, partial)
+    partial.replace(path)
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read a model file; float16 becomes float32.
+
+    Raises:
+        UserError: if the file is missing, damaged, or something else than a model file.
+
+    Example::
+
+        >>> load("runs/trees/model.pt").classes  # doctest: +SKIP
+        ['Tree']
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such model file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look at the checksums
+                raise zipfile.BadZipFile
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or not a model file written by retina-fast train") from error
+    expected = set(Checkpoint.__dataclass_fields__)
+    missing = expected - set(content) if isinstance(content, dict) else expected
+    if missing:
+        raise UserError(f"{path}: not a model file of retina_fast: it has no {', '.join(sorted(missing))}")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{path}: is of version {content.get('version')}, this package reads {VERSION}: update retina_fast"
+        )
+    checkpoint = Checkpoint(**{name: content[name] for name in expected})
+    checkpoint.state_dict = {
+        name: value.float() if value.dtype == torch.float16 else value for name, value in checkpoint.state_dict.items()
+    }
+    return checkpoint
+
+
+def _small(value: Tensor) -> Tensor:
+    value = value.detach().cpu().contiguous()
+    if not value.is_floating_point():
+        return value
+    half = value.half()
+    return value.clone() if half.isinf().any() else half

@@ -1,0 +1,159 @@
+"""The command line: `retina-fast train`, `evaluate` and `detect`."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from retina_fast.data.augment import Flips
+from retina_fast.data.coco import CocoDataset
+from retina_fast.errors import UserError
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    raise SystemExit(f"retina-fast needs {error.name}: pip install 'retina_fast[all]'") from error
+
+app = typer.Typer(help="RetinaNet, fast: train, evaluate and detect.", no_args_is_help=True, add_completion=False)
+console = Console()
+
+WORKERS = max(1, (os.cpu_count() or 1) // 2)
+Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare images.")]
+ModelFile = Annotated[
+    Path | None, typer.Option(help="The model file that train wrote; without it, the trees that come with the package.")
+]
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Errors that a person can put right, and warnings, as one sentence on stderr."""
+    stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        stderr.print(f"warning: {message}", style="yellow", markup=False)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    except UserError as error:
+        problem = str(error)
+    except ModuleNotFoundError as error:
+        problem = f"this command needs {error.name}: pip install 'retina_fast[all]'"
+    except torch.OutOfMemoryError:
+        problem = "the GPU's memory is too small for this: give a smaller --batch-size or --crop"
+    else:
+        return
+    stderr.print(f"error: {problem}", style="red", markup=False)
+    raise typer.Exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(metadata.version("retina_fast"))
+        except metadata.PackageNotFoundError:
+            print("an uninstalled checkout")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    json: Annotated[Path, typer.Option(help="Annotations to train on, COCO JSON.")],
+    images: Annotated[Path, typer.Option(help="The folder of their images.")],
+    output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/train"),
+    model: Annotated[str, typer.Option(help="The network.")] = "retinanet_resnet18_fpn_lite",
+    steps: Annotated[
+        int, typer.Option(min=1, help="Optimizer steps; rounded up to equal intervals of 500 or less.")
+    ] = 6000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 4,
+    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 2e-3,
+    crop: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Side of the training crops in pixels, 0: whole images. By default 256 for lite models."
+        ),
+    ] = None,
+    flips: Annotated[
+        Flips, typer.Option(help="Mirror images as likely as the picture itself; all: turns by 90 degrees too.")
+    ] = Flips.HORIZONTAL,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, data order and augmentation.")] = 0,
+    workers: Workers = WORKERS,
+    checkpoint: Annotated[Path | None, typer.Option(help="A model file to start from.")] = None,
+    val_json: Annotated[Path | None, typer.Option(help="Annotations to validate on.")] = None,
+    val_images: Annotated[Path | None, typer.Option(help="The folder of their images.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+) -> None:
+    """Train a detector on a COCO data set."""
+    with _one_sentence():
+        from retina_fast.commands.train import Stopped, TrainSettings
+        from retina_fast.commands.train import train as run
+
+        if (val_json is None) != (val_images is None):
+            raise UserError("--val-json and --val-images belong together: give both or neither")
+        validation = CocoDataset(val_json, val_images) if val_json and val_images else None
+        if crop is None:
+            crop = 256 if model.endswith("_lite") else 0  # the others resize every image to 800 px or so
+        settings = TrainSettings(model, steps, batch_size, lr, crop, flips, seed)
+        try:
+            file = run(settings, CocoDataset(json, images), validation, checkpoint, output, resume, workers, console)
+        except Stopped:
+            console.print(f"Stopped and saved. To go on, give the same command with --resume (run: {output})")
+            raise typer.Exit(130) from None
+        console.print(f"Wrote {file}")
+
+
+@app.command()
+def evaluate(
+    json: Annotated[Path, typer.Option(help="Annotations, COCO JSON.")],
+    images: Annotated[Path, typer.Option(help="The folder of their images.")],
+    checkpoint: ModelFile = None,
+    workers: Workers = WORKERS,
+) -> None:
+    """Print a model's COCO metrics on a data set."""
+    with _one_sentence():
+        from retina_fast.commands.evaluate import evaluate as run
+        from retina_fast.commands.evaluate import report
+        from retina_fast.commands.predict import TREES, load_model
+
+        model, content = load_model(checkpoint or TREES)
+        report(run(model, content.classes, CocoDataset(json, images), workers, console), console)
+
+
+@app.command()
+def detect(
+    inputs: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
+    output: Annotated[Path, typer.Option(help="The folder for detections.json and pictures.")] = Path("out"),
+    score: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
+    checkpoint: ModelFile = None,
+    workers: Workers = WORKERS,
+) -> None:
+    """Find objects in images."""
+    with _one_sentence():
+        from retina_fast.commands.detect import detect as run
+        from retina_fast.commands.detect import report
+        from retina_fast.commands.predict import TREES, load_model
+
+        model, content = load_model(checkpoint or TREES)
+        found = run(model, content, inputs, output, score, workers, console)
+        report(found, console)
+        if not found.counts:
+            raise UserError("not one of the images can be read")
+        console.print(f"Wrote {output / 'detections.json'} and {len(found.counts)} pictures beside it")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,170 @@
+"""Detection augmentations, and the training data made by them: the same, item by item, in every run of one seed."""
+
+import math
+import random
+import warnings
+from collections.abc import Iterator
+from enum import StrEnum
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from retina_fast.data.coco import CocoDataset, Sample
+from retina_fast.errors import ImageError, UserError
+
+_MIN_VISIBLE = 0.35  # a box that keeps less of its area in the crop is dropped
+_SCALES = (0.75, 1.35)
+
+
+class ScaledCrop(nn.Module):
+    """A square crop of `size` px at a random place and scale; beyond the image it is black.
+
+    The crop is cut first and then resized, which costs the same for an image of any size. Boxes are clipped to it;
+    those of which it shows less than 35%, or not one pixel, are dropped with their labels.
+
+    Example::
+
+        >>> image, target = ScaledCrop(256)(image, target)  # doctest: +SKIP
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, image: tv_tensors.Image, target: dict) -> Sample:
+        scale = math.exp(_uniform(math.log(_SCALES[0]), math.log(_SCALES[1])))
+        side = round(self.size / scale)
+        height, width = image.shape[-2:]
+        top, left = _start(height, side), _start(width, side)
+        before = _area(target["boxes"])
+        image, boxes = (F.crop(x, top, left, side, side) for x in (image, target["boxes"]))
+        visible = _area(boxes) >= _MIN_VISIBLE * before
+        image, boxes = (F.resize(x, [self.size, self.size], antialias=True) for x in (image, boxes))
+        sides = boxes[:, 2:] - boxes[:, :2]
+        keep = visible & (sides >= 1).all(dim=1)
+        return image, target | {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
+
+
+class RandomTranspose(nn.Module):
+    """Mirrors half of the images on their diagonal: with both flips, this gives every turn by 90 degrees.
+
+    Example::
+
+        >>> image, target = RandomTranspose()(image, target)  # doctest: +SKIP
+    """
+
+    def forward(self, image: tv_tensors.Image, target: dict) -> Sample:
+        if torch.rand(()) < 0.5:
+            return image, target
+        boxes = target["boxes"]
+        height, width = boxes.canvas_size
+        boxes = tv_tensors.BoundingBoxes(boxes[:, [1, 0, 3, 2]], format="XYXY", canvas_size=(width, height))
+        return tv_tensors.Image(image.mT), target | {"boxes": boxes}
+
+
+class Flips(StrEnum):
+    """Which mirror images of a picture are as likely as itself: none where light or labels have a direction."""
+
+    NONE = "none"
+    HORIZONTAL = "horizontal"
+    ALL = "all"  # with the vertical one and turns by 90 degrees, for pictures without an upright direction
+
+
+def augmentation(crop: int, flips: Flips) -> v2.Compose:
+    """The transforms of an (image, target) pair.
+
+    Args:
+        crop: side of the crops in pixels, or 0 to keep whole images.
+        flips: which flips are drawn, each for half of the pictures.
+
+    Example::
+
+        >>> image, target = augmentation(crop=256, flips=Flips.ALL)(*dataset[0])  # doctest: +SKIP
+    """
+    steps: list[nn.Module] = [ScaledCrop(crop)] if crop else []
+    if flips != Flips.NONE:
+        steps.append(v2.RandomHorizontalFlip())
+    if flips == Flips.ALL:
+        steps += [v2.RandomVerticalFlip(), RandomTranspose()]
+    # Strong, since it carries over to pictures of another haze or ground: without it a detector trained on one
+    # aerial photograph found 5% of what it finds in another.
+    jitter = v2.ColorJitter(brightness=(0.6, 1.4), contrast=(0.5, 1.5), saturation=(0.3, 1.7), hue=0.08)
+    return v2.Compose([*steps, v2.RandomApply([jitter], p=0.9)])
+
+
+class TrainingSet(Dataset[Sample]):
+    """A data set, augmented. Its keys are (epoch, index); all randomness of an item comes from (seed, epoch, index).
+
+    So a run does not depend on the number of workers, and a resumed run sees what it would have seen. An image that
+    cannot be read is named in a warning, and the next one takes its place.
+
+    Raises:
+        UserError: by an item, if not one image can be read.
+
+    Example::
+
+        >>> training_set = TrainingSet(dataset, augmentation(256, Flips.HORIZONTAL), seed=0)  # doctest: +SKIP
+        >>> image, target = training_set[3, 17]  # epoch 3, image 17  # doctest: +SKIP
+    """
+
+    def __init__(self, dataset: CocoDataset, transform: v2.Compose, seed: int) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        image, target = self._readable(index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed_seed(self.seed, epoch, index))
+            return self.transform(image, target)
+
+    def _readable(self, index: int) -> Sample:
+        for offset in range(len(self.dataset)):
+            try:
+                return self.dataset[(index + offset) % len(self.dataset)]
+            except ImageError as error:
+                warnings.warn(f"{error}; another image takes its place", stacklevel=2)
+        raise UserError(f"{self.dataset.folder}: not one of its {len(self.dataset)} images can be read")
+
+
+def batches(length: int, batch_size: int, seed: int, steps: range) -> Iterator[list[tuple[int, int]]]:
+    """The keys of each step's batch: the (epoch, index) pairs of endless reshuffled passes over `length` images.
+
+    Example::
+
+        >>> list(batches(length=3, batch_size=2, seed=0, steps=range(2)))
+        [[(0, 2), (0, 1)], [(0, 0), (1, 1)]]
+    """
+    order: tuple[int, list[int]] = (-1, [])
+    for step in steps:
+        keys = []
+        for position in range(step * batch_size, (step + 1) * batch_size):
+            epoch, place = divmod(position, length)
+            if order[0] != epoch:
+                order = (epoch, random.Random(mixed_seed(seed, epoch)).sample(range(length), length))
+            keys.append((epoch, order[1][place]))
+        yield keys
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One 32-bit seed from several non-negative numbers; neighbours give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand(()))
+
+
+def _start(length: int, side: int) -> int:
+    """Where a crop begins: within the image, or before it if the image is the smaller one."""
+    room = length - side
+    return int(torch.randint(min(0, room), max(0, room) + 1, ()))
+
+
+def _area(boxes: Tensor) -> Tensor:
+    boxes = boxes.as_subclass(Tensor)
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

@@ -1,0 +1,172 @@
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.io import decode_image, write_png
+from typer.testing import CliRunner, Result
+
+from retina_fast import cli
+from tests.conftest import write_shapes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    pass
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def problem(*arguments: object) -> str:
+    """The message of a command that fails: one sentence on stderr, no traceback."""
+    result = invoke(*arguments)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[str | Path, ...]:
+    json_file, images = write_shapes(tmp_path_factory.mktemp("cli") / "shapes", count=16)
+    return ("--json", json_file, "--images", images)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """The run's folder of a detector that has learnt red and blue rectangles."""
+    output = tmp_path_factory.mktemp("cli") / "run"
+    result = invoke("train", *data, "--output", output, "--crop", 96, "--steps", 60, "--lr", 0.003, "--workers", 1)
+    assert result.exit_code == 0, result.output
+    assert "Wrote" in result.output
+    return output
+
+
+def test_training_lowers_the_loss(trained):
+    with (trained / "log.csv").open(newline="") as lines:
+        losses = [float(row["classification"]) + float(row["bbox_regression"]) for row in csv.DictReader(lines)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_evaluate_finds_the_objects(data, trained, tmp_path):
+    json_file, images = write_shapes(tmp_path / "new", count=8, seed=9)
+    result = invoke("evaluate", "--json", json_file, "--images", images, "--checkpoint", trained / "model.pt")
+    assert result.exit_code == 0, result.output
+    (ap50,) = re.findall(r"^AP50 (\d\.\d\d)$", result.output, re.MULTILINE)
+    assert float(ap50) > 0.4
+    flat = " ".join(result.output.split())
+    assert "over 8 images; at most 300 detections an image count" in flat
+
+
+def test_detect_writes_coco_and_pictures_and_passes_over_an_unreadable_image(data, trained, tmp_path):
+    good = sorted(Path(data[3]).glob("*.png"))[:3]
+    (tmp_path / "bad.png").write_text("no image")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "0.jpg").write_text("of an earlier run")
+    inputs = [good[0], tmp_path / "bad.png", good[1], good[2], tmp_path / "missing.png"]
+    result = invoke("detect", *inputs, "--output", output, "--checkpoint", trained / "model.pt", "--score", 0.25)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"bad\.png: not a readable image", result.output)
+    assert re.search(r"missing\.png: no such image file", result.output)
+    assert "2 of 5 images could not be read" in result.output
+
+    coco = json.loads((output / "detections.json").read_text())
+    assert [image["file_name"] for image in coco["images"]] == [str(path) for path in good]
+    assert coco["categories"] == [{"id": 3, "name": "red"}, {"id": 7, "name": "blue"}]
+    assert coco["annotations"]
+    assert all(0.25 <= found["score"] <= 1 for found in coco["annotations"])
+    for path in good:
+        picture = decode_image(str(output / f"{path.stem}.jpg"))
+        assert (picture.int() - decode_image(str(path)).int()).abs().max() > 100
+
+
+def test_detect_takes_a_folder(data, trained, tmp_path):
+    result = invoke("detect", data[3], "--output", tmp_path, "--checkpoint", trained / "model.pt")
+    assert result.exit_code == 0, result.output
+    assert len(list(tmp_path.glob("*.jpg"))) == 16
+    assert "16 pictures" in result.output
+
+
+def test_detect_keeps_pictures_of_the_same_name_apart(trained, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_png(torch.zeros(3, 64, 64, dtype=torch.uint8), str(tmp_path / folder / "x.png"))
+    invoke("detect", tmp_path / "a", tmp_path / "b", "--output", tmp_path, "--checkpoint", trained / "model.pt")
+    assert {path.name for path in tmp_path.glob("*.jpg")} == {"x.jpg", "x_2.jpg"}
+
+
+def test_evaluate_names_unreadable_and_crowded_images_and_goes_on(trained, tmp_path):
+    json_file, images = write_shapes(tmp_path / "data", count=3)
+    (images / "1.png").write_text("no image")
+    content = json.loads(json_file.read_text())
+    content["annotations"] = [content["annotations"][0] | {"id": i} for i in range(301)]
+    json_file.write_text(json.dumps(content))
+    result = invoke("evaluate", "--json", json_file, "--images", images, "--checkpoint", trained / "model.pt")
+    assert result.exit_code == 0, result.output
+    assert "0.png: has 301 objects, but the model gives at most 300" in result.output
+    assert "1.png: not a readable image" in result.output
+    assert "1 images could not be read" in result.output
+
+
+def test_training_goes_on_past_an_unreadable_image(tmp_path):
+    json_file, images = write_shapes(tmp_path / "data", count=2)
+    (images / "0.png").write_text("no image")
+    run = ("--output", tmp_path / "run", "--steps", 1, "--batch-size", 2, "--crop", 64, "--workers", 0)
+    result = invoke("train", "--json", json_file, "--images", images, *run)
+    assert result.exit_code == 0, result.output
+    assert "0.png: not a readable image" in " ".join(result.stderr.split())
+
+
+def test_errors_say_what_to_do(data, trained, tmp_path):
+    model = ("--checkpoint", trained / "model.pt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "note.txt").write_text("a note")
+    assert "holds no image" in problem("detect", tmp_path / "empty", "--output", tmp_path, *model)
+    assert "not one of the images can be read" in problem("detect", tmp_path / "x.png", "--output", tmp_path, *model)
+    assert "is a file" in problem("detect", data[3], "--output", tmp_path / "note.txt", *model)
+    assert "no such model file" in problem("detect", data[3], "--checkpoint", tmp_path / "none.pt")
+    assert "damaged" in problem("detect", data[3], "--checkpoint", tmp_path / "note.txt")
+    assert "cannot be read" in problem("evaluate", "--json", tmp_path / "none.json", "--images", data[3], *model)
+    assert "not a JSON file" in problem("evaluate", "--json", tmp_path / "note.txt", "--images", data[3], *model)
+    assert "already holds a run: add --resume" in problem("train", *data, "--output", trained)
+    assert "there is no run to resume" in problem("train", *data, "--output", tmp_path / "new", "--resume")
+    assert "belong together" in problem("train", *data, "--val-json", data[1])
+    unknown = problem("train", *data, "--output", tmp_path / "new", "--model", "yolo")
+    assert "there is no model 'yolo'; choose one of" in unknown
+    assert "retinanet_resnet50_fpn_v2" in unknown
+
+
+def test_evaluate_refuses_a_model_of_other_classes(trained, tmp_path):
+    json_file, images = write_shapes(tmp_path / "data", count=1)
+    json_file.write_text(json_file.read_text().replace('"red"', '"cat"').replace('"blue"', '"dog"'))
+    message = problem("evaluate", "--json", json_file, "--images", images, "--checkpoint", trained / "model.pt")
+    assert "the model finds red, blue" in message
+    assert "has only cat, dog" in message
+
+
+def test_version_and_help():
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", invoke("--version").output)
+    for command in ("train", "evaluate", "detect"):
+        assert command in invoke("--help").output
+        assert invoke(command, "--help").exit_code == 0
+
+
+def test_importing_the_package_does_not_import_the_extras():
+    extras = {"typer", "rich", "lightning", "matplotlib", "faster_coco_eval"}
+    code = f"import sys, retina_fast; print({extras} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_missing_extra_is_named():
+    code = "import sys; sys.modules['typer'] = None; import retina_fast.cli"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "retina-fast needs typer: pip install 'retina_fast[all]'\n"

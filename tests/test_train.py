@@ -1,0 +1,198 @@
+import csv
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from retina_fast import checkpoint
+from retina_fast.commands import train as module
+from retina_fast.commands.train import Stopped, TrainSettings, train
+from retina_fast.data.augment import Flips
+from retina_fast.data.coco import CocoDataset
+from retina_fast.errors import UserError
+from tests.conftest import write_shapes
+
+SETTINGS = TrainSettings("retinanet_resnet18_fpn_lite", 9, batch_size=2, lr=1e-3, crop=64, flips=Flips.NONE, seed=3)
+INTERVAL = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_intervals(one_thread):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_INTERVAL", INTERVAL)
+        yield
+
+
+def run(data, output: Path, resume=False, workers=0, settings=SETTINGS, start_from=None, validation=None) -> Path:
+    console = Console(quiet=True)
+    return train(settings, data, validation, start_from, output, resume, workers, console)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> CocoDataset:
+    return CocoDataset(*write_shapes(tmp_path_factory.mktemp("train") / "shapes", count=6))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """The folder of a run that was never stopped."""
+    output = tmp_path_factory.mktemp("train") / "whole"
+    run(data, output, validation=data)
+    return output
+
+
+def interrupt(patch: pytest.MonkeyPatch, step: int, how) -> None:
+    """Have `how` called while that step is under way."""
+    original = module.Detector.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == step:
+            how()
+        return original(self, batch, batch_idx)
+
+    patch.setattr(module.Detector, "training_step", training_step)
+
+
+def state(folder: Path) -> dict:
+    return torch.load(folder / "last.ckpt", weights_only=True)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    a, b = state(one), state(other)
+    assert a["global_step"] == b["global_step"] == SETTINGS.total_steps
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        assert a[key].keys() == b[key].keys()
+        assert all(torch.equal(value, b[key][name]) for name, value in a[key].items()), key
+    moments = zip(a["optimizer_states"][0]["state"].values(), b["optimizer_states"][0]["state"].values(), strict=True)
+    assert all(torch.equal(x[name], y[name]) for x, y in moments for name in x)
+    weights = checkpoint.load(one / "model.pt").state_dict, checkpoint.load(other / "model.pt").state_dict
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 4, 8])
+def test_a_run_stopped_and_resumed_gives_the_same_weights(data, whole, tmp_path, monkeypatch, step):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Stopped):
+            run(data, output)
+    assert state(output)["global_step"] == step + 1
+    run(data, output, resume=True, workers=1)
+    assert_same_run(whole, output)
+    steps = [row["step"] for row in rows(output)]
+    assert steps == sorted(set(steps))
+
+
+def test_a_run_that_died_goes_on_from_its_last_interval(data, whole, tmp_path, monkeypatch):
+    def die():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7, die)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(data, tmp_path)
+    assert state(tmp_path)["global_step"] == 6
+    run(data, tmp_path, resume=True)
+    assert_same_run(whole, tmp_path)
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(data, whole):
+    before = state(whole)["state_dict"]
+    run(data, whole, resume=True)
+    assert all(torch.equal(value, before[name]) for name, value in state(whole)["state_dict"].items())
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_what_a_run_writes(whole, data):
+    assert {path.name for path in whole.iterdir()} >= {"last.ckpt", "model.pt", "log.csv", "loss.png"}
+    assert [row["step"] for row in rows(whole) if row["AP50"]] == ["3", "6", "9"]
+    model = checkpoint.load(whole / "model.pt")
+    assert (model.classes, model.category_ids, model.builder) == (["red", "blue"], [3, 7], SETTINGS.model)
+    assert float(rows(whole)[-1]["AP50"]) == model.metrics["AP50"]
+
+
+def test_the_averaged_weights_are_written_and_validated(whole):
+    saved = state(whole)
+    model = checkpoint.load(whole / "model.pt").state_dict
+    name = "backbone.body.conv1.weight"
+    assert torch.equal(model[name], saved["state_dict"][f"model.{name}"].half().float())
+    assert not torch.equal(model[name], saved["current_model_state"][f"model.{name}"].half().float())
+    assert model["backbone.body.bn1.num_batches_tracked"] == SETTINGS.total_steps
+
+
+def test_steps_are_split_into_equal_intervals(monkeypatch):
+    monkeypatch.setattr(module, "_INTERVAL", 500)
+    for steps, interval, total in ((1, 1, 1), (60, 60, 60), (500, 500, 500), (1001, 334, 1002), (9000, 500, 9000)):
+        settings = TrainSettings("", steps, 1, 1.0, 0, Flips.NONE, 0)
+        assert (settings.interval, settings.total_steps) == (interval, total)
+
+
+def test_norms_and_biases_do_not_decay(data):
+    start = module._start(SETTINGS, data, None)
+    optimizer = module.Detector(start, SETTINGS).configure_optimizers()["optimizer"]
+    decayed, free = optimizer.param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+    assert all(p.ndim == 4 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in free["params"])
+
+
+def test_learning_rate_rises_and_falls_to_a_hundredth():
+    rates = [module._warmup_cosine(step, 100) for step in range(100)]
+    assert rates.index(max(rates)) in (4, 5)
+    assert max(rates) == 1
+    assert rates[-1] == pytest.approx(0.01, abs=1e-3)
+    assert [module._warmup_cosine(0, total) for total in (1, 2)] == [1, 1]
+
+
+def test_a_loss_that_is_not_finite_names_step_and_images(data, tmp_path, monkeypatch):
+    original = module.Detector.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 4:
+            batch[0][0] = torch.full((3, 64, 64), math.nan)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(module.Detector, "training_step", training_step)
+    with pytest.raises(UserError, match=r"not finite at step 4 .*images: .*\d\.png, .*\d\.png\. Look at"):
+        run(data, tmp_path)
+    assert state(tmp_path)["global_step"] == 3
+
+
+def test_an_existing_run_is_not_overwritten_and_settings_must_agree(data, whole, tmp_path):
+    with pytest.raises(UserError, match="already holds a run: add --resume"):
+        run(data, whole)
+    with pytest.raises(UserError, match="there is no run to resume"):
+        run(data, tmp_path, resume=True)
+    other = TrainSettings(**vars(SETTINGS) | {"lr": 0.5})
+    with pytest.raises(UserError, match=r"has lr 0\.001, not 0\.5"):
+        run(data, whole, resume=True, settings=other)
+
+
+def test_validation_data_must_have_the_same_classes(data, shapes, tmp_path):
+    content = json.loads(shapes[0].read_text())
+    content["categories"][0]["name"] = "green"
+    shapes[0].write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"has the classes \['red', 'green'\]"):
+        run(data, tmp_path / "run", validation=CocoDataset(*shapes))
+
+
+def test_starting_from_a_model_keeps_its_last_layer_only_for_the_same_classes(data, whole, shapes):
+    weights = checkpoint.load(whole / "model.pt").state_dict
+    same = module._start(SETTINGS, data, whole / "model.pt").state_dict
+    assert all(torch.equal(value, weights[name]) for name, value in same.items())
+    content = json.loads(shapes[0].read_text())
+    content["categories"].append({"id": 9, "name": "green"})
+    shapes[0].write_text(json.dumps(content))
+    start = module._start(SETTINGS, CocoDataset(*shapes), whole / "model.pt")
+    start.build()
+    changed = [name for name, value in start.state_dict.items() if not torch.equal(value, weights[name])]
+    assert changed == [f"head.classification_head.cls_logits.{kind}" for kind in ("weight", "bias")]
