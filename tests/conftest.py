@@ -1,4 +1,4 @@
-"""Kernels run on the GPU if there is one, else interpreted, on CPU tensors. Below: images that several tests train on."""
+"""Kernels run on the GPU if there is one, else interpreted, on CPU tensors. And images that several tests train on."""
 
 import json
 import os
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.io import write_png
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which nothing above does
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which torchvision already does
+
+from torchvision.io import write_png  # noqa: E402
 
 
 @pytest.fixture
