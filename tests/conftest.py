@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which torchvision already does
 
-from torchvision.io import write_png  # noqa: E402
+from torchvision.io import write_png
 
 
 @pytest.fixture
