@@ -24,7 +24,7 @@ from torch import Tensor
 from retina_fast.kernels.compiler import HAS_TRITON, PTX, tl, triton
 from retina_fast.kernels.fast_math import LOG2E, exp2, reciprocal, sigmoid
 from retina_fast.kernels.focal_loss_cpu import at_least_float32, focal_loss_cpu, refuse_double_backward, weights
-from retina_fast.kernels.levels import flatten_all
+from retina_fast.kernels.levels import count_anchors, flatten_all
 
 BACKGROUND = -1
 IGNORED = -2
@@ -323,13 +323,14 @@ def focal_loss(
         >>> focal_loss(logits, labels, torch.tensor([2.0, 2.0]), num_classes=91).shape
         torch.Size([])
     """
-    levels = flatten_all(logits, num_classes)
-    if tuple(labels.shape) != (levels[0].shape[0], sum(level.shape[1] for level in levels)):
-        raise ValueError(f"labels {tuple(labels.shape)} do not fit levels {[tuple(level.shape) for level in levels]}")
-    if any(level.dtype != levels[0].dtype for level in levels):
-        raise ValueError(f"levels must share a dtype, got {[level.dtype for level in levels]}")
+    anchors = sum(count_anchors(level, num_classes) for level in logits)
+    if tuple(labels.shape) != (len(logits[0]), anchors):
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit levels {[tuple(level.shape) for level in logits]}")
+    if any(level.dtype != logits[0].dtype for level in logits):
+        raise ValueError(f"levels must share a dtype, got {[level.dtype for level in logits]}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        return focal_loss_cpu(levels, labels, normalizers, alpha, gamma)
-    if labels.device.type != "cuda" or not HAS_TRITON or levels[0].dtype == torch.float64:
-        return focal_loss_reference(levels, labels, normalizers, num_classes, alpha, gamma)
+        return focal_loss_cpu(logits, labels, normalizers, num_classes, alpha, gamma)
+    if labels.device.type != "cuda" or not HAS_TRITON or logits[0].dtype == torch.float64:
+        return focal_loss_reference(logits, labels, normalizers, num_classes, alpha, gamma)
+    levels = flatten_all(logits, num_classes)
     return _focal_loss_triton(levels, labels, normalizers, num_classes, alpha, gamma)
