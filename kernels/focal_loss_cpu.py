@@ -108,10 +108,10 @@ def _pass(
     levels: Sequence[Tensor],
     labels: Tensor,
     scales: Tensor,
+    with_grads: bool,
     num_classes: int,
     alpha: float,
     gamma: float,
-    with_grads: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss with image b weighed by scales[b], and its gradients if wanted."""
     levels = [level.detach() if _dense(level) else level.detach().contiguous() for level in levels]
@@ -146,7 +146,8 @@ class _FocalLoss(torch.autograd.Function):
         scales = normalizers.to(at_least_float32(levels[0]).dtype).reciprocal()
         ctx.half = levels[0].dtype == torch.float16
         ctx.constants = num_classes, alpha, gamma
-        loss, grads = _pass(levels, labels, scales, *ctx.constants, any(ctx.needs_input_grad) and not ctx.half)
+        wanted = any(ctx.needs_input_grad) and not ctx.half
+        loss, grads = _pass(levels, labels, scales, wanted, *ctx.constants)
         ctx.save_for_backward(*((labels, scales, *levels) if ctx.half else grads))
         return loss
 
@@ -156,7 +157,7 @@ class _FocalLoss(torch.autograd.Function):
         grads: Sequence[Tensor]
         if ctx.half:
             labels, scales, *levels = ctx.saved_tensors
-            _, grads = _pass(levels, labels, scales * grad_loss, *ctx.constants, with_grads=True)
+            _, grads = _pass(levels, labels, scales * grad_loss, True, *ctx.constants)
         else:
             grads = ctx.saved_tensors
             # a second backward may come, and needs them as they are
