@@ -4,11 +4,15 @@ With p = sigmoid(x), s = softplus(x) = -log(1 - p), a = alpha, g = gamma, an ele
 
     L = (1-a) p^g s              dL/dx = (1-a) p^g (g (1-p) s + p)
 
-and the one element of a foreground anchor that is its class costs the mirrored a (1-p)^g softplus(-x). A label >= 0 is
-that class (0 is a real class: there is no background channel), -1 is background, -2 drops the anchor.
+and the one element of a foreground anchor that is its class costs the same of -x, with a for 1-a and the slope's sign
+turned. A label >= 0 is that class (0 is a real class: there is no background channel), -1 is background, -2 drops the
+anchor.
 
 torchvision makes 87 passes over the logits (one-hot targets, eight saved tensors). Here the forward pass reads them
-once and writes the finished gradient once; backward only scales it.
+once and writes the finished gradient once, since the foreground counts are known before it runs; backward only scales
+it by the incoming gradient, and reads nothing where that is 1. Two cases read the logits again in backward instead,
+three passes in all: float16, whose finished gradients would be flushed to zero before GradScaler's factor reaches
+them, and compiled graphs, where scaling a saved tensor in place becomes a copy.
 """
 
 from collections.abc import Sequence
@@ -17,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retina_fast.kernels.levels import flatten_all
+from retina_fast.kernels.compiler import HAS_TRITON, PTX, tl, triton
+from retina_fast.kernels.fast_math import LOG2E, exp2, reciprocal, sigmoid
+from retina_fast.kernels.focal_loss_cpu import at_least_float32, focal_loss_cpu, refuse_double_backward, weights
+from retina_fast.kernels.levels import count_anchors, flatten_all
 
 BACKGROUND = -1
 IGNORED = -2
-
-_TILE = 1 << 16  # elements of a CPU tile: its temporaries stay in the L2 cache
 
 
 def focal_loss_reference(
@@ -35,76 +40,256 @@ def focal_loss_reference(
 ) -> Tensor:
     """The definition, differentiable by autograd; see :func:`focal_loss`."""
     x = torch.cat(flatten_all(logits, num_classes), dim=1)  # (B, N, K)
-    x = _at_least_float32(x)
+    x = at_least_float32(x)
     target = labels[..., None] == torch.arange(num_classes, device=x.device)  # (B, N, K)
+    x = torch.where((labels == IGNORED)[..., None], 0, x)
     x = torch.where(target, -x, x)  # the logit of the wrong answer
-    weight = torch.where(target, alpha, 1 - alpha)
+    background_weight, class_weight = weights(alpha)
+    weight = torch.where(target, class_weight, background_weight)
     loss = weight * torch.sigmoid(x) ** gamma * -F.logsigmoid(-x)
     loss = torch.where((labels == IGNORED)[..., None], 0, loss)
     return (loss.sum(dim=(1, 2)) / normalizers).sum()
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+# Triton. A tile is a run of logits of one image and level that starts on a 16-byte boundary. Nearly all tiles hold
+# background only: those need one look at their anchors' labels, no label an element and no mask.
+
+_TILE = 8192  # by instruction counts: at 4096 a tile's set-up costs 3 more an element
+_CHUNK = 1024  # the most elements that a program holds at once: 16 bytes a thread in bf16, no spills
+_SCALE_TILE = 4096
+_SCALE_PROGRAMS = 1024  # about what an H200 holds at once; where the factor is 1 their launch is all that is paid
 
 
-def _cpu_tile(x: Tensor, labels: Tensor, alpha: float, gamma: float, grad: Tensor | None, scale: Tensor) -> Tensor:
-    """Summed loss of the rows x (n, K) with labels (n,); its gradient times scale goes into grad (n, K) if given."""
-    x = _at_least_float32(x)
-    p, s = torch.sigmoid(x), F.softplus(x)
-    modulation = p.square() if gamma == 2 else p**gamma
-    ignored = labels == IGNORED
-    rows = (labels >= 0).nonzero().squeeze(1)
-    columns = labels[rows].long()
-    q_true = torch.sigmoid(-x[rows, columns])
-    s_true = F.softplus(-x[rows, columns])
-    modulation_true = alpha * q_true**gamma
-
-    background = modulation * s
-    background[rows, columns] = 0
-    background[ignored] = 0
-    if grad is not None:
-        slope = torch.addcmul(p, 1 - p, s, value=gamma).mul_(modulation).mul_(1 - alpha)
-        slope[rows, columns] = -modulation_true * (gamma * (1 - q_true) * s_true + q_true)
-        slope[ignored] = 0
-        grad.copy_(slope.mul_(scale))
-    return (1 - alpha) * background.sum() + (modulation_true * s_true).sum()
+@triton.jit
+def _focal(x, GAMMA: tl.constexpr, PTX: tl.constexpr):
+    """p^g s and its slope p^g (g (1-p) s + p) for p = sigmoid(x), s = softplus(x); NaN gives NaN."""
+    p, log1p = sigmoid(x, PTX)
+    s = tl.maximum(x, 0.0) + log1p
+    if GAMMA == 2:
+        modulation = p * p
+    elif GAMMA == 0:
+        modulation = 1.0
+    else:
+        modulation = exp2((tl.minimum(x, 0.0) - log1p) * (GAMMA * LOG2E), PTX)  # log(p) = min(x, 0) - log1p
+    return modulation * s, modulation * (GAMMA * ((1 - p) * s) + p)
 
 
-class _FocalLossCPU(torch.autograd.Function):
-    """Loss and finished gradient in one tiled pass over the levels, each (B, N_l, K)."""
+@triton.jit
+def _background_tile(
+    x_ptr, grad_ptr, weight, factor, GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    losses = tl.zeros([CHUNK], tl.float32)
+    for begin in tl.static_range(0, TILE, CHUNK):
+        i = begin + tl.arange(0, CHUNK)
+        loss, slope = _focal(tl.load(x_ptr + i).to(tl.float32), GAMMA, PTX)
+        losses += loss
+        if WITH_GRADS:
+            tl.store(grad_ptr + i, (slope * (weight * factor)).to(grad_ptr.dtype.element_ty))
+    return losses * weight
+
+
+@triton.jit
+def _mixed_tile(
+    x_ptr, grad_ptr, labels_ptr, begin, end, background_weight, class_weight, factor, K: tl.constexpr,
+    GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    losses = tl.zeros([CHUNK], tl.float32)
+    for chunk in range(0, TILE, CHUNK):
+        i = chunk + tl.arange(0, CHUNK)
+        element = begin + i
+        mask = (element >= 0) & (element < end)
+        anchor = element // K
+        label = tl.load(labels_ptr + anchor, mask=mask, other=-2)
+        is_class = label == element - anchor * K
+        x = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32)
+        loss, slope = _focal(tl.where(is_class, -x, x), GAMMA, PTX)
+        weight = tl.where(is_class, class_weight, background_weight)
+        losses += tl.where(label == -2, 0.0, loss * weight)
+        if WITH_GRADS:
+            grad = tl.where(label == -2, 0.0, slope * (tl.where(is_class, -weight, weight) * factor))
+            tl.store(grad_ptr + i, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    return losses
+
+
+def _codes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes as odd negative numbers. Triton specialises each integer of a tuple on being 1 or a multiple of 16,
+    whatever do_not_specialize says, and would compile again for nearly every image size."""
+    return tuple(-1 - 2 * size for size in sizes)
+
+
+@triton.jit
+def _size(code):
+    return (-1 - code) // 2
+
+
+@triton.jit(do_not_specialize=["num_anchors"])
+def _focal_loss_kernel(
+    levels, grads, labels_ptr, normalizers_ptr, partials_ptr, factor_ptr, starts, first_tiles, num_anchors,
+    background_weight, class_weight, K: tl.constexpr, GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    TILE_ANCHORS: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Program (t, b): tile t, counted through the levels, of image b. Writes its share of the loss to partials (B, T)
+    and its gradients; one of the two may be left out. The gradients are multiplied by factor if there is one."""
+    tile = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    x_ptr, grad_ptr, start, stop, first = levels[0], grads[0], starts[0], starts[1], first_tiles[0]
+    for level in tl.static_range(1, len(levels)):
+        if tile >= _size(first_tiles[level]):
+            x_ptr, grad_ptr = levels[level], grads[level]
+            start, stop, first = starts[level], starts[level + 1], first_tiles[level]
+    start = _size(start)
+    tile_of_level = tile - _size(first)
+    end = (_size(stop) - start) * K  # logits of an image in this level
+    shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries
+    begin = tile_of_level * TILE - shift
+    offset = tl.multiple_of(image * end - shift, 16) + tile_of_level * TILE
+    labels_ptr += image * num_anchors + start
+
+    first_anchor = tl.maximum(begin, 0) // K
+    anchor = first_anchor + tl.arange(0, TILE_ANCHORS)
+    label = tl.load(labels_ptr + anchor, mask=anchor * K < tl.minimum(begin + TILE, end), other=-1)
+    is_background = (begin >= 0) & (begin + TILE <= end) & (tl.max((label != -1).to(tl.int32), axis=0) == 0)
+
+    scale = reciprocal(tl.load(normalizers_ptr + image), PTX)
+    background_weight *= scale
+    class_weight *= scale
+    factor = 1.0
+    if factor_ptr is not None:
+        factor = tl.load(factor_ptr)
+    if is_background:
+        losses = _background_tile(
+            x_ptr + offset, grad_ptr + offset, background_weight, factor, GAMMA, TILE, CHUNK, WITH_GRADS, PTX
+        )
+    else:
+        losses = _mixed_tile(
+            x_ptr + offset, grad_ptr + offset, labels_ptr, begin, end, background_weight, class_weight, factor,
+            K, GAMMA, TILE, CHUNK, WITH_GRADS, PTX,
+        )  # fmt: skip
+    if partials_ptr is not None:
+        tl.store(partials_ptr + image * tl.num_programs(0) + tile, tl.sum(losses, axis=0))
+
+
+@triton.jit
+def _scale_kernel(tensors, sizes, factor_ptr, TILE: tl.constexpr):
+    """Multiplies the tensors by factor in place; reads and writes nothing where that is 1."""
+    factor = tl.load(factor_ptr)
+    if factor != 1:
+        i = tl.arange(0, TILE)
+        for t in tl.static_range(len(tensors)):
+            offset = tl.program_id(0).to(tl.int64) * TILE
+            size = _size(sizes[t])
+            while offset < size:
+                ptr = tensors[t] + offset + i
+                if offset + TILE <= size:
+                    tl.store(ptr, (tl.load(ptr).to(tl.float32) * factor).to(ptr.dtype.element_ty))
+                else:
+                    mask = i < size - offset
+                    tl.store(ptr, (tl.load(ptr, mask=mask).to(tl.float32) * factor).to(ptr.dtype.element_ty), mask=mask)
+                offset += tl.num_programs(0) * TILE
+
+
+@torch.library.custom_op("retina_fast::focal_loss", mutates_args=())
+def _focal_loss_op(
+    levels: list[Tensor],
+    labels: Tensor,
+    normalizers: Tensor,
+    factor: Tensor | None,
+    num_classes: int,
+    alpha: float,
+    gamma: float,
+    with_loss: bool,
+    with_grads: bool,
+) -> list[Tensor]:
+    """[the loss (), the gradient of each contiguous level (B, N_l, K), times factor ()], each if wanted.
+
+    One launch over all levels: at batch 1 the whole work is 10 us, the time of two launches.
+    """
+    starts, first_tiles = [0], [0]
+    for level in levels:
+        starts.append(starts[-1] + level.shape[1])
+        first_tiles.append(first_tiles[-1] + triton.cdiv(level.shape[1] * num_classes + 15, _TILE))
+    partials = labels.new_empty(len(labels), first_tiles[-1], dtype=torch.float32) if with_loss else None
+    grads = [torch.empty_like(level) for level in levels] if with_grads else []
+    background_weight, class_weight = weights(alpha)
+    with torch.cuda.device_of(labels):
+        _focal_loss_kernel[(first_tiles[-1], len(labels))](
+            tuple(levels), tuple(grads or levels), labels, normalizers, partials, factor, _codes(starts),
+            _codes(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes, GAMMA=float(gamma),
+            TILE=_TILE, CHUNK=_CHUNK,
+            TILE_ANCHORS=triton.next_power_of_2((_TILE - 2) // num_classes + 2), WITH_GRADS=with_grads, PTX=PTX,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return ([] if partials is None else [partials.sum()]) + grads
+
+
+@_focal_loss_op.register_fake
+def _(levels, labels, normalizers, factor, num_classes, alpha, gamma, with_loss, with_grads):
+    loss = [labels.new_empty((), dtype=torch.float32)] if with_loss else []
+    return loss + ([torch.empty_like(level) for level in levels] if with_grads else [])
+
+
+@torch.library.custom_op("retina_fast::scale_", mutates_args=("tensors",))
+def _scale_op(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiplies contiguous tensors in place by factor (), which is read on the device."""
+    sizes = [tensor.numel() for tensor in tensors]
+    with torch.cuda.device_of(factor):
+        programs = min(_SCALE_PROGRAMS, triton.cdiv(max(sizes), _SCALE_TILE))
+        _scale_kernel[(programs,)](tuple(tensors), _codes(sizes), factor, TILE=_SCALE_TILE)
+
+
+@_scale_op.register_fake
+def _(tensors, factor):
+    return None
+
+
+def _setup_context(ctx, inputs, output):
+    levels, labels, normalizers, _, *ctx.constants, with_loss, _ = inputs
+    ctx.mark_non_differentiable(*output[int(with_loss) :])
+    ctx.save_for_backward(*levels, labels, normalizers)
+
+
+def _backward(ctx, grad_outputs):
+    refuse_double_backward()
+    *levels, labels, normalizers = ctx.saved_tensors
+    constants = *ctx.constants, False, True
+    return _focal_loss_op(levels, labels, normalizers, grad_outputs[0], *constants), *[None] * 8
+
+
+_focal_loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _OnePass(torch.autograd.Function):
+    """The gradient written with the loss. Outside compiled graphs this also costs the host half of what the op's own
+    autograd does."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx, labels: Tensor, normalizers: Tensor, alpha: float, gamma: float, *levels: Tensor
+    def forward(
+        ctx, labels: Tensor, normalizers: Tensor, num_classes: int, alpha: float, gamma: float, *levels: Tensor
     ) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
-        grads = [torch.empty_like(level, memory_format=torch.contiguous_format) if wanted else None for level in levels]
-        total = labels.new_zeros((), dtype=torch.float64)
-        scales = _at_least_float32(normalizers).reciprocal()
-        starts = [0]
-        for level in levels:
-            starts.append(starts[-1] + level.shape[1])
-        for level, grad, start in zip(levels, grads, starts, strict=False):
-            step = max(1, _TILE // max(1, level.shape[2]))
-            for b in range(level.shape[0]):
-                for i in range(0, level.shape[1], step):
-                    rows = slice(i, min(i + step, level.shape[1]))
-                    tile_labels = labels[b, start + rows.start : start + rows.stop]
-                    tile_grad = None if grad is None else grad[b, rows]
-                    loss = _cpu_tile(level[b, rows], tile_labels, alpha, gamma, tile_grad, scales[b])
-                    total += loss * scales[b]
-        if wanted:
-            ctx.save_for_backward(*grads)
-        return total.to(torch.float64 if levels[0].dtype == torch.float64 else torch.float32)
+        loss, *grads = _focal_loss_op(list(levels), labels, normalizers, None, num_classes, alpha, gamma, True, True)
+        ctx.save_for_backward(*grads)
+        return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = ctx.saved_tensors
-        if grad_output != 1:
-            grads = [grad * grad_output.to(grad.dtype) for grad in grads]
-        return None, None, None, None, *grads
+    def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        grads = list(ctx.saved_tensors)
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            grads = [grad.clone() for grad in grads]  # a second backward may come, and needs them as they are
+        _scale_op(grads, factor)
+        return None, None, None, None, None, *grads
+
+
+def _focal_loss_triton(
+    levels: Sequence[Tensor], labels: Tensor, normalizers: Tensor, num_classes: int, alpha: float, gamma: float
+) -> Tensor:
+    levels = [level.contiguous() for level in levels]
+    labels, normalizers = labels.contiguous(), normalizers.contiguous()
+    wanted = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
+    if wanted and levels[0].dtype != torch.float16 and not torch.compiler.is_compiling():
+        return _OnePass.apply(labels, normalizers, num_classes, alpha, gamma, *levels)
+    return _focal_loss_op(levels, labels, normalizers, None, num_classes, alpha, gamma, True, False)[0]
 
 
 def focal_loss(
@@ -118,15 +303,17 @@ def focal_loss(
     """Focal loss of a batch: the sum over images b of (the summed loss of b's anchors) / normalizers[b], a scalar.
 
     Args:
-        logits: the levels as the heads wrote them, each ``(B, A*K, H, W)`` or ``(B, N_l, K)``; any float dtype.
+        logits: the levels as the heads wrote them, each ``(B, A*K, H, W)`` or ``(B, N_l, K)``; any float dtype. Levels
+            in channels_last memory are read and their gradients written as they lie, NCHW ones are copied once.
         labels: ``(B, N)`` integers, N the anchors of all levels: a class in [0, K), -1 background, -2 ignored.
         normalizers: ``(B,)``, the foreground counts (at least 1) times B for torchvision's mean over images.
         num_classes: K.
-        alpha: weight of the positive class, 1 - alpha of the background.
+        alpha: weight of the positive class, 1 - alpha of the background; negative: no weights.
         gamma: focusing exponent, at least 0.
 
     Raises:
-        ValueError: if the levels do not hold B*N*K logits.
+        ValueError: if the levels do not hold B*N*K logits, or differ in dtype.
+        RuntimeError: in backward with create_graph=True; :func:`focal_loss_reference` can be differentiated twice.
 
     Example::
 
@@ -136,9 +323,14 @@ def focal_loss(
         >>> focal_loss(logits, labels, torch.tensor([2.0, 2.0]), num_classes=91).shape
         torch.Size([])
     """
+    anchors = sum(count_anchors(level, num_classes) for level in logits)
+    if tuple(labels.shape) != (len(logits[0]), anchors):
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit levels {[tuple(level.shape) for level in logits]}")
+    if any(level.dtype != logits[0].dtype for level in logits):
+        raise ValueError(f"levels must share a dtype, got {[level.dtype for level in logits]}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        return focal_loss_cpu(logits, labels, normalizers, num_classes, alpha, gamma)
+    if labels.device.type != "cuda" or not HAS_TRITON or logits[0].dtype == torch.float64:
+        return focal_loss_reference(logits, labels, normalizers, num_classes, alpha, gamma)
     levels = flatten_all(logits, num_classes)
-    if tuple(labels.shape) != (levels[0].shape[0], sum(level.shape[1] for level in levels)):
-        raise ValueError(f"labels {tuple(labels.shape)} do not fit levels {[tuple(level.shape) for level in levels]}")
-    if labels.device.type != "cpu":
-        return focal_loss_reference(levels, labels, normalizers, num_classes, alpha, gamma)
-    return _FocalLossCPU.apply(labels, normalizers, alpha, gamma, *levels)
+    return _focal_loss_triton(levels, labels, normalizers, num_classes, alpha, gamma)

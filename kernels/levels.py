@@ -9,18 +9,22 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
+def count_anchors(level: Tensor, channels: int) -> int:
+    """How many anchors of ``channels`` values a level holds an image.
+
+    Raises:
+        ValueError: if the level is neither ``(B, A*channels, H, W)`` nor ``(B, N, channels)``.
+    """
+    fits = level.shape[1] % channels == 0 if level.dim() == 4 else level.dim() == 3 and level.shape[2] == channels
+    if not fits:
+        raise ValueError(f"a level must be (B, A*{channels}, H, W) or (B, N, {channels}), got {tuple(level.shape)}")
+    return level.shape[1:].numel() // channels
+
+
 def flatten(level: Tensor, channels: int) -> Tensor:
     """One level as ``(B, H*W*A, channels)``, anchors in torchvision's order: row, column, anchor of the cell."""
-    if level.dim() == 4:
-        b, c, h, w = level.shape
-        if c % channels:
-            raise ValueError(
-                f"a level has {c} channels, which is no multiple of {channels}: shape {tuple(level.shape)}"
-            )
-        return level.permute(0, 2, 3, 1).reshape(b, h * w * (c // channels), channels)
-    if level.dim() != 3 or level.shape[2] != channels:
-        raise ValueError(f"a level must be (B, A*{channels}, H, W) or (B, N, {channels}), got {tuple(level.shape)}")
-    return level
+    anchors = count_anchors(level, channels)
+    return level.permute(0, 2, 3, 1).reshape(len(level), anchors, channels) if level.dim() == 4 else level
 
 
 def flatten_all(levels: Sequence[Tensor], channels: int) -> list[Tensor]:

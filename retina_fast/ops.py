@@ -14,6 +14,7 @@ from retina_fast.kernels.box_loss import box_loss
 from retina_fast.kernels.candidate_selection import Candidates, candidate_selection
 from retina_fast.kernels.focal_loss import focal_loss
 from retina_fast.kernels.image_batch import image_batch
+from retina_fast.kernels.sigmoid_focal_loss import sigmoid_focal_loss
 
 __all__ = [
     "Candidates",
@@ -28,6 +29,7 @@ __all__ = [
     "image_batch",
     "nms",
     "padded_batched_nms",
+    "sigmoid_focal_loss",
 ]
 
 

@@ -1,10 +1,23 @@
+"""Kernels run on the GPU if there is one, else interpreted, on CPU tensors. And images that several tests train on."""
+
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which torchvision already does
+
 from torchvision.io import write_png
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 60, 220)}
 

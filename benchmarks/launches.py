@@ -1,0 +1,186 @@
+"""Every kernel launch of the project, recorded on a machine without a GPU.
+
+CASES is the one place where a kernel is listed: a case calls an op on fake CUDA tensors, at a size really used. What it
+launches is compiled for every target (``python -m benchmarks.static``), and its launcher is searched for host reads and
+copies between devices (tests/test_launches.py). A kernel is a ``@triton.jit`` function named ``*_kernel``.
+"""
+
+import contextlib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._library.custom_ops import CustomOpDef
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+import retina_fast.kernels
+from retina_fast.kernels import focal_loss, sigmoid_focal_loss
+from retina_fast.kernels.levels import flatten_all
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an op on fake CUDA tensors, and what its compiled kernel must hold.
+
+    Args:
+        run: the call.
+        tile: elements that one program handles, if a program handles so many; then counts an element are reported, over
+            the cheapest path of blocks that makes the most 16-byte accesses (the path of a usual tile).
+        bytes_per_element: read and written with 16-byte accesses, per element of the tile.
+        instructions, mufu: limits an element, on NVIDIA.
+    """
+
+    run: Callable[[], Any]
+    tile: int | None = None
+    bytes_per_element: int = 0
+    instructions: float = float("inf")
+    mufu: float = float("inf")
+
+
+def _levels(dtype: torch.dtype, num_classes: int = 91) -> list[torch.Tensor]:
+    """The five levels of 8 images of 800x800 as a head writes them, (B, A*K, H, W) in channels_last memory."""
+    layout = torch.channels_last
+    return [
+        torch.empty(8, 9 * num_classes, n, n, dtype=dtype, device="cuda", memory_format=layout).requires_grad_()
+        for n in (100, 50, 25, 13, 7)
+    ]
+
+
+def _focal_loss(dtype: torch.dtype, num_classes: int = 91) -> None:
+    labels = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
+    focal_loss.focal_loss(_levels(dtype, num_classes), labels, torch.empty(8, device="cuda"), num_classes)
+
+
+def _focal_loss_backward(dtype: torch.dtype) -> None:
+    """Where the gradient was not written in forward. Autograd itself would need a GPU here."""
+    levels = [level.detach() for level in flatten_all(_levels(dtype), 91)]
+    labels = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
+    normalizers, factor = torch.empty(8, device="cuda"), torch.empty((), device="cuda")
+    focal_loss._focal_loss_op(levels, labels, normalizers, factor, 91, 0.25, 2.0, False, True)
+
+
+def _scale(dtype: torch.dtype) -> None:
+    levels = [level.detach() for level in flatten_all(_levels(dtype), 91)]
+    focal_loss._scale_op(levels, torch.empty((), device="cuda"))
+
+
+def _sigmoid_focal_loss(dtype: torch.dtype, output: str) -> None:
+    x, targets = (torch.empty(8, 120087, 91, dtype=dtype, device="cuda") for _ in range(2))
+    incoming = torch.empty_like(x) if output == "gradients" else None
+    sigmoid_focal_loss._op(x, targets, incoming, 0.25, 2.0, output, torch.float32 if output == "sums" else dtype)
+
+
+CASES = {
+    "focal_loss bf16": Case(lambda: _focal_loss(torch.bfloat16), focal_loss._TILE, 4, 28, 3),
+    "focal_loss fp32": Case(lambda: _focal_loss(torch.float32), focal_loss._TILE, 8, 28, 3),
+    "focal_loss fp16 forward": Case(lambda: _focal_loss(torch.float16), focal_loss._TILE, 2, 28, 3),
+    "focal_loss fp16 backward": Case(lambda: _focal_loss_backward(torch.float16), focal_loss._TILE, 4, 28, 3),
+    "focal_loss bf16 K=1": Case(lambda: _focal_loss(torch.bfloat16, 1), focal_loss._TILE, 4),
+    "focal_loss scale bf16": Case(lambda: _scale(torch.bfloat16)),
+    "sigmoid_focal_loss bf16 losses": Case(
+        lambda: _sigmoid_focal_loss(torch.bfloat16, "losses"), sigmoid_focal_loss._TILE, 6
+    ),
+    "sigmoid_focal_loss bf16 sum": Case(
+        lambda: _sigmoid_focal_loss(torch.bfloat16, "sums"), sigmoid_focal_loss._TILE, 4
+    ),
+    "sigmoid_focal_loss bf16 backward": Case(
+        lambda: _sigmoid_focal_loss(torch.bfloat16, "gradients"), sigmoid_focal_loss._TILE, 8
+    ),
+}
+
+
+@dataclass
+class Launch:
+    kernel: Any  # a JITFunction, or an InterpretedFunction under TRITON_INTERPRET=1
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grid: Any = field(repr=False)
+
+
+def modules() -> list[Any]:
+    return [
+        importlib.import_module(f"retina_fast.kernels.{info.name}")
+        for info in pkgutil.iter_modules(retina_fast.kernels.__path__)
+    ]
+
+
+def kernels() -> dict[str, Any]:
+    """Every kernel of the package by name."""
+    return {name: value for module in modules() for name, value in vars(module).items() if name.endswith("_kernel")}
+
+
+def record(run: Callable[[], Any]) -> list[Launch]:
+    """What a call launches on fake CUDA tensors, its ops' bodies run for real.
+
+    Raises:
+        RuntimeError: on a copy between devices that makes the host wait, and, from torch, on a read of a device value.
+    """
+    launches: list[Launch] = []
+    with _bodies_as_fakes(), _no_launches(launches), _no_device_guard(), FakeTensorMode(), _NoHostCopies():
+        run()
+    return launches
+
+
+@contextlib.contextmanager
+def _bodies_as_fakes() -> Iterator[None]:
+    """torch replaces a custom op by its fake on fake tensors; here the fake is the body."""
+    ops = {value for module in modules() for value in vars(module).values() if isinstance(value, CustomOpDef)}
+    fakes = {op: op._abstract_fn for op in ops}
+    try:
+        for op in ops:
+            op._abstract_fn = op._init_fn
+        yield
+    finally:
+        for op, fake in fakes.items():
+            op._abstract_fn = fake
+
+
+@contextlib.contextmanager
+def _no_launches(launches: list[Launch]) -> Iterator[None]:
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        launches.append(Launch(kernel, args, kwargs, grid))
+
+    def run_all(tuner: Any, *args: Any, **kwargs: Any) -> None:
+        for config in tuner.configs:
+            tuner.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(InterpretedFunction, "run", run),
+        mock.patch.object(Autotuner, "run", run_all),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _no_device_guard() -> Iterator[None]:
+    """Entering a device needs a driver."""
+    with (
+        mock.patch.object(torch.cuda.device, "__enter__"),
+        mock.patch.object(torch.cuda.device, "__exit__", return_value=False),
+    ):
+        yield
+
+
+class _NoHostCopies(TorchDispatchMode):
+    """Refuses ops that move data between devices while the host waits."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not (kwargs or {}).get("non_blocking"):
+            tensors = torch.utils._pytree.tree_leaves((args, kwargs, out))
+            devices = {t.device.type for t in tensors if isinstance(t, torch.Tensor) and (t.dim() or func in _COPIES)}
+            if len(devices) > 1:
+                raise RuntimeError(f"{func} copies between {sorted(devices)} and makes the host wait")
+        return out
+
+
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)

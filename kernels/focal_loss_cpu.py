@@ -1,0 +1,173 @@
+"""The focal loss of integer labels without a GPU: one tiled pass, its gradient written by hand; see focal_loss.py.
+
+A tile's temporaries stay in the L2 cache, a label touches one element of its row, and nothing of the logits' size is
+kept but the finished gradient. Tiles are views of the levels as they lie, NCHW or channels_last, and threads take them
+one by one: no op is large enough for torch to split, so that no thread waits for another but at the end.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retina_fast.kernels.levels import count_anchors, flatten
+
+_IGNORED = -2
+_TILE = 1 << 15  # swept 2^13 to 2^20: temporaries stay in L2, and torch splits no op of this size over threads
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def weights(alpha: float) -> tuple[float, float]:
+    """The weights of a background element and of an anchor's class; a negative alpha weighs both 1."""
+    return (1 - alpha, alpha) if alpha >= 0 else (1.0, 1.0)
+
+
+def refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "focal_loss: double backward (create_graph=True) is not supported; "
+            "focal_loss_reference can be differentiated twice"
+        )
+
+
+class _Tile(NamedTuple):
+    logits: Tensor  # (n, K), or (K, n) of an NCHW level
+    labels: Tensor  # (n,)
+    grad: Tensor | None  # as the logits
+    scale: Tensor  # of the image
+    class_dim: int  # 1, or 0
+
+
+def _tile_pass(tile: _Tile, alpha: float, gamma: float) -> Tensor:
+    """Scaled loss of a tile; its gradient is written into tile.grad if given."""
+    background_weight, class_weight = weights(alpha)
+    x = at_least_float32(tile.logits.contiguous())
+    p, s = torch.sigmoid(x), F.softplus(x)
+    modulation = p.square() if gamma == 2 else p**gamma
+    ignored = (tile.labels == _IGNORED).nonzero().squeeze(1)
+    anchors = (tile.labels >= 0).nonzero().squeeze(1)
+    classes = tile.labels[anchors].long()
+    true = (anchors, classes) if tile.class_dim == 1 else (classes, anchors)
+    x_true = -x[true]
+    q_true, s_true = torch.sigmoid(x_true), F.softplus(x_true)
+    modulation_true = class_weight * q_true**gamma
+
+    background = modulation * s
+    background[true] = 0
+    background.index_fill_(1 - tile.class_dim, ignored, 0)
+    if tile.grad is not None:
+        slope = torch.addcmul(p, 1 - p, s, value=gamma).mul_(modulation).mul_(background_weight)
+        slope[true] = -modulation_true * (gamma * (1 - q_true) * s_true + q_true)
+        slope.index_fill_(1 - tile.class_dim, ignored, 0)
+        torch.mul(slope, tile.scale, out=slope)
+        tile.grad.copy_(slope)
+    return (background_weight * background.sum() + (modulation_true * s_true).sum()) * tile.scale
+
+
+def _dense(level: Tensor) -> bool:
+    return level.is_contiguous() or (level.dim() == 4 and level.is_contiguous(memory_format=torch.channels_last))
+
+
+def _is_nchw(level: Tensor) -> bool:
+    return level.dim() == 4 and level.is_contiguous()
+
+
+def _rows(level: Tensor, num_classes: int) -> Iterator[Tensor]:
+    """A level as 2-D views: one (K, H * W) an anchor of the cell where it is NCHW, else one (N_l, K) an image."""
+    if _is_nchw(level):
+        yield from level.flatten(2).unflatten(1, (-1, num_classes)).flatten(0, 1)
+    else:
+        yield from flatten(level, num_classes)
+
+
+def _tiles(level: Tensor, grad: Tensor | None, labels: Tensor, scales: Tensor, num_classes: int) -> Iterator[_Tile]:
+    """The tiles of a level with labels (B, N_l)."""
+    class_dim = 1
+    if _is_nchw(level):
+        class_dim = 0
+        anchors = level.shape[1] // num_classes
+        labels = labels.unflatten(1, (-1, anchors)).transpose(1, 2).flatten(0, 1)  # (B * A, H * W), as the rows
+    rows = list(_rows(level, num_classes))
+    grads = [None] * len(rows) if grad is None else list(_rows(grad, num_classes))
+    step = max(1, _TILE // num_classes)
+    for r, row in enumerate(rows):
+        row_grad, scale = grads[r], scales[r * len(scales) // len(rows)]
+        for begin in range(0, labels.shape[1], step):
+            part = slice(begin, begin + step)
+            window = (slice(None), part) if class_dim == 0 else part
+            yield _Tile(row[window], labels[r, part], None if row_grad is None else row_grad[window], scale, class_dim)
+
+
+def _pass(
+    levels: Sequence[Tensor],
+    labels: Tensor,
+    scales: Tensor,
+    with_grads: bool,
+    num_classes: int,
+    alpha: float,
+    gamma: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss with image b weighed by scales[b], and its gradients if wanted."""
+    levels = [level.detach() if _dense(level) else level.detach().contiguous() for level in levels]
+    grads = [torch.empty_like(level) for level in levels] if with_grads else []
+    tiles: list[_Tile] = []
+    start = 0
+    for i, level in enumerate(levels):
+        stop = start + count_anchors(level, num_classes)
+        tiles += _tiles(level, grads[i] if with_grads else None, labels[:, start:stop], scales, num_classes)
+        start = stop
+
+    def run(tile: _Tile) -> Tensor:
+        return _tile_pass(tile, alpha, gamma)
+
+    threads = torch.get_num_threads()
+    if threads == 1:
+        losses = [run(tile) for tile in tiles]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            losses = list(pool.map(run, tiles))
+    total = torch.stack(losses).sum(dtype=torch.float64) if losses else scales.new_zeros(())
+    return total.to(scales.dtype), grads
+
+
+class _FocalLoss(torch.autograd.Function):
+    """Loss and finished gradient in one pass over the levels; float16 is read again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx, labels: Tensor, normalizers: Tensor, num_classes: int, alpha: float, gamma: float, *levels: Tensor
+    ) -> Tensor:
+        scales = normalizers.to(at_least_float32(levels[0]).dtype).reciprocal()
+        ctx.half = levels[0].dtype == torch.float16
+        ctx.constants = num_classes, alpha, gamma
+        wanted = any(ctx.needs_input_grad) and not ctx.half
+        loss, grads = _pass(levels, labels, scales, wanted, *ctx.constants)
+        ctx.save_for_backward(*((labels, scales, *levels) if ctx.half else grads))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        grads: Sequence[Tensor]
+        if ctx.half:
+            labels, scales, *levels = ctx.saved_tensors
+            _, grads = _pass(levels, labels, scales * grad_loss, True, *ctx.constants)
+        else:
+            grads = ctx.saved_tensors
+            # a second backward may come, and needs them as they are
+            if grad_loss != 1 or torch._C._autograd._get_current_graph_task_keep_graph():
+                grads = [grad * grad_loss.to(grad.dtype) for grad in grads]
+        return None, None, None, None, None, *grads
+
+
+def focal_loss_cpu(
+    levels: Sequence[Tensor], labels: Tensor, normalizers: Tensor, num_classes: int, alpha: float, gamma: float
+) -> Tensor:
+    """:func:`retina_fast.kernels.focal_loss.focal_loss` on a CPU."""
+    return _FocalLoss.apply(labels, normalizers, num_classes, alpha, gamma, *levels)

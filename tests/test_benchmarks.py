@@ -1,0 +1,127 @@
+"""What ``make gpu`` writes, and that its cases compute what they time, on a machine without a GPU."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import focal_loss, gpu
+from benchmarks.measure import ROOT, Built, Case, Results, environment
+from retina_fast.kernels.compiler import INTERPRETED
+
+ENVIRONMENT_KEYS = "device driver torch triton torchvision commit dirty date copy_gb_s bf16_tflop_s"
+RECORD_KEYS = "goal case dtype baseline baseline_ms ours_ms ratio ceiling_fraction peak_mb baseline_peak_mb raw_ms"
+CPU = torch.device("cpu")
+
+
+def stub(name, goal=None, wrong=False, calls=None):
+    def build(device):
+        def check():
+            assert not wrong
+
+        def call():
+            if calls is not None:
+                calls.append(name)
+
+        return Built(call, {"torchvision eager": lambda: time.sleep(1e-3), "torch.compile": lambda: None}, check, 10)
+
+    return Case(name, "float32", build, goal)
+
+
+@pytest.fixture(scope="module")
+def here():
+    return environment(CPU)
+
+
+def test_a_file_has_exactly_the_agreed_fields(here, tmp_path):
+    results = Results(tmp_path / "gpu.json", here)
+    left = gpu.run_cases([stub("a", "K1-fp32"), stub("b")], results, CPU, math.inf)
+    stored = json.loads((tmp_path / "gpu.json").read_text())
+    assert left == []
+    assert set(stored) == {"environment", "records"}
+    assert set(stored["environment"]) == set(ENVIRONMENT_KEYS.split())
+    assert here["copy_gb_s"] > 0
+    assert here["bf16_tflop_s"] > 0
+    assert [(record["goal"], record["case"], record["baseline"]) for record in stored["records"]] == [
+        ("K1-fp32", "a", "torchvision eager"),
+        ("K1-fp32", "a", "torch.compile"),
+        (None, "b", "torchvision eager"),
+        (None, "b", "torch.compile"),
+    ]
+    for record in stored["records"]:
+        assert set(record) == set(RECORD_KEYS.split())
+        assert record["ratio"] == pytest.approx(record["baseline_ms"] / record["ours_ms"])
+        assert all(isinstance(value, float) for value in record["raw_ms"].values())
+
+
+def test_a_run_is_taken_up_again_goals_first(here, tmp_path):
+    calls: list[str] = []
+    cases = [stub("a", calls=calls), stub("b", "K1-bf16", calls=calls), stub("c", calls=calls)]
+    results = Results(tmp_path / "gpu.json", here)
+    assert gpu.run_cases(cases, results, CPU, deadline=time.monotonic() - 1) == [cases[1], cases[0], cases[2]]
+    assert gpu.run_cases(cases[:2], results, CPU, math.inf) == []
+    assert calls.index("b") < calls.index("a")
+    calls.clear()
+    again = Results(tmp_path / "gpu.json", here)
+    assert gpu.run_cases(cases, again, CPU, math.inf) == []
+    assert set(calls) == {"c"}
+    assert len(again.records) == 6
+    other_commit = Results(tmp_path / "gpu.json", here | {"commit": "another"})
+    assert other_commit.records == []
+
+
+def test_a_wrong_result_is_not_timed_and_a_goal_is_claimed_once(here, tmp_path):
+    results = Results(tmp_path / "gpu.json", here)
+    with pytest.raises(AssertionError):
+        gpu.run_cases([stub("a", wrong=True)], results, CPU, math.inf)
+    assert not results.path.exists()
+    with pytest.raises(AssertionError, match="twice"):
+        gpu.run_cases([stub("a", "K1-fp32"), stub("b", "K1-fp32")], results, CPU, math.inf)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+def test_without_a_gpu_it_says_so():
+    result = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "No CUDA GPU" in result.stdout
+
+
+def test_parts():
+    assert "tests/test_focal_loss.py" in gpu.kernel_tests()
+    assert gpu.file_name("NVIDIA H200") == "nvidia-h200.json"
+
+
+def test_goals_stand_on_their_cases_only():
+    goals = {case.goal: (case.name, case.dtype) for case in focal_loss.CASES if case.goal}
+    base = "focal loss, batch 8, 800x800, 91 classes"
+    assert goals == {"K1-fp32": (base, "float32"), "K1-bf16": (base, "bfloat16")}
+    keys = [(case.name, case.dtype) for case in focal_loss.CASES]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_focal_loss_cases_agree_with_the_reference(dtype):
+    setting = focal_loss.Setting(batch=2, height=128, width=96, num_classes=11, dtype=dtype)
+    focal_loss.build(setting, CPU, with_compile=False).check()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs as a baseline where there is a GPU")
+def test_the_apex_style_kernel():
+    levels, labels, normalizers = focal_loss.inputs(focal_loss.Setting(1, 64, 64, 3), CPU)
+    x = torch.cat(focal_loss.flatten_all(levels, 3), dim=1).detach().requires_grad_()
+    loss = focal_loss._ApexStyle.apply(x, labels, normalizers[0].item())
+    expected = focal_loss.focal_loss_reference([x], labels, normalizers, 3)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, x), rtol=1e-4, atol=1e-9)
+
+
+def test_settings_vary_one_factor_at_a_time():
+    for setting in focal_loss.SETTINGS:
+        base = focal_loss.Setting(dtype=setting.dtype)
+        changed = [f.name for f in dataclasses.fields(setting) if getattr(setting, f.name) != getattr(base, f.name)]
+        assert len(changed) <= 1

@@ -1,0 +1,54 @@
+"""Every op's launcher on fake CUDA tensors: no host read, no copy between devices, no kernel forgotten."""
+
+import pytest
+import torch
+
+from benchmarks.launches import CASES, kernels, record
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_launcher_never_waits_for_the_device(name):
+    assert record(CASES[name].run)
+
+
+def test_every_kernel_is_listed():
+    listed = {launch.kernel.__name__ for case in CASES.values() for launch in record(case.run)}
+    assert listed == set(kernels())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_size_within_a_tuple_makes_triton_compile_again(name):
+    """do_not_specialize does not reach into tuples: sizes there must be neither 1 nor a multiple of 16."""
+    for launch in record(CASES[name].run):
+        sizes = [size for arg in launch.args if isinstance(arg, tuple) for size in arg if isinstance(size, int)]
+        assert not [size for size in sizes if size == 1 or size % 16 == 0]
+
+
+def on_gpu(*shape):
+    return torch.empty(*shape, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda: torch.tensor([1, 2], device="cuda"),
+        lambda: torch.tensor(1.0, device="cuda"),
+        lambda: on_gpu(3).cpu(),
+        lambda: on_gpu(3).sum().item(),
+        lambda: on_gpu(3).tolist(),
+        lambda: bool(on_gpu() > 0),
+        lambda: on_gpu(3).nonzero(),
+        lambda: on_gpu(3)[on_gpu(3) > 0],
+        lambda: on_gpu(3)[torch.tensor([1, 2])],
+        lambda: on_gpu(3).copy_(torch.zeros(3)),
+        lambda: torch.cuda.synchronize(),
+    ],
+)
+def test_the_instrument_catches(waits):
+    with pytest.raises(Exception, match=r"."):
+        record(waits)
+
+
+def test_the_instrument_lets_pass():
+    assert record(lambda: on_gpu(3).to("cpu", non_blocking=True) + 1) == []
+    assert record(lambda: (on_gpu(3) + torch.tensor(3.0)) * torch.full((3,), 2.0, device="cuda")) == []

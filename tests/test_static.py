@@ -1,0 +1,100 @@
+"""The limits that compiled kernels must hold on GPUs that are not at hand, and the reading of machine code itself."""
+
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.launches import CASES, Launch
+from benchmarks.static import TARGETS, Row, _compile_all, basic_blocks, report, usual_path
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {(row.case, row.kernel, row.target): row for row in report()}
+
+
+def test_every_kernel_compiles_for_every_target(rows):
+    assert {case for case, _, _ in rows} == set(CASES)
+    assert {target for _, _, target in rows} == set(TARGETS)
+    assert not [row for row in rows.values() if row.error]
+
+
+def test_nothing_spills(rows):
+    assert not [row for row in rows.values() if row.spilled]
+
+
+def test_instructions_and_widths_an_element(rows):
+    for row in rows.values():
+        case = CASES[row.case]
+        if row.target.startswith("sm_") and case.tile:
+            assert row.instructions <= case.instructions, row
+            assert row.mufu <= case.mufu, row
+            assert row.wide_bytes == pytest.approx(case.bytes_per_element), row
+
+
+def test_focal_loss_in_bfloat16_holds_its_limits(rows):
+    for target in ("sm_80", "sm_90", "sm_100"):
+        row = rows["focal_loss bf16", "_focal_loss_kernel", target]
+        assert row.instructions <= 28
+        assert row.mufu <= 3
+        assert (row.load_bits, row.store_bits, row.spilled) == (128, 128, 0)
+        scale = rows["focal_loss scale bf16", "_scale_kernel", target]
+        assert (scale.load_bits, scale.store_bits) == (128, 128)
+
+
+class Noisy:
+    """A kernel whose compiler complains, and yet returns code."""
+
+    def warmup(self, **_):
+        os.write(1, b"<inline asm>:1:2: error: invalid instruction\n")
+        return SimpleNamespace(asm={"amdgcn": ".vgpr_count: 8"})
+
+
+class Aborting:
+    def warmup(self, **_):
+        os._exit(134)
+
+
+@pytest.mark.parametrize("kernel", [Noisy(), Aborting()])
+def test_a_complaint_or_an_abort_of_the_compiler_is_an_error(kernel):
+    (row,) = _compile_all([(Launch(kernel, (), {}, (1,)), Row("case", "kernel", "gfx942"), None)])
+    assert row.error
+
+
+def test_inline_ptx_stays_in_one_file():
+    kernels = Path(__file__).parents[1] / "kernels"
+    assert [path.name for path in kernels.glob("*.py") if "inline_asm" in path.read_text()] == ["fast_math.py"]
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @P0 BRA `(.L_x_0) ;
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/                   MUFU.EX2 R4, R4 ;
+        /*0040*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0050*/                   BRA `(.L_x_1) ;
+.L_x_0:
+        /*0060*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0070*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*0080*/              @P1 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0090*/              @P2 BRA `(.L_x_3) ;
+        /*00a0*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
+        /*00b0*/                   BRA `(.L_x_1) ;
+.L_x_3:
+        /*00c0*/                   EXIT ;
+.L_x_2:
+        /*00d0*/                   BRA `(.L_x_2);
+"""
+
+
+def test_the_usual_path_is_the_wide_one_with_loops_once():
+    path = usual_path(basic_blocks(SASS))
+    assert [re.split(r"[ .]", instruction)[0] for instruction in path] == [
+        "LDC", "@P0", "LDG", "MUFU", "STG", "BRA", "@P2", "LDG", "BRA", "@P2", "EXIT",
+    ]  # fmt: skip
