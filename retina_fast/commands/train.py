@@ -205,7 +205,8 @@ class RunFiles(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, state: dict[str, Any]) -> None:
         assert isinstance(module, Detector)
-        state["settings"] = asdict(module.settings) | {"flips": module.settings.flips.value}  # weights_only reads no enum
+        # A plain string, since weights_only=True reads no enum.
+        state["settings"] = asdict(module.settings) | {"flips": module.settings.flips.value}
         # WeightAveraging has put the averaged weights here.
         weights = {name.removeprefix("model."): value for name, value in state["state_dict"].items()}
         checkpoint.save(replace(module.about, state_dict=weights, metrics=module.metrics), self.folder / "model.pt")
