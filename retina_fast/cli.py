@@ -92,6 +92,10 @@ def train(
     ] = Flips.HORIZONTAL,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, data order and augmentation.")] = 0,
     workers: Workers = WORKERS,
+    image_scale: Annotated[
+        float,
+        typer.Option(min=0.1, help="By which the finished lite model scales images; crops have their own scales."),
+    ] = 1.0,
     checkpoint: Annotated[Path | None, typer.Option(help="A model file to start from.")] = None,
     val_json: Annotated[Path | None, typer.Option(help="Annotations to validate on.")] = None,
     val_images: Annotated[Path | None, typer.Option(help="The folder of their images.")] = None,
@@ -107,7 +111,7 @@ def train(
         validation = CocoDataset(val_json, val_images) if val_json and val_images else None
         if crop is None:
             crop = 256 if model.endswith("_lite") else 0  # the others resize every image to 800 px or so
-        settings = TrainSettings(model, steps, batch_size, lr, crop, flips, seed)
+        settings = TrainSettings(model, steps, batch_size, lr, crop, flips, seed, image_scale)
         try:
             file = run(settings, CocoDataset(json, images), validation, checkpoint, output, resume, workers, console)
         except Stopped:

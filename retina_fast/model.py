@@ -31,7 +31,7 @@ Images = Sequence[Tensor] | Tensor
 Targets = Sequence[Mapping[str, Tensor]]
 Sizes = list[tuple[int, int]]
 
-_TRANSFORM_ARGUMENTS = {"size_divisible", "fixed_size", "_skip_resize"}
+_TRANSFORM_ARGUMENTS = {"size_divisible", "fixed_size", "_skip_resize", "image_scale"}
 
 
 class _Forward(NamedTuple):
@@ -52,7 +52,8 @@ class RetinaNet(tv.RetinaNet):
     Args:
         backbone: a module with ``out_channels`` that returns a tensor or a dict of levels.
         num_classes: K. Label 0 is a real class: there is no background class.
-        min_size: the shorter side images are resized to; None keeps every image's size (torchvision cannot).
+        min_size: the shorter side images are resized to; None (not in torchvision) scales every image alike, by
+            ``image_scale``.
         max_size: bounds the longer side after that.
         image_mean, image_std: of the normalisation; ImageNet's by default.
         anchor_generator: sizes 32 to 512 at three scales and three ratios by default.
@@ -63,7 +64,8 @@ class RetinaNet(tv.RetinaNet):
         detections_per_img: the most detections of an image.
         fg_iou_thresh, bg_iou_thresh: IoU from which an anchor is foreground, and below which it is background.
         topk_candidates: the most candidates of an image and level.
-        **kwargs: ``size_divisible``, ``fixed_size``, ``_skip_resize`` of the transform; others are warned of.
+        **kwargs: ``size_divisible``, ``fixed_size``, ``_skip_resize`` (in training) of torchvision's transform, and
+            ``image_scale``, 1 by default; others are warned of.
 
     Input, output and errors are torchvision's: in training, ``model(images, targets)`` returns
     ``{"classification", "bbox_regression"}``; in evaluation a list of ``{"boxes", "scores", "labels"}``, boxes xyxy in
@@ -123,6 +125,8 @@ class RetinaNet(tv.RetinaNet):
         if unknown:
             warnings.warn(f"RetinaNet ignores the unknown arguments {', '.join(unknown)}", stacklevel=2)
         plain: GeneralizedRCNNTransform = self.transform
+        if min_size is not None and kwargs.get("image_scale", 1.0) != 1:
+            raise ValueError(f"image_scale needs min_size=None, got min_size={min_size}")
         self.transform: GeneralizedRCNNTransform = RetinaNetTransform(
             plain.min_size,
             plain.max_size,
@@ -131,6 +135,7 @@ class RetinaNet(tv.RetinaNet):
             plain.size_divisible,
             plain.fixed_size,
             _skip_resize=plain._skip_resize,
+            image_scale=kwargs.get("image_scale", 1.0),
         )
         self._apply(_same)
 

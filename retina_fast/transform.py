@@ -1,7 +1,9 @@
 """Sizes and batching of images: what torchvision's GeneralizedRCNNTransform does, on ``image_batch``."""
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +15,18 @@ from retina_fast.targets import GroundTruths, to_device
 
 
 class RetinaNetTransform(GeneralizedRCNNTransform):
-    """torchvision's transform that also takes ``min_size=None``: images keep their size."""
+    """torchvision's transform that also takes ``min_size=None``: every image is scaled by ``image_scale`` alone."""
+
+    def __init__(self, *args: Any, image_scale: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.image_scale = image_scale
 
     def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
-        if self.min_size[-1] is None and self.fixed_size is None:
-            return image, target
-        return super().resize(image, target)
+        if self.min_size[-1] is not None or self.fixed_size is not None or (self.training and self._skip_resize):
+            return super().resize(image, target)
+        fixed = copy.copy(self)
+        fixed.fixed_size = resized_size(self, *image.shape[-2:])[::-1]
+        return GeneralizedRCNNTransform.resize(fixed, image, target)
 
 
 _STEPS = ("forward", "normalize", "resize", "torch_choice", "batch_images", "max_by_axis", "postprocess")
@@ -70,7 +78,7 @@ def resized_size(transform: GeneralizedRCNNTransform, height: int, width: int) -
     sizes = transform.min_size
     min_size = transform.torch_choice(sizes) if transform.training and len(sizes) > 1 else sizes[-1]
     if min_size is None:
-        return height, width
+        return round(height * transform.image_scale), round(width * transform.image_scale)
     scale = min(min_size / min(height, width), transform.max_size / max(height, width))
     return math.floor(height * scale), math.floor(width * scale)
 

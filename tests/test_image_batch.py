@@ -34,6 +34,18 @@ def test_images_may_keep_their_size():
         assert transform([torch.rand(3, 50, 70)])[0].image_sizes == [(50, 70)]
 
 
+def test_images_may_all_be_scaled_alike():
+    transform = RetinaNetTransform(None, 1333, MEAN, STD, image_scale=1.5, _skip_resize=True)
+    images = [torch.rand(3, 50, 70), torch.rand(3, 33, 90)]
+    for training, sizes in ((False, [(75, 105), (50, 135)]), (True, [(50, 70), (33, 90)])):
+        transform.train(training)
+        batch, found = batch_images(transform, images)
+        expected, targets = transform(images, [{"boxes": torch.tensor([[2.0, 4.0, 6.0, 8.0]])}] * 2)
+        assert found == expected.image_sizes == sizes
+        torch.testing.assert_close(batch, expected.tensors, rtol=0, atol=1e-5)
+        assert torch.equal(targets[0]["boxes"][0], torch.tensor([2.0, 4, 6, 8]) * (1 if training else 1.5))
+
+
 def test_vanishing_side_is_named():
     transform = GeneralizedRCNNTransform(800, 1333, MEAN, STD)
     with pytest.raises(RuntimeError, match=r"images\[1\] of \(1, 5000\) pixels"):
