@@ -14,7 +14,7 @@ from torch import Tensor
 from retina_fast.kernels.levels import count_anchors, flatten
 
 _IGNORED = -2
-_TILE = 1 << 17  # swept 2^14 to 2^19 on two quiet cores: 112, 88, 55, 44, 47, 49 ms at 8.9 M logits
+_TILE = 1 << 17  # swept 2^14 to 2^19 on two cores, 8.9 M logits: 112, 88, 55, 44, 47, 49 ms
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class _Tile(NamedTuple):
     logits: Tensor  # (n, K), or (K, n) of an NCHW level
     labels: Tensor  # (n,)
     grad: Tensor | None  # as the logits
-    scale: Tensor  # of the image
+    scale: float  # of the image
     class_dim: int  # 1, or 0
 
 
@@ -48,32 +48,46 @@ def _tile_pass(tile: _Tile, alpha: float, gamma: float) -> Tensor:
     x = at_least_float32(tile.logits.contiguous())
     p, s = torch.sigmoid(x), F.softplus(x)
     modulation = p.square() if gamma == 2 else p**gamma
-    ignored = (tile.labels == _IGNORED).nonzero().squeeze(1)
-    anchors = (tile.labels >= 0).nonzero().squeeze(1)
-    classes = tile.labels[anchors].long()
-    true = (anchors, classes) if tile.class_dim == 1 else (classes, anchors)
-    x_true = -x[true]
-    q_true, s_true = torch.sigmoid(x_true), F.softplus(x_true)
-    modulation_true = class_weight * q_true**gamma
-
     background = modulation * s
-    background[true] = 0
-    background.index_fill_(1 - tile.class_dim, ignored, 0)
+    slope = None
     if tile.grad is not None:
-        slope = torch.addcmul(p, 1 - p, s, value=gamma).mul_(modulation).mul_(background_weight)
-        slope[true] = -modulation_true * (gamma * (1 - q_true) * s_true + q_true)
-        slope.index_fill_(1 - tile.class_dim, ignored, 0)
-        torch.mul(slope, tile.scale, out=slope)
+        slope = torch.addcmul(p, 1 - p, s, value=gamma).mul_(modulation).mul_(background_weight * tile.scale)
+    loss = torch.zeros((), dtype=x.dtype)
+
+    anchors = (tile.labels >= 0).nonzero().squeeze(1)
+    if len(anchors):
+        classes = tile.labels[anchors].long()
+        true = (anchors, classes) if tile.class_dim == 1 else (classes, anchors)
+        x_true = -x[true]
+        q_true, s_true = torch.sigmoid(x_true), F.softplus(x_true)
+        modulation_true = class_weight * q_true**gamma
+        loss = (modulation_true * s_true).sum()
+        background[true] = 0
+        if slope is not None:
+            slope[true] = -modulation_true * (gamma * (1 - q_true) * s_true + q_true) * tile.scale
+    ignored = (tile.labels == _IGNORED).nonzero().squeeze(1)
+    if len(ignored):
+        background.index_fill_(1 - tile.class_dim, ignored, 0)
+        if slope is not None:
+            slope.index_fill_(1 - tile.class_dim, ignored, 0)
+
+    if tile.grad is not None and slope is not None:
         tile.grad.copy_(slope)
-    return (background_weight * background.sum() + (modulation_true * s_true).sum()) * tile.scale
+    return (background_weight * background.sum() + loss) * tile.scale
 
 
-def _dense(level: Tensor) -> bool:
-    return level.is_contiguous() or (level.dim() == 4 and level.is_contiguous(memory_format=torch.channels_last))
+def _laid_out(level: Tensor, num_classes: int) -> Tensor:
+    """The level as it lies if its tiles are large enough: an NCHW level is cut by anchor of the cell, (K, H * W)."""
+    if level.dim() == 3:
+        return level.contiguous()
+    small = level.shape[2:].numel() * num_classes < _TILE // 4
+    if level.is_contiguous() and not small:
+        return level
+    return level.contiguous(memory_format=torch.channels_last)
 
 
 def _is_nchw(level: Tensor) -> bool:
-    return level.dim() == 4 and level.is_contiguous()
+    return level.dim() == 4 and level.is_contiguous() and not level.is_contiguous(memory_format=torch.channels_last)
 
 
 def _rows(level: Tensor, num_classes: int) -> Iterator[Tensor]:
@@ -84,7 +98,9 @@ def _rows(level: Tensor, num_classes: int) -> Iterator[Tensor]:
         yield from flatten(level, num_classes)
 
 
-def _tiles(level: Tensor, grad: Tensor | None, labels: Tensor, scales: Tensor, num_classes: int) -> Iterator[_Tile]:
+def _tiles(
+    level: Tensor, grad: Tensor | None, labels: Tensor, scales: list[float], num_classes: int
+) -> Iterator[_Tile]:
     """The tiles of a level with labels (B, N_l)."""
     class_dim = 1
     if _is_nchw(level):
@@ -112,13 +128,13 @@ def _pass(
     gamma: float,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss with image b weighed by scales[b], and its gradients if wanted."""
-    levels = [level.detach() if _dense(level) else level.detach().contiguous() for level in levels]
+    levels = [_laid_out(level.detach(), num_classes) for level in levels]
     grads = [torch.empty_like(level) for level in levels] if with_grads else []
     tiles: list[_Tile] = []
     start = 0
     for i, level in enumerate(levels):
         stop = start + count_anchors(level, num_classes)
-        tiles += _tiles(level, grads[i] if with_grads else None, labels[:, start:stop], scales, num_classes)
+        tiles += _tiles(level, grads[i] if with_grads else None, labels[:, start:stop], scales.tolist(), num_classes)
         start = stop
 
     losses = [_tile_pass(tile, alpha, gamma) for tile in tiles]
