@@ -18,8 +18,9 @@ from retina_fast.builders import (
     retinanet_resnext50_32x4d_fpn,
     retinanet_resnext50_32x4d_fpn_v2,
 )
+from retina_fast.convert import from_torchvision
 from retina_fast.inference import Detections
-from retina_fast.model import RetinaNet, from_torchvision
+from retina_fast.model import RetinaNet
 
 __all__ = [
     "Detections",

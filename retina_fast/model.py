@@ -1,6 +1,5 @@
 """RetinaNet (Lin et al. 2017, https://arxiv.org/abs/1708.02002): torchvision's model on this package's operations."""
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -137,7 +136,7 @@ class RetinaNet(tv.RetinaNet):
             _skip_resize=plain._skip_resize,
             image_scale=kwargs.get("image_scale", 1.0),
         )
-        self._apply(_same)
+        self._apply(same)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RetinaNet":
         super()._apply(fn, recurse)
@@ -201,7 +200,7 @@ class RetinaNet(tv.RetinaNet):
         fresh = tv.RetinaNetClassificationHead(old.in_channels, head.num_anchors, num_classes).cls_logits
         head.cls_logits = fresh.to(old.weight.device, old.weight.dtype)
         head.num_classes = num_classes
-        return self._apply(_same)
+        return self._apply(same)
 
     def compute_loss(
         self, targets: Targets, head_outputs: Mapping[str, Any], anchors: Sequence[Tensor]
@@ -384,7 +383,8 @@ class RetinaNet(tv.RetinaNet):
         return {**head_outputs, **joined}
 
 
-def _same(tensor: Tensor) -> Tensor:
+def same(tensor: Tensor) -> Tensor:
+    """For ``model._apply``: changes nothing, but has the model lay out its weights."""
     return tensor
 
 
@@ -416,62 +416,3 @@ def _stock_coder(coder: object) -> bool:
         and tuple(coder.weights) == (1.0, 1.0, 1.0, 1.0)  # type: ignore[attr-defined]
         and coder.bbox_xform_clip == MAX_LOG_SCALE  # type: ignore[attr-defined]
     )
-
-
-@functools.cache
-def _fast_class(cls: Any) -> type[RetinaNet]:
-    """``cls`` with this package's RetinaNet in place of torchvision's below it; what ``cls`` overrides still wins."""
-    if cls is tv.RetinaNet:
-        return RetinaNet
-    members = {
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-        "__reduce_ex__": lambda self, protocol: (_new_fast, (cls,), self.__getstate__()),
-    }
-    return type(f"Fast{cls.__name__}", (cls, RetinaNet), members)
-
-
-def _new_fast(cls: Any) -> RetinaNet:
-    fast = _fast_class(cls)
-    return fast.__new__(fast)
-
-
-def from_torchvision(model: tv.RetinaNet) -> RetinaNet:
-    """A live torchvision RetinaNet, or a subclass of it, turned fast; parameters, buffers and parts are shared.
-
-    Args:
-        model: it is left as it is, but for the memory format of weights on a GPU, which becomes channels_last. What
-            its class overrides (``forward``, ``compute_loss``, state_dict hooks, ...) keeps running.
-
-    Raises:
-        TypeError: for anything but a torchvision RetinaNet.
-
-    Example::
-
-        >>> from torchvision.models.detection import retinanet_resnet50_fpn
-        >>> slow = retinanet_resnet50_fpn(weights=None, weights_backbone=None)
-        >>> fast = from_torchvision(slow)
-        >>> fast.head.classification_head.cls_logits.weight is slow.head.classification_head.cls_logits.weight
-        True
-    """
-    if isinstance(model, RetinaNet):
-        return model
-    if not isinstance(model, tv.RetinaNet):
-        raise TypeError(f"model must be a torchvision RetinaNet, got {type(model).__module__}.{type(model).__name__}")
-    fast = _new_fast(type(model))
-    for name, value in vars(model).items():
-        fast.__dict__[name] = value.copy() if isinstance(value, dict) else value
-    _rebind_hooks(fast, model)
-    return fast._apply(_same)
-
-
-def _rebind_hooks(fast: RetinaNet, model: tv.RetinaNet) -> None:
-    """Point the hooks that hold ``model`` (weakly, or as bound methods) at ``fast``."""
-    for name, value in vars(fast).items():
-        if not name.endswith("_hooks") or not isinstance(value, dict):
-            continue
-        for key, hook in value.items():
-            if getattr(hook, "with_module", False):
-                value[key] = type(hook)(hook.hook, fast)
-            elif getattr(hook, "__self__", None) is model:
-                value[key] = hook.__func__.__get__(fast)

@@ -1,0 +1,67 @@
+"""Turning a live torchvision RetinaNet, or a subclass of it, into a fast one that shares its parameters."""
+
+import functools
+from typing import Any
+
+from torchvision.models.detection import retinanet as tv
+
+from retina_fast.model import RetinaNet, same
+
+
+@functools.cache
+def _fast_class(cls: Any) -> type[RetinaNet]:
+    """``cls`` with this package's RetinaNet in place of torchvision's below it; what ``cls`` overrides still wins."""
+    if cls is tv.RetinaNet:
+        return RetinaNet
+    members = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": lambda self, protocol: (_new_fast, (cls,), self.__getstate__()),
+    }
+    return type(f"Fast{cls.__name__}", (cls, RetinaNet), members)
+
+
+def _new_fast(cls: Any) -> RetinaNet:
+    fast = _fast_class(cls)
+    return fast.__new__(fast)
+
+
+def from_torchvision(model: tv.RetinaNet) -> RetinaNet:
+    """A live torchvision RetinaNet, or a subclass of it, turned fast; parameters, buffers and parts are shared.
+
+    Args:
+        model: it is left as it is, but for the memory format of weights on a GPU, which becomes channels_last. What
+            its class overrides (``forward``, ``compute_loss``, state_dict hooks, ...) keeps running.
+
+    Raises:
+        TypeError: for anything but a torchvision RetinaNet.
+
+    Example::
+
+        >>> from torchvision.models.detection import retinanet_resnet50_fpn
+        >>> slow = retinanet_resnet50_fpn(weights=None, weights_backbone=None)
+        >>> fast = from_torchvision(slow)
+        >>> fast.head.classification_head.cls_logits.weight is slow.head.classification_head.cls_logits.weight
+        True
+    """
+    if isinstance(model, RetinaNet):
+        return model
+    if not isinstance(model, tv.RetinaNet):
+        raise TypeError(f"model must be a torchvision RetinaNet, got {type(model).__module__}.{type(model).__name__}")
+    fast = _new_fast(type(model))
+    for name, value in vars(model).items():
+        fast.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    _rebind_hooks(fast, model)
+    return fast._apply(same)
+
+
+def _rebind_hooks(fast: RetinaNet, model: tv.RetinaNet) -> None:
+    """Point the hooks that hold ``model`` (weakly, or as bound methods) at ``fast``."""
+    for name, value in vars(fast).items():
+        if not name.endswith("_hooks") or not isinstance(value, dict):
+            continue
+        for key, hook in value.items():
+            if getattr(hook, "with_module", False):
+                value[key] = type(hook)(hook.hook, fast)
+            elif getattr(hook, "__self__", None) is model:
+                value[key] = hook.__func__.__get__(fast)
