@@ -23,8 +23,8 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-gpu:
-	$(PYTHON) -m benchmarks.gpu
+gpu:  # with the packages that the GPU machine has: nothing is installed there
+	$(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
 
 clean:
 	rm -rf .venv build dist *.egg-info
