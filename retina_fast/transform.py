@@ -83,8 +83,8 @@ def resized_size(transform: GeneralizedRCNNTransform, height: int, width: int) -
     return math.floor(height * scale), math.floor(width * scale)
 
 
-def batch_images(transform: GeneralizedRCNNTransform, images: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The padded channels_last batch ``(B, C, H, W)`` and the (height, width) each image has in it.
+def resized_sizes(transform: GeneralizedRCNNTransform, images: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """The (height, width) each image is to have in the batch.
 
     Raises:
         RuntimeError: for an image so elongated that one side would shrink to no pixel.
@@ -93,8 +93,14 @@ def batch_images(transform: GeneralizedRCNNTransform, images: list[Tensor]) -> t
     for i, (image, size) in enumerate(zip(images, sizes, strict=True)):
         if min(size) < 1:
             raise RuntimeError(f"images[{i}] of {tuple(image.shape[1:])} pixels would be resized to {size}")
-    batch = image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
-    return batch, sizes
+    return sizes
+
+
+def batch_images(
+    transform: GeneralizedRCNNTransform, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+) -> Tensor:
+    """The padded batch ``(B, C, H, W)`` of images resized to ``sizes``."""
+    return image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
 
 
 def resize_targets(
