@@ -21,12 +21,14 @@ from retina_fast.builders import (
 from retina_fast.convert import from_torchvision
 from retina_fast.inference import Detections
 from retina_fast.model import RetinaNet
+from retina_fast.training_step import TrainingStep
 
 __all__ = [
     "Detections",
     "RetinaNet",
     "RetinaNet_ResNet50_FPN_V2_Weights",
     "RetinaNet_ResNet50_FPN_Weights",
+    "TrainingStep",
     "from_torchvision",
     "ops",
     "retinanet_resnet18_fpn",

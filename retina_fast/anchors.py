@@ -1,6 +1,6 @@
 """Anchors in float32, whatever the features' dtype (torchvision's follow it: bf16 moves them by up to 8 pixels).
 
-They depend on sizes alone, so those of a generator's last sizes are kept, and a training step launches nothing for them.
+They depend on sizes alone, so those of a generator's last sizes are kept: a training step launches nothing for them.
 """
 
 from collections import OrderedDict
@@ -42,6 +42,11 @@ def is_stock_generator(generator: object) -> bool:
     return is_stock(generator, AnchorGenerator, "forward", "grid_anchors", "set_cell_anchors")
 
 
+def cell_versions(generator: AnchorGenerator) -> tuple[tuple[int, int], ...]:
+    """What changes when someone replaces the cell anchors of a generator, or writes to them."""
+    return tuple((id(cell), 0 if cell.is_inference() else cell._version) for cell in generator.cell_anchors)
+
+
 def batch_anchors(
     generator: AnchorGenerator, batch: Tensor, image_sizes: list[tuple[int, int]], features: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -65,7 +70,7 @@ def batch_anchors(
         )
     grids = tuple((level.shape[-2], level.shape[-1]) for level in features)
     device = features[0].device
-    key = (*batch.shape[-2:], grids, device, tuple((id(cell), _version(cell)) for cell in cells))
+    key = (*batch.shape[-2:], grids, device, cell_versions(generator))
     cache = _CACHES.setdefault(generator, OrderedDict())
     kept = cache.pop(key, None)
     if kept is None or kept.version != kept.anchors._version:  # a caller may have changed what it was given
@@ -86,7 +91,3 @@ def _anchors(
     with torch.inference_mode(False), torch.no_grad():
         levels = [_grid(cell, (h, w), (height // h, width // w)) for cell, (h, w) in zip(cells, grids, strict=True)]
         return to_device(torch.cat(levels), device)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
