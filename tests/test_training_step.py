@@ -1,126 +1,25 @@
 """The captured training step: on a CPU with a stand-in for CUDA graphs, on fake CUDA tensors, and on a GPU."""
 
-import contextlib
 import copy
 import functools
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import retina_fast
-from retina_fast import TrainingStep, training_step
-from retina_fast.targets import GroundTruths
-from retina_fast.training import detection_losses
+from retina_fast import TrainingStep
+from tests.recorded_graph import RecordedGraph, play_on_cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 K = 3
 
 
-class RecordedGraph(TorchDispatchMode):
-    """CUDA graphs, played on a CPU: a capture records ops and leaves no trace, a replay runs them on the same tensors.
-
-    As with a graph, what Python read while it was captured stays as it was, and results lie where they lay.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.ops, self.before, self.made = [], {}, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        for tensor in tensors((args, kwargs)):
-            storage = tensor.untyped_storage()._cdata
-            if storage not in self.made and storage not in self.before:
-                self.before[storage] = tensor, tensor.detach().clone()
-        out = func(*args, **kwargs)
-        self.made |= {tensor.untyped_storage()._cdata for tensor in tensors(out)} - self.before.keys()
-        self.ops.append((func, args, kwargs, out))
-        return out
-
-    def __exit__(self, *args):
-        super().__exit__(*args)
-        with torch.no_grad():
-            for tensor, value in self.before.values():
-                tensor.copy_(value)
-
-    @torch.no_grad()
-    def replay(self):
-        for func, args, kwargs, out in self.ops:
-            for recorded, result in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
-                if recorded.untyped_storage()._cdata != result.untyped_storage()._cdata:
-                    recorded.copy_(result)
-
-
-def tensors(tree) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-# The reference operations read values on the host, where the kernels do not: here they are one op.
-_ANOTHER_THREAD = ThreadPoolExecutor(1)
-
-
-@torch.library.custom_op("tests::losses", mutates_args=())
-def _losses_op(
-    logits: list[Tensor], deltas: list[Tensor], anchors: Tensor, boxes: Tensor, labels: Tensor, offsets: Tensor,
-    num_classes: int, low: float, loss_type: str,
-) -> list[Tensor]:  # fmt: skip
-    def work() -> list[Tensor]:
-        leaves = [level.detach().requires_grad_() for level in (*logits, *deltas)]
-        levels = leaves[: len(logits)], leaves[len(logits) :]
-        losses = detection_losses(*levels, anchors, truths, num_classes, matcher, loss_type)
-        grads = torch.autograd.grad(sum(losses.values()), leaves)
-        return [tensor.detach().clone() for tensor in (*losses.values(), *grads)]
-
-    matcher: Any = SimpleNamespace(high_threshold=0.5, low_threshold=low, allow_low_quality_matches=True)
-    truths = GroundTruths(boxes, labels, offsets, offsets.diff().tolist())
-    return _ANOTHER_THREAD.submit(work).result()  # in this one autograd is off, below an op
-
-
-class _Losses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, split, anchors, truths, num_classes, low, loss_type, *levels):
-        logits, deltas = list(levels[:split]), list(levels[split:])
-        cls, box, *grads = _losses_op(
-            logits, deltas, anchors, truths.boxes, truths.labels, truths.offsets, num_classes, low, loss_type
-        )
-        ctx.split = split
-        ctx.save_for_backward(*grads)
-        return cls, box
-
-    @staticmethod
-    def backward(ctx, cls, box):
-        grads = [grad * (cls if i < ctx.split else box) for i, grad in enumerate(ctx.saved_tensors)]
-        return None, None, None, None, None, None, *grads
-
-
-def opaque_losses(logits, deltas, anchors, truths, num_classes, matcher, loss_type):
-    cls, box = _Losses.apply(
-        len(logits), anchors, truths, num_classes, matcher.low_threshold, loss_type, *logits, *deltas
-    )
-    return {"classification": cls, "bbox_regression": box}
-
-
 @pytest.fixture
 def graphs(monkeypatch):
-    """CUDA graphs played on a CPU."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(training_step, "_GRAPH_DEVICE", "cpu")
-    monkeypatch.setattr("retina_fast.model.detection_losses", opaque_losses)
-    for name, value in {
-        "Stream": lambda device: stream,
-        "current_stream": lambda device: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "CUDAGraph": RecordedGraph,
-        "graph": lambda graph, stream, capture_error_mode: graph,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    play_on_cpu(monkeypatch)
 
 
 class Trunk(nn.Module):
@@ -163,8 +62,9 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=2**-6, momentum=0.9, weight_decay=1e-4)
 
 
-def plain_step(model, optimizer, images, targets, max_grad_norm=None, dtype=None):
+def plain_step(model, optimizer, batch, max_grad_norm=None, dtype=None):
     """The step as everyone writes it."""
+    images, targets = batch
     optimizer.zero_grad()
     device = next(model.parameters()).device
     images = [image.to(device) for image in images]
@@ -185,7 +85,7 @@ def assert_same_state(model, other, tolerance=1e-6):
 
 # What each step is given: kinds that the graph holds, and others between them.
 OTHERS: list[dict[str, Any]] = [{"size": (64, 80)}, {"boxes": 9}, {}, {"images": 1}, {"boxes": 0}, {"boxes": 1}]
-BATCHES = [{}] * 6 + OTHERS + [{"size": (50, 70)}, {}, {}]
+BATCHES: list[dict[str, Any]] = [{}] * 6 + OTHERS + [{"size": (50, 70)}, {}, {}]
 
 
 @pytest.mark.parametrize("make_optimizer", [adamw, sgd])
@@ -197,7 +97,7 @@ def test_a_captured_run_equals_a_plain_one(graphs, make_optimizer):
     kept = []
     for number, kind in enumerate(BATCHES):
         losses = step(*batch(number, **kind))
-        expected = plain_step(plain, optimizers[1], *batch(number, **kind), max_grad_norm=1.0)
+        expected = plain_step(plain, optimizers[1], batch(number, **kind), max_grad_norm=1.0)
         kept.append((losses, {name: value.clone() for name, value in losses.items()}))
         for name, value in expected.items():
             assert abs(losses[name] - value) <= 1e-5 * value, (number, name)
@@ -277,7 +177,7 @@ def test_what_the_graph_holds_fast_is_captured_anew(graphs, change):
     optimizers = adamw(ours), adamw(plain)
     step = warmed(ours, optimizers[0])
     for number in range(step.uncaptured_steps + 1):
-        plain_step(plain, optimizers[1], *batch(number))
+        plain_step(plain, optimizers[1], batch(number))
     change(ours, optimizers[0])
     torch.manual_seed(1)
     plain.load_state_dict(ours.state_dict())
@@ -286,7 +186,7 @@ def test_what_the_graph_holds_fast_is_captured_anew(graphs, change):
     replayed, uncaptured = step.replayed_steps, step.uncaptured_steps
     for number in range(6):
         step(*batch(number))
-        plain_step(plain, optimizers[1], *batch(number))
+        plain_step(plain, optimizers[1], batch(number))
     assert step.uncaptured_steps > uncaptured
     assert step.replayed_steps > replayed
     assert_same_state(ours, plain, 1e-5)
@@ -332,7 +232,7 @@ def test_parts_of_the_users_own_run_uncaptured(graphs, change):
     step = TrainingStep(ours, optimizers[0])
     for number in range(5):
         step(*batch(number))
-        plain_step(plain, optimizers[1], *batch(number))
+        plain_step(plain, optimizers[1], batch(number))
     assert (step.replayed_steps, step.uncaptured_steps) == (0, 5)
     assert_same_state(ours, plain)
 
@@ -349,11 +249,11 @@ def test_an_optimizer_that_already_stepped(graphs):
     ours, plain = fresh_model(), fresh_model()
     optimizers = adamw(ours), adamw(plain)
     for both in zip((ours, plain), optimizers, strict=True):
-        plain_step(*both, *batch(0))
+        plain_step(*both, batch(0))
     step = TrainingStep(ours, optimizers[0])
     for number in range(1, 7):
         step(*batch(number))
-        plain_step(plain, optimizers[1], *batch(number))
+        plain_step(plain, optimizers[1], batch(number))
     assert step.replayed_steps == 3
     assert_same_state(ours, plain)
 
@@ -369,7 +269,7 @@ def test_bad_targets_are_refused_and_change_nothing(graphs, captured):
     with pytest.raises(IndexError, match=r"targets\[1\]\['labels'\]\[2\] is 3, must be in \[0, 3\)"):
         step(images, targets)
     with pytest.raises(TypeError, match=r"images\[0\] must be a Tensor"):
-        step(["image", images[1]], batch(0)[1])
+        step(["image", images[1]], batch(0)[1])  # type: ignore[list-item]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -408,7 +308,7 @@ def test_on_a_cpu_it_is_the_plain_step(dtype, clip):
     step = TrainingStep(ours, optimizers[0], max_grad_norm=clip, dtype=dtype)
     for number in range(2):
         losses = step(*batch(number))
-        expected = plain_step(plain, optimizers[1], *batch(number), max_grad_norm=clip, dtype=dtype)
+        expected = plain_step(plain, optimizers[1], batch(number), max_grad_norm=clip, dtype=dtype)
         assert all(torch.equal(losses[name], value) for name, value in expected.items())
     assert_same_state(ours, plain, 0)
     assert isinstance(optimizers[0].param_groups[0]["lr"], float)
