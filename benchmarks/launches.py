@@ -22,7 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import retina_fast.kernels
-from retina_fast.kernels import focal_loss, sigmoid_focal_loss
+from retina_fast.kernels import focal_loss, one_pass, sigmoid_focal_loss
 from retina_fast.kernels.levels import flatten_all
 
 
@@ -69,7 +69,7 @@ def _focal_loss_backward(dtype: torch.dtype) -> None:
 
 def _scale(dtype: torch.dtype) -> None:
     levels = [level.detach() for level in flatten_all(_levels(dtype), 91)]
-    focal_loss._scale_op(levels, torch.empty((), device="cuda"))
+    one_pass.scale_op(levels, torch.empty((), device="cuda"))
 
 
 def _sigmoid_focal_loss(dtype: torch.dtype, output: str) -> None:
@@ -84,7 +84,7 @@ CASES = {
     "focal_loss fp16 forward": Case(lambda: _focal_loss(torch.float16), focal_loss._TILE, 2, 28, 3),
     "focal_loss fp16 backward": Case(lambda: _focal_loss_backward(torch.float16), focal_loss._TILE, 4, 28, 3),
     "focal_loss bf16 K=1": Case(lambda: _focal_loss(torch.bfloat16, 1), focal_loss._TILE, 4),
-    "focal_loss scale bf16": Case(lambda: _scale(torch.bfloat16)),
+    "one_pass scale bf16": Case(lambda: _scale(torch.bfloat16)),
     "sigmoid_focal_loss bf16 losses": Case(
         lambda: _sigmoid_focal_loss(torch.bfloat16, "losses"), sigmoid_focal_loss._TILE, 6
     ),

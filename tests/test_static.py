@@ -43,7 +43,7 @@ def test_focal_loss_in_bfloat16_holds_its_limits(rows):
         assert row.instructions <= 28
         assert row.mufu <= 3
         assert (row.load_bits, row.store_bits, row.spilled) == (128, 128, 0)
-        scale = rows["focal_loss scale bf16", "_scale_kernel", target]
+        scale = rows["one_pass scale bf16", "_scale_kernel", target]
         assert (scale.load_bits, scale.store_bits) == (128, 128)
 
 
