@@ -22,7 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import retina_fast.kernels
-from retina_fast.kernels import focal_loss, one_pass, sigmoid_focal_loss
+from retina_fast.kernels import anchor_matching, focal_loss, one_pass, sigmoid_focal_loss
 from retina_fast.kernels.levels import flatten_all
 
 
@@ -78,7 +78,20 @@ def _sigmoid_focal_loss(dtype: torch.dtype, output: str) -> None:
     sigmoid_focal_loss._op(x, targets, incoming, 0.25, 2.0, output, torch.float32 if output == "sums" else dtype)
 
 
+def _ground_truths(num_boxes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Boxes, labels and offsets of 8 images."""
+    boxes, labels = torch.empty(num_boxes, 4, device="cuda"), torch.empty(num_boxes, dtype=torch.int64, device="cuda")
+    return boxes, labels, torch.empty(9, dtype=torch.int64, device="cuda")
+
+
+def _anchor_matching(low_quality: bool) -> None:
+    anchors = torch.empty(120087, 4, device="cuda")
+    anchor_matching.anchor_matching(anchors, *_ground_truths(4000), allow_low_quality_matches=low_quality)
+
+
 CASES = {
+    "anchor_matching": Case(lambda: _anchor_matching(True)),
+    "anchor_matching without low quality": Case(lambda: _anchor_matching(False)),
     "focal_loss bf16": Case(lambda: _focal_loss(torch.bfloat16), focal_loss._TILE, 4, 28, 3),
     "focal_loss fp32": Case(lambda: _focal_loss(torch.float32), focal_loss._TILE, 8, 28, 3),
     "focal_loss fp16 forward": Case(lambda: _focal_loss(torch.float16), focal_loss._TILE, 2, 28, 3),
