@@ -139,7 +139,8 @@ def _anchor_matching_kernel(
     best = tl.zeros([TILE], tl.float32)
     index = tl.zeros([TILE], tl.int32)
     ties = tl.zeros([TILE], tl.int1)
-    for first in range(0, num_boxes, CHUNK):
+    first = 0
+    while first < num_boxes:
         g = first + tl.arange(0, CHUNK)
         g_x1, g_y1, g_x2, g_y2 = load_rows(boxes_ptr, g, g < num_boxes)
         near = (g < num_boxes) & (g_x1 < right) & (g_x2 > left) & (g_y1 < bottom) & (g_y2 > top)
@@ -159,6 +160,7 @@ def _anchor_matching_kernel(
                 if LOW_QUALITY:
                     ties |= iou == tl.load(peaks_ptr + box).to(tl.float32, bitcast=True)
             box = tl.min(tl.where(near & (g > box), g, num_boxes), axis=0)
+        first += CHUNK
 
     if not FIND_PEAKS:
         matched = tl.where(best < bg_iou_thresh, -1, tl.where(best < fg_iou_thresh, -2, index))
