@@ -23,8 +23,10 @@ from torch import Tensor
 
 from retina_fast.kernels.compiler import HAS_TRITON, PTX, tl, triton
 from retina_fast.kernels.fast_math import LOG2E, exp2, reciprocal, sigmoid
-from retina_fast.kernels.focal_loss_cpu import at_least_float32, focal_loss_cpu, refuse_double_backward, weights
+from retina_fast.kernels.focal_loss_cpu import at_least_float32, focal_loss_cpu, weights
 from retina_fast.kernels.levels import count_anchors, flatten_all
+from retina_fast.kernels.one_pass import OnePass, refuse_double_backward
+from retina_fast.kernels.sizes import codes, size
 
 BACKGROUND = -1
 IGNORED = -2
@@ -56,8 +58,6 @@ def focal_loss_reference(
 
 _TILE = 8192  # by instruction counts: at 4096 a tile's set-up costs 3 more an element
 _CHUNK = 1024  # the most elements that a program holds at once: 16 bytes a thread in bf16, no spills
-_SCALE_TILE = 4096
-_SCALE_PROGRAMS = 1024  # about what an H200 holds at once; where the factor is 1 their launch is all that is paid
 
 
 @triton.jit
@@ -112,17 +112,6 @@ def _mixed_tile(
     return losses
 
 
-def _codes(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sizes as odd negative numbers. Triton specialises each integer of a tuple on being 1 or a multiple of 16,
-    whatever do_not_specialize says, and would compile again for nearly every image size."""
-    return tuple(-1 - 2 * size for size in sizes)
-
-
-@triton.jit
-def _size(code):
-    return (-1 - code) // 2
-
-
 @triton.jit(do_not_specialize=["num_anchors"])
 def _focal_loss_kernel(
     levels, grads, labels_ptr, normalizers_ptr, partials_ptr, factor_ptr, starts, first_tiles, num_anchors,
@@ -135,12 +124,12 @@ def _focal_loss_kernel(
     image = tl.program_id(1).to(tl.int64)
     x_ptr, grad_ptr, start, stop, first = levels[0], grads[0], starts[0], starts[1], first_tiles[0]
     for level in tl.static_range(1, len(levels)):
-        if tile >= _size(first_tiles[level]):
+        if tile >= size(first_tiles[level]):
             x_ptr, grad_ptr = levels[level], grads[level]
             start, stop, first = starts[level], starts[level + 1], first_tiles[level]
-    start = _size(start)
-    tile_of_level = tile - _size(first)
-    end = (_size(stop) - start) * K  # logits of an image in this level
+    start = size(start)
+    tile_of_level = tile - size(first)
+    end = (size(stop) - start) * K  # logits of an image in this level
     shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries
     begin = tile_of_level * TILE - shift
     offset = tl.multiple_of(image * end - shift, 16) + tile_of_level * TILE
@@ -170,25 +159,6 @@ def _focal_loss_kernel(
         tl.store(partials_ptr + image * tl.num_programs(0) + tile, tl.sum(losses, axis=0))
 
 
-@triton.jit
-def _scale_kernel(tensors, sizes, factor_ptr, TILE: tl.constexpr):
-    """Multiplies the tensors by factor in place; reads and writes nothing where that is 1."""
-    factor = tl.load(factor_ptr)
-    if factor != 1:
-        i = tl.arange(0, TILE)
-        for t in tl.static_range(len(tensors)):
-            offset = tl.program_id(0).to(tl.int64) * TILE
-            size = _size(sizes[t])
-            while offset < size:
-                ptr = tensors[t] + offset + i
-                if offset + TILE <= size:
-                    tl.store(ptr, (tl.load(ptr).to(tl.float32) * factor).to(ptr.dtype.element_ty))
-                else:
-                    mask = i < size - offset
-                    tl.store(ptr, (tl.load(ptr, mask=mask).to(tl.float32) * factor).to(ptr.dtype.element_ty), mask=mask)
-                offset += tl.num_programs(0) * TILE
-
-
 @torch.library.custom_op("retina_fast::focal_loss", mutates_args=())
 def _focal_loss_op(
     levels: list[Tensor],
@@ -214,8 +184,8 @@ def _focal_loss_op(
     background_weight, class_weight = weights(alpha)
     with torch.cuda.device_of(labels):
         _focal_loss_kernel[(first_tiles[-1], len(labels))](
-            tuple(levels), tuple(grads or levels), labels, normalizers, partials, factor, _codes(starts),
-            _codes(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes, GAMMA=float(gamma),
+            tuple(levels), tuple(grads or levels), labels, normalizers, partials, factor, codes(starts),
+            codes(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes, GAMMA=float(gamma),
             TILE=_TILE, CHUNK=_CHUNK,
             TILE_ANCHORS=triton.next_power_of_2((_TILE - 2) // num_classes + 2), WITH_GRADS=with_grads, PTX=PTX,
             num_warps=4, enable_fp_fusion=True,
@@ -229,20 +199,6 @@ def _(levels, labels, normalizers, factor, num_classes, alpha, gamma, with_loss,
     return loss + ([torch.empty_like(level) for level in levels] if with_grads else [])
 
 
-@torch.library.custom_op("retina_fast::scale_", mutates_args=("tensors",))
-def _scale_op(tensors: list[Tensor], factor: Tensor) -> None:
-    """Multiplies contiguous tensors in place by factor (), which is read on the device."""
-    sizes = [tensor.numel() for tensor in tensors]
-    with torch.cuda.device_of(factor):
-        programs = min(_SCALE_PROGRAMS, triton.cdiv(max(sizes), _SCALE_TILE))
-        _scale_kernel[(programs,)](tuple(tensors), _codes(sizes), factor, TILE=_SCALE_TILE)
-
-
-@_scale_op.register_fake
-def _(tensors, factor):
-    return None
-
-
 def _setup_context(ctx, inputs, output):
     levels, labels, normalizers, _, *ctx.constants, with_loss, _ = inputs
     ctx.mark_non_differentiable(*output[int(with_loss) :])
@@ -250,35 +206,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_outputs):
-    refuse_double_backward()
+    refuse_double_backward("focal_loss")
     *levels, labels, normalizers = ctx.saved_tensors
     constants = *ctx.constants, False, True
     return _focal_loss_op(levels, labels, normalizers, grad_outputs[0], *constants), *[None] * 8
 
 
 _focal_loss_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _OnePass(torch.autograd.Function):
-    """The gradient written with the loss. Outside compiled graphs this also costs the host half of what the op's own
-    autograd does."""
-
-    @staticmethod
-    def forward(
-        ctx, labels: Tensor, normalizers: Tensor, num_classes: int, alpha: float, gamma: float, *levels: Tensor
-    ) -> Tensor:
-        loss, *grads = _focal_loss_op(list(levels), labels, normalizers, None, num_classes, alpha, gamma, True, True)
-        ctx.save_for_backward(*grads)
-        return loss
-
-    @staticmethod
-    def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        grads = list(ctx.saved_tensors)
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            grads = [grad.clone() for grad in grads]  # a second backward may come, and needs them as they are
-        _scale_op(grads, factor)
-        return None, None, None, None, None, *grads
 
 
 def _focal_loss_triton(
@@ -288,7 +222,11 @@ def _focal_loss_triton(
     labels, normalizers = labels.contiguous(), normalizers.contiguous()
     wanted = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
     if wanted and levels[0].dtype != torch.float16 and not torch.compiler.is_compiling():
-        return _OnePass.apply(labels, normalizers, num_classes, alpha, gamma, *levels)
+        return OnePass.apply(
+            "focal_loss",
+            lambda levels: _focal_loss_op(levels, labels, normalizers, None, num_classes, alpha, gamma, True, True),
+            *levels,
+        )
     return _focal_loss_op(levels, labels, normalizers, None, num_classes, alpha, gamma, True, False)[0]
 
 

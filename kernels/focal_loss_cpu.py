@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retina_fast.kernels.levels import count_anchors, flatten
+from retina_fast.kernels.one_pass import refuse_double_backward
 
 _IGNORED = -2
 _TILE = 1 << 17  # swept 2^14 to 2^19 on two cores, 8.9 M logits: 112, 88, 55, 44, 47, 49 ms
@@ -24,14 +25,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 def weights(alpha: float) -> tuple[float, float]:
     """The weights of a background element and of an anchor's class; a negative alpha weighs both 1."""
     return (1 - alpha, alpha) if alpha >= 0 else (1.0, 1.0)
-
-
-def refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "focal_loss: double backward (create_graph=True) is not supported; "
-            "focal_loss_reference can be differentiated twice"
-        )
 
 
 class _Tile(NamedTuple):
@@ -159,7 +152,7 @@ class _FocalLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
+        refuse_double_backward("focal_loss")
         grads: Sequence[Tensor]
         if ctx.half:
             labels, scales, *levels = ctx.saved_tensors

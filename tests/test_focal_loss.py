@@ -7,11 +7,12 @@ import pytest
 import torch
 from torchvision.ops import sigmoid_focal_loss
 
-from retina_fast.kernels import fast_math
+from retina_fast.kernels import fast_math, one_pass
 from retina_fast.kernels import focal_loss as module
 from retina_fast.kernels.compiler import INTERPRETED, tl, triton
 from retina_fast.kernels.focal_loss import _focal_loss_triton, focal_loss, focal_loss_reference
 from retina_fast.kernels.levels import flatten_all
+from retina_fast.kernels.sizes import codes
 
 
 def kernel_loss(logits, labels, normalizers, num_classes, alpha=0.25, gamma=2.0):
@@ -39,8 +40,8 @@ def small_tiles(monkeypatch):
     """Many tiles of both kinds in few logits, and images that do not start on a 16-byte boundary."""
     monkeypatch.setattr(module, "_TILE", 256)
     monkeypatch.setattr(module, "_CHUNK", 128)
-    monkeypatch.setattr(module, "_SCALE_TILE", 512)
-    monkeypatch.setattr(module, "_SCALE_PROGRAMS", 3)
+    monkeypatch.setattr(one_pass, "_TILE", 512)
+    monkeypatch.setattr(one_pass, "_PROGRAMS", 3)
 
 
 def case(k, device="cpu", dtype=torch.float32, shapes=((7, 5), (3, 2)), foreground=0.02, ignored=0.02, spread=3.0):
@@ -214,7 +215,7 @@ def test_bytes_kept_for_backward(dtype, loss_fn, place):
 def test_scaling_in_place(factor, device, small_tiles):
     tensors = [torch.randn(n, device=device) for n in (1, 37, 2048, 5000)]
     expected = [tensor * factor for tensor in tensors]
-    module._scale_op(tensors, torch.tensor(factor, device=device))
+    one_pass.scale_op(tensors, torch.tensor(factor, device=device))
     torch.testing.assert_close(tensors, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -331,7 +332,7 @@ def test_offsets_beyond_two_to_the_31(device):
     labels[:, : tile // k + 1] = -1
     labels[2, 5] = 17
     partials = torch.empty(3, 1, device=device)
-    starts, first_tiles = module._codes((0, anchors)), module._codes((0, 1))
+    starts, first_tiles = codes((0, anchors)), codes((0, 1))
     module._focal_loss_kernel[(1, 3)](
         (level,), (grad,), labels, torch.ones(3, device=device), partials, None, starts, first_tiles, anchors,
         0.75, 0.25, K=k, GAMMA=2.0, TILE=tile, CHUNK=module._CHUNK, TILE_ANCHORS=128, WITH_GRADS=True, PTX=module.PTX,
@@ -372,7 +373,7 @@ def test_opcheck_of_the_backward_ops(device, small_tiles):
     levels = [level.detach().contiguous() for level in flatten_all(logits, 2)]
     factor = torch.tensor(3.0, device=device)
     torch.library.opcheck(module._focal_loss_op, (levels, labels, normalizers, factor, 2, 0.25, 2.0, False, True))
-    torch.library.opcheck(module._scale_op, (levels, factor))
+    torch.library.opcheck(one_pass.scale_op, (levels, factor))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

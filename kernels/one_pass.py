@@ -1,0 +1,83 @@
+"""Losses whose forward pass writes the finished gradient: backward only scales it by the incoming one.
+
+The incoming gradient is a scalar on the device. One launch reads it there and returns at once where it is 1, as it is
+under ``loss.backward()``: comparing it on the host would wait for the GPU.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.sizes import codes, size
+
+_TILE = 4096
+_PROGRAMS = 1024  # about what an H200 holds at once; where the factor is 1 their launch is all that is paid
+
+
+@triton.jit
+def _scale_kernel(tensors, sizes, factor_ptr, TILE: tl.constexpr):
+    """Multiplies the tensors by factor in place; reads and writes nothing where that is 1."""
+    factor = tl.load(factor_ptr)
+    if factor != 1:
+        i = tl.arange(0, TILE)
+        for t in tl.static_range(len(tensors)):
+            offset = tl.program_id(0).to(tl.int64) * TILE
+            end = size(sizes[t])
+            while offset < end:
+                ptr = tensors[t] + offset + i
+                if offset + TILE <= end:
+                    tl.store(ptr, (tl.load(ptr).to(tl.float32) * factor).to(ptr.dtype.element_ty))
+                else:
+                    mask = i < end - offset
+                    tl.store(ptr, (tl.load(ptr, mask=mask).to(tl.float32) * factor).to(ptr.dtype.element_ty), mask=mask)
+                offset += tl.num_programs(0) * TILE
+
+
+@torch.library.custom_op("retina_fast::scale_", mutates_args=("tensors",))
+def scale_op(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiplies contiguous tensors in place by factor (), which is read on the device."""
+    sizes = [tensor.numel() for tensor in tensors]
+    with torch.cuda.device_of(factor):
+        programs = min(_PROGRAMS, triton.cdiv(max(sizes), _TILE))
+        _scale_kernel[(programs,)](tuple(tensors), codes(sizes), factor, TILE=_TILE)
+
+
+@scale_op.register_fake
+def _(tensors, factor):
+    return None
+
+
+def refuse_double_backward(name: str) -> None:
+    """For the top of a backward: what it saved cannot be differentiated again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: double backward (create_graph=True) is not supported; "
+            f"{name}_reference can be differentiated twice"
+        )
+
+
+class OnePass(torch.autograd.Function):
+    """``OnePass.apply(name, run, *levels)``, where ``run(levels)`` gives [the loss (), the gradient of each level].
+
+    For eager use only: in a compiled graph scaling a saved tensor in place becomes a copy. Outside one this also costs
+    the host half of what a custom op's own autograd does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, name: str, run: Callable[[list[Tensor]], list[Tensor]], *levels: Tensor) -> Tensor:
+        ctx.name = name
+        loss, *grads = run(list(levels))
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_double_backward(ctx.name)
+        grads = list(ctx.saved_tensors)
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            grads = [grad.clone() for grad in grads]  # a second backward may come, and needs them as they are
+        scale_op(grads, factor)
+        return None, None, *grads
