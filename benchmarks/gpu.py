@@ -23,8 +23,8 @@ BENCHMARKS = ("focal_loss",)  # modules of this folder with a list CASES, in the
 
 
 def kernel_tests() -> list[str]:
-    """The test files that mirror a kernel."""
-    names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+    """The test files that mirror a kernel, and that of the captured step."""
+    names = [*sorted(path.stem for path in (ROOT / "kernels").glob("*.py")), "training_step"]
     return [f"tests/test_{name}.py" for name in names if (ROOT / "tests" / f"test_{name}.py").exists()]
 
 
