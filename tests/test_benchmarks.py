@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import focal_loss, gpu
+from benchmarks import focal_loss, gpu, measure, training_step
 from benchmarks.measure import ROOT, Built, Case, Results, environment
 from retina_fast.kernels.compiler import INTERPRETED
 
@@ -125,3 +125,32 @@ def test_settings_vary_one_factor_at_a_time():
         base = focal_loss.Setting(dtype=setting.dtype)
         changed = [f.name for f in dataclasses.fields(setting) if getattr(setting, f.name) != getattr(base, f.name)]
         assert len(changed) <= 1
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_training_steps_that_are_timed_agree(version, one_thread):
+    setting = dataclasses.replace(training_step.CPU_SETTING, version=version)
+    built = training_step.build(setting, CPU, ("torchvision eager AMP", "uncaptured"))
+    built.check()
+    trained = [name for name, p in training_step.network(setting).backbone.body.named_parameters() if p.requires_grad]
+    assert {name.split(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}
+
+
+def test_goals_of_the_training_step_stand_on_their_case_only():
+    goals = {case.goal: (case.name, case.dtype) for case in training_step.CASES if case.goal}
+    base = "training step, retinanet_resnet50_fpn, batch 16, 800x800, 91 classes"
+    assert goals == {"E3": (base, "bfloat16"), "E4": (base + ", captured", "bfloat16")}
+    assert training_step.BASE.image_sizes == (800, 1333)
+
+
+def test_the_peak_of_what_replays_is_that_of_its_uncaptured_work(monkeypatch):
+    measured = []
+
+    def peak_mb(call, device):
+        measured.append(call())
+        return 0.0
+
+    monkeypatch.setattr(measure, "peak_mb", peak_mb)
+    built = Built(lambda: "ours", {"theirs": lambda: "theirs"}, lambda: None, 1, uncaptured=lambda: "uncaptured")
+    measure.compare(Case("a", "float32", lambda device: built), CPU, 1.0)
+    assert measured == ["uncaptured", "theirs"]
