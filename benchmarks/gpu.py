@@ -19,12 +19,8 @@ import torch
 
 from benchmarks.measure import RESULTS, ROOT, Case, Results, compare, environment
 
-BENCHMARKS = (
-    "focal_loss",
-    "anchor_matching",
-    "loss_path",
-    "box_loss",
-)  # modules of this folder with a list CASES, in the order they run
+# modules of this folder with a list CASES, in the order they run
+BENCHMARKS = ("focal_loss", "anchor_matching", "loss_path", "box_loss")
 
 
 def kernel_tests() -> list[str]:
