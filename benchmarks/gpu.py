@@ -19,12 +19,13 @@ import torch
 
 from benchmarks.measure import RESULTS, ROOT, Case, Results, compare, environment
 
-BENCHMARKS = ("focal_loss", "training_step")  # modules of this folder with a list CASES, in the order they run
+# modules of this folder with a list CASES, in the order they run
+BENCHMARKS = ("focal_loss", "anchor_matching", "loss_path", "box_loss", "training_step")
 
 
 def kernel_tests() -> list[str]:
-    """The test files that mirror a kernel, and that of the captured step."""
-    names = [*sorted(path.stem for path in (ROOT / "kernels").glob("*.py")), "training_step"]
+    """The test files that mirror a kernel, and those of the loss path and of the captured step."""
+    names = [*sorted(path.stem for path in (ROOT / "kernels").glob("*.py")), "training", "training_step"]
     return [f"tests/test_{name}.py" for name in names if (ROOT / "tests" / f"test_{name}.py").exists()]
 
 

@@ -150,7 +150,7 @@ def record(run: Callable[[], Any]) -> list[Launch]:
         RuntimeError: on a copy between devices that makes the host wait, and, from torch, on a read of a device value.
     """
     launches: list[Launch] = []
-    with _bodies_as_fakes(), _no_launches(launches), _no_device_guard(), FakeTensorMode(), _NoHostCopies():
+    with _bodies_as_fakes(), no_launches(launches), _no_device_guard(), FakeTensorMode(), _NoHostCopies():
         run()
     return launches
 
@@ -170,7 +170,9 @@ def _bodies_as_fakes() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_launches(launches: list[Launch]) -> Iterator[None]:
+def no_launches(launches: list[Launch]) -> Iterator[None]:
+    """Kernels are noted, and not run."""
+
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         launches.append(Launch(kernel, args, kwargs, grid))
 

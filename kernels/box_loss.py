@@ -29,7 +29,7 @@ from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
 from retina_fast.kernels.fast_math import atan
 from retina_fast.kernels.levels import count_anchors, flatten_all
 from retina_fast.kernels.one_pass import OnePass, refuse_double_backward
-from retina_fast.kernels.rows import load_rows
+from retina_fast.kernels.rows import load_rows, store_rows
 from retina_fast.kernels.sizes import codes, size
 
 _IOU_LOSSES = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}
@@ -197,13 +197,9 @@ def _box_loss_kernel(
         if WITH_GRADS:
             if factor_ptr is not None:
                 scale *= tl.load(factor_ptr)
-            inside = row < num_rows
-            grad_ptr += row * 4
-            dtype = grad_ptr.dtype.element_ty
-            tl.store(grad_ptr, tl.where(foreground, grad_x * scale, 0.0).to(dtype), mask=inside)
-            tl.store(grad_ptr + 1, tl.where(foreground, grad_y * scale, 0.0).to(dtype), mask=inside)
-            tl.store(grad_ptr + 2, tl.where(foreground, grad_w * scale, 0.0).to(dtype), mask=inside)
-            tl.store(grad_ptr + 3, tl.where(foreground, grad_h * scale, 0.0).to(dtype), mask=inside)
+            grad_x, grad_y = tl.where(foreground, grad_x * scale, 0.0), tl.where(foreground, grad_y * scale, 0.0)
+            grad_w, grad_h = tl.where(foreground, grad_w * scale, 0.0), tl.where(foreground, grad_h * scale, 0.0)
+            store_rows(grad_ptr, row, grad_x, grad_y, grad_w, grad_h, row < num_rows)
     if partials_ptr is not None:
         tl.store(partials_ptr + image * tl.num_programs(0) + tile, tl.sum(loss, axis=0))
 

@@ -1,6 +1,7 @@
 """Anchor matching, by the reference and by the kernels, against torchvision's Matcher, exactly."""
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -34,11 +35,11 @@ def random_boxes(count, size, generator, integers=False):
 def match(path, anchors, images, fg=0.5, bg=0.4, low_quality=True):
     """Matches of a list of (boxes, labels)."""
     device = torch.device("cuda" if path == "kernel" and torch.cuda.is_available() else "cpu")
-    function = module._anchor_matching_triton if path == "kernel" else anchor_matching_reference
+    function: Any = module._anchor_matching_triton if path == "kernel" else anchor_matching_reference
     boxes = torch.cat([torch.zeros(0, 4), *[boxes for boxes, _ in images]])
     labels = torch.cat([torch.zeros(0, dtype=torch.int64), *[labels for _, labels in images]])
     offsets = torch.tensor([0] + [len(boxes) for boxes, _ in images]).cumsum(0)
-    on_device = (x.to(device) for x in (anchors, boxes, labels, offsets))
+    on_device: list = [x.to(device) for x in (anchors, boxes, labels, offsets)]
     return Matches(*[x.cpu() for x in function(*on_device, fg, bg, low_quality)])
 
 
@@ -205,7 +206,7 @@ class PeakBytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.now = self.most = 0
-        self.seen = weakref.WeakSet()
+        self.seen: weakref.WeakSet = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
