@@ -1,10 +1,11 @@
-"""A training step as one CUDA graph: image batch, forward, losses, backward, clipping and optimizer in one launch.
+"""A training step as one CUDA graph: forward, losses, backward, clipping and optimizer in one launch.
 
-    call    images, targets -> checked, uploaded, resized (host)  ->  buffers of the graph  ->  replay
+    call    images, targets -> checked, uploaded, batched  ->  buffers of the graph  ->  replay
 
-A graph repeats one sequence of kernels on one set of addresses. So it serves one batch size and size of images, whose
-ground truths lie in buffers with room for more; and it is good as long as nothing that it holds fast is changed: a
-setting, a part of the model, the optimizer's state. What is outside runs uncaptured, kernel by kernel.
+A graph repeats one sequence of kernels on one set of addresses. So it serves one size of padded batch, whose ground
+truths lie in buffers with room for more; and it is good as long as nothing that it holds fast is changed: a setting, a
+part of the model, the optimizer's state. What is outside runs uncaptured, kernel by kernel. Images are batched before
+the replay, from wherever they lie: to copy them into buffers of their own would cost as much.
 """
 
 import functools
@@ -19,7 +20,7 @@ from retina_fast.anchors import cell_versions, is_stock_generator
 from retina_fast.model import Inputs, RetinaNet
 from retina_fast.stock import has_hooks, overrides
 from retina_fast.targets import to_device
-from retina_fast.transform import is_stock_transform
+from retina_fast.transform import batch_images, is_stock_transform
 
 _GRAPH_DEVICE = "cuda"
 _WARMUP = 3  # steps alike before a capture: cuDNN, Triton and the optimizer set themselves up in them
@@ -29,7 +30,7 @@ Losses = dict[str, Tensor]
 
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    sizes: Any  # of the images
+    shape: torch.Size  # of the batch
     settings: Any
     held: list[Any]  # what settings name by their ids, and the anchors, which the cache may drop
     inputs: Inputs  # the buffers
@@ -52,7 +53,7 @@ class TrainingStep:
     and targets may lie on the CPU; pinned images are uploaded without a wait. Targets are checked as ``model(images,
     targets)`` checks them. Gradients are not kept: ``p.grad`` is None after a call.
 
-    The first size of batch that comes several times in a row is captured. Other sizes, more ground truths than
+    The first size of padded batch that comes several times in a row is captured. Other sizes, more ground truths than
     ``max_boxes``, hooks, an optimizer that cannot be captured, a loss, transform or anchor generator of the user's own,
     and a CPU, run uncaptured. ``replayed_steps`` and ``uncaptured_steps`` count both kinds. After a change of the
     model, the optimizer or their settings, a new graph is captured. A backbone or head of the user's own is captured,
@@ -97,7 +98,7 @@ class TrainingStep:
         self.max_boxes, self.max_grad_norm, self.dtype = max_boxes, max_grad_norm, dtype
         self.replayed_steps = self.uncaptured_steps = 0
         self._graph: _Graph | None = None
-        self._last: Any = None  # sizes and settings of the last step
+        self._last: Any = None  # batch shape and settings of the last step
         self._alike = 0  # steps before that were like it
         self._lrs: list[Tensor] = []
         self._stream: Any = None
@@ -117,21 +118,22 @@ class TrainingStep:
             return self._uncaptured(lambda: self.model(images, targets), device)
         self._own_learning_rates(device)
         inputs = self.model._inputs(images, targets)
+        batch = batch_images(self.model.transform, inputs.images, inputs.image_sizes)
+        inputs = inputs._replace(batch=batch)
         assert inputs.truths is not None
-        sizes = [(image.shape, image.dtype) for image in inputs.images], inputs.image_sizes
-        settings = self._settings()
+        settings = self._settings(batch)
         if self._graph is not None and self._graph.settings != settings:
             self._graph = None
         fits = len(inputs.truths.boxes) <= self.max_boxes
         if self._graph is None:
-            self._alike = self._alike + 1 if self._last == (sizes, settings) else 0
-            self._last = sizes, settings
+            self._alike = self._alike + 1 if self._last == (batch.shape, settings) else 0
+            self._last = batch.shape, settings
             if self._alike < _WARMUP or not fits:
                 return self._aside(lambda: self._uncaptured(lambda: self._forward(inputs), device), device)
-            self._graph = self._capture(inputs, sizes, settings, device)
-        if self._graph.sizes != sizes or not fits:
+            self._graph = self._capture(inputs, batch, settings, device)
+        if self._graph.shape != batch.shape or not fits:
             return self._uncaptured(lambda: self._forward(inputs), device)
-        return self._replay(self._graph, inputs)
+        return self._replay(self._graph, batch, inputs)
 
     def _forward(self, inputs: Inputs) -> Losses:
         return self.model._losses(self.model._network(inputs))
@@ -163,11 +165,12 @@ class TrainingStep:
         current.wait_stream(self._stream)
         return losses
 
-    def _capture(self, inputs: Inputs, sizes: Any, settings: Any, device: torch.device) -> _Graph:
+    def _capture(self, inputs: Inputs, batch: Tensor, settings: Any, device: torch.device) -> _Graph:
         truths = inputs.truths
         assert truths is not None
         buffers = inputs._replace(
-            images=[torch.empty_like(image) for image in inputs.images],
+            images=[],
+            batch=torch.empty_like(batch),
             targets=[],
             truths=truths._replace(
                 boxes=truths.boxes.new_zeros((self.max_boxes, 4)),
@@ -194,13 +197,14 @@ class TrainingStep:
             ) from error
         held += [*self.model.modules(), *self._lrs, *self.model.anchor_generator.cell_anchors]
         held += [value for state in self.optimizer.state.values() for value in state.values()]
-        return _Graph(graph, sizes, settings, held, buffers, list(losses), stacked)
+        return _Graph(graph, batch.shape, settings, held, buffers, list(losses), stacked)
 
-    def _replay(self, graph: _Graph, inputs: Inputs) -> Losses:
+    def _replay(self, graph: _Graph, batch: Tensor, inputs: Inputs) -> Losses:
         buffers, truths = graph.inputs.truths, inputs.truths
         assert buffers is not None
         assert truths is not None
-        torch._foreach_copy_(graph.inputs.images, inputs.images)
+        assert graph.inputs.batch is not None
+        graph.inputs.batch.copy_(batch)
         count = len(truths.boxes)
         buffers.boxes[:count].copy_(truths.boxes)
         buffers.labels[:count].copy_(truths.labels)
@@ -242,13 +246,12 @@ class TrainingStep:
                 if state and isinstance(state.get("step"), Tensor):
                     state["step"] = to_device(state["step"], device)
 
-    def _settings(self) -> list[Any]:
-        """All that a graph holds fast besides sizes."""
-        model, matcher, transform = self.model, self.model.proposal_matcher, self.model.transform
+    def _settings(self, batch: Tensor) -> list[Any]:
+        """All that a graph holds fast besides the batch's shape, its dtype among it."""
+        model, matcher = self.model, self.model.proposal_matcher
         values: list[Any] = [
-            (self.max_boxes, self.max_grad_norm, self.dtype),
+            (self.max_boxes, self.max_grad_norm, self.dtype, batch.dtype),
             (matcher.high_threshold, matcher.low_threshold, matcher.allow_low_quality_matches),
-            (list(transform.image_mean), list(transform.image_std), transform.size_divisible),
             (model.head.regression_head._loss_type, model.head.classification_head.num_classes),
             cell_versions(model.anchor_generator),
         ]
