@@ -22,7 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import retina_fast.kernels
-from retina_fast.kernels import focal_loss, one_pass, sigmoid_focal_loss
+from retina_fast.kernels import candidate_selection, focal_loss, one_pass, sigmoid_focal_loss
 from retina_fast.kernels.levels import flatten_all
 
 
@@ -34,6 +34,7 @@ class Case:
         run: the call.
         tile: elements that one program handles, if a program handles so many; then counts an element are reported, over
             the cheapest path of blocks that makes the most 16-byte accesses (the path of a usual tile).
+        kernel: the kernel that this is about, where the call launches several.
         bytes_per_element: read and written with 16-byte accesses, per element of the tile.
         instructions, mufu: limits an element, on NVIDIA.
     """
@@ -43,6 +44,7 @@ class Case:
     bytes_per_element: int = 0
     instructions: float = float("inf")
     mufu: float = float("inf")
+    kernel: str | None = None
 
 
 def _levels(dtype: torch.dtype, num_classes: int = 91) -> list[torch.Tensor]:
@@ -78,6 +80,11 @@ def _sigmoid_focal_loss(dtype: torch.dtype, output: str) -> None:
     sigmoid_focal_loss._op(x, targets, incoming, 0.25, 2.0, output, torch.float32 if output == "sums" else dtype)
 
 
+def _candidate_selection(dtype: torch.dtype) -> None:
+    levels = [level.detach() for level in _levels(dtype)]
+    candidate_selection.candidate_selection(levels, 91, 0.05, 1000)
+
+
 CASES = {
     "focal_loss bf16": Case(lambda: _focal_loss(torch.bfloat16), focal_loss._TILE, 4, 28, 3),
     "focal_loss fp32": Case(lambda: _focal_loss(torch.float32), focal_loss._TILE, 8, 28, 3),
@@ -93,6 +100,12 @@ CASES = {
     ),
     "sigmoid_focal_loss bf16 backward": Case(
         lambda: _sigmoid_focal_loss(torch.bfloat16, "gradients"), sigmoid_focal_loss._TILE, 8
+    ),
+    "candidate_selection bf16": Case(
+        lambda: _candidate_selection(torch.bfloat16), candidate_selection._TILE_BYTES // 2, 2, 6, 0, "_list_kernel"
+    ),
+    "candidate_selection fp32": Case(
+        lambda: _candidate_selection(torch.float32), candidate_selection._TILE_BYTES // 4, 4, 6, 0, "_list_kernel"
     ),
 }
 
