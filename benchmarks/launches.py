@@ -22,7 +22,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import retina_fast.kernels
-from retina_fast.kernels import candidate_selection, focal_loss, one_pass, sigmoid_focal_loss
+from retina_fast import inference
+from retina_fast.kernels import batched_nms, candidate_selection, focal_loss, one_pass, sigmoid_focal_loss
 from retina_fast.kernels.levels import flatten_all
 
 
@@ -85,6 +86,22 @@ def _candidate_selection(dtype: torch.dtype) -> None:
     candidate_selection.candidate_selection(levels, 91, 0.05, 1000)
 
 
+def _nms(labels: bool) -> None:
+    boxes, scores = torch.empty(8, 5000, 4, device="cuda"), torch.empty(8, 5000, device="cuda")
+    idxs = torch.empty(8, 5000, dtype=torch.int64, device="cuda") if labels else None
+    batched_nms.batched_nms(boxes, scores, idxs, torch.empty(8, dtype=torch.int64, device="cuda"))
+
+
+def detect(dtype: torch.dtype, batch: int = 8) -> inference.Detections:
+    """From the heads' outputs at 800x800 to detections."""
+    logits = [level.detach()[:1].expand(batch, -1, -1, -1) for level in _levels(dtype)]
+    logits = [torch.empty_like(level) for level in logits]
+    deltas = [level[:, : 9 * 4].contiguous(memory_format=torch.channels_last) for level in logits]
+    anchors = torch.empty(120087, 4, device="cuda")
+    sizes = torch.empty(2, batch, 2, dtype=torch.int64, device="cuda")
+    return inference.detect(logits, deltas, anchors, sizes[0], sizes[1], 91, 0.05, 1000, 0.5, 300)
+
+
 CASES = {
     "focal_loss bf16": Case(lambda: _focal_loss(torch.bfloat16), focal_loss._TILE, 4, 28, 3),
     "focal_loss fp32": Case(lambda: _focal_loss(torch.float32), focal_loss._TILE, 8, 28, 3),
@@ -107,6 +124,9 @@ CASES = {
     "candidate_selection fp32": Case(
         lambda: _candidate_selection(torch.float32), candidate_selection._TILE_BYTES // 4, 4, 6, 0, "_list_kernel"
     ),
+    "batched_nms": Case(lambda: _nms(True)),
+    "batched_nms class-agnostic": Case(lambda: _nms(False)),
+    "detect bf16": Case(lambda: detect(torch.bfloat16)),
 }
 
 
