@@ -101,7 +101,7 @@ def test_boxes_that_lie_best_first_already(device, small_tiles):
 
 def chain(count, overlap=0.6):
     """Each box suppresses the next one, and no other."""
-    x = torch.arange(count) * 10 * (1 - overlap) / (1 + overlap) * 1.5
+    x = torch.arange(count) * 10 * (1 - overlap) / (1 + overlap)
     return torch.stack((x, torch.zeros(count), x + 10, torch.full((count,), 10.0)), dim=1)
 
 
@@ -133,7 +133,7 @@ def test_many_boxes(count, device, monkeypatch):
     if device.type == "cpu":
         monkeypatch.setattr(module, "_GROUPS", 1)
     generator = torch.Generator().manual_seed(0)
-    corner = torch.rand(1, count, 2, generator=generator) * 1000
+    corner = torch.rand(1, count, 2, generator=generator) * 250
     boxes = torch.cat((corner, corner + 20), dim=2).to(device)
     scores = torch.rand(1, count, generator=generator).to(device)
     counts = torch.tensor([count], device=device)
@@ -196,7 +196,7 @@ any_box = st.one_of(box, st.tuples(numbers, numbers, numbers, numbers))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compiles once, but the draws are made for the interpreter's pace")
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(any_box, st.sampled_from([0.0, 0.5, 1.0, float("nan")]), st.integers(0, 2)), max_size=12),
     st.sampled_from([0.0, 0.25, 0.5]),

@@ -48,7 +48,8 @@ def test_kernel_matches_the_reference(dtype, anchors_per_image, device):
     anchors = torch.stack((anchors, anchors + 2)) if anchors_per_image else anchors
     arguments = [level.to(device) for level in deltas], *(t.to(device) for t in (anchors, index, sizes))
     ours = module._box_decode_triton(*arguments)
-    torch.testing.assert_close(ours.cpu(), box_decode_reference(deltas, anchors, index, sizes), rtol=1e-6, atol=1e-6,
+    # to 1e-6 of the images' size: exp may differ in its last bit
+    torch.testing.assert_close(ours.cpu(), box_decode_reference(deltas, anchors, index, sizes), rtol=0, atol=64e-6,
                                equal_nan=True)  # fmt: skip
 
 
@@ -90,4 +91,4 @@ def test_compiles_whole(dynamic, device):
     for function in (box_decode, module._box_decode_triton):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         expected = box_decode_reference(deltas, anchors, index, sizes)
-        torch.testing.assert_close(compiled(*arguments).cpu(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(compiled(*arguments).cpu(), expected, rtol=0, atol=64e-6)
