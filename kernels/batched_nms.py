@@ -142,12 +142,14 @@ def _keep(
     i = tl.load(members_ptr + (head + t) % RING, mask=waiting, other=0)
     position = _position(keys_ptr, i, waiting)
     suppressed = tl.zeros([WORD, WORD], tl.int32)
-    for first in range(0, kept, WORD):
+    first = 0
+    while first < kept:
         above = tl.load(kept_ptr + first + t, mask=first + t < kept, other=0)
         comparable = (first + t < kept)[:, None] & waiting[None, :]
         suppressed |= _overlap(
             boxes_ptr, labels_ptr, above[:, None], position[None, :], comparable, iou_thresh, below_thresh
         )
+        first += WORD
     alive = waiting & (tl.max(suppressed, axis=0) == 0)
     comparable = (t[:, None] < t[None, :]) & waiting[None, :]
     suppressed = _overlap(
@@ -284,8 +286,8 @@ def _op(
 
 @_op.register_fake
 def _(boxes, scores, labels, counts, iou_thresh, max_detections):
-    positions = boxes.new_empty((len(boxes), max_detections), dtype=torch.int64)
-    return positions, boxes.new_empty(len(boxes), dtype=torch.int64)
+    positions = boxes.new_empty((boxes.shape[0], max_detections), dtype=torch.int64)
+    return positions, boxes.new_empty(boxes.shape[0], dtype=torch.int64)
 
 
 def batched_nms(
@@ -321,7 +323,7 @@ def batched_nms(
         if rows is not None and rows.shape != boxes.shape[:2]:
             raise ValueError(f"{name} must be (B, M) = {tuple(boxes.shape[:2])}, got {tuple(rows.shape)}")
     if counts.shape != boxes.shape[:1]:
-        raise ValueError(f"counts must be (B,) = ({len(boxes)},), got {tuple(counts.shape)}")
+        raise ValueError(f"counts must be (B,) = ({boxes.shape[0]},), got {tuple(counts.shape)}")
     if max_detections < 0:
         raise ValueError(f"max_detections must be at least 0, got {max_detections}")
     scores = None if scores is None else scores.detach()

@@ -35,7 +35,7 @@ def box_decode_reference(deltas: Sequence[Tensor], anchors: Tensor, index: Tenso
     """The definition; see :func:`box_decode`."""
     flat = torch.cat(flatten_all(deltas, 4), dim=1)  # (B, N, 4)
     rows = index.long()[..., None].expand(-1, -1, 4)  # (B, M, 4)
-    anchors = anchors.expand(len(index), -1, 4) if anchors.dim() == 2 else anchors
+    anchors = anchors.expand(index.shape[0], -1, 4) if anchors.dim() == 2 else anchors
     boxes = decode(flat.gather(1, rows).float(), anchors.gather(1, rows))
     limits = image_sizes.to(boxes.dtype).flip(1).repeat(1, 2)[:, None]  # (B, 1, 4): w, h, w, h
     return torch.minimum(boxes.clamp_(min=0), limits)

@@ -212,19 +212,17 @@ def _search_kernel(
     states_ptr += segment * (2 * PASSES)
     histograms_ptr += segment * (PASSES * BINS)
     lowest, staying = _lowest_key(states_ptr, histograms_ptr, found, digit, shift, topk, PASSES, BINS)
-    if not LAST:
-        if tl.program_id(0) == 0:
-            tl.store(states_ptr + 2 * digit, lowest)
-            tl.store(states_ptr + 2 * digit + 1, staying.to(tl.int64))
+    if not LAST and tl.program_id(0) == 0:
+        tl.store(states_ptr + 2 * digit, lowest)
+        tl.store(states_ptr + 2 * digit + 1, staying.to(tl.int64))
 
     in_level = size(stop) - size(start)
     listed = found <= size(list_stop) - size(list_start)
     list_ptr = lists_ptr + image * list_width + size(list_start)
     x_ptr += image * in_level
-    if LAST:
-        work = tl.where(listed, found, in_level)
-    else:
-        work = tl.where(staying > 0, tl.where(listed, found, in_level), 0)
+    work = tl.where(listed, found, in_level)
+    if not LAST:
+        work = tl.where(staying > 0, work, 0)
     histogram = tl.zeros([BINS], tl.int32)
     offset = tl.program_id(0) * TILE
     while offset < work:
@@ -246,10 +244,9 @@ def _search_kernel(
             matching = (keys >= lowest) & (digits < BINS)
             histogram += tl.histogram(tl.where(matching, digits, 0).to(tl.int32), BINS, mask=matching)
         offset += tl.num_programs(0) * TILE
-    if not LAST:
-        if offset > tl.program_id(0) * TILE:
-            bins = histograms_ptr + digit * BINS + tl.arange(0, BINS)
-            tl.atomic_add(bins, histogram, mask=histogram > 0, sem="relaxed")
+    if not LAST and offset > tl.program_id(0) * TILE:
+        bins = histograms_ptr + digit * BINS + tl.arange(0, BINS)
+        tl.atomic_add(bins, histogram, mask=histogram > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["width", "index_bits"])
@@ -330,7 +327,7 @@ def _op(
 
 @_op.register_fake
 def _(levels, num_classes, score_thresh, topk):
-    shape = len(levels[0]), _width(levels, topk)
+    shape = levels[0].shape[0], _width(levels, topk)
     anchors, labels = (levels[0].new_empty(shape, dtype=torch.int64) for _ in range(2))
     scores = levels[0].new_empty(shape, dtype=torch.float32)
     return anchors, scores, labels, levels[0].new_empty(shape[0], dtype=torch.int64)

@@ -19,6 +19,32 @@ def _grid(cell_anchors: Tensor, grid: tuple[int, int], stride: tuple[int, int]) 
     return (shifts + cell_anchors).reshape(-1, 4)
 
 
+def is_stock_generator(generator: object) -> bool:
+    """Whether ``generator`` is torchvision's, whose anchors depend on nothing but the shapes."""
+    return is_stock(generator, AnchorGenerator, "forward", "grid_anchors", "set_cell_anchors")
+
+
+def shared_anchors(generator: AnchorGenerator, batch: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """The anchors ``(N, 4)`` of a stock generator, float32 xyxy, that all images of a batch share.
+
+    Raises:
+        AssertionError: if the generator's sizes are not as many as the levels.
+    """
+    if len(generator.cell_anchors) != len(features):
+        raise AssertionError(
+            f"anchor_generator has sizes for {len(generator.cell_anchors)} levels, the backbone returns {len(features)}"
+        )
+    device = features[0].device
+    if not torch.compiler.is_compiling():  # moved once, kept by the generator
+        generator.set_cell_anchors(torch.float32, device)
+    cells = [cell.to(device, torch.float32) for cell in generator.cell_anchors]
+    height, width = batch.shape[-2:]
+    grids = [(level.shape[-2], level.shape[-1]) for level in features]
+    return torch.cat(
+        [_grid(cell, (h, w), (height // h, width // w)) for cell, (h, w) in zip(cells, grids, strict=True)]
+    )
+
+
 def batch_anchors(
     generator: AnchorGenerator, batch: Tensor, image_sizes: list[tuple[int, int]], features: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -33,17 +59,6 @@ def batch_anchors(
     Raises:
         AssertionError: if the generator's sizes are not as many as the levels.
     """
-    if not is_stock(generator, AnchorGenerator, "forward", "grid_anchors", "set_cell_anchors"):
+    if not is_stock_generator(generator):
         return generator(ImageList(batch, image_sizes), [level.float() for level in features])
-    if len(generator.cell_anchors) != len(features):
-        raise AssertionError(
-            f"anchor_generator has sizes for {len(generator.cell_anchors)} levels, the backbone returns {len(features)}"
-        )
-    generator.set_cell_anchors(torch.float32, features[0].device)
-    height, width = batch.shape[-2:]
-    grids = [(level.shape[-2], level.shape[-1]) for level in features]
-    levels = [
-        _grid(cell, (h, w), (height // h, width // w))
-        for cell, (h, w) in zip(generator.cell_anchors, grids, strict=True)
-    ]
-    return [torch.cat(levels)] * len(image_sizes)
+    return [shared_anchors(generator, batch, features)] * len(image_sizes)
