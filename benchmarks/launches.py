@@ -150,15 +150,22 @@ def kernels() -> dict[str, Any]:
     return {name: value for module in modules() for name, value in vars(module).items() if name.endswith("_kernel")}
 
 
-def record(run: Callable[[], Any]) -> list[Launch]:
+def record(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> list[Launch]:
     """What a call launches on fake CUDA tensors, its ops' bodies run for real.
+
+    Args:
+        run: the call; given what ``prepare`` returned, if there is one.
+        prepare: makes what may be copied to the device beforehand, as a model's weights.
 
     Raises:
         RuntimeError: on a copy between devices that makes the host wait, and, from torch, on a read of a device value.
     """
     launches: list[Launch] = []
-    with _bodies_as_fakes(), _no_launches(launches), _no_device_guard(), FakeTensorMode(), _NoHostCopies():
-        run()
+    with _bodies_as_fakes(), _no_launches(launches), _no_device_guard(), FakeTensorMode():
+        prepared = () if prepare is None else (prepare(),)
+        launches.clear()
+        with _NoHostCopies():
+            run(*prepared)
     return launches
 
 

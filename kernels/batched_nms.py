@@ -37,7 +37,7 @@ def nms_image(boxes: Tensor, scores: Tensor | None, labels: Tensor | None, iou_t
     boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
     boxes = boxes if order is None else boxes[order]
     falling = torch.arange(len(boxes), 0, -1, device=boxes.device).to(boxes.dtype)  # for the scores: no ties left
-    if labels is None:
+    if labels is None or bool((labels == labels[:1]).all()):
         kept = torchvision.ops.nms(boxes, falling, iou_thresh)
     else:
         by_class = (labels if order is None else labels[order]).sort(stable=True)

@@ -81,8 +81,8 @@ def test_kernels_match_the_reference(threshold, with_labels, device, small_tiles
     boxes[0, 10:14, 2:] = boxes[0, 10:14, :2]
     boxes[3, 10:14] = boxes[3, 10:14].flip(1)
     boxes[3, 20, :2] = -float("inf")
-    labels = (labels * 7919 - 10**12) if with_labels else None  # any integers
-    rows = boxes, scores, labels, torch.tensor([150, 0, 1, 75])
+    classes = (labels * 7919 - 10**12) if with_labels else None  # any integers
+    rows = boxes, scores, classes, torch.tensor([150, 0, 1, 75])
     arguments = [None if row is None else row.to(device) for row in rows]
     for limit in (25, 150, 1, 0):
         equal(by_kernels(*arguments, threshold, limit), batched_nms_reference(*rows, threshold, limit))
@@ -170,10 +170,10 @@ def test_empty(device, small_tiles):
             torch.empty(shape, dtype=torch.int64),
             torch.zeros(shape[0]),
         )
-        rows = [row.to(device) for row in rows]
+        boxes, scores, labels, counts = (row.to(device) for row in rows)
         expected = Kept(torch.zeros(shape[0], 3, dtype=torch.int64), torch.zeros(shape[0], dtype=torch.int64))
-        equal(by_kernels(*rows[:3], rows[3].long(), 0.5, 3), expected)
-        equal(batched_nms(*rows[:3], rows[3].long(), 0.5, 3), expected)
+        equal(by_kernels(boxes, scores, labels, counts.long(), 0.5, 3), expected)
+        equal(batched_nms(boxes, scores, labels, counts.long(), 0.5, 3), expected)
 
 
 grid = st.integers(0, 6).map(float)

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import focal_loss, gpu
+from benchmarks import batched_nms, focal_loss, gpu, postprocess
 from benchmarks.measure import ROOT, Built, Case, Results, environment
 from retina_fast.kernels.compiler import INTERPRETED
 
@@ -125,3 +125,36 @@ def test_settings_vary_one_factor_at_a_time():
         base = focal_loss.Setting(dtype=setting.dtype)
         changed = [f.name for f in dataclasses.fields(setting) if getattr(setting, f.name) != getattr(base, f.name)]
         assert len(changed) <= 1
+
+
+def test_goals_of_the_detection_path_stand_on_their_cases_only():
+    goals = {case.goal: (case.name, case.dtype) for case in postprocess.CASES + batched_nms.CASES if case.goal}
+    assert goals == {
+        **{
+            f"K4-b{b}": (f"postprocess, batch {b}, 800x800, 91 classes, 1.0% above the threshold", "bfloat16")
+            for b in (1, 8, 32)
+        },
+        **{
+            f"K5-b{b}": (f"NMS, batch {b}, 5000 clustered boxes in 91 classes, at most 300 kept", "float32")
+            for b in (1, 32)
+        },
+    }
+    keys = [(case.name, case.dtype) for case in postprocess.CASES + batched_nms.CASES]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("above", [0.0, 0.01, 1.0])
+def test_postprocess_cases_agree_with_the_references(above):
+    setting = postprocess.Setting(batch=2, height=128, width=96, num_classes=11, above=above)
+    built = postprocess.build(setting, CPU)
+    built.check()
+    assert built.baselines["torchvision eager"]()
+    share = torch.cat([level.flatten() for level in postprocess.inputs(setting, CPU)[0]["cls_logits"]])
+    assert (torch.sigmoid(share.float()) > 0.05).float().mean().item() == pytest.approx(above, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", batched_nms.SETS)
+def test_nms_cases_agree_with_the_reference(kind):
+    for classes in (1, 11):
+        batched_nms.build(batched_nms.Setting(batch=2, boxes=200, classes=classes, kind=kind, kept=250), CPU).check()
+    batched_nms.build(batched_nms.Setting(boxes=0, kind=kind), CPU).check()

@@ -46,8 +46,8 @@ def test_kernel_matches_the_reference(dtype, anchors_per_image, device):
     deltas[0][0, :, 0, 0], deltas[0][1, 2, 1, 1], deltas[1][0, 0, 0, 0] = 50.0, float("nan"), -float("inf")
     index[0, 0], index[1, 1], index[0, 2] = 0, 18, 105
     anchors = torch.stack((anchors, anchors + 2)) if anchors_per_image else anchors
-    arguments = [level.to(device) for level in deltas], *(t.to(device) for t in (anchors, index, sizes))
-    ours = module._box_decode_triton(*arguments)
+    levels = [level.to(device) for level in deltas]
+    ours = module._box_decode_triton(levels, anchors.to(device), index.to(device), sizes.to(device))
     # to 1e-6 of the images' size: exp may differ in its last bit
     torch.testing.assert_close(ours.cpu(), box_decode_reference(deltas, anchors, index, sizes), rtol=0, atol=64e-6,
                                equal_nan=True)  # fmt: skip
