@@ -19,16 +19,13 @@ import torch
 
 from benchmarks.measure import RESULTS, ROOT, Case, Results, compare, environment
 
-BENCHMARKS = (
-    "focal_loss",
-    "postprocess",
-    "batched_nms",
-)  # modules of this folder with a list CASES, in the order they run
+# modules of this folder with a list CASES, in the order they run
+BENCHMARKS = ("focal_loss", "anchor_matching", "loss_path", "box_loss", "postprocess", "batched_nms")
 
 
 def kernel_tests() -> list[str]:
-    """The test files that mirror a kernel."""
-    names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+    """The test files that mirror a kernel, and that of the loss path."""
+    names = [*sorted(path.stem for path in (ROOT / "kernels").glob("*.py")), "training"]
     return [f"tests/test_{name}.py" for name in names if (ROOT / "tests" / f"test_{name}.py").exists()]
 
 

@@ -6,6 +6,7 @@ copies between devices (tests/test_launches.py). A kernel is a ``@triton.jit`` f
 """
 
 import contextlib
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -23,7 +24,15 @@ from triton.runtime.jit import JITFunction
 
 import retina_fast.kernels
 from retina_fast import inference
-from retina_fast.kernels import batched_nms, candidate_selection, focal_loss, one_pass, sigmoid_focal_loss
+from retina_fast.kernels import (
+    anchor_matching,
+    batched_nms,
+    box_loss,
+    candidate_selection,
+    focal_loss,
+    one_pass,
+    sigmoid_focal_loss,
+)
 from retina_fast.kernels.levels import flatten_all
 
 
@@ -48,11 +57,11 @@ class Case:
     kernel: str | None = None
 
 
-def _levels(dtype: torch.dtype, num_classes: int = 91) -> list[torch.Tensor]:
-    """The five levels of 8 images of 800x800 as a head writes them, (B, A*K, H, W) in channels_last memory."""
+def _levels(dtype: torch.dtype, channels: int) -> list[torch.Tensor]:
+    """The five levels of 8 images of 800x800 as a head writes them, (B, A*channels, H, W) in channels_last memory."""
     layout = torch.channels_last
     return [
-        torch.empty(8, 9 * num_classes, n, n, dtype=dtype, device="cuda", memory_format=layout).requires_grad_()
+        torch.empty(8, 9 * channels, n, n, dtype=dtype, device="cuda", memory_format=layout).requires_grad_()
         for n in (100, 50, 25, 13, 7)
     ]
 
@@ -64,14 +73,14 @@ def _focal_loss(dtype: torch.dtype, num_classes: int = 91) -> None:
 
 def _focal_loss_backward(dtype: torch.dtype) -> None:
     """Where the gradient was not written in forward. Autograd itself would need a GPU here."""
-    levels = [level.detach() for level in flatten_all(_levels(dtype), 91)]
+    levels = [level.detach() for level in flatten_all(_levels(dtype, 91), 91)]
     labels = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
     normalizers, factor = torch.empty(8, device="cuda"), torch.empty((), device="cuda")
     focal_loss._focal_loss_op(levels, labels, normalizers, factor, 91, 0.25, 2.0, False, True)
 
 
 def _scale(dtype: torch.dtype) -> None:
-    levels = [level.detach() for level in flatten_all(_levels(dtype), 91)]
+    levels = [level.detach() for level in flatten_all(_levels(dtype, 91), 91)]
     one_pass.scale_op(levels, torch.empty((), device="cuda"))
 
 
@@ -82,7 +91,7 @@ def _sigmoid_focal_loss(dtype: torch.dtype, output: str) -> None:
 
 
 def _candidate_selection(dtype: torch.dtype) -> None:
-    levels = [level.detach() for level in _levels(dtype)]
+    levels = [level.detach() for level in _levels(dtype, 91)]
     candidate_selection.candidate_selection(levels, 91, 0.05, 1000)
 
 
@@ -94,7 +103,7 @@ def _nms(labels: bool) -> None:
 
 def detect(dtype: torch.dtype, batch: int = 8) -> inference.Detections:
     """From the heads' outputs at 800x800 to detections."""
-    logits = [level.detach()[:1].expand(batch, -1, -1, -1) for level in _levels(dtype)]
+    logits = [level.detach()[:1].expand(batch, -1, -1, -1) for level in _levels(dtype, 91)]
     logits = [torch.empty_like(level) for level in logits]
     deltas = [level[:, : 9 * 4].contiguous(memory_format=torch.channels_last) for level in logits]
     anchors = torch.empty(120087, 4, device="cuda")
@@ -102,7 +111,32 @@ def detect(dtype: torch.dtype, batch: int = 8) -> inference.Detections:
     return inference.detect(logits, deltas, anchors, sizes[0], sizes[1], 91, 0.05, 1000, 0.5, 300)
 
 
+def _ground_truths(num_boxes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Boxes, labels and offsets of 8 images."""
+    boxes, labels = torch.empty(num_boxes, 4, device="cuda"), torch.empty(num_boxes, dtype=torch.int64, device="cuda")
+    return boxes, labels, torch.empty(9, dtype=torch.int64, device="cuda")
+
+
+def _anchor_matching(low_quality: bool) -> None:
+    anchors = torch.empty(120087, 4, device="cuda")
+    anchor_matching.anchor_matching(anchors, *_ground_truths(4000), allow_low_quality_matches=low_quality)
+
+
+def _box_loss(dtype: torch.dtype, loss_type: str) -> None:
+    boxes, _, offsets = _ground_truths(4000)
+    anchors = torch.empty(120087, 4, device="cuda")
+    indices = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
+    normalizers = torch.empty(8, device="cuda")
+    box_loss.box_loss(_levels(dtype, channels=4), anchors, indices, boxes, offsets, normalizers, loss_type)
+
+
 CASES = {
+    "anchor_matching": Case(lambda: _anchor_matching(True)),
+    "anchor_matching without low quality": Case(lambda: _anchor_matching(False)),
+    **{
+        f"box_loss bf16 {name}": Case(functools.partial(_box_loss, torch.bfloat16, name))
+        for name in box_loss.LOSS_TYPES
+    },
     "focal_loss bf16": Case(lambda: _focal_loss(torch.bfloat16), focal_loss._TILE, 4, 28, 3),
     "focal_loss fp32": Case(lambda: _focal_loss(torch.float32), focal_loss._TILE, 8, 28, 3),
     "focal_loss fp16 forward": Case(lambda: _focal_loss(torch.float16), focal_loss._TILE, 2, 28, 3),
@@ -161,7 +195,7 @@ def record(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) ->
         RuntimeError: on a copy between devices that makes the host wait, and, from torch, on a read of a device value.
     """
     launches: list[Launch] = []
-    with _bodies_as_fakes(), _no_launches(launches), _no_device_guard(), FakeTensorMode():
+    with _bodies_as_fakes(), no_launches(launches), _no_device_guard(), FakeTensorMode():
         prepared = () if prepare is None else (prepare(),)
         launches.clear()
         with _NoHostCopies():
@@ -184,7 +218,9 @@ def _bodies_as_fakes() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_launches(launches: list[Launch]) -> Iterator[None]:
+def no_launches(launches: list[Launch]) -> Iterator[None]:
+    """Kernels are noted, and not run."""
+
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         launches.append(Launch(kernel, args, kwargs, grid))
 

@@ -1,6 +1,7 @@
 """What ``make gpu`` writes, and that its cases compute what they time, on a machine without a GPU."""
 
 import dataclasses
+import importlib
 import json
 import math
 import subprocess
@@ -10,8 +11,9 @@ import time
 import pytest
 import torch
 
-from benchmarks import batched_nms, focal_loss, gpu, postprocess
+from benchmarks import anchor_matching, batched_nms, box_loss, focal_loss, gpu, loss_path, postprocess
 from benchmarks.measure import ROOT, Built, Case, Results, environment
+from retina_fast.kernels.box_loss import LOSS_TYPES
 from retina_fast.kernels.compiler import INTERPRETED
 
 ENVIRONMENT_KEYS = "device driver torch triton torchvision commit dirty date copy_gb_s bf16_tflop_s"
@@ -97,10 +99,15 @@ def test_parts():
 
 
 def test_goals_stand_on_their_cases_only():
-    goals = {case.goal: (case.name, case.dtype) for case in focal_loss.CASES if case.goal}
-    base = "focal loss, batch 8, 800x800, 91 classes"
-    assert goals == {"K1-fp32": (base, "float32"), "K1-bf16": (base, "bfloat16")}
-    keys = [(case.name, case.dtype) for case in focal_loss.CASES]
+    cases = [case for name in gpu.BENCHMARKS for case in importlib.import_module(f"benchmarks.{name}").CASES]
+    assert {case.goal: (case.name, case.dtype) for case in cases if case.goal} == {
+        "K1-fp32": ("focal loss, batch 8, 800x800, 91 classes", "float32"),
+        "K1-bf16": ("focal loss, batch 8, 800x800, 91 classes", "bfloat16"),
+        "K2": ("loss path with l1, batch 16, 800x800, 91 classes, 16 ground truths an image", "bfloat16"),
+        "K3-g500": ("matching, batch 8, 800x800, 500 ground truths an image", "float32"),
+        "K3-b16": ("matching, batch 16, 800x800, 16 ground truths an image", "float32"),
+    }
+    keys = [(case.name, case.dtype) for case in cases]
     assert len(keys) == len(set(keys))
 
 
@@ -108,6 +115,21 @@ def test_goals_stand_on_their_cases_only():
 def test_focal_loss_cases_agree_with_the_reference(dtype):
     setting = focal_loss.Setting(batch=2, height=128, width=96, num_classes=11, dtype=dtype)
     focal_loss.build(setting, CPU, with_compile=False).check()
+
+
+@pytest.mark.parametrize("ground_truths", [1, 30])
+def test_matching_cases_agree_with_torchvision(ground_truths):
+    anchor_matching.build(anchor_matching.Setting(2, ground_truths, 128, 160), CPU).check()
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_box_loss_cases_agree_with_torchvision(loss_type):
+    box_loss.build(box_loss.Setting(loss_type, 2, 4, 160, "float32"), CPU).check()
+
+
+@pytest.mark.parametrize(("dtype", "loss_type"), [("float32", "giou"), ("bfloat16", "l1")])
+def test_loss_path_cases_agree_with_torchvision(dtype, loss_type):
+    loss_path.build(loss_path.Setting(2, 4, 160, 7, dtype, loss_type), CPU).check()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs as a baseline where there is a GPU")
