@@ -27,11 +27,13 @@ from retina_fast import inference
 from retina_fast.kernels import (
     anchor_matching,
     batched_nms,
+    box_decode,
     box_loss,
     candidate_selection,
     focal_loss,
     one_pass,
     sigmoid_focal_loss,
+    take_kept,
 )
 from retina_fast.kernels.levels import flatten_all
 
@@ -95,10 +97,26 @@ def _candidate_selection(dtype: torch.dtype) -> None:
     candidate_selection.candidate_selection(levels, 91, 0.05, 1000)
 
 
-def _nms(labels: bool) -> None:
+def _batched_nms(by_class: bool, best_first: bool) -> None:
+    boxes, counts = torch.empty(8, 5000, 4, device="cuda"), torch.empty(8, dtype=torch.int64, device="cuda")
+    scores = None if best_first else torch.empty(8, 5000, device="cuda")
+    labels = torch.empty(8, 5000, dtype=torch.int64, device="cuda") if by_class else None
+    batched_nms.batched_nms(boxes, scores, labels, counts)
+
+
+def _box_decode(dtype: torch.dtype) -> None:
+    levels = [level.detach() for level in _levels(dtype, 4)]
+    index = torch.empty(8, 5000, dtype=torch.int64, device="cuda")
+    sizes = torch.empty(8, 2, dtype=torch.int64, device="cuda")
+    box_decode.box_decode(levels, torch.empty(120087, 4, device="cuda"), index, sizes)
+
+
+def _take_kept() -> None:
     boxes, scores = torch.empty(8, 5000, 4, device="cuda"), torch.empty(8, 5000, device="cuda")
-    idxs = torch.empty(8, 5000, dtype=torch.int64, device="cuda") if labels else None
-    batched_nms.batched_nms(boxes, scores, idxs, torch.empty(8, dtype=torch.int64, device="cuda"))
+    labels, positions, counts, sizes = (
+        torch.empty(8, *shape, dtype=torch.int64, device="cuda") for shape in ((5000,), (300,), (), (2,))
+    )
+    take_kept.take_kept(boxes, scores, labels, positions, counts, sizes, sizes)
 
 
 def detect(dtype: torch.dtype, batch: int = 8) -> inference.Detections:
@@ -158,9 +176,11 @@ CASES = {
     "candidate_selection fp32": Case(
         lambda: _candidate_selection(torch.float32), candidate_selection._TILE_BYTES // 4, 4, 6, 0, "_list_kernel"
     ),
-    "batched_nms": Case(lambda: _nms(True)),
-    "batched_nms class-agnostic": Case(lambda: _nms(False)),
-    "detect bf16": Case(lambda: detect(torch.bfloat16)),
+    "box_decode bf16": Case(lambda: _box_decode(torch.bfloat16)),
+    "batched_nms": Case(lambda: _batched_nms(by_class=True, best_first=False)),
+    "batched_nms best first": Case(lambda: _batched_nms(by_class=True, best_first=True)),
+    "batched_nms class-agnostic": Case(lambda: _batched_nms(by_class=False, best_first=True)),
+    "take_kept": Case(_take_kept),
 }
 
 
@@ -170,6 +190,16 @@ class Launch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     grid: Any = field(repr=False)
+
+    @property
+    def variant(self) -> tuple[str, ...]:
+        """Equal for launches of which Triton makes one binary: the kernel, what the arguments are, the constants."""
+
+        def kind(arg: Any) -> str:
+            return str(arg.dtype) if isinstance(arg, torch.Tensor) else type(arg).__name__
+
+        kinds = [str(tuple(map(kind, arg))) if isinstance(arg, tuple) else kind(arg) for arg in self.args]
+        return self.kernel.__name__, *kinds, str(self.kwargs)
 
 
 def modules() -> list[Any]:

@@ -279,7 +279,7 @@ def main() -> None:
             CASES[name].tile if CASES[name].kernel in (None, launch.kernel.__name__) else None,
         )
         for name in arguments.case or CASES
-        for launch in record(CASES[name].run)
+        for launch in {launch.variant: launch for launch in record(CASES[name].run)}.values()
         for target in arguments.targets
     ]
     rows = _compile_all(jobs)

@@ -75,7 +75,7 @@ def _op(
     with torch.cuda.device_of(boxes):
         _take_kept_kernel[(triton.cdiv(max_detections, _TILE), batch)](
             boxes, scores, labels, positions, counts, image_sizes, original_sizes, *out, boxes.shape[1],
-            max_detections, TILE=_TILE,
+            max_detections, TILE=_TILE, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

@@ -212,9 +212,10 @@ def test_kernels_on_adversarial_boxes(small_tiles, rows, threshold, limit):
         equal(by_kernels(*arguments), batched_nms_reference(*arguments))
 
 
-def test_torchvisions_signatures():
+def test_torchvisions_signatures(device):
     boxes, scores, labels = clusters(200, 9)
     scores = scores + torch.arange(200) * 1e-6  # without ties torchvision's order is defined too
+    boxes, scores, labels = boxes.to(device), scores.to(device), labels.to(device)
     assert torch.equal(ops.nms(boxes, scores, 0.5), torchvision.ops.nms(boxes, scores, 0.5))
     assert torch.equal(
         ops.batched_nms(boxes, scores, labels, 0.5), torchvision.ops.batched_nms(boxes, scores, labels, 0.5)
