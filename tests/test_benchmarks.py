@@ -11,7 +11,17 @@ import time
 import pytest
 import torch
 
-from benchmarks import anchor_matching, box_loss, focal_loss, gpu, loss_path, measure, training_step
+from benchmarks import (
+    anchor_matching,
+    batched_nms,
+    box_loss,
+    focal_loss,
+    gpu,
+    loss_path,
+    measure,
+    postprocess,
+    training_step,
+)
 from benchmarks.measure import ROOT, Built, Case, Results, environment
 from retina_fast.kernels.box_loss import LOSS_TYPES
 from retina_fast.kernels.compiler import INTERPRETED
@@ -106,6 +116,14 @@ def test_goals_stand_on_their_cases_only():
         "K2": ("loss path with l1, batch 16, 800x800, 91 classes, 16 ground truths an image", "bfloat16"),
         "K3-g500": ("matching, batch 8, 800x800, 500 ground truths an image", "float32"),
         "K3-b16": ("matching, batch 16, 800x800, 16 ground truths an image", "float32"),
+        **{
+            f"K4-b{b}": (f"postprocess, batch {b}, 800x800, 91 classes, 1.0% above the threshold", "bfloat16")
+            for b in (1, 8, 32)
+        },
+        **{
+            f"K5-b{b}": (f"NMS, batch {b}, 5000 clustered boxes in 91 classes, at most 300 kept", "float32")
+            for b in (1, 32)
+        },
         "E3": ("training step, retinanet_resnet50_fpn, batch 16, 800x800, 91 classes", "bfloat16"),
         "E4": ("training step, retinanet_resnet50_fpn, batch 16, 800x800, 91 classes, captured", "bfloat16"),
     }
@@ -172,3 +190,20 @@ def test_the_peak_of_what_replays_is_that_of_its_uncaptured_work(monkeypatch):
     built = Built(lambda: "ours", {"theirs": lambda: "theirs"}, lambda: None, 1, uncaptured=lambda: "uncaptured")
     measure.compare(Case("a", "float32", lambda device: built), CPU, 1.0)
     assert measured == ["uncaptured", "theirs"]
+
+
+@pytest.mark.parametrize("above", [0.0, 0.01, 1.0])
+def test_postprocess_cases_agree_with_the_references(above):
+    setting = postprocess.Setting(batch=2, height=128, width=96, num_classes=11, above=above)
+    built = postprocess.build(setting, CPU)
+    built.check()
+    assert built.baselines["torchvision eager"]()
+    share = torch.cat([level.flatten() for level in postprocess.inputs(setting, CPU)[0]["cls_logits"]])
+    assert (torch.sigmoid(share.float()) > 0.05).float().mean().item() == pytest.approx(above, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", batched_nms.SETS)
+def test_nms_cases_agree_with_the_reference(kind):
+    for classes in (1, 11):
+        batched_nms.build(batched_nms.Setting(batch=2, boxes=200, classes=classes, kind=kind, kept=250), CPU).check()
+    batched_nms.build(batched_nms.Setting(boxes=0, kind=kind), CPU).check()
