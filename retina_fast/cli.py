@@ -84,7 +84,9 @@ def train(
     crop: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Side of the training crops in pixels, 0: whole images. By default 256 for lite models."
+            min=0,
+            help="Side of the training crops in pixels, 0: whole images. By default 256 for lite models and with "
+            "--image-scale.",
         ),
     ] = None,
     flips: Annotated[
@@ -93,9 +95,13 @@ def train(
     seed: Annotated[int, typer.Option(min=0, help="Of weights, data order and augmentation.")] = 0,
     workers: Workers = WORKERS,
     image_scale: Annotated[
-        float,
-        typer.Option(min=0.1, help="By which the finished lite model scales images; crops have their own scales."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0.1,
+            help="By which the finished model scales images, where it would resize them to a size of its own; crops "
+            "have their own scales.",
+        ),
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A model file to start from.")] = None,
     val_json: Annotated[Path | None, typer.Option(help="Annotations to validate on.")] = None,
     val_images: Annotated[Path | None, typer.Option(help="The folder of their images.")] = None,
@@ -110,7 +116,8 @@ def train(
             raise UserError("--val-json and --val-images belong together: give both or neither")
         validation = CocoDataset(val_json, val_images) if val_json and val_images else None
         if crop is None:
-            crop = 256 if model.endswith("_lite") else 0  # the others resize every image to 800 px or so
+            by_scale = model.endswith("_lite") or image_scale is not None
+            crop = 256 if by_scale else 0  # the others resize every image to 800 px or so
         settings = TrainSettings(model, steps, batch_size, lr, crop, flips, seed, image_scale)
         try:
             file = run(settings, CocoDataset(json, images), validation, checkpoint, output, resume, workers, console)

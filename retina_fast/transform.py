@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from retina_fast.kernels.image_batch import image_batch
@@ -95,6 +96,12 @@ def batch_images(transform: GeneralizedRCNNTransform, images: list[Tensor]) -> t
             raise RuntimeError(f"images[{i}] of {tuple(image.shape[1:])} pixels would be resized to {size}")
     batch = image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
     return batch, sizes
+
+
+def padded(batch: Tensor, multiple: int) -> Tensor:
+    """The batch ``(B, C, H, W)``, with zeros at the right and at the bottom up to sides that are multiples."""
+    right, bottom = (-side % multiple for side in (batch.shape[-1], batch.shape[-2]))
+    return F.pad(batch, (0, right, 0, bottom)) if right or bottom else batch
 
 
 def resize_targets(

@@ -63,7 +63,8 @@ class TrainSettings:
         crop: side of the training crops in pixels; 0 trains on whole images.
         flips: which mirror images of a picture are as likely as itself.
         seed: of the weights, the order of the images and the augmentations.
-        image_scale: by which the finished model scales images; training crops have scales of their own.
+        image_scale: by which the finished model scales images, whatever their size; training crops have scales of
+            their own. None: the model resizes crops and images as its builder says.
     """
 
     model: str
@@ -73,7 +74,7 @@ class TrainSettings:
     crop: int
     flips: Flips
     seed: int
-    image_scale: float = 1.0
+    image_scale: float | None = None
 
     @property
     def interval(self) -> int:
@@ -317,8 +318,8 @@ def _start(settings: TrainSettings, data: CocoDataset, start_from: Path | None) 
     if other and other.builder != settings.model:
         raise UserError(f"{start_from} is a {other.builder}: train it with --model {other.builder}")
     kwargs = other.kwargs if other else {}
-    if settings.image_scale != 1:
-        kwargs = kwargs | {"image_scale": settings.image_scale, "_skip_resize": True}
+    if settings.image_scale is not None:
+        kwargs = kwargs | {"min_size": None, "image_scale": settings.image_scale, "_skip_resize": True}
     weights = checkpoint.build(settings.model, len(data.classes), **kwargs).state_dict()
     if other:
         same = other.classes == data.classes
