@@ -36,7 +36,8 @@ from torchvision.models.resnet import ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from retina_fast.backbones.resnet_fpn import resnet_fpn, resnet_fpn_lite
-from retina_fast.backbones.spinenet import ACTIVATIONS, SIZES, SPINENET, SpineNet
+from retina_fast.backbones.specification import SPINENET
+from retina_fast.backbones.spinenet import ACTIVATIONS, SIZES, SpineNet
 from retina_fast.heads import level_norm_head
 from retina_fast.model import RetinaNet
 
@@ -296,14 +297,14 @@ def _spinenet(size: str) -> Builder:
         return RetinaNet(backbone, num_classes, anchor_generator=generator, head=head, **kwargs)
 
     builder.__name__ = builder.__qualname__ = name
-    builder.__doc__ = f"""RetinaNet on SpineNet-{size[:-1] + size[-1].upper()}, as published: each level has norms of its own in the heads.
+    builder.__doc__ = f"""RetinaNet on SpineNet-{size.upper()} as published: each level has its own norms in the heads.
 
     Args:
         weights, weights_backbone: must be None: none are published for PyTorch.
         progress: without effect.
         num_classes: K, 91 by default; label 0 is a real class.
         trainable_backbone_layers: must be None: all are trained.
-        specification: another permutation, as rows; see :func:`retina_fast.backbones.spinenet.checked`.
+        specification: another permutation, as rows; see :func:`retina_fast.backbones.specification.checked`.
         activation: ``relu`` (protocol B) or ``silu`` (C), in the backbone and the heads.
         stochastic_depth: see :class:`retina_fast.backbones.spinenet.SpineNet`; 0.2 in protocol C.
         **kwargs: arguments of :class:`retina_fast.RetinaNet`; the longer side of images is resized to
@@ -311,6 +312,14 @@ def _spinenet(size: str) -> Builder:
 
     Raises:
         ValueError: for any weights, trainable layers, or a specification or activation that is refused.
+
+    Example::
+
+        >>> import torch
+        >>> with torch.device("meta"):  # shapes alone: no memory, no time
+        ...     model = {name}(num_classes=3)
+        >>> model.transform.max_size
+        {row.image_size}
     """
     return builder
 

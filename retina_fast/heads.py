@@ -15,7 +15,6 @@ from torchvision.models.detection import retinanet as tv
 from retina_fast.kernels.levels import flatten_all
 from retina_fast.stock import is_stock
 
-
 batch_norm = partial(nn.BatchNorm2d, momentum=0.01, eps=1e-3)  # the paper's momentum
 
 
@@ -110,21 +109,19 @@ def level_norm_head(
     return head
 
 
-_LAST = {
-    tv.RetinaNetClassificationHead: "cls_logits",
-    LevelNormClassificationHead: "cls_logits",
-    tv.RetinaNetRegressionHead: "bbox_reg",
-    LevelNormRegressionHead: "bbox_reg",
-}
-
-
 def runs_by_level(part: Any) -> bool:
     """Whether :func:`level_outputs` stands for this head's ``forward``: no class, method or hook of a user's own."""
-    return type(part) in _LAST and is_stock(part, type(part), "forward")
+    known = (
+        tv.RetinaNetClassificationHead,
+        tv.RetinaNetRegressionHead,
+        LevelNormClassificationHead,
+        LevelNormRegressionHead,
+    )
+    return any(is_stock(part, cls, "forward") for cls in known)
 
 
 def level_outputs(part: Any, features: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a classification or regression head as its convs write them, ``(B, A*C, H, W)`` a level."""
     levels = part.conv(features) if isinstance(part.conv, LevelNormTower) else [part.conv(x) for x in features]
-    last = getattr(part, _LAST[type(part)])
+    last = part.cls_logits if isinstance(part, tv.RetinaNetClassificationHead) else part.bbox_reg
     return [last(level) for level in levels]

@@ -1,9 +1,7 @@
-"""SpineNet (Du et al. 2020, https://arxiv.org/abs/1912.05027): a scale-permuted backbone, built from plain data.
+"""SpineNet (Du et al. 2020, https://arxiv.org/abs/1912.05027): a scale-permuted backbone, built from a specification.
 
-Blocks are numbered in the order they are built. Two of the stem come first, 0 and 1, both at level 2 (stride 4). Each
-row of a specification is one more block, at a level of its own choice (level l has stride 2^l), fed by two earlier ones
-through resampling links. One block for each of the levels 3 to 7 is an output: P3..P7, so that no pyramid has to follow.
-Widths, depths and published figures are checked against https://github.com/tensorflow/tpu.
+Its blocks go up and down in scale, joined by resampling links, and five of them are the feature maps P3..P7: no feature
+pyramid follows. Widths, depths and rules are those of the published code, https://github.com/tensorflow/tpu.
 """
 
 import math
@@ -14,49 +12,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
+from retina_fast.backbones.specification import OUTPUT_LEVELS, SPINENET, STEM, Block, added_raw, checked
 from retina_fast.heads import batch_norm
 from retina_fast.transform import padded
 
-_WIDTHS = {2: 64, 3: 128, 4: 256, 5: 256, 6: 256, 7: 256}  # of the 3x3 convs, by level
-_EXPANSION = {"bottleneck": 4, "residual": 1}  # a block's outputs for each channel of its 3x3 convs
-_OUTPUT_LEVELS = range(3, 8)
 ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
-
-class Block(NamedTuple):
-    """One row of a specification."""
-
-    level: int
-    """2 to 7."""
-    kind: str
-    """``bottleneck`` (1x1, 3x3, 1x1 to four times the width) or ``residual`` (two 3x3)."""
-    parents: tuple[int, int]
-    """The numbers of two earlier blocks."""
-    is_output: bool = False
-    """Whether it is the feature map of its level, 3 to 7."""
-
-
-_STEM_BLOCKS = (Block(2, "bottleneck", (0, 0)), Block(2, "bottleneck", (0, 0)))  # not fed by links
-_STEM = len(_STEM_BLOCKS)
-
-SPINENET = (  # the numbers of the blocks are 2 to 16
-    Block(2, "bottleneck", (0, 1)),
-    Block(4, "residual", (0, 1)),
-    Block(3, "bottleneck", (2, 3)),
-    Block(4, "bottleneck", (2, 4)),
-    Block(6, "residual", (3, 5)),
-    Block(4, "bottleneck", (3, 5)),
-    Block(5, "residual", (6, 7)),
-    Block(7, "residual", (6, 8)),
-    Block(5, "bottleneck", (8, 9)),
-    Block(5, "bottleneck", (8, 10)),
-    Block(4, "bottleneck", (5, 10), True),
-    Block(3, "bottleneck", (4, 10), True),
-    Block(5, "bottleneck", (7, 12), True),
-    Block(7, "bottleneck", (5, 14), True),
-    Block(6, "bottleneck", (12, 14), True),
-)
-"""The permutation that the paper's search found; the sizes differ in width and depth only."""
+_WIDTHS = {2: 64, 3: 128, 4: 256, 5: 256, 6: 256, 7: 256}  # of the 3x3 convs, by level
+_EXPANSION = {"bottleneck": 4, "residual": 1}  # a block's outputs for each channel of its 3x3 convs
 
 
 class Size(NamedTuple):
@@ -87,100 +50,14 @@ SIZES = {
 }
 
 
-def checked(specification: Iterable[Sequence[Any]]) -> tuple[Block, ...]:
-    """The rows as blocks.
-
-    Args:
-        specification: rows ``(level, kind, (parent, parent), is_output)``, the last False where it is left out.
-
-    Raises:
-        ValueError: naming the row (from 0) and the block (from 2), for a row of another form, a level or kind that
-            there is not, a parent that is not an earlier block, twice the same parent, an output of level 2, a second
-            output of a level, a level without an output, or a block that nothing uses.
-
-    Example::
-
-        >>> checked([*SPINENET[:3], (4, "bottleneck", (2, 7))])
-        Traceback (most recent call last):
-        ValueError: row 3 (block 5): parent 7 does not come earlier, choose from 0 to 4
-    """
-    blocks: list[Block] = []
-    outputs: dict[int, int] = {}
-
-    def refuse(row: int, problem: str) -> ValueError:
-        return ValueError(f"row {row} (block {row + _STEM}): {problem}")
-
-    row = -1
-    for row, content in enumerate(specification):
-        try:
-            level, kind, (a, b), *rest = content
-            (is_output,) = rest or (False,)
-        except (TypeError, ValueError):
-            raise refuse(row, f"must be (level, kind, (parent, parent), is_output), got {content!r}") from None
-        if type(level) is not int or level not in _WIDTHS:
-            raise refuse(row, f"level must be one of 2 to 7, got {level!r}")
-        if kind not in _EXPANSION:
-            raise refuse(row, f"kind must be bottleneck or residual, got {kind!r}")
-        for parent in (a, b):
-            if type(parent) is not int or not 0 <= parent < row + _STEM:
-                raise refuse(row, f"parent {parent!r} does not come earlier, choose from 0 to {row + _STEM - 1}")
-        if a == b:
-            raise refuse(row, f"its parents must be two, got {a} twice")
-        if type(is_output) is not bool:
-            raise refuse(row, f"is_output must be True or False, got {is_output!r}")
-        if is_output and level not in _OUTPUT_LEVELS:
-            raise refuse(row, f"an output must be of level 3 to 7, got {level}")
-        if is_output and level in outputs:
-            raise refuse(row, f"row {outputs[level]} is already the output of level {level}")
-        if is_output:
-            outputs[level] = row
-        blocks.append(Block(level, kind, (a, b), is_output))
-    for level in _OUTPUT_LEVELS:
-        if level not in outputs:
-            raise ValueError(f"up to row {row}, the last, no row is an output of level {level}")
-    used = {0, *(parent for block in blocks for parent in block.parents)}  # block 1 uses block 0
-    used.update(number for numbers in added_raw(blocks) for number in numbers)
-    if 1 not in used:
-        raise ValueError(f"up to row {row}, the last, no row has block 1, the end of the stem, as a parent")
-    for row, block in enumerate(blocks):
-        if not block.is_output and row + _STEM not in used:
-            raise refuse(row, "nothing uses it: make it a parent of a later row")
-    return tuple(blocks)
-
-
-def added_raw(blocks: Sequence[Block]) -> list[tuple[int, ...]]:
-    """For each row, the blocks whose outputs are added to its input as they are, without a link.
-
-    To an output block: the earlier blocks of the same level and channels that are nobody's parent so far. Of the
-    published specification this is block 11, which feeds block 14 and nothing else.
-
-    Example::
-
-        >>> [(row + 2, blocks) for row, blocks in enumerate(added_raw(SPINENET)) if blocks]
-        [(14, (11,))]
-    """
-    parents = {0}  # of block 1
-    added = []
-    for row, block in enumerate(blocks):
-        parents.update(block.parents)
-        added.append(
-            tuple(
-                number
-                for number, other in enumerate([*_STEM_BLOCKS, *blocks[:row]])
-                if block.is_output and number not in parents and (other.level, other.kind) == (block.level, block.kind)
-            )
-        )
-    return added
-
-
 class SpineNet(nn.Module):
-    """Maps ``(B, 3, H, W)`` to P3..P7, ``{"p3": (B, out_channels, H/8, W/8), ..., "p7": (B, out_channels, H/128, W/128)}``.
+    """Maps ``(B, 3, H, W)`` to a dict of P3..P7, ``p3`` of ``(B, out_channels, H/8, W/8)`` to ``p7``, of stride 128.
 
     An input whose sides are not multiples of 128 is padded with zeros at the right and at the bottom, so that the
     levels are those of the padded size; ``retina_fast.RetinaNet`` reads ``size_divisible`` and pads its batches to it.
 
     Args:
-        specification: rows ``(level, kind, (parent, parent), is_output)``; see :func:`checked`.
+        specification: rows ``(level, kind, (parent, parent), is_output)``; see ``specification.checked``.
         width: factor of all widths but the stem's first conv, which has 64.
         alpha: width inside a link, as a part of the width of the block it comes from.
         repeats: how often each block is repeated.
@@ -192,7 +69,7 @@ class SpineNet(nn.Module):
             processes, ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` turns a finished model's.
 
     Raises:
-        ValueError: for a specification that :func:`checked` refuses, or an unknown activation.
+        ValueError: for a specification that ``checked`` refuses, or an unknown activation.
 
     Example::
 
@@ -202,7 +79,7 @@ class SpineNet(nn.Module):
         [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2)]
     """
 
-    size_divisible = 2 ** _OUTPUT_LEVELS[-1]
+    size_divisible = 2 ** OUTPUT_LEVELS[-1]
 
     def __init__(
         self,
@@ -225,10 +102,10 @@ class SpineNet(nn.Module):
         self.blocks = nn.ModuleList()
         self.links = nn.ModuleList()
         self.outputs = nn.ModuleDict()
-        for row, block in enumerate((*_STEM_BLOCKS, *self.specification), start=-_STEM):
+        for row, block in enumerate((*STEM, *self.specification), start=-len(STEM)):
             drop = stochastic_depth * max(0, row + 1) / len(self.specification)
             channels = max(1, int(_WIDTHS[block.level] * width))
-            group = _Repeated(conv, block, 64 if row == -_STEM else None, channels, repeats, drop)
+            group = _Repeated(conv, block, 64 if row == -len(STEM) else None, channels, repeats, drop)
             if row >= 0:
                 self.links.append(nn.ModuleList(_link(conv, self.blocks[x], group, alpha) for x in block.parents))
             if block.is_output:
@@ -248,7 +125,7 @@ class SpineNet(nn.Module):
             **kwargs: other arguments of the class.
 
         Raises:
-            KeyError: for a size that there is not.
+            ValueError: for a size that there is not.
 
         Example, with torchvision's heads and anchors::
 
@@ -257,6 +134,8 @@ class SpineNet(nn.Module):
             >>> sum(p.numel() for p in model.backbone.parameters())
             9472959
         """
+        if size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
         row = SIZES[size]
         return cls(width=row.width, alpha=row.alpha, repeats=row.repeats, out_channels=row.out_channels, **kwargs)
 
@@ -265,12 +144,13 @@ class SpineNet(nn.Module):
         numbered = [first, self.blocks[1](first)]
         levels = {}
         for row, block in enumerate(self.specification):
-            one, other = (link(numbered[x]) for link, x in zip(self.links[row], block.parents, strict=True))  # type: ignore[arg-type]
-            merged = sum((numbered[x] for x in self.added_raw[row]), one + other)
-            numbered.append(self.blocks[row + _STEM](self.act(merged)))
+            links: Any = self.links[row]
+            a, b = (link(numbered[parent]) for link, parent in zip(links, block.parents, strict=True))
+            merged = sum((numbered[earlier] for earlier in self.added_raw[row]), a + b)
+            numbered.append(self.blocks[row + len(STEM)](self.act(merged)))
             if block.is_output:
                 levels[block.level] = self.outputs[str(block.level)](numbered[-1])
-        return {f"p{level}": levels[level] for level in _OUTPUT_LEVELS}
+        return {f"p{level}": levels[level] for level in OUTPUT_LEVELS}
 
 
 class _Repeated(nn.Sequential):
