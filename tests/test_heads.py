@@ -39,8 +39,8 @@ def detector(**kwargs) -> RetinaNet:
     head = level_norm_head(8, 9, num_classes=3, width=6, depth=2)
     settings = {"min_size": None, "score_thresh": 0.01} | kwargs
     model = RetinaNet(SpineNet(width=0.1, out_channels=8), 3, anchor_generator=generator, head=head, **settings)
-    for last in (head.classification_head.cls_logits, head.regression_head.bbox_reg):
-        nn.init.normal_(last.weight, std=0.3)
+    for last, std in ((head.classification_head.cls_logits, 0.03), (head.regression_head.bbox_reg, 0.005)):
+        nn.init.normal_(last.weight, std=std)
     return model
 
 
@@ -119,16 +119,15 @@ def test_detections_are_those_of_torchvision(monkeypatch):
     # At a cut, torchvision leaves ties open. And two anchors three strides wide, a stride apart, have an IoU of 0.5.
     settings = {"topk_candidates": 10_000, "detections_per_img": 10_000, "score_thresh": 0.01, "nms_thresh": 0.45}
     model = detector(**settings)
-    nn.init.normal_(
-        model.head.classification_head.cls_logits.bias, mean=-2
-    )  # no scores that differ in a last bit alone
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.momentum = 0.9  # soon with statistics of its own, without which all scores are nearly the same
     with torch.no_grad():
-        for _ in range(3):  # statistics of its own
+        for _ in range(3):
             model.train()(images(), TARGETS)
         model.eval()
         pictures = images()
         found = model(pictures)
-        assert sum(len(image["boxes"]) for image in found) > 50
+        assert all(100 < len(image["boxes"]) < 10_000 for image in found)
         padded = model.detect(torch.stack(pictures))
         parts = {"anchor_generator": model.anchor_generator, "head": model.head}
         size = {"min_size": 128, "max_size": 128, "size_divisible": 128}

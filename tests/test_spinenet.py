@@ -115,9 +115,8 @@ def test_the_rule_of_unused_blocks_is_general():
     assert [(row + 2, numbers) for row, numbers in enumerate(added_raw(rows)) if numbers] == [(14, (11,))]
     rows[10] = rows[10]._replace(parents=(5, 11))  # block 11 has a child
     assert not any(added_raw(rows))
-    rows = [*SPINENET[:10], Block(5, "bottleneck", (8, 10)), *(
-        b._replace(parents=(b.parents[0] + (b.parents[0] > 11), b.parents[1] + (b.parents[1] > 11))) for b in SPINENET[10:]
-    )]  # fmt: skip
+    later = [block._replace(parents=tuple(x + (x > 11) for x in block.parents)) for block in SPINENET[10:]]  # type: ignore[arg-type]
+    rows = [*SPINENET[:10], Block(5, "bottleneck", (8, 10)), *later]
     assert added_raw(rows)[13] == (11, 12)  # two of them
     tiny(specification=rows).eval()(torch.rand(1, 3, 128, 128))
     rows[9] = rows[9]._replace(kind="residual")  # of another width: no block can take it

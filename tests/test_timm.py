@@ -6,14 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-timm = pytest.importorskip("timm")
-
 from retina_fast import RetinaNet
 from retina_fast.backbones.timm import timm_fpn
 
-MODELS: dict[
-    str, dict[str, Any]
-] = {  # a plain CNN, a ConvNeXt, mobile CNNs, a convolution-attention hybrid, and a transformer with NHWC maps
+MODELS: dict[str, dict[str, Any]] = {
+    # a plain CNN, a ConvNeXt, mobile CNNs, a hybrid of convolution and attention, a transformer with NHWC maps
     "test_resnet": {},
     "test_convnext": {},
     "test_efficientnet": {},
