@@ -15,6 +15,7 @@ from retina_fast.commands.train import Stopped, TrainSettings, train
 from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.errors import UserError
+from retina_fast.recipes import warmup_cosine
 from tests.conftest import write_shapes
 
 SETTINGS = TrainSettings("retinanet_resnet18_fpn_lite", 9, batch_size=2, lr=1e-3, crop=64, flips=Flips.NONE, seed=3)
@@ -146,11 +147,11 @@ def test_norms_and_biases_do_not_decay(data):
 
 
 def test_learning_rate_rises_and_falls_to_a_hundredth():
-    rates = [module._warmup_cosine(step, 100) for step in range(100)]
+    rates = [warmup_cosine(step, 100) for step in range(100)]
     assert rates.index(max(rates)) in (4, 5)
     assert max(rates) == 1
     assert rates[-1] == pytest.approx(0.01, abs=1e-3)
-    assert [module._warmup_cosine(0, total) for total in (1, 2)] == [1, 1]
+    assert [warmup_cosine(0, total) for total in (1, 2)] == [1, 1]
 
 
 def test_a_loss_that_is_not_finite_names_step_and_images(data, tmp_path, monkeypatch):
