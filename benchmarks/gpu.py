@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measure import RESULTS, ROOT, Case, Results, compare, environment
 
-BENCHMARKS = ("focal_loss",)  # modules of this folder with a list CASES, in the order they run
+BENCHMARKS = ("focal_loss", "spinenet")  # modules of this folder with a list CASES, in the order they run
 
 
 def kernel_tests() -> list[str]:

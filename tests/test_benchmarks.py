@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import focal_loss, gpu
+from benchmarks import focal_loss, gpu, spinenet
 from benchmarks.measure import ROOT, Built, Case, Results, environment
 from retina_fast.kernels.compiler import INTERPRETED
 
@@ -125,3 +125,17 @@ def test_settings_vary_one_factor_at_a_time():
         base = focal_loss.Setting(dtype=setting.dtype)
         changed = [f.name for f in dataclasses.fields(setting) if getattr(setting, f.name) != getattr(base, f.name)]
         assert len(changed) <= 1
+
+
+@pytest.mark.parametrize("setting", spinenet.CPU_SETTINGS, ids=str)
+def test_spinenet_cases_compute_what_they_time(one_thread, setting):
+    built = spinenet.build(setting, CPU)
+    built.check()
+
+
+def test_spinenet_cases_are_the_sizes_that_were_published():
+    for setting in spinenet.SETTINGS:
+        with torch.device("meta"):
+            assert spinenet.MODELS[setting.model]().transform.max_size == setting.side
+    assert len({case.name for case in spinenet.CASES}) == 9
+    assert "spinenet" in gpu.BENCHMARKS

@@ -121,14 +121,14 @@ def test_scale_jitter(shape, scales):
         assert sides == {64}
 
 
-def settings_of(recipe: str, crop: int, steps: int = 4, **changes) -> TrainSettings:
+def settings_of(recipe: str, crop: int) -> TrainSettings:
     values: dict[str, Any] = {
         "lr": RECIPES[recipe].lr_at(2),
         "batch_size": 2,
         "flips": Flips.HORIZONTAL,
         "seed": 0,
-    } | changes
-    return TrainSettings("retinanet_spinenet49s", steps, crop=crop, recipe=recipe, **values)
+    }
+    return TrainSettings("retinanet_spinenet49s", 4, crop=crop, recipe=recipe, **values)
 
 
 @pytest.mark.parametrize("name", ["spinenet-b", "spinenet-c"])

@@ -1,6 +1,7 @@
 """SpineNet against the published figures, its rules by their effect, and specifications of all kinds."""
 
 import contextlib
+import json
 import random
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import retina_fast
+from demo import permutation
 from retina_fast.backbones.specification import SPINENET, Block, added_raw, checked
 from retina_fast.backbones.spinenet import SIZES, SpineNet
 from retina_fast.builders import MODELS
@@ -300,3 +302,15 @@ def test_the_smallest_specification_and_what_it_must_have():
     without_stem = [(2, "residual", (0, 1)), *LINEAR]
     with pytest.raises(ValueError, match=r"row 0 \(block 2\): nothing uses it"):
         checked([without_stem[0], *((level, kind, (0, 1), out) for level, kind, _, out in LINEAR)])
+
+
+@pytest.mark.parametrize("rows", [SPINENET, LINEAR])
+def test_the_picture_of_a_specification(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["permutation", str(tmp_path / "rows.json"), "--output", str(tmp_path / "rows.svg")])
+        permutation.main()
+    picture = (tmp_path / "rows.svg").read_text()
+    links = picture.count('<g id="patch_') - 3 - (2 + len(rows))  # without grounds, axis and blocks
+    assert links == 1 + 2 * len(rows) + sum(map(len, added_raw(checked(rows))))  # the first is from block 0 to 1
