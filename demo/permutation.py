@@ -14,8 +14,6 @@ from retina_fast.backbones.specification import LEVELS, SPINENET, STEM, Block, a
 
 _COLORS = {2: "#A0A0A0", 3: "#E69F00", 4: "#009E73", 5: "#56B4E9", 6: "#CC79A7", 7: "#D55E00"}
 _LEGEND = "blocks as they are built: round bottleneck, square residual, thick edge output; dashed: added as it is"
-    "blocks in the order they are built: round bottleneck, square residual, thick edge output; dashed: added as it is"
-)
 
 
 def draw(blocks: Sequence[Block], path: Path) -> None:
