@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.measure import Built, Case, call_ms, peak_mb
 from retina_fast.builders import MODELS
@@ -47,7 +47,7 @@ def _outputs(model: Any, batch: Tensor) -> list[Tensor]:
     return [*outputs["cls_logits"], *outputs["bbox_regression"]]
 
 
-def _call(name: str, setting: Setting, device: torch.device) -> tuple[nn.Module, Callable[[], list[Tensor]]]:
+def _call(name: str, setting: Setting, device: torch.device) -> tuple[Any, Callable[[], list[Tensor]]]:
     """The model, and one call of it: its outputs in evaluation, the gradients of its parameters in training."""
     torch.manual_seed(0)
     model = MODELS[name](weights=None, weights_backbone=None, num_classes=NUM_CLASSES).to(device)
