@@ -188,7 +188,12 @@ def test_spinenet_by_the_same_commands(data, tmp_path):
 
 def test_a_recipe_sets_what_is_not_given(data, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "train", lambda settings, *rest: seen.append(settings) or tmp_path)
+
+    def run(settings, *rest):
+        seen.append(settings)
+        return tmp_path
+
+    monkeypatch.setattr(train, "train", run)
     for options in ((), ("--recipe", "spinenet-b"), ("--recipe", "spinenet-b", "--batch-size", 64, "--steps", 7)):
         assert invoke("train", *data, "--model", "retinanet_spinenet49", *options).exit_code == 0
     assert [(x.recipe, x.steps, x.batch_size, x.lr) for x in seen] == [

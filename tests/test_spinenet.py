@@ -3,6 +3,8 @@
 import contextlib
 import json
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -314,3 +316,11 @@ def test_the_picture_of_a_specification(rows, tmp_path):
     picture = (tmp_path / "rows.svg").read_text()
     links = picture.count('<g id="patch_') - 3 - (2 + len(rows))  # without grounds, axis and blocks
     assert links == 1 + 2 * len(rows) + sum(map(len, added_raw(checked(rows))))  # the first is from block 0 to 1
+
+
+def test_the_example_of_the_page_runs():
+    page = (Path(__file__).parents[1] / "docs" / "spinenet.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    with torch.device("meta"):
+        exec(example, names := {})
+    assert len(names["model"].backbone.specification) == len(names["rows"]) == 6
