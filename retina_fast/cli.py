@@ -93,8 +93,8 @@ def train(
         int | None,
         typer.Option(
             min=0,
-            help="Side of the training crops in pixels, 0: whole images (published recipes: crops of the model's size). "
-            "By default 256 for lite models and with --image-scale.",
+            help="Side of the training crops in pixels, 0: whole images, or by a published recipe crops of the model's "
+            "size. By default 256 for lite models and with --image-scale.",
         ),
     ] = None,
     flips: Annotated[

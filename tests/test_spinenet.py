@@ -321,6 +321,7 @@ def test_the_picture_of_a_specification(rows, tmp_path):
 def test_the_example_of_the_page_runs():
     page = (Path(__file__).parents[1] / "docs" / "spinenet.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
     with torch.device("meta"):
-        exec(example, names := {})
+        exec(example, names)
     assert len(names["model"].backbone.specification) == len(names["rows"]) == 6
