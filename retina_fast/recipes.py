@@ -69,7 +69,7 @@ class Recipe:
     lr_by_batch: bool = True
     box_weight: float = 1.0
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    model: str = "retinanet_"
+    model: str = ""
 
     def lr_at(self, batch_size: int) -> float:
         """The peak learning rate for another batch size."""

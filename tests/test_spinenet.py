@@ -199,7 +199,7 @@ def test_bad_arguments():
 
 def valid(rng: random.Random) -> tuple[Block, ...]:
     while True:
-        middle = rng.randint(0, 12)
+        middle = rng.randint(0, 10)
         roles: list[int | None] = [None] * middle + [3, 4, 5, 6, 7]
         rng.shuffle(roles)
         rows, unused = [], {1}
@@ -220,7 +220,8 @@ def no_norm(channels: int) -> nn.Module:
     return nn.Identity()
 
 
-def test_a_thousand_random_specifications_run():
+def test_a_thousand_random_specifications_run(monkeypatch):
+    monkeypatch.setattr(nn.Conv2d, "reset_parameters", lambda conv: None)  # the network draws its own weights
     rng = random.Random(0)
     image = torch.rand(1, 3, 128, 128)
     seen = set()
