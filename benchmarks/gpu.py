@@ -20,7 +20,7 @@ import torch
 from benchmarks.measure import RESULTS, ROOT, Case, Results, compare, environment
 
 # modules of this folder with a list CASES, in the order they run
-BENCHMARKS = ("focal_loss", "anchor_matching", "loss_path", "box_loss", "training_step")
+BENCHMARKS = ("focal_loss", "anchor_matching", "loss_path", "box_loss", "training_step", "spinenet")
 
 
 def kernel_tests() -> list[str]:

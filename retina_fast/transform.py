@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from retina_fast.kernels.image_batch import image_batch
@@ -101,6 +102,12 @@ def batch_images(
 ) -> Tensor:
     """The padded batch ``(B, C, H, W)`` of images resized to ``sizes``."""
     return image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
+
+
+def padded(batch: Tensor, multiple: int) -> Tensor:
+    """The batch ``(B, C, H, W)``, with zeros at the right and at the bottom up to sides that are multiples."""
+    right, bottom = (-side % multiple for side in (batch.shape[-1], batch.shape[-2]))
+    return F.pad(batch, (0, right, 0, bottom)) if right or bottom else batch
 
 
 def resize_targets(

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import anchor_matching, box_loss, focal_loss, gpu, loss_path, measure, training_step
+from benchmarks import anchor_matching, box_loss, focal_loss, gpu, loss_path, measure, spinenet, training_step
 from benchmarks.measure import ROOT, Built, Case, Results, environment
 from retina_fast.kernels.box_loss import LOSS_TYPES
 from retina_fast.kernels.compiler import INTERPRETED
@@ -172,3 +172,17 @@ def test_the_peak_of_what_replays_is_that_of_its_uncaptured_work(monkeypatch):
     built = Built(lambda: "ours", {"theirs": lambda: "theirs"}, lambda: None, 1, uncaptured=lambda: "uncaptured")
     measure.compare(Case("a", "float32", lambda device: built), CPU, 1.0)
     assert measured == ["uncaptured", "theirs"]
+
+
+@pytest.mark.parametrize("setting", spinenet.CPU_SETTINGS, ids=str)
+def test_spinenet_cases_compute_what_they_time(one_thread, setting):
+    built = spinenet.build(setting, CPU)
+    built.check()
+
+
+def test_spinenet_cases_are_the_sizes_that_were_published():
+    for setting in spinenet.SETTINGS:
+        with torch.device("meta"):
+            assert spinenet.MODELS[setting.model]().transform.max_size == setting.side
+    assert len({case.name for case in spinenet.CASES}) == 9
+    assert "spinenet" in gpu.BENCHMARKS
