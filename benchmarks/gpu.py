@@ -28,6 +28,7 @@ BENCHMARKS = (
     "training_step",
     "postprocess",
     "batched_nms",
+    "spinenet",
 )
 
 

@@ -17,6 +17,11 @@ from retina_fast.builders import (
     retinanet_resnet152_fpn_v2,
     retinanet_resnext50_32x4d_fpn,
     retinanet_resnext50_32x4d_fpn_v2,
+    retinanet_spinenet49,
+    retinanet_spinenet49s,
+    retinanet_spinenet96,
+    retinanet_spinenet143,
+    retinanet_spinenet190,
 )
 from retina_fast.convert import from_torchvision
 from retina_fast.inference import Detections
@@ -44,4 +49,9 @@ __all__ = [
     "retinanet_resnet152_fpn_v2",
     "retinanet_resnext50_32x4d_fpn",
     "retinanet_resnext50_32x4d_fpn_v2",
+    "retinanet_spinenet49",
+    "retinanet_spinenet49s",
+    "retinanet_spinenet96",
+    "retinanet_spinenet143",
+    "retinanet_spinenet190",
 ]

@@ -76,15 +76,25 @@ def train(
     images: Annotated[Path, typer.Option(help="The folder of their images.")],
     output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/train"),
     model: Annotated[str, typer.Option(help="The network.")] = "retinanet_resnet18_fpn_lite",
+    recipe: Annotated[
+        str, typer.Option(help="default; or spinenet-b, spinenet-c, spinenet-c-143, spinenet-c-190, as published.")
+    ] = "default",
     steps: Annotated[
-        int, typer.Option(min=1, help="Optimizer steps; rounded up to equal intervals of 500 or less.")
-    ] = 6000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 4,
-    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 2e-3,
+        int | None,
+        typer.Option(
+            min=1, help="Optimizer steps, rounded up to equal intervals of 500 or less; the recipe's, 6000, by default."
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step; the recipe's, 4, by default.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(min=0, help="Peak learning rate; the recipe's, 0.002, by default.")
+    ] = None,
     crop: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Side of the training crops in pixels, 0: whole images. By default 256 for lite models."
+            min=0,
+            help="Side of the training crops in pixels, 0: whole images, or by a published recipe crops of the model's "
+            "size. By default 256 for lite models and with --image-scale.",
         ),
     ] = None,
     flips: Annotated[
@@ -93,9 +103,13 @@ def train(
     seed: Annotated[int, typer.Option(min=0, help="Of weights, data order and augmentation.")] = 0,
     workers: Workers = WORKERS,
     image_scale: Annotated[
-        float,
-        typer.Option(min=0.1, help="By which the finished lite model scales images; crops have their own scales."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0.1,
+            help="By which the finished model scales images, where it would resize them to a size of its own; crops "
+            "have their own scales.",
+        ),
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A model file to start from.")] = None,
     val_json: Annotated[Path | None, typer.Option(help="Annotations to validate on.")] = None,
     val_images: Annotated[Path | None, typer.Option(help="The folder of their images.")] = None,
@@ -105,15 +119,22 @@ def train(
     with _one_sentence():
         from retina_fast.commands.train import Stopped, TrainSettings
         from retina_fast.commands.train import train as run
+        from retina_fast.recipes import recipe_named
 
+        chosen = recipe_named(recipe)
         if (val_json is None) != (val_images is None):
             raise UserError("--val-json and --val-images belong together: give both or neither")
         validation = CocoDataset(val_json, val_images) if val_json and val_images else None
         if crop is None:
-            crop = 256 if model.endswith("_lite") else 0  # the others resize every image to 800 px or so
-        settings = TrainSettings(model, steps, batch_size, lr, crop, flips, seed, image_scale)
+            by_scale = model.endswith("_lite") or image_scale is not None
+            crop = 256 if by_scale else 0  # the others resize every image to 800 px or so
+        data = CocoDataset(json, images)
+        batch_size = batch_size or chosen.batch_size
+        steps = steps or chosen.steps_for(len(data), batch_size)
+        lr = chosen.lr_at(batch_size) if lr is None else lr
+        settings = TrainSettings(model, steps, batch_size, lr, crop, flips, seed, image_scale, recipe)
         try:
-            file = run(settings, CocoDataset(json, images), validation, checkpoint, output, resume, workers, console)
+            file = run(settings, data, validation, checkpoint, output, resume, workers, console)
         except Stopped:
             console.print(f"Stopped and saved. To go on, give the same command with --resume (run: {output})")
             raise typer.Exit(130) from None

@@ -12,6 +12,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from retina_fast.anchors import batch_anchors, is_stock_generator, shared_anchors
+from retina_fast.heads import level_outputs, runs_by_level
 from retina_fast.inference import Detections, detect
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE
 from retina_fast.kernels.levels import flatten_all
@@ -23,6 +24,7 @@ from retina_fast.transform import (
     batch_images,
     check_images,
     is_stock_transform,
+    padded,
     resize_batch,
     resize_targets,
     resized_sizes,
@@ -77,8 +79,8 @@ class RetinaNet(tv.RetinaNet):
         detections_per_img: the most detections of an image.
         fg_iou_thresh, bg_iou_thresh: IoU from which an anchor is foreground, and below which it is background.
         topk_candidates: the most candidates of an image and level.
-        **kwargs: ``size_divisible``, ``fixed_size``, ``_skip_resize`` (in training) of torchvision's transform, and
-            ``image_scale``, 1 by default; others are warned of.
+        **kwargs: ``size_divisible`` (that of the backbone if it has one, else 32), ``fixed_size``, ``_skip_resize`` (in
+            training) of torchvision's transform, and ``image_scale``, 1 by default; others are warned of.
 
     Input, output and errors are torchvision's: in training, ``model(images, targets)`` returns
     ``{"classification", "bbox_regression"}``; in evaluation a list of ``{"boxes", "scores", "labels"}``, boxes xyxy in
@@ -116,6 +118,7 @@ class RetinaNet(tv.RetinaNet):
         topk_candidates: int = 1000,
         **kwargs: Any,
     ) -> None:
+        kwargs.setdefault("size_divisible", getattr(backbone, "size_divisible", 32))
         super().__init__(
             backbone,
             num_classes,
@@ -276,8 +279,7 @@ class RetinaNet(tv.RetinaNet):
         batch = inputs.batch
         if batch is None:
             batch = batch_images(self.transform, inputs.images, inputs.image_sizes)
-        features = self.backbone(batch)
-        features = [features] if isinstance(features, Tensor) else list(features.values())
+        batch, features = self._trunk(batch)
         return _Forward(
             self._head_outputs(features),
             [level.shape[-2] * level.shape[-1] for level in features],
@@ -288,6 +290,12 @@ class RetinaNet(tv.RetinaNet):
             inputs.truths,
         )
 
+    def _trunk(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The batch, padded where the backbone asks for more, and its levels. Anchors take their strides from both."""
+        batch = padded(batch, getattr(self.backbone, "size_divisible", 1))
+        features = self.backbone(batch)
+        return batch, [features] if isinstance(features, Tensor) else list(features.values())
+
     def _loss_reads_shapes(self, targets: Targets) -> bool:
         """Whether a loss of the user's own may read masks or keypoints, which torchvision's transform resizes."""
         own_loss = overrides(self, RetinaNet, "compute_loss") or not self._trains_fast()
@@ -296,17 +304,12 @@ class RetinaNet(tv.RetinaNet):
     def _head_outputs(self, features: list[Tensor]) -> dict[str, Any]:
         """The head's outputs level by level as its convs write them; a user's own head is called as it is."""
         head = self.head
-        stock = is_stock(head, tv.RetinaNetHead, "forward")
-        if stock:
-            classification, regression = head.classification_head, head.regression_head
-            stock = is_stock(classification, tv.RetinaNetClassificationHead, "forward")
-            stock = stock and is_stock(regression, tv.RetinaNetRegressionHead, "forward")
-        if not stock:
+        parts = {"cls_logits": "classification_head", "bbox_regression": "regression_head"}
+        if not is_stock(head, tv.RetinaNetHead, "forward"):
             return head(features)
-        return {
-            "cls_logits": [classification.cls_logits(classification.conv(level)) for level in features],
-            "bbox_regression": [regression.bbox_reg(regression.conv(level)) for level in features],
-        }
+        if not all(runs_by_level(getattr(head, part)) for part in parts.values()):
+            return head(features)
+        return {key: level_outputs(getattr(head, part), features) for key, part in parts.items()}
 
     def _losses(self, passed: _Forward) -> dict[str, Tensor]:
         assert passed.targets is not None
@@ -382,8 +385,7 @@ class RetinaNet(tv.RetinaNet):
         """The detections of images of one size, which no list holds: one graph for any number of them."""
         check_images(images[:1], max(len(self.transform.image_mean), len(self.transform.image_std)))
         batch, image_sizes = resize_batch(self.transform, images)
-        features = self.backbone(batch)
-        features = [features] if isinstance(features, Tensor) else list(features.values())
+        batch, features = self._trunk(batch)
         anchors = shared_anchors(self.anchor_generator, batch, features)
         cells = [level.shape[-2] * level.shape[-1] for level in features]
         outputs = self._by_level(self._head_outputs(features), cells, anchors)

@@ -8,13 +8,15 @@ part of the model, the optimizer's state. What is outside runs uncaptured, kerne
 the replay, from wherever they lie: to copy them into buffers of their own would cost as much.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from retina_fast.anchors import cell_versions, is_stock_generator
 from retina_fast.model import Inputs, RetinaNet
@@ -42,12 +44,15 @@ class TrainingStep:
     """A whole training step in one call, and on a CUDA device in one launch.
 
     Args:
-        model: a ``RetinaNet`` in training mode.
+        model: a ``RetinaNet`` in training mode, or one wrapped in ``DistributedDataParallel``.
         optimizer: over parameters of the model. On a CUDA device its learning rates become tensors, in which learning
             rate schedulers and assignments keep working, and it is made capturable (SGD: fused).
         max_boxes: the most ground truths of a batch that the graph has room for, 24 bytes each.
         max_grad_norm: gradients are scaled down to this norm, all together; None leaves them.
         dtype: ``torch.bfloat16`` for mixed precision; None computes in the dtype of the weights.
+        accumulate: a batch is run in so many parts, one after another, to fit into memory; norms over the batch see
+            the parts.
+        loss_weights: factors of the losses in what is minimised, by name; 1 for those not named.
 
     A call returns the losses, detached and the caller's own, still on the device: reading them is what waits. Images
     and targets may lie on the CPU; pinned images are uploaded without a wait. Targets are checked as ``model(images,
@@ -55,9 +60,10 @@ class TrainingStep:
 
     The first size of padded batch that comes several times in a row is captured. Other sizes, more ground truths than
     ``max_boxes``, hooks, an optimizer that cannot be captured, a loss, transform or anchor generator of the user's own,
-    and a CPU, run uncaptured. ``replayed_steps`` and ``uncaptured_steps`` count both kinds. After a change of the
-    model, the optimizer or their settings, a new graph is captured. A backbone or head of the user's own is captured,
-    too: it must not read values on the host, nor draw random numbers from other than torch's default generator.
+    several parts or processes, and a CPU, run uncaptured. ``replayed_steps`` and ``uncaptured_steps`` count both kinds.
+    After a change of the model, the optimizer or their settings, a new graph is captured. A backbone or head of the
+    user's own is captured, too: it must not read values on the host, nor draw random numbers from other than torch's
+    default generator.
 
     Raises:
         TypeError: for a model that is no ``RetinaNet``.
@@ -78,12 +84,16 @@ class TrainingStep:
 
     def __init__(
         self,
-        model: RetinaNet,
+        model: RetinaNet | DistributedDataParallel,
         optimizer: torch.optim.Optimizer,
         max_boxes: int = 10_000,
         max_grad_norm: float | None = None,
         dtype: torch.dtype | None = None,
+        accumulate: int = 1,
+        loss_weights: Mapping[str, float] | None = None,
     ) -> None:
+        self._parallel = model if isinstance(model, DistributedDataParallel) else None
+        model = model.module if isinstance(model, DistributedDataParallel) else model
         if not isinstance(model, RetinaNet):
             raise TypeError(
                 f"model must be a retina_fast.RetinaNet, got {type(model)}: see retina_fast.from_torchvision"
@@ -94,7 +104,10 @@ class TrainingStep:
             raise ValueError(f"max_boxes must be at least 1, got {max_boxes}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {accumulate}")
         self.model, self.optimizer = model, optimizer
+        self.accumulate, self.loss_weights = accumulate, dict(loss_weights or {})
         self.max_boxes, self.max_grad_norm, self.dtype = max_boxes, max_grad_norm, dtype
         self.replayed_steps = self.uncaptured_steps = 0
         self._graph: _Graph | None = None
@@ -115,7 +128,7 @@ class TrainingStep:
         if device.type == "cuda":
             images = _uploaded(images, device)
         if not self._capturable(device):
-            return self._uncaptured(lambda: self.model(images, targets), device)
+            return self._uncaptured(self._parts(images, targets), device)
         self._own_learning_rates(device)
         inputs = self.model._inputs(images, targets)
         batch = batch_images(self.model.transform, inputs.images, inputs.image_sizes)
@@ -129,30 +142,53 @@ class TrainingStep:
             self._alike = self._alike + 1 if self._last == (batch.shape, settings) else 0
             self._last = batch.shape, settings
             if self._alike < _WARMUP or not fits:
-                return self._aside(lambda: self._uncaptured(lambda: self._forward(inputs), device), device)
+                return self._aside(lambda: self._uncaptured([lambda: self._forward(inputs)], device), device)
             self._graph = self._capture(inputs, batch, settings, device)
         if self._graph.shape != batch.shape or not fits:
-            return self._uncaptured(lambda: self._forward(inputs), device)
+            return self._uncaptured([lambda: self._forward(inputs)], device)
         return self._replay(self._graph, batch, inputs)
 
     def _forward(self, inputs: Inputs) -> Losses:
         return self.model._losses(self.model._network(inputs))
 
-    def _step(self, forward: Callable[[], Losses], device: torch.device) -> Losses:
+    def _parts(self, images: Any, targets: Any) -> list[Callable[[], Losses]]:
+        """The forward passes of the batch's parts, each with losses that add up to those of the batch."""
+        network = self._parallel or self.model
+        if self.accumulate == 1 or len(images) != len(targets):  # the latter is for the model to refuse
+            return [lambda: network(images, targets)]
+        count, parts = len(images), min(self.accumulate, len(images))
+        ends = [count * part // parts for part in range(parts + 1)]
+
+        def forward(start: int, end: int) -> Losses:
+            losses = network(images[start:end], targets[start:end])
+            return {name: loss * ((end - start) / count) for name, loss in losses.items()}
+
+        return [functools.partial(forward, start, end) for start, end in pairwise(ends)]
+
+    def _step(self, forwards: Sequence[Callable[[], Losses]], device: torch.device) -> Losses:
         """What a graph holds."""
         self.model.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            losses = forward()
-        functools.reduce(torch.add, losses.values()).backward()
+        parts = [self._backward(forward, forward is forwards[-1], device) for forward in forwards]
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)  # a graph's gradients stay in its own memory, which nothing else gets
+        return {name: functools.reduce(torch.add, [part[name] for part in parts]) for name in parts[0]}
+
+    def _backward(self, forward: Callable[[], Losses], last: bool, device: torch.device) -> Losses:
+        """One part's losses, their gradients added to those of the parts before; the last one's exchange them."""
+        with contextlib.nullcontext() if last or self._parallel is None else self._parallel.no_sync():
+            with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                losses = forward()
+            weighted = [
+                loss * self.loss_weights[name] if name in self.loss_weights else loss for name, loss in losses.items()
+            ]
+            functools.reduce(torch.add, weighted).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def _uncaptured(self, forward: Callable[[], Losses], device: torch.device) -> Losses:
+    def _uncaptured(self, forwards: Sequence[Callable[[], Losses]], device: torch.device) -> Losses:
         self.uncaptured_steps += 1
-        return self._step(forward, device)
+        return self._step(forwards, device)
 
     def _aside(self, work: Callable[[], Losses], device: torch.device) -> Losses:
         """On the stream that will capture: work done before a capture must not have been on the default stream."""
@@ -188,7 +224,7 @@ class TrainingStep:
         graph = torch.cuda.CUDAGraph()
         try:  # thread_local: threads that load data may go on pinning memory
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                losses = self._step(forward, device)
+                losses = self._step([forward], device)
                 stacked = torch.stack(list(losses.values()))
         except RuntimeError as error:
             raise RuntimeError(
@@ -218,6 +254,8 @@ class TrainingStep:
         own = any(overrides(model, RetinaNet, name) for name in ("forward", "compute_loss", "eager_outputs"))
         return (
             device.type == _GRAPH_DEVICE
+            and self._parallel is None
+            and self.accumulate == 1
             and not own
             and model._trains_fast()
             and is_stock_transform(model.transform)
@@ -250,7 +288,7 @@ class TrainingStep:
         """All that a graph holds fast besides the batch's shape, its dtype among it."""
         model, matcher = self.model, self.model.proposal_matcher
         values: list[Any] = [
-            (self.max_boxes, self.max_grad_norm, self.dtype, batch.dtype),
+            (self.max_boxes, self.max_grad_norm, self.dtype, batch.dtype, tuple(self.loss_weights.items())),
             (matcher.high_threshold, matcher.low_threshold, matcher.allow_low_quality_matches),
             (model.head.regression_head._loss_type, model.head.classification_head.num_classes),
             cell_versions(model.anchor_generator),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from retina_fast.kernels.image_batch import image_batch
@@ -104,6 +105,7 @@ def batch_images(
     return image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
 
 
+<<<<<<< HEAD
 def size_rows(batch: Tensor, height: int, width: int) -> Tensor:
     """(B, 2) int64 on the batch's device: one height and width for all its images, made where it is needed."""
     return torch.stack([batch.new_full((batch.shape[0],), side, dtype=torch.int64) for side in (height, width)], dim=1)
@@ -130,6 +132,12 @@ def resize_batch(transform: GeneralizedRCNNTransform, images: Tensor) -> tuple[T
     batch = F.pad(batch, (0, -width % divisor, 0, -height % divisor))
     layout = torch.channels_last if batch.is_cuda else torch.contiguous_format
     return batch.contiguous(memory_format=layout), size_rows(images, height, width)
+=======
+def padded(batch: Tensor, multiple: int) -> Tensor:
+    """The batch ``(B, C, H, W)``, with zeros at the right and at the bottom up to sides that are multiples."""
+    right, bottom = (-side % multiple for side in (batch.shape[-1], batch.shape[-2]))
+    return F.pad(batch, (0, right, 0, bottom)) if right or bottom else batch
+>>>>>>> ef83e1e
 
 
 def resize_targets(

@@ -20,6 +20,7 @@ from benchmarks import (
     loss_path,
     measure,
     postprocess,
+    spinenet,
     training_step,
 )
 from benchmarks.measure import ROOT, Built, Case, Results, environment
@@ -207,3 +208,17 @@ def test_nms_cases_agree_with_the_reference(kind):
     for classes in (1, 11):
         batched_nms.build(batched_nms.Setting(batch=2, boxes=200, classes=classes, kind=kind, kept=250), CPU).check()
     batched_nms.build(batched_nms.Setting(boxes=0, kind=kind), CPU).check()
+
+
+@pytest.mark.parametrize("setting", spinenet.CPU_SETTINGS, ids=str)
+def test_spinenet_cases_compute_what_they_time(one_thread, setting):
+    built = spinenet.build(setting, CPU)
+    built.check()
+
+
+def test_spinenet_cases_are_the_sizes_that_were_published():
+    for setting in spinenet.SETTINGS:
+        with torch.device("meta"):
+            assert spinenet.MODELS[setting.model]().transform.max_size == setting.side
+    assert len({case.name for case in spinenet.CASES}) == 9
+    assert "spinenet" in gpu.BENCHMARKS

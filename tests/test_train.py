@@ -18,6 +18,7 @@ from retina_fast.commands.train import Stopped, TrainSettings, train
 from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.errors import UserError
+from retina_fast.recipes import warmup_cosine
 from tests.conftest import write_shapes
 from tests.recorded_graph import play_on_cpu
 
@@ -135,7 +136,7 @@ def test_the_averaged_weights_are_written_and_validated(whole):
 
 def test_the_average_forgets_the_start_and_then_slowly():
     network: Any = torch.nn.BatchNorm1d(3)
-    averaging: Any = module.Averaging()
+    averaging: Any = module.Averaging(limit=0.998)
     averaging._average_model = torch.optim.swa_utils.AveragedModel(network)
     expected = torch.zeros(3)
     for step in range(30):
@@ -207,11 +208,11 @@ def test_norms_and_biases_do_not_decay(data):
 
 
 def test_learning_rate_rises_and_falls_to_a_hundredth():
-    rates = [module._warmup_cosine(step, 100) for step in range(100)]
+    rates = [warmup_cosine(step, 100) for step in range(100)]
     assert rates.index(max(rates)) in (4, 5)
     assert max(rates) == 1
     assert rates[-1] == pytest.approx(0.01, abs=1e-3)
-    assert [module._warmup_cosine(0, total) for total in (1, 2)] == [1, 1]
+    assert [warmup_cosine(0, total) for total in (1, 2)] == [1, 1]
 
 
 def test_a_loss_that_is_not_finite_names_step_and_images(data, tmp_path, monkeypatch):
