@@ -22,7 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import retina_fast.kernels
-from retina_fast.kernels import focal_loss, one_pass, sigmoid_focal_loss
+from retina_fast.kernels import focal_loss, image_batch, one_pass, sigmoid_focal_loss
 from retina_fast.kernels.levels import flatten_all
 
 
@@ -78,6 +78,16 @@ def _sigmoid_focal_loss(dtype: torch.dtype, output: str) -> None:
     sigmoid_focal_loss._op(x, targets, incoming, 0.25, 2.0, output, torch.float32 if output == "sums" else dtype)
 
 
+def _image_batch(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    """Eight images of 480x640, resized to 800 as torchvision does."""
+    images = [torch.empty(3, 480, 640, dtype=dtype, device="cuda")] * 8
+    layout = torch.channels_last
+    out = torch.empty(8, 3, 800, 1088, dtype=out_dtype, device="cuda", memory_format=layout)
+    image_batch.image_batch(images, [(800, 1066)] * 8, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), out=out)
+
+
+_IMAGE_TILE = image_batch._BLOCK * image_batch._ROWS
+
 CASES = {
     "focal_loss bf16": Case(lambda: _focal_loss(torch.bfloat16), focal_loss._TILE, 4, 28, 3),
     "focal_loss fp32": Case(lambda: _focal_loss(torch.float32), focal_loss._TILE, 8, 28, 3),
@@ -94,6 +104,8 @@ CASES = {
     "sigmoid_focal_loss bf16 backward": Case(
         lambda: _sigmoid_focal_loss(torch.bfloat16, "gradients"), sigmoid_focal_loss._TILE, 8
     ),
+    "image_batch uint8 to bf16": Case(lambda: _image_batch(torch.uint8, torch.bfloat16), _IMAGE_TILE, 2),
+    "image_batch fp32": Case(lambda: _image_batch(torch.float32, torch.float32), _IMAGE_TILE, 4),
 }
 
 
@@ -124,7 +136,7 @@ def record(run: Callable[[], Any]) -> list[Launch]:
         RuntimeError: on a copy between devices that makes the host wait, and, from torch, on a read of a device value.
     """
     launches: list[Launch] = []
-    with _bodies_as_fakes(), _no_launches(launches), _no_device_guard(), FakeTensorMode(), _NoHostCopies():
+    with _bodies_as_fakes(), _no_launches(launches), _no_device(), FakeTensorMode(), _NoHostCopies():
         run()
     return launches
 
@@ -161,9 +173,11 @@ def _no_launches(launches: list[Launch]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_device_guard() -> Iterator[None]:
-    """Entering a device needs a driver."""
+def _no_device() -> Iterator[None]:
+    """Entering a device and pinning memory need a driver, an address needs memory."""
     with (
+        mock.patch.object(torch.Tensor, "data_ptr", lambda tensor: 0),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
         mock.patch.object(torch.cuda.device, "__enter__"),
         mock.patch.object(torch.cuda.device, "__exit__", return_value=False),
     ):
