@@ -176,8 +176,8 @@ def _no_launches(launches: list[Launch]) -> Iterator[None]:
 def _no_device() -> Iterator[None]:
     """Entering a device and pinning memory need a driver, an address needs memory."""
     with (
-        mock.patch.object(torch.Tensor, "data_ptr", lambda tensor: 0),
-        mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
+        mock.patch.object(torch.Tensor, "data_ptr", return_value=0),
+        mock.patch.object(torch.Tensor, "pin_memory", torch.Tensor.clone),
         mock.patch.object(torch.cuda.device, "__enter__"),
         mock.patch.object(torch.cuda.device, "__exit__", return_value=False),
     ):

@@ -144,7 +144,7 @@ def _(images, sizes, mean, std, out):
     return None
 
 
-def fits_kernel(images: Sequence[Tensor], channels: int) -> bool:
+def kernel_serves(images: Sequence[Tensor], channels: int) -> bool:
     """Whether the kernel serves these images: of one dtype that it knows, each with one or all of the channels."""
     return (
         HAS_TRITON
@@ -188,7 +188,7 @@ def image_batch(
     elif tuple(out.shape) != shape:
         raise ValueError(f"out must be {shape}, got {tuple(out.shape)}")
     channels_last = out.is_contiguous(memory_format=torch.channels_last)
-    if not first.is_cuda or not channels_last or out.dtype == torch.float64 or not fits_kernel(images, shape[1]):
+    if not first.is_cuda or not channels_last or out.dtype == torch.float64 or not kernel_serves(images, shape[1]):
         return image_batch_reference(images, sizes, mean, std, out)
     _image_batch_op(list(images), [side for size in sizes for side in size], list(mean), list(std), out)
     return out
