@@ -22,7 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import retina_fast.kernels
-from retina_fast.kernels import focal_loss, image_batch, one_pass, sigmoid_focal_loss
+from retina_fast.kernels import focal_loss, group_norm_relu, image_batch, one_pass, sigmoid_focal_loss
 from retina_fast.kernels.levels import flatten_all
 
 
@@ -86,6 +86,23 @@ def _image_batch(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
     image_batch.image_batch(images, [(800, 1066)] * 8, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), out=out)
 
 
+def _block_levels(dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The five levels of 8 images of 800x800 within a v2 head, and a weight of its 256 channels."""
+    layout = torch.channels_last
+    levels = [torch.empty(8, 256, n, n, dtype=dtype, device="cuda", memory_format=layout) for n in (100, 50, 25, 13, 7)]
+    return levels, torch.empty(256, device="cuda")
+
+
+def _group_norm_relu(dtype: torch.dtype) -> None:
+    levels, weight = _block_levels(dtype)
+    group_norm_relu.group_norm_relu(levels, weight, weight, 32)
+
+
+def _group_norm_relu_backward(dtype: torch.dtype) -> None:
+    levels, weight = _block_levels(dtype)
+    group_norm_relu._backward_op(levels, levels, weight, weight, torch.empty(8, 5, 32, 2, device="cuda"))
+
+
 _IMAGE_TILE = image_batch._BLOCK * image_batch._ROWS
 
 CASES = {
@@ -106,6 +123,10 @@ CASES = {
     ),
     "image_batch uint8 to bf16": Case(lambda: _image_batch(torch.uint8, torch.bfloat16), _IMAGE_TILE, 2),
     "image_batch fp32": Case(lambda: _image_batch(torch.float32, torch.float32), _IMAGE_TILE, 4),
+    "group_norm_relu bf16": Case(lambda: _group_norm_relu(torch.bfloat16)),
+    "group_norm_relu fp32": Case(lambda: _group_norm_relu(torch.float32)),
+    "group_norm_relu bf16 backward": Case(lambda: _group_norm_relu_backward(torch.bfloat16)),
+    "group_norm_relu fp32 backward": Case(lambda: _group_norm_relu_backward(torch.float32)),
 }
 
 
