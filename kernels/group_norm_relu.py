@@ -129,7 +129,7 @@ def _group_stats_kernel(
         t = begin + tl.arange(0, TILES)
         mask = (t < last)[:, None] & (c < PER_GROUP)[None, :]
         i = t[:, None] * 2 * channels + c[None, :]
-        rows = tl.minimum(count - (t - first) * R, R).to(tl.float32)[:, None]
+        rows = tl.maximum(tl.minimum(count - (t - first) * R, R), 1).to(tl.float32)[:, None]
         away = tl.load(sums_ptr + i, mask=mask, other=0.0) / rows - mean
         within = tl.load(sums_ptr + channels + i, mask=mask, other=0.0)
         squares += tl.where(mask, within + rows * away * away, 0.0)

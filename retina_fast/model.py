@@ -12,6 +12,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from retina_fast.anchors import batch_anchors
+from retina_fast.heads import run_tower
 from retina_fast.inference import Detections, detect
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE
 from retina_fast.kernels.levels import flatten_all
@@ -276,8 +277,8 @@ class RetinaNet(tv.RetinaNet):
         if not stock:
             return head(features)
         return {
-            "cls_logits": [classification.cls_logits(classification.conv(level)) for level in features],
-            "bbox_regression": [regression.bbox_reg(regression.conv(level)) for level in features],
+            "cls_logits": [classification.cls_logits(level) for level in run_tower(classification.conv, features)],
+            "bbox_regression": [regression.bbox_reg(level) for level in run_tower(regression.conv, features)],
         }
 
     def _losses(self, passed: _Forward) -> dict[str, Tensor]:

@@ -47,6 +47,14 @@ def test_focal_loss_in_bfloat16_holds_its_limits(rows):
         assert (scale.load_bits, scale.store_bits) == (128, 128)
 
 
+def test_group_norm_relu_reads_and_writes_16_bytes_at_a_time(rows):
+    of_tiles = [row for row in rows.values() if row.kernel in ("_tile_sums_kernel", "_group_norm_relu_kernel")]
+    assert len(of_tiles) == 2 * 4 * len(TARGETS)
+    for row in of_tiles:
+        assert row.load_bits == 128
+        assert row.store_bits == 128 or row.kernel == "_tile_sums_kernel"  # whose sums are few
+
+
 class Noisy:
     """A kernel whose compiler complains, and yet returns code."""
 
