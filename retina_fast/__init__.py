@@ -19,6 +19,7 @@ from retina_fast.builders import (
     retinanet_resnext50_32x4d_fpn_v2,
 )
 from retina_fast.convert import from_torchvision
+from retina_fast.engine import compile_inference
 from retina_fast.inference import Detections
 from retina_fast.model import RetinaNet
 
@@ -27,6 +28,7 @@ __all__ = [
     "RetinaNet",
     "RetinaNet_ResNet50_FPN_V2_Weights",
     "RetinaNet_ResNet50_FPN_Weights",
+    "compile_inference",
     "from_torchvision",
     "ops",
     "retinanet_resnet18_fpn",

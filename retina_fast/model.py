@@ -223,7 +223,8 @@ class RetinaNet(tv.RetinaNet):
         if not _stock_coder(self.box_coder):
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
         joined = torch.stack([torch.cat(levels) for levels in anchors])
-        return self._detect(head_outputs, joined, image_shapes, image_shapes).to_list()
+        sizes = to_device(torch.tensor(image_shapes), joined.device)
+        return self._detect(head_outputs, joined, sizes, sizes).to_list()
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError("retina_fast.RetinaNet cannot be scripted: TorchScript is no longer developed")
@@ -343,23 +344,30 @@ class RetinaNet(tv.RetinaNet):
 
     def _padded_detections(self, passed: _Forward) -> Detections:
         anchors = shared_or_stacked(passed.anchors)
-        outputs = passed.head_outputs
-        if isinstance(outputs["cls_logits"], Tensor):  # a user's head: cut its concatenated outputs into levels
-            per_cell = anchors.shape[-2] // sum(passed.grids)
-            lengths = [cells * per_cell for cells in passed.grids]
-            outputs = {key: outputs[key].split(lengths, dim=1) for key in ("cls_logits", "bbox_regression")}
-        return self._detect(outputs, anchors, passed.image_sizes, passed.original_sizes)
+        return self._detect(
+            self._by_level(passed.head_outputs, passed.grids, anchors),
+            anchors,
+            to_device(torch.tensor(passed.image_sizes), anchors.device),
+            to_device(torch.tensor(passed.original_sizes), anchors.device),
+        )
+
+    def _by_level(self, outputs: dict[str, Any], grids: list[int], anchors: Tensor) -> dict[str, Any]:
+        """Head outputs as lists of levels: those of a user's head come concatenated."""
+        if not isinstance(outputs["cls_logits"], Tensor):
+            return outputs
+        per_cell = anchors.shape[-2] // sum(grids)
+        lengths = [cells * per_cell for cells in grids]
+        return {key: outputs[key].split(lengths, dim=1) for key in ("cls_logits", "bbox_regression")}
 
     def _detect(
-        self, head_outputs: Mapping[str, Any], anchors: Tensor, image_sizes: Sizes, original_sizes: Sizes
+        self, head_outputs: Mapping[str, Any], anchors: Tensor, image_sizes: Tensor, original_sizes: Tensor
     ) -> Detections:
-        logits = head_outputs["cls_logits"]
         return detect(
-            logits,
+            head_outputs["cls_logits"],
             head_outputs["bbox_regression"],
             anchors,
-            to_device(torch.tensor(image_sizes), anchors.device),
-            to_device(torch.tensor(original_sizes), anchors.device),
+            image_sizes,
+            original_sizes,
             self._num_classes(head_outputs),
             self.score_thresh,
             self.topk_candidates,

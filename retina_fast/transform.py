@@ -37,12 +37,13 @@ def is_stock_transform(transform: object) -> bool:
     return any(is_stock(transform, cls, *_STEPS) for cls in (RetinaNetTransform, GeneralizedRCNNTransform))
 
 
-def check_images(images: Sequence[Tensor] | Tensor, channels: int) -> list[Tensor]:
+def check_images(images: Sequence[Tensor] | Tensor, channels: int, take_uint8: bool = False) -> list[Tensor]:
     """The images of a list, a tuple or a 4-D batch.
 
     Args:
         images: what the model was given.
         channels: of the mean and the standard deviation; 1 serves images of any number of channels.
+        take_uint8: whether uint8 images in [0, 255] are taken, too.
 
     Raises:
         ValueError: for an image that is not 3-D, is empty, or has neither 1 nor ``channels`` channels.
@@ -58,7 +59,7 @@ def check_images(images: Sequence[Tensor] | Tensor, channels: int) -> list[Tenso
             raise TypeError(f"images[{i}] must be a Tensor, got a {type(image)}")
         if image.dim() != 3:
             raise ValueError(f"images is expected to be a list of 3d tensors (C, H, W), images[{i}] is {image.shape}")
-        if not image.is_floating_point():
+        if not (image.is_floating_point() or (take_uint8 and image.dtype == torch.uint8)):
             raise TypeError(
                 f"Expected input images to be of floating type (in range [0, 1]), images[{i}] is {image.dtype}; "
                 "convert with image.float() / 255"
@@ -83,8 +84,8 @@ def resized_size(transform: GeneralizedRCNNTransform, height: int, width: int) -
     return math.floor(height * scale), math.floor(width * scale)
 
 
-def batch_images(transform: GeneralizedRCNNTransform, images: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The padded channels_last batch ``(B, C, H, W)`` and the (height, width) each image has in it.
+def resized_sizes(transform: GeneralizedRCNNTransform, images: list[Tensor]) -> list[tuple[int, int]]:
+    """The (height, width) each image is resized to.
 
     Raises:
         RuntimeError: for an image so elongated that one side would shrink to no pixel.
@@ -93,6 +94,12 @@ def batch_images(transform: GeneralizedRCNNTransform, images: list[Tensor]) -> t
     for i, (image, size) in enumerate(zip(images, sizes, strict=True)):
         if min(size) < 1:
             raise RuntimeError(f"images[{i}] of {tuple(image.shape[1:])} pixels would be resized to {size}")
+    return sizes
+
+
+def batch_images(transform: GeneralizedRCNNTransform, images: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The padded channels_last batch ``(B, C, H, W)`` and the (height, width) each image has in it."""
+    sizes = resized_sizes(transform, images)
     batch = image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
     return batch, sizes
 
