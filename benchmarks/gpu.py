@@ -19,12 +19,17 @@ import torch
 
 from benchmarks.measure import RESULTS, ROOT, Case, Results, compare, environment
 
-BENCHMARKS = ("focal_loss",)  # modules of this folder with a list CASES, in the order they run
+BENCHMARKS = (
+    "focal_loss",
+    "image_batch",
+    "group_norm_relu",
+    "model",
+)  # modules of this folder with a list CASES, in the order they run
 
 
 def kernel_tests() -> list[str]:
-    """The test files that mirror a kernel."""
-    names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+    """The test files that mirror a kernel, and the engine's, which captures graphs of them."""
+    names = [*sorted(path.stem for path in (ROOT / "kernels").glob("*.py")), "engine"]
     return [f"tests/test_{name}.py" for name in names if (ROOT / "tests" / f"test_{name}.py").exists()]
 
 

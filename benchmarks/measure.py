@@ -26,12 +26,14 @@ class Built:
         ours, baselines: what is timed; each call does the whole work and returns its result.
         check: raises AssertionError unless the results agree with the reference; runs before anything is timed.
         min_bytes: the least that any implementation must move, for the share of the copy bandwidth.
+        is_graph: whether ours is the replay of a CUDA graph already, which cannot be captured in another.
     """
 
     ours: Callable[[], Any]
     baselines: dict[str, Callable[[], Any]]
     check: Callable[[], None]
     min_bytes: int
+    is_graph: bool = False
 
 
 @dataclass
@@ -206,7 +208,7 @@ def compare(case: Case, device: torch.device, ceiling_gb_s: float) -> list[Recor
     built.check()
     ours = call_ms(built.ours, device)
     raw = {f"ours_{name}": value for name, value in ours.items()}
-    if device.type == "cuda":
+    if device.type == "cuda" and not built.is_graph:
         raw["ours_graph"] = graph_ms(built.ours, device)
     peak = peak_mb(built.ours, device)
     records = []

@@ -68,6 +68,7 @@ def test_uint8_and_float_images_and_a_batch_give_the_same(trees, photograph):
 def test_the_difference_on_a_photograph_is_small_and_said(dtype, scores, boxes, trees, photograph):
     own = compile_inference(trees, [photograph], dtype=dtype)
     seen = own.report.difference
+    assert seen is not None
     assert 0 < seen.scores < scores
     assert 0 < seen.boxes_mean < seen.boxes < boxes
     text = str(own)
