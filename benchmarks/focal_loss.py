@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from benchmarks.measure import Built, Case, call_ms, copy_gb_s, peak_mb
+from benchmarks.measure import Built, Case, run_benchmark
 from retina_fast.kernels.compiler import PTX, tl, triton
 from retina_fast.kernels.fast_math import reciprocal
 from retina_fast.kernels.focal_loss import _focal, focal_loss, focal_loss_reference
@@ -201,34 +201,12 @@ class _ApexStyle(torch.autograd.Function):
         return grad, None, None
 
 
-# pytest-benchmark
-
-_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@functools.cache
-def _ceiling() -> float:
-    return copy_gb_s(_DEVICE)
-
-
-@pytest.mark.parametrize("setting", SETTINGS if _DEVICE.type == "cuda" else CPU_SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS if torch.cuda.is_available() else CPU_SETTINGS, ids=str)
 @pytest.mark.parametrize("implementation", ["torchvision eager", "torch.compile", "apex-style", "ours"])
 def test_focal_loss(implementation: str, setting: Setting, benchmark: Any) -> None:
-    if implementation == "apex-style" and _DEVICE.type != "cuda":
+    if implementation == "apex-style" and not torch.cuda.is_available():
         pytest.skip("a Triton kernel")
-    built = build(setting, _DEVICE, with_compile=implementation == "torch.compile")
-    built.check()
-    call = built.ours if implementation == "ours" else built.baselines[implementation]
-    times = call_ms(call, _DEVICE)
-    gb_s = built.min_bytes / (times["median"] * 1e6)
-    benchmark.group = setting.name + ", " + setting.dtype
-    benchmark.extra_info.update(
-        ms=times["median"], gb_s=gb_s, ceiling_fraction=gb_s / _ceiling(), peak_mb=peak_mb(call, _DEVICE)
+    with_compile = implementation == "torch.compile"
+    run_benchmark(
+        functools.partial(build, with_compile=with_compile), setting, setting.dtype, implementation, benchmark
     )
-
-    def waited_for() -> None:
-        call()
-        if _DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(waited_for, rounds=5, warmup_rounds=1)

@@ -19,17 +19,13 @@ import torch
 
 from benchmarks.measure import RESULTS, ROOT, Case, Results, compare, environment
 
-BENCHMARKS = (
-    "focal_loss",
-    "image_batch",
-    "group_norm_relu",
-    "model",
-)  # modules of this folder with a list CASES, in the order they run
+# modules of this folder with a list CASES, in the order they run
+BENCHMARKS = ("focal_loss", "anchor_matching", "loss_path", "box_loss", "image_batch", "group_norm_relu", "model")
 
 
 def kernel_tests() -> list[str]:
-    """The test files that mirror a kernel, and the engine's, which captures graphs of them."""
-    names = [*sorted(path.stem for path in (ROOT / "kernels").glob("*.py")), "engine"]
+    """The test files that mirror a kernel, that of the loss path, and the engine's, which captures graphs."""
+    names = [*sorted(path.stem for path in (ROOT / "kernels").glob("*.py")), "training", "engine"]
     return [f"tests/test_{name}.py" for name in names if (ROOT / "tests" / f"test_{name}.py").exists()]
 
 

@@ -6,6 +6,7 @@ copies between devices (tests/test_launches.py). A kernel is a ``@triton.jit`` f
 """
 
 import contextlib
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -22,7 +23,15 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import retina_fast.kernels
-from retina_fast.kernels import focal_loss, group_norm_relu, image_batch, one_pass, sigmoid_focal_loss
+from retina_fast.kernels import (
+    anchor_matching,
+    box_loss,
+    focal_loss,
+    group_norm_relu,
+    image_batch,
+    one_pass,
+    sigmoid_focal_loss,
+)
 from retina_fast.kernels.levels import flatten_all
 
 
@@ -45,11 +54,11 @@ class Case:
     mufu: float = float("inf")
 
 
-def _levels(dtype: torch.dtype, num_classes: int = 91) -> list[torch.Tensor]:
-    """The five levels of 8 images of 800x800 as a head writes them, (B, A*K, H, W) in channels_last memory."""
+def _levels(dtype: torch.dtype, channels: int) -> list[torch.Tensor]:
+    """The five levels of 8 images of 800x800 as a head writes them, (B, A*channels, H, W) in channels_last memory."""
     layout = torch.channels_last
     return [
-        torch.empty(8, 9 * num_classes, n, n, dtype=dtype, device="cuda", memory_format=layout).requires_grad_()
+        torch.empty(8, 9 * channels, n, n, dtype=dtype, device="cuda", memory_format=layout).requires_grad_()
         for n in (100, 50, 25, 13, 7)
     ]
 
@@ -61,14 +70,14 @@ def _focal_loss(dtype: torch.dtype, num_classes: int = 91) -> None:
 
 def _focal_loss_backward(dtype: torch.dtype) -> None:
     """Where the gradient was not written in forward. Autograd itself would need a GPU here."""
-    levels = [level.detach() for level in flatten_all(_levels(dtype), 91)]
+    levels = [level.detach() for level in flatten_all(_levels(dtype, 91), 91)]
     labels = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
     normalizers, factor = torch.empty(8, device="cuda"), torch.empty((), device="cuda")
     focal_loss._focal_loss_op(levels, labels, normalizers, factor, 91, 0.25, 2.0, False, True)
 
 
 def _scale(dtype: torch.dtype) -> None:
-    levels = [level.detach() for level in flatten_all(_levels(dtype), 91)]
+    levels = [level.detach() for level in flatten_all(_levels(dtype, 91), 91)]
     one_pass.scale_op(levels, torch.empty((), device="cuda"))
 
 
@@ -103,9 +112,34 @@ def _group_norm_relu_backward(dtype: torch.dtype) -> None:
     group_norm_relu._backward_op(levels, levels, weight, weight, torch.empty(8, 5, 32, 2, device="cuda"))
 
 
+def _ground_truths(num_boxes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Boxes, labels and offsets of 8 images."""
+    boxes, labels = torch.empty(num_boxes, 4, device="cuda"), torch.empty(num_boxes, dtype=torch.int64, device="cuda")
+    return boxes, labels, torch.empty(9, dtype=torch.int64, device="cuda")
+
+
+def _anchor_matching(low_quality: bool) -> None:
+    anchors = torch.empty(120087, 4, device="cuda")
+    anchor_matching.anchor_matching(anchors, *_ground_truths(4000), allow_low_quality_matches=low_quality)
+
+
+def _box_loss(dtype: torch.dtype, loss_type: str) -> None:
+    boxes, _, offsets = _ground_truths(4000)
+    anchors = torch.empty(120087, 4, device="cuda")
+    indices = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
+    normalizers = torch.empty(8, device="cuda")
+    box_loss.box_loss(_levels(dtype, channels=4), anchors, indices, boxes, offsets, normalizers, loss_type)
+
+
 _IMAGE_TILE = image_batch._BLOCK * image_batch._ROWS
 
 CASES = {
+    "anchor_matching": Case(lambda: _anchor_matching(True)),
+    "anchor_matching without low quality": Case(lambda: _anchor_matching(False)),
+    **{
+        f"box_loss bf16 {name}": Case(functools.partial(_box_loss, torch.bfloat16, name))
+        for name in box_loss.LOSS_TYPES
+    },
     "focal_loss bf16": Case(lambda: _focal_loss(torch.bfloat16), focal_loss._TILE, 4, 28, 3),
     "focal_loss fp32": Case(lambda: _focal_loss(torch.float32), focal_loss._TILE, 8, 28, 3),
     "focal_loss fp16 forward": Case(lambda: _focal_loss(torch.float16), focal_loss._TILE, 2, 28, 3),
@@ -157,7 +191,7 @@ def record(run: Callable[[], Any]) -> list[Launch]:
         RuntimeError: on a copy between devices that makes the host wait, and, from torch, on a read of a device value.
     """
     launches: list[Launch] = []
-    with _bodies_as_fakes(), _no_launches(launches), _no_device(), FakeTensorMode(), _NoHostCopies():
+    with _bodies_as_fakes(), no_launches(launches), _no_device(), FakeTensorMode(), _NoHostCopies():
         run()
     return launches
 
@@ -177,7 +211,9 @@ def _bodies_as_fakes() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_launches(launches: list[Launch]) -> Iterator[None]:
+def no_launches(launches: list[Launch]) -> Iterator[None]:
+    """Kernels are noted, and not run."""
+
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         launches.append(Launch(kernel, args, kwargs, grid))
 

@@ -1,75 +1,117 @@
-"""The loss path on whatever device is there: matching, both losses and their backward, torchvision beside ours.
+"""The loss path, from the heads' outputs to their gradients: matching, both losses, backward; torchvision beside ours.
 
-    python -m benchmarks.loss_path
+    python -m benchmarks.loss_path          on the CPU: batch 2, 512x512, 91 classes, 20 ground truths an image
 
-Batch 2, 512x512 (49,104 anchors), 91 classes, 20 ground truths an image. Both start from the heads' outputs, as each
-lays them out: concatenated for torchvision, level by level for ours. The two take turns in one process.
+``make bench`` runs this file with pytest-benchmark on whatever device is there; ``make gpu`` records CASES. Both sides
+start from the heads' outputs as each lays them out: concatenated for torchvision, level by level for ours.
 """
 
+import dataclasses
+import functools
 import statistics
 import time
-from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 import torchvision
 from torch import Tensor
-from torchvision.models.detection.image_list import ImageList
 
+from benchmarks import scenes
+from benchmarks.measure import Built, Case, run_benchmark
 from retina_fast import RetinaNet
-
-B, SIZE, K, G = 2, 512, 91, 20
-GRIDS = (64, 32, 16, 8, 4)
+from retina_fast.kernels.levels import flatten_all
 
 
-def models() -> tuple[torchvision.models.detection.RetinaNet, RetinaNet]:
-    backbone = torch.nn.Identity()
-    backbone.out_channels = 8  # type: ignore[assignment]
-    return torchvision.models.detection.RetinaNet(backbone, K), RetinaNet(backbone, K)
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    batch: int = 16
+    ground_truths: int = 16
+    size: int = 800
+    num_classes: int = 91
+    dtype: str = "bfloat16"
+    loss_type: str = "l1"
+
+    @property
+    def name(self) -> str:
+        image = f"{self.size}x{self.size}, {self.num_classes} classes, {self.ground_truths} ground truths an image"
+        return f"loss path with {self.loss_type}, batch {self.batch}, {image}"
 
 
-def case() -> tuple[dict[str, list[Tensor]], list[dict[str, Tensor]], list[Tensor]]:
-    """Head outputs level by level, targets, anchors."""
-    generator = torch.Generator().manual_seed(0)
-    outputs = {
-        "cls_logits": [torch.randn(B, 9 * K, s, s, generator=generator) - 4.6 for s in GRIDS],
-        "bbox_regression": [torch.randn(B, 9 * 4, s, s, generator=generator) * 0.1 for s in GRIDS],
+GOAL = Setting()
+SETTINGS = [
+    GOAL,
+    *[dataclasses.replace(GOAL, ground_truths=count) for count in (1, 100, 500)],
+    *[dataclasses.replace(GOAL, batch=batch) for batch in (1, 4)],
+    dataclasses.replace(GOAL, loss_type="giou"),
+    dataclasses.replace(GOAL, batch=8, dtype="float32"),
+]
+CPU_SETTING = Setting(2, 20, 512, 91, "float32")
+
+
+def models(num_classes: int, loss_type: str) -> tuple[torchvision.models.detection.RetinaNet, RetinaNet]:
+    backbone: Any = torch.nn.Identity()
+    backbone.out_channels = 8
+    both = torchvision.models.detection.RetinaNet(backbone, num_classes), RetinaNet(backbone, num_classes)
+    for model in both:
+        model.head.regression_head._loss_type = loss_type
+    return both
+
+
+def build(setting: Setting, device: torch.device) -> Built:
+    size, k, dtype = setting.size, setting.num_classes, getattr(torch, setting.dtype)
+    theirs, ours = models(k, setting.loss_type)
+    anchors = [scenes.anchors(size, size, device)] * setting.batch
+    targets = scenes.scene(setting.batch, setting.ground_truths, size, size, k, device).targets
+    levels = {
+        "cls_logits": scenes.levels(setting.batch, k, size, size, dtype, device, -4.6, 1.0),
+        "bbox_regression": scenes.levels(setting.batch, 4, size, size, dtype, device, 0.0, 0.1),
     }
-    targets = []
-    for _ in range(B):
-        corner = torch.rand(G, 2, generator=generator) * SIZE * 0.8
-        boxes = torch.cat((corner, corner + 8 + torch.rand(G, 2, generator=generator) * SIZE * 0.4), dim=1)
-        targets.append({"boxes": boxes, "labels": torch.randint(0, K, (G,), generator=generator)})
-    features = [torch.zeros(B, 8, s, s) for s in GRIDS]
-    images = ImageList(torch.zeros(B, 3, SIZE, SIZE), [(SIZE, SIZE)] * B)
-    return outputs, targets, models()[0].anchor_generator(images, features)
+    channels = {"cls_logits": k, "bbox_regression": 4}
+    joined = {
+        key: torch.cat([level.detach() for level in flatten_all(outputs, channels[key])], dim=1).requires_grad_()
+        for key, outputs in levels.items()
+    }
+
+    def step(model: Any, outputs: dict[str, Any], leaves: list[Tensor]) -> tuple[dict[str, Tensor], Any]:
+        losses = model.compute_loss(targets, outputs, anchors)
+        return losses, torch.autograd.grad(sum(losses.values()), leaves)
+
+    leaves = [level for outputs in levels.values() for level in outputs]
+    step_ours = functools.partial(step, ours, levels, leaves)
+    step_torchvision = functools.partial(step, theirs, joined, list(joined.values()))
+
+    def check() -> None:
+        (losses, grads), (expected, joined_grads) = step_ours(), step_torchvision()
+        # torchvision sums bfloat16 losses in bfloat16
+        tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+        for key, value in losses.items():
+            assert abs(value - expected[key]) <= tolerance * expected[key], f"{setting}: {key}"
+        lists = {"cls_logits": grads[:5], "bbox_regression": grads[5:]}
+        for (key, levels_of_grads), exact in zip(lists.items(), joined_grads, strict=True):
+            grad = torch.cat(flatten_all(levels_of_grads, channels[key]), dim=1)
+            for image, image_exact in zip(grad.double(), exact.double(), strict=True):
+                assert (image - image_exact).norm() <= 10 * tolerance * image_exact.norm(), f"{setting}: {key}"
+
+    return Built(step_ours, {"torchvision eager": step_torchvision}, check, 2 * joined["cls_logits"].nbytes)
 
 
-def steps() -> tuple[Callable[[], dict[str, Tensor]], Callable[[], dict[str, Tensor]]]:
-    """torchvision's loss path and ours, forward and backward."""
-    outputs, targets, anchors = case()
-    theirs, ours = models()
-    shared = [anchors[0]] * B  # our model makes them once a batch
-    levels = {key: [level.requires_grad_() for level in output] for key, output in outputs.items()}
-    joined = {key: value.detach().requires_grad_() for key, value in ours._concatenated(levels).items()}
+CASES = [
+    Case(setting.name, setting.dtype, functools.partial(build, setting), "K2" if setting == GOAL else None)
+    for setting in SETTINGS
+]
 
-    def step_torchvision() -> dict[str, Tensor]:
-        losses = theirs.compute_loss(targets, joined, anchors)
-        torch.autograd.grad(sum(losses.values()), list(joined.values()))
-        return losses
 
-    def step_ours() -> dict[str, Tensor]:
-        losses = ours.compute_loss(targets, levels, shared)
-        leaves = [level for output in levels.values() for level in output]
-        torch.autograd.grad(sum(losses.values()), leaves)  # type: ignore[arg-type]
-        return losses
-
-    return step_torchvision, step_ours
+@pytest.mark.parametrize("setting", [GOAL] if torch.cuda.is_available() else [CPU_SETTING], ids=lambda s: s.name)
+@pytest.mark.parametrize("implementation", ["torchvision eager", "ours"])
+def test_loss_path(implementation: str, setting: Setting, benchmark: Any) -> None:
+    run_benchmark(build, setting, setting.dtype, implementation, benchmark)
 
 
 def main(repetitions: int = 15) -> None:
-    both = steps()
-    expected, losses = (step() for step in both)
-    assert all(abs(losses[key] - expected[key]) <= 1e-5 * expected[key] for key in expected)
+    built = build(CPU_SETTING, torch.device("cpu"))
+    built.check()
+    both = built.baselines["torchvision eager"], built.ours
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repetitions):
         for step, measured in zip(both, seconds, strict=True):

@@ -1,6 +1,7 @@
 """How a case is timed and what a record of it holds, the same for every benchmark file."""
 
 import datetime
+import functools
 import json
 import platform
 import statistics
@@ -230,3 +231,30 @@ def compare(case: Case, device: torch.device, ceiling_gb_s: float) -> list[Recor
             )
         )
     return records
+
+
+@functools.cache
+def _ceiling(device: torch.device) -> float:
+    return copy_gb_s(device)
+
+
+def run_benchmark(
+    build: Callable[[Any, torch.device], Built], setting: Any, dtype: str, implementation: str, benchmark: Any
+) -> None:
+    """A case under pytest-benchmark, on the GPU if there is one: checked, timed, and its bandwidth noted."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    built = build(setting, device)
+    built.check()
+    call = built.ours if implementation == "ours" else built.baselines[implementation]
+    times = call_ms(call, device)
+    gb_s = built.min_bytes / (times["median"] * 1e6)
+    benchmark.group = f"{setting.name}, {dtype}"
+    benchmark.extra_info.update(
+        ms=times["median"], gb_s=gb_s, ceiling_fraction=gb_s / _ceiling(device), peak_mb=peak_mb(call, device)
+    )
+
+    def waited_for() -> None:
+        call()
+        synchronize(device)
+
+    benchmark.pedantic(waited_for, rounds=5, warmup_rounds=1)

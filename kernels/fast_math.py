@@ -64,3 +64,19 @@ def sigmoid(x, PTX: tl.constexpr):
     h = h * q + 0.49981674551963806
     h = h * q + 1.0000009536743164
     return p, h * q
+
+
+@triton.jit
+def atan(x):
+    """Arc tangent of x >= 0, float32, relative error 2e-7: its minimax polynomial on [0, 1], pi/2 - atan(1/x) above."""
+    t = tl.minimum(x, 1 / x)
+    z = t * t
+    h = 0.002849888987839222 * z - 0.016068626195192337
+    h = h * z + 0.042691513895988464
+    h = h * z - 0.07504294067621231
+    h = h * z + 0.10640934109687805
+    h = h * z - 0.14203643798828125
+    h = h * z + 0.1999261975288391
+    h = h * z - 0.3333307206630707
+    h = h * z * t + t
+    return tl.where(x > 1, 1.5707963267948966 - h, h)

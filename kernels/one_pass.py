@@ -74,7 +74,7 @@ class OnePass(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward(ctx.name)
         grads = list(ctx.saved_tensors)
         if torch._C._autograd._get_current_graph_task_keep_graph():

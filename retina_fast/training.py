@@ -49,7 +49,7 @@ def detection_losses(
         matcher.low_threshold,
         matcher.allow_low_quality_matches,
     )
-    normalizers = matches.num_foreground.clamp(min=1).float() * len(truths.counts)
+    normalizers = matches.num_foreground.clamp(min=1) * float(len(truths.counts))  # (B,) float32
     return {
         "classification": focal_loss(logits, matches.labels, normalizers, num_classes),
         "bbox_regression": box_loss(

@@ -12,8 +12,18 @@ import time
 import pytest
 import torch
 
-from benchmarks import focal_loss, gpu, group_norm_relu, image_batch, model
+from benchmarks import (
+    anchor_matching,
+    box_loss,
+    focal_loss,
+    gpu,
+    group_norm_relu,
+    image_batch,
+    loss_path,
+    model,
+)
 from benchmarks.measure import ROOT, Built, Case, Results, environment
+from retina_fast.kernels.box_loss import LOSS_TYPES
 from retina_fast.kernels.compiler import INTERPRETED
 
 ENVIRONMENT_KEYS = "device driver torch triton torchvision commit dirty date copy_gb_s bf16_tflop_s"
@@ -100,11 +110,13 @@ def test_parts():
 
 def test_goals_stand_on_their_cases_only():
     cases = [case for name in gpu.BENCHMARKS for case in importlib.import_module(f"benchmarks.{name}").CASES]
-    base = "focal loss, batch 8, 800x800, 91 classes"
     v1 = "inference, retinanet_resnet50_fpn, batch {}, 800x800, 91 classes"
     assert {case.goal: (case.name, case.dtype) for case in cases if case.goal} == {
-        "K1-fp32": (base, "float32"),
-        "K1-bf16": (base, "bfloat16"),
+        "K1-fp32": ("focal loss, batch 8, 800x800, 91 classes", "float32"),
+        "K1-bf16": ("focal loss, batch 8, 800x800, 91 classes", "bfloat16"),
+        "K2": ("loss path with l1, batch 16, 800x800, 91 classes, 16 ground truths an image", "bfloat16"),
+        "K3-g500": ("matching, batch 8, 800x800, 500 ground truths an image", "float32"),
+        "K3-b16": ("matching, batch 16, 800x800, 16 ground truths an image", "float32"),
         "K6": ("image batch, batch 8, 480x640 to 800", "float32"),
         "E1": (v1.format(1), "bfloat16"),
         "E2": (v1.format(32), "bfloat16"),
@@ -148,6 +160,21 @@ def test_model_cases_agree_with_torchvision(dtype, monkeypatch):
     assert counts.shape == (2,)
     for name, baseline in built.baselines.items():
         assert len(baseline()) == 2, name
+
+
+@pytest.mark.parametrize("ground_truths", [1, 30])
+def test_matching_cases_agree_with_torchvision(ground_truths):
+    anchor_matching.build(anchor_matching.Setting(2, ground_truths, 128, 160), CPU).check()
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_box_loss_cases_agree_with_torchvision(loss_type):
+    box_loss.build(box_loss.Setting(loss_type, 2, 4, 160, "float32"), CPU).check()
+
+
+@pytest.mark.parametrize(("dtype", "loss_type"), [("float32", "giou"), ("bfloat16", "l1")])
+def test_loss_path_cases_agree_with_torchvision(dtype, loss_type):
+    loss_path.build(loss_path.Setting(2, 4, 160, 7, dtype, loss_type), CPU).check()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs as a baseline where there is a GPU")

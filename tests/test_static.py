@@ -15,21 +15,21 @@ pytest.importorskip("triton")
 
 @pytest.fixture(scope="module")
 def rows():
-    return {(row.case, row.kernel, row.target): row for row in report()}
+    return report()
 
 
 def test_every_kernel_compiles_for_every_target(rows):
-    assert {case for case, _, _ in rows} == set(CASES)
-    assert {target for _, _, target in rows} == set(TARGETS)
-    assert not [row for row in rows.values() if row.error]
+    assert {row.case for row in rows} == set(CASES)
+    assert {row.target for row in rows} == set(TARGETS)
+    assert not [row for row in rows if row.error]
 
 
 def test_nothing_spills(rows):
-    assert not [row for row in rows.values() if row.spilled]
+    assert not [row for row in rows if row.spilled]
 
 
 def test_instructions_and_widths_an_element(rows):
-    for row in rows.values():
+    for row in rows:
         case = CASES[row.case]
         if row.target.startswith("sm_") and case.tile:
             assert row.instructions <= case.instructions, row
@@ -38,13 +38,22 @@ def test_instructions_and_widths_an_element(rows):
 
 
 def test_focal_loss_in_bfloat16_holds_its_limits(rows):
-    for target in ("sm_80", "sm_90", "sm_100"):
-        row = rows["focal_loss bf16", "_focal_loss_kernel", target]
-        assert row.instructions <= 28
-        assert row.mufu <= 3
-        assert (row.load_bits, row.store_bits, row.spilled) == (128, 128, 0)
-        scale = rows["one_pass scale bf16", "_scale_kernel", target]
-        assert (scale.load_bits, scale.store_bits) == (128, 128)
+    for row in rows:
+        if row.case == "focal_loss bf16" and row.target != "gfx942":
+            assert row.instructions <= 28
+            assert row.mufu <= 3
+            assert (row.load_bits, row.store_bits, row.spilled) == (128, 128, 0)
+        if row.case == "one_pass scale bf16" and row.target != "gfx942":
+            assert (row.load_bits, row.store_bits) == (128, 128)
+
+
+def test_matching_rounds_as_its_reference(rows):
+    """Neither an approximate division nor a contraction: the interpreter cannot see either."""
+    matching = [row for row in rows if row.kernel == "_anchor_matching_kernel" and row.target != "gfx942"]
+    assert matching
+    for row in matching:
+        assert row.ptx["div.rn.f32"]
+        assert not [opcode for opcode in row.ptx if opcode.startswith(("fma", "div.full", "div.approx", "rcp"))]
 
 
 def test_group_norm_relu_reads_and_writes_16_bytes_at_a_time(rows):
