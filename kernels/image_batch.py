@@ -36,9 +36,9 @@ def image_batch_reference(
     """The definition; see :func:`image_batch`. Fills ``out`` and returns it."""
     for b, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
         if not image.is_floating_point():
-            image = image.float() / 255
+            image = image.float().div_(255)
         centre, spread = (torch.as_tensor(x, dtype=image.dtype, device=image.device) for x in (mean, std))
-        image = (image - centre[:, None, None]) / spread[:, None, None]
+        image = (image - centre[:, None, None]).div_(spread[:, None, None])
         if image.shape[1:] != (h, w):
             image = F.interpolate(image[None], size=(h, w), mode="bilinear", align_corners=False)[0]
         out[b, : len(image), :h, :w] = image
