@@ -55,14 +55,17 @@ def main(rounds: int = _ROUNDS) -> None:
 
     table = Table("AP50", *_SPLITS, box=None)
     for name, detector in {"model, float32": model, **engines}.items():
-        metrics = [evaluate(detector, content.classes, data[split], 0, console).metrics for split in _SPLITS]
+        metrics = [
+            evaluate(detector, content.classes, data[split], 0, Console(quiet=True)).metrics for split in _SPLITS
+        ]
         table.add_row(name, *(f"{values['AP50']:.4f}" for values in metrics))
     console.print(table)
     for name, engine in engines.items():
         seen = difference(model, engine, [photo for photos in photographs.values() for photo in photos])
         console.print(
             f"{name}: scores differ from the model's by at most {seen.scores:.2g}, boxes by at most "
-            f"{seen.boxes:.2g} px, {seen.boxes_mean:.2g} px in the mean, over {seen.images} photographs"
+            f"{seen.boxes:.2g} px, {seen.boxes_mean:.2g} px in the mean, over {seen.images} photographs",
+            soft_wrap=True,
         )
 
     theirs = to_torchvision(model)

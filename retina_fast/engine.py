@@ -6,6 +6,7 @@ the whole way from images to detections as one CUDA graph. Images have any sizes
 from a table that one small upload replaces. Only so many shapes are kept; the one used longest ago goes.
 """
 
+import contextlib
 import copy
 import statistics
 import time
@@ -96,6 +97,7 @@ class Engine:
         self.model, self.report = model, report
         self.detections_per_img = model.detections_per_img
         self._device = next(model.parameters()).device
+        self._place = torch.cuda.device_of(next(model.parameters()))  # streams and graphs are the current device's
         self._trunks: tuple[Trunk, ...] = (_trunk, torch.compile(_trunk, dynamic=False)) if try_compile else (_trunk,)
         self._plans: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if report.graphs else None
@@ -114,7 +116,12 @@ class Engine:
         transform = self.model.transform
         constants = max(len(transform.image_mean), len(transform.image_std))
         images = check_images(images, constants, take_uint8=True)
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            self._place,
+            torch.autocast(self._device.type, enabled=False),
+        ):
             images = _alike([image.detach().to(self._device, non_blocking=True) for image in images])
             sizes = resized_sizes(transform, images)
             shape = batch_shape(images, sizes, constants, transform.size_divisible)
@@ -189,12 +196,21 @@ class _Plan:
         return self.model._detect(outputs, self.anchors, self.table[:, 3:5], self.table[:, 1:3])
 
 
+@contextlib.contextmanager
+def timed_convs() -> Iterator[None]:
+    """Convs of a new shape are chosen by timing them."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def capture(run: Run, pool: Any) -> Run:
     """The work as a CUDA graph. Before, it runs on a side stream, where kernels are compiled and convs chosen."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(cudnn.enabled, True, cudnn.benchmark_limit, cudnn.deterministic, cudnn.allow_tf32):
+    with timed_convs():
         with torch.cuda.stream(side):
             for _ in range(3):
                 run()

@@ -200,6 +200,17 @@ def test_the_graph_reads_images_by_the_kernel(with_graphs, monkeypatch, device):
             torch.testing.assert_close(found["boxes"], image["boxes"], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_calls_in_and_out_of_inference_mode(graphs, with_graphs):
+    own = with_graphs if graphs else compile_inference(small_model(), dtype=torch.float32)
+    with torch.inference_mode():
+        (inside,) = own([image.clone() for image in images((30, 30))])
+    (outside,) = own(images((30, 30)))
+    torch.testing.assert_close(inside, outside)
+    outside["boxes"].add_(1)  # plain tensors
+    assert not outside["boxes"].is_inference()
+
+
 def test_no_shape_kept():
     own = compile_inference(small_model(), dtype=torch.float32, max_shapes=0)
     own(images((30, 30)))
@@ -217,7 +228,7 @@ def test_graph_replay_equals_eager(dtype):
         assert graphs.report.graphs
         for size in ((100, 120), (110, 115), (60, 90), (100, 120)):
             batch = [image.cuda() for image in images(size, size)]
-            with torch.backends.cudnn.flags(torch.backends.cudnn.enabled, True):  # as capture chooses convs
+            with engine.timed_convs():  # as capture does
                 expected = eager.detect(batch)
             assert expected.counts.sum() > 0
             torch.testing.assert_close(tuple(graphs.detect(batch)), tuple(expected), rtol=0, atol=1e-4)
