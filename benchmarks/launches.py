@@ -246,8 +246,8 @@ class _NoHostCopies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        copies_on = func is torch.ops.aten.copy_.default and len(args) > 2 and args[2]
-        if not (copies_on or (kwargs or {}).get("non_blocking")):
+        positional = func is torch.ops.aten.copy_.default and args[2:] == (True,)
+        if not (positional or (kwargs or {}).get("non_blocking")):
             tensors = torch.utils._pytree.tree_leaves((args, kwargs, out))
             devices = {t.device.type for t in tensors if isinstance(t, torch.Tensor) and (t.dim() or func in _COPIES)}
             if len(devices) > 1:

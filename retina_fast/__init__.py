@@ -22,12 +22,14 @@ from retina_fast.convert import from_torchvision
 from retina_fast.engine import compile_inference
 from retina_fast.inference import Detections
 from retina_fast.model import RetinaNet
+from retina_fast.training_step import TrainingStep
 
 __all__ = [
     "Detections",
     "RetinaNet",
     "RetinaNet_ResNet50_FPN_V2_Weights",
     "RetinaNet_ResNet50_FPN_Weights",
+    "TrainingStep",
     "compile_inference",
     "from_torchvision",
     "ops",

@@ -25,6 +25,7 @@ from retina_fast.transform import (
     check_images,
     is_stock_transform,
     resize_targets,
+    resized_sizes,
 )
 
 Images = Sequence[Tensor] | Tensor
@@ -32,6 +33,17 @@ Targets = Sequence[Mapping[str, Tensor]]
 Sizes = list[tuple[int, int]]
 
 _TRANSFORM_ARGUMENTS = {"size_divisible", "fixed_size", "_skip_resize", "image_scale"}
+
+
+class Inputs(NamedTuple):
+    """What the host makes of images and targets. All that follows is the device's work, which a CUDA graph can hold."""
+
+    images: list[Tensor]
+    batch: Tensor | None  # made by a transform of the user's own; else `batch_images` makes it
+    image_sizes: Sizes  # in the batch
+    original_sizes: Sizes
+    targets: Targets | None
+    truths: GroundTruths | None  # in the pixels of the batch
 
 
 class _Forward(NamedTuple):
@@ -232,16 +244,21 @@ class RetinaNet(tv.RetinaNet):
     def _check(self) -> Any:
         if not self.check_targets:
             return None
-        return target_check(self, getattr(getattr(self.head, "classification_head", None), "num_classes", None))
+        check = target_check(self)
+        check.num_classes = getattr(getattr(self.head, "classification_head", None), "num_classes", None)
+        return check
 
     def _forward(self, images: Images, targets: Targets | None) -> _Forward:
-        truths = None
+        return self._network(self._inputs(images, targets))
+
+    def _inputs(self, images: Images, targets: Targets | None) -> Inputs:
+        batch = truths = None
         if is_stock_transform(self.transform) and not (targets and self._loss_reads_shapes(targets)):
             images = check_images(images, max(len(self.transform.image_mean), len(self.transform.image_std)))
             original_sizes = [(image.shape[1], image.shape[2]) for image in images]
             if targets is not None:
                 truths = gather_targets(targets, len(images), images[0].device, self._check())
-            batch, image_sizes = batch_images(self.transform, images)
+            image_sizes = resized_sizes(self.transform, images)
             if truths is not None:
                 truths = resize_targets(truths, original_sizes, image_sizes)
         else:  # what it may be given, and what it makes of the targets, is for the user's own transform to say
@@ -250,16 +267,22 @@ class RetinaNet(tv.RetinaNet):
             batch, image_sizes = image_list.tensors, image_list.image_sizes
             if targets is not None:
                 truths = gather_targets(targets, len(image_sizes), batch.device, self._check())
+        return Inputs(list(images), batch, image_sizes, original_sizes, targets, truths)
+
+    def _network(self, inputs: Inputs) -> _Forward:
+        batch = inputs.batch
+        if batch is None:
+            batch = batch_images(self.transform, inputs.images, inputs.image_sizes)
         features = self.backbone(batch)
         features = [features] if isinstance(features, Tensor) else list(features.values())
         return _Forward(
             self._head_outputs(features),
             [level.shape[-2] * level.shape[-1] for level in features],
-            batch_anchors(self.anchor_generator, batch, image_sizes, features),
-            image_sizes,
-            original_sizes,
-            targets,
-            truths,
+            batch_anchors(self.anchor_generator, batch, inputs.image_sizes, features),
+            inputs.image_sizes,
+            inputs.original_sizes,
+            inputs.targets,
+            inputs.truths,
         )
 
     def _loss_reads_shapes(self, targets: Targets) -> bool:
@@ -288,7 +311,8 @@ class RetinaNet(tv.RetinaNet):
         if not overrides(self, RetinaNet, "compute_loss"):
             return self._losses_of(passed.targets, passed.truths, passed.head_outputs, passed.anchors)
         resized = _as_dicts(passed.targets, passed.truths)
-        return self.compute_loss(resized, self._concatenated(passed.head_outputs), passed.anchors)
+        with target_check(self).same_step():  # it may call ours, which checks what it is given
+            return self.compute_loss(resized, self._concatenated(passed.head_outputs), passed.anchors)
 
     def _losses_of(
         self, targets: Targets, truths: GroundTruths, head_outputs: Mapping[str, Any], anchors: Sequence[Tensor]

@@ -84,8 +84,8 @@ def resized_size(transform: GeneralizedRCNNTransform, height: int, width: int) -
     return math.floor(height * scale), math.floor(width * scale)
 
 
-def resized_sizes(transform: GeneralizedRCNNTransform, images: list[Tensor]) -> list[tuple[int, int]]:
-    """The (height, width) each image is resized to.
+def resized_sizes(transform: GeneralizedRCNNTransform, images: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """The (height, width) each image is to have in the batch.
 
     Raises:
         RuntimeError: for an image so elongated that one side would shrink to no pixel.
@@ -97,11 +97,11 @@ def resized_sizes(transform: GeneralizedRCNNTransform, images: list[Tensor]) -> 
     return sizes
 
 
-def batch_images(transform: GeneralizedRCNNTransform, images: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The padded channels_last batch ``(B, C, H, W)`` and the (height, width) each image has in it."""
-    sizes = resized_sizes(transform, images)
-    batch = image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
-    return batch, sizes
+def batch_images(
+    transform: GeneralizedRCNNTransform, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+) -> Tensor:
+    """The padded batch ``(B, C, H, W)`` of images resized to ``sizes``."""
+    return image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
 
 
 def resize_targets(
@@ -111,5 +111,5 @@ def resize_targets(
     if list(original) == list(resized):
         return truths
     ratio = (torch.tensor(resized).float() / torch.tensor(original).float()).flip(1).repeat(1, 2)  # (B, 4): x, y, x, y
-    rows = ratio.repeat_interleave(torch.tensor(truths.counts), dim=0)  # (G, 4)
+    rows = ratio.repeat_interleave(torch.tensor(truths.counts), dim=0, output_size=len(truths.boxes))  # (G, 4)
     return truths._replace(boxes=truths.boxes * to_device(rows, truths.boxes.device))

@@ -20,7 +20,9 @@ from benchmarks import (
     group_norm_relu,
     image_batch,
     loss_path,
+    measure,
     model,
+    training_step,
 )
 from benchmarks.measure import ROOT, Built, Case, Results, environment
 from retina_fast.kernels.box_loss import LOSS_TYPES
@@ -120,7 +122,10 @@ def test_goals_stand_on_their_cases_only():
         "K6": ("image batch, batch 8, 480x640 to 800", "float32"),
         "E1": (v1.format(1), "bfloat16"),
         "E2": (v1.format(32), "bfloat16"),
+        "E3": ("training step, retinanet_resnet50_fpn, batch 16, 800x800, 91 classes", "bfloat16"),
+        "E4": ("training step, retinanet_resnet50_fpn, batch 16, 800x800, 91 classes, captured", "bfloat16"),
     }
+    assert training_step.BASE.image_sizes == (800, 1333)  # nothing is resized
     keys = [(case.name, case.dtype) for case in cases]
     assert len(keys) == len(set(keys))
     assert {"inference, retinanet_resnet50_fpn_v2, batch 32, 800x800, 91 classes"} <= {name for name, _ in keys}
@@ -192,3 +197,25 @@ def test_settings_vary_one_factor_at_a_time():
         base = focal_loss.Setting(dtype=setting.dtype)
         changed = [f.name for f in dataclasses.fields(setting) if getattr(setting, f.name) != getattr(base, f.name)]
         assert len(changed) <= 1
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_training_steps_that_are_timed_agree(version, one_thread):
+    setting = dataclasses.replace(training_step.CPU_SETTING, version=version)
+    built = training_step.build(setting, CPU, ("torchvision eager AMP", "uncaptured"))
+    built.check()
+    trained = [name for name, p in training_step.network(setting).backbone.body.named_parameters() if p.requires_grad]
+    assert {name.split(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}
+
+
+def test_the_peak_of_what_replays_is_that_of_its_uncaptured_work(monkeypatch):
+    measured = []
+
+    def peak_mb(call, device):
+        measured.append(call())
+        return 0.0
+
+    monkeypatch.setattr(measure, "peak_mb", peak_mb)
+    built = Built(lambda: "ours", {"theirs": lambda: "theirs"}, lambda: None, 1, uncaptured=lambda: "uncaptured")
+    measure.compare(Case("a", "float32", lambda device: built), CPU, 1.0)
+    assert measured == ["uncaptured", "theirs"]

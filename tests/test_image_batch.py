@@ -9,7 +9,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from retina_fast.kernels import image_batch as module
 from retina_fast.kernels.compiler import tl, triton
 from retina_fast.kernels.image_batch import batch_shape, image_batch, image_batch_reference
-from retina_fast.transform import RetinaNetTransform, batch_images
+from retina_fast.transform import RetinaNetTransform, batch_images, resized_sizes
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -190,8 +190,9 @@ def test_matches_torchvision(training, kwargs):
         images = [torch.rand(3, h, w, generator=generator) for h, w in sizes]
         images[2] = images[2][:1]  # a grey image is repeated over the channels
         expected, _ = theirs(images[:2] if trial % 2 else images)
-        batch, image_sizes = batch_images(theirs, images[:2] if trial % 2 else images)
-        assert image_sizes == [tuple(size) for size in expected.image_sizes]
+        resized = resized_sizes(theirs, images[:2] if trial % 2 else images)
+        assert resized == [tuple(size) for size in expected.image_sizes]
+        batch = batch_images(theirs, images[: len(resized)], resized)
         torch.testing.assert_close(batch, expected.tensors, rtol=0, atol=1e-5)
 
 
@@ -199,8 +200,10 @@ def test_images_may_keep_their_size():
     transform = RetinaNetTransform(None, 1333, MEAN, STD)
     for training in (True, False):
         transform.train(training)
-        batch, sizes = batch_images(transform, [torch.rand(3, 50, 70), torch.rand(3, 33, 90)])
+        images = [torch.rand(3, 50, 70), torch.rand(3, 33, 90)]
+        sizes = resized_sizes(transform, images)
         assert sizes == [(50, 70), (33, 90)]
+        batch = batch_images(transform, images, sizes)
         assert batch.shape == (2, 3, 64, 96)
         assert transform([torch.rand(3, 50, 70)])[0].image_sizes == [(50, 70)]
 
@@ -210,7 +213,8 @@ def test_images_may_all_be_scaled_alike():
     images = [torch.rand(3, 50, 70), torch.rand(3, 33, 90)]
     for training, sizes in ((False, [(75, 105), (50, 135)]), (True, [(50, 70), (33, 90)])):
         transform.train(training)
-        batch, found = batch_images(transform, images)
+        found = resized_sizes(transform, images)
+        batch = batch_images(transform, images, found)
         expected, targets = transform(images, [{"boxes": torch.tensor([[2.0, 4.0, 6.0, 8.0]])}] * 2)
         assert found == expected.image_sizes == sizes
         torch.testing.assert_close(batch, expected.tensors, rtol=0, atol=1e-5)
@@ -220,4 +224,4 @@ def test_images_may_all_be_scaled_alike():
 def test_vanishing_side_is_named():
     transform = GeneralizedRCNNTransform(800, 1333, MEAN, STD)
     with pytest.raises(RuntimeError, match=r"images\[1\] of \(1, 5000\) pixels"):
-        batch_images(transform, [torch.rand(3, 50, 70), torch.rand(3, 1, 5000)])
+        resized_sizes(transform, [torch.rand(3, 50, 70), torch.rand(3, 1, 5000)])

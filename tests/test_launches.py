@@ -55,6 +55,7 @@ def test_the_instrument_catches(waits):
 
 def test_the_instrument_lets_pass():
     assert record(lambda: on_gpu(3).to("cpu", non_blocking=True) + 1) == []
+    assert record(lambda: on_gpu(3).copy_(torch.zeros(3), non_blocking=True)) == []
     assert record(lambda: (on_gpu(3) + torch.tensor(3.0)) * torch.full((3,), 2.0, device="cuda")) == []
 
 

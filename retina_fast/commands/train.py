@@ -35,11 +35,14 @@ from torch.utils.data import DataLoader
 
 from retina_fast import checkpoint
 from retina_fast.checkpoint import Checkpoint
+from retina_fast.commands.late_losses import LateLosses
 from retina_fast.commands.train_log import TrainLog
 from retina_fast.data.augment import Flips, TrainingSet, augmentation, batches, mixed_seed
 from retina_fast.data.coco import CocoDataset, Sample, Tried, plain
 from retina_fast.errors import ImageError, UserError
 from retina_fast.metrics import as_results, coco_metrics
+from retina_fast.targets import to_device
+from retina_fast.training_step import TrainingStep
 
 _INTERVAL = 500
 _WEIGHT_DECAY = 0.05
@@ -84,6 +87,16 @@ class TrainSettings:
         return math.ceil(self.steps / self.interval) * self.interval
 
 
+class _Closed(torch.optim.AdamW):
+    """AdamW for a closure that takes the optimizer's step itself.
+
+    Lightning counts the steps of `optimizers().step(closure)`; the step itself is TrainingStep's, which may replay it.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        return closure() if closure else super().step()
+
+
 class Stopped(Exception):
     """A person asked the run to stop; its state is saved."""
 
@@ -97,9 +110,18 @@ class Detector(L.LightningModule):
         # A tenth faster on a CPU, too, than the default layout.
         self.model: Any = start.build().to(memory_format=torch.channels_last)
         self.metrics: dict[str, float] = {}
+        self.automatic_optimization = False  # TrainingStep takes the steps
 
     def on_train_epoch_start(self) -> None:
         self.metrics = {}
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # the images go there by themselves; the targets are checked here first, which is free
+
+    def on_train_start(self) -> None:
+        optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
+        dtype = torch.bfloat16 if _has_bf16() else None
+        self.take_step = TrainingStep(self.model, optimizer, max_grad_norm=_GRADIENT_NORM, dtype=dtype)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # The network's own randomness, too, must depend on the step alone, and not on what ran before it.
@@ -107,29 +129,20 @@ class Detector(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         images, targets = batch
-        losses = self.model([image.float() / 255 for image in images], targets)
-        loss = losses["classification"] + losses["bbox_regression"]
-        if not torch.isfinite(loss):
-            files = ", ".join(target["path"] for target in targets)
-            values = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
-            raise UserError(
-                f"the loss is not finite at step {self.global_step} ({values}); its images: {files}. Look at their "
-                "boxes, or lower --lr. The weights of the last interval are in the output folder"
-            )
-        return {"loss": loss, **{name: value.detach() for name, value in losses.items()}}
+        images = [to_device(image, self.device).float() / 255 for image in images]
+        losses: dict[str, Tensor] = self.optimizers().step(  # type: ignore[union-attr]
+            lambda: self.take_step(images, targets)
+        )
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        return losses
 
     def configure_optimizers(self) -> Any:
         matrices = [p for p in self.parameters() if p.ndim > 1]
         vectors = [p for p in self.parameters() if p.ndim <= 1]  # norms and biases
         groups = [{"params": matrices, "weight_decay": _WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=_BETAS, fused=True)
+        optimizer = _Closed(groups, lr=self.settings.lr, betas=_BETAS, fused=True)
         schedule = functools.partial(_warmup_cosine, total=self.settings.total_steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Not by Trainer(gradient_clip_val=...): Lightning refuses it beside a fused optimizer.
-        torch.nn.utils.clip_grad_norm_(self.parameters(), _GRADIENT_NORM)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)}
 
     def on_validation_epoch_start(self) -> None:
         self._results: list[dict[str, Any]] = []
@@ -141,8 +154,8 @@ class Detector(L.LightningModule):
             warnings.warn(f"{batch}; validation goes on without it", stacklevel=1)
             return
         image, target = batch
-        with torch.autocast(self.device.type, enabled=False):
-            losses, (detections,) = self.model.losses_and_detections([image.float() / 255], [target])
+        image = to_device(image, self.device).float() / 255
+        losses, (detections,) = self.model.losses_and_detections([image], [target])
         dataset = self.trainer.val_dataloaders.dataset.dataset  # type: ignore[union-attr]
         self._results += as_results(detections, target["image_id"], dataset.category_ids)
         self._image_ids.append(target["image_id"])
@@ -158,11 +171,36 @@ class Detector(L.LightningModule):
         self.metrics = metrics | means
 
 
+class Averaging(WeightAveraging):
+    """A moving average that forgets the random start of the weights faster than its own memory is long.
+
+    Lightning's, but for the update, in which torch would read the count of the updates from the device each step.
+    """
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        assert self._average_model is not None
+        count = trainer.global_step - 1
+        decay = min(_EMA, (count + 1) / (count + 20)) if count else 0
+        models = self._average_model.module, pl_module
+        both = [[*model.parameters(), *model.buffers()] for model in models]
+        averages, values = ([x for x in tensors if x.is_floating_point()] for tensors in both)
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        averages, values = ([x for x in tensors if not x.is_floating_point()] for tensors in both)
+        if averages:
+            torch._foreach_copy_(averages, values)
+        self._average_model.n_averaged += 1
+        self._latest_update_step = trainer.global_step
+
+
 class RunFiles(L.Callback):
     """Writes the run's files and moves its progress bar. Its place is after the averaging of the weights."""
 
     def __init__(self, folder: Path, record: TrainLog, progress: Progress) -> None:
         self.folder, self.record, self.progress = folder, record, progress
+        self.late = LateLosses()
         self.stop = False
         self.best = -1.0
 
@@ -180,13 +218,25 @@ class RunFiles(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        losses = {name: float(value) for name, value in outputs.items() if name != "loss"}
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        self.record.add(trainer.global_step, losses, lr, last=trainer.is_last_batch)
+        assert isinstance(module, Detector)
+        files = [target["path"] for target in batch[1]]
+        lr = module.settings.lr * _warmup_cosine(trainer.global_step, module.settings.total_steps)
+        self.late.add(outputs, functools.partial(self._note, trainer.global_step, lr, trainer.is_last_batch, files))
         self.progress.update(self.task, completed=trainer.global_step)
+        if self.stop or trainer.is_last_batch:
+            self.late.read()
         if self.stop and not trainer.is_last_batch:
             self._save(trainer)
             raise Stopped
+
+    def _note(self, step: int, lr: float, last: bool, files: list[str], losses: dict[str, float]) -> None:
+        if not all(map(math.isfinite, losses.values())):
+            values = ", ".join(f"{name} {value}" for name, value in losses.items())
+            raise UserError(
+                f"the loss is not finite at step {step - 1} ({values}); its images: {', '.join(files)}. Look at their "
+                "boxes, or lower --lr. The weights of the last interval are in the output folder"
+            )
+        self.record.add(step, losses, lr, last)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, Detector)
@@ -287,6 +337,7 @@ def train(
         collate_fn=_collate,
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_interrupts,
     )
     validation_loader = validation and DataLoader(
@@ -298,8 +349,7 @@ def train(
         trainer = L.Trainer(
             max_epochs=settings.total_steps // settings.interval,
             devices=1,
-            precision="bf16-mixed" if _has_bf16() else "32-true",
-            callbacks=[WeightAveraging(multi_avg_fn=_average), files],
+            callbacks=[Averaging(), files],
             num_sanity_val_steps=0,
             logger=False,
             enable_checkpointing=False,
@@ -342,16 +392,6 @@ def _warmup_cosine(step: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.01 + 0.99 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
-
-
-@torch.no_grad()
-def _average(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
-    """A moving average that forgets the random start of the weights faster than its own memory is long."""
-    if averages[0].is_floating_point():
-        decay = min(_EMA, (int(count) + 1) / (int(count) + 20))
-        torch._foreach_lerp_(averages, values, 1 - decay)
-    else:
-        torch._foreach_copy_(averages, values)
 
 
 def _collate(samples: list[Sample]) -> Batch:
