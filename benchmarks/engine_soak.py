@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from retina_fast import RetinaNet, engine
 from retina_fast.engine import Engine, Report, compile_inference
@@ -42,7 +43,7 @@ def small_model() -> RetinaNet:
             x = self.stem(x)
             return {"0": x, "1": self.down(x)}
 
-    generator = engine.AnchorGenerator(((24,), (48,)), ((1.0,),) * 2)
+    generator = AnchorGenerator(((24,), (48,)), ((1.0,),) * 2)
     model = RetinaNet(Trunk(), 3, anchor_generator=generator, min_size=None, score_thresh=0.3, detections_per_img=20)
     for name, parameter in model.named_parameters():
         if name.endswith("weight"):

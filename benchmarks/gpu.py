@@ -28,6 +28,8 @@ BENCHMARKS = (
     "image_batch",
     "group_norm_relu",
     "training_step",
+    "postprocess",
+    "batched_nms",
     "model",
 )
 

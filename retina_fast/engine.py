@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import retinanet as tv
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from retina_fast.anchors import batch_anchors
+from retina_fast.anchors import is_stock_generator, shared_anchors
 from retina_fast.convert import from_torchvision
 from retina_fast.fold import count_norms, fold_batch_norm
 from retina_fast.inference import Detections
@@ -29,7 +28,7 @@ from retina_fast.kernels.compiler import HAS_TRITON
 from retina_fast.kernels.image_batch import batch_shape, image_batch, image_table, launch_image_batch
 from retina_fast.kernels.levels import flatten_all
 from retina_fast.model import RetinaNet
-from retina_fast.stock import has_hooks, is_stock, overrides
+from retina_fast.stock import has_hooks, overrides
 from retina_fast.transform import check_images, is_stock_transform, resized_sizes
 
 Sizes = list[tuple[int, int]]
@@ -191,7 +190,7 @@ class _Plan:
     def detect_in_batch(self) -> Detections:
         features, outputs = self.trunk(self.model, self.batch)
         if self.anchors is None:
-            self.anchors = _anchors(self.model, self.batch, features)
+            self.anchors = shared_anchors(self.model.anchor_generator, self.batch, features)
         outputs = self.model._by_level(outputs, [level.shape[2] * level.shape[3] for level in features], self.anchors)
         return self.model._detect(outputs, self.anchors, self.table[:, 3:5], self.table[:, 1:3])
 
@@ -242,10 +241,6 @@ def _trunk(model: RetinaNet, batch: Tensor) -> tuple[list[Tensor], dict[str, Any
     return features, model._head_outputs(features)
 
 
-def _anchors(model: RetinaNet, batch: Tensor, features: list[Tensor]) -> Tensor:
-    return batch_anchors(model.anchor_generator, batch, [(0, 0)], features)[0]
-
-
 def _alike(images: list[Tensor]) -> list[Tensor]:
     """Images of one dtype that the kernel knows."""
     dtypes = {image.dtype for image in images}
@@ -265,7 +260,7 @@ def _scores_and_boxes(
     sizes = resized_sizes(transform, [image])
     batch = image_batch([image], sizes, *constants, transform.size_divisible).to(dtype, memory_format=layout)
     features, outputs = _trunk(model, batch)
-    anchors = _anchors(model, batch, features)
+    anchors = shared_anchors(model.anchor_generator, batch, features)
     outputs = model._by_level(outputs, [level.shape[2] * level.shape[3] for level in features], anchors)
     logits = torch.cat(flatten_all(outputs["cls_logits"], model._num_classes(outputs)), dim=1)[0]
     deltas = torch.cat(flatten_all(outputs["bbox_regression"], 4), dim=1)[0]
@@ -299,11 +294,10 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 def _refuse(model: RetinaNet) -> None:
     """A part of the user's own that would not run."""
-    generator = model.anchor_generator
     for part, stock in (
         ("forward", not overrides(model, RetinaNet, "forward") and not has_hooks(model)),
         ("transform", is_stock_transform(model.transform)),
-        ("anchor_generator", is_stock(generator, AnchorGenerator, "forward", "grid_anchors", "set_cell_anchors")),
+        ("anchor_generator", is_stock_generator(model.anchor_generator)),
         ("box_coder, or its postprocessing,", model._detects_fast()),
     ):
         if not stock:

@@ -11,7 +11,7 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from retina_fast.anchors import batch_anchors
+from retina_fast.anchors import batch_anchors, is_stock_generator, shared_anchors
 from retina_fast.heads import run_tower
 from retina_fast.inference import Detections, detect
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE
@@ -24,8 +24,10 @@ from retina_fast.transform import (
     batch_images,
     check_images,
     is_stock_transform,
+    resize_batch,
     resize_targets,
     resized_sizes,
+    size_rows,
 )
 
 Images = Sequence[Tensor] | Tensor
@@ -192,6 +194,8 @@ class RetinaNet(tv.RetinaNet):
             raise ValueError(f"batch must be (B, C, H, W), got {tuple(batch.shape)}")
         if self.training:
             raise RuntimeError("detect needs evaluation mode: call model.eval() first")
+        if self._detects_fast() and is_stock_transform(self.transform) and is_stock_generator(self.anchor_generator):
+            return self._detect_batch(batch)
         passed = self._forward(batch, None)
         if self._detects_fast():
             return self._padded_detections(passed)
@@ -374,6 +378,17 @@ class RetinaNet(tv.RetinaNet):
             to_device(torch.tensor(passed.image_sizes), anchors.device),
             to_device(torch.tensor(passed.original_sizes), anchors.device),
         )
+
+    def _detect_batch(self, images: Tensor) -> Detections:
+        """The detections of images of one size, which no list holds: one graph for any number of them."""
+        check_images(images[:1], max(len(self.transform.image_mean), len(self.transform.image_std)))
+        batch, image_sizes = resize_batch(self.transform, images)
+        features = self.backbone(batch)
+        features = [features] if isinstance(features, Tensor) else list(features.values())
+        anchors = shared_anchors(self.anchor_generator, batch, features)
+        cells = [level.shape[-2] * level.shape[-1] for level in features]
+        outputs = self._by_level(self._head_outputs(features), cells, anchors)
+        return self._detect(outputs, anchors, image_sizes, size_rows(images, *images.shape[2:]))
 
     def _by_level(self, outputs: dict[str, Any], grids: list[int], anchors: Tensor) -> dict[str, Any]:
         """Head outputs as lists of levels: those of a user's head come concatenated."""

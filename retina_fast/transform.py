@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
@@ -102,6 +103,34 @@ def batch_images(
 ) -> Tensor:
     """The padded batch ``(B, C, H, W)`` of images resized to ``sizes``."""
     return image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
+
+
+def size_rows(batch: Tensor, height: int, width: int) -> Tensor:
+    """(B, 2) int64 on the batch's device: one height and width for all its images, made where it is needed."""
+    return torch.stack([batch.new_full((batch.shape[0],), side, dtype=torch.int64) for side in (height, width)], dim=1)
+
+
+def resize_batch(transform: GeneralizedRCNNTransform, images: Tensor) -> tuple[Tensor, Tensor]:
+    """``batch_images`` for ``(B, C, h, w)`` images of one size: the batch ``(B, C, H, W)`` and the sizes (B, 2) in it.
+
+    Raises:
+        RuntimeError: for images so elongated that one side would shrink to no pixel.
+    """
+    height, width = resized_size(transform, *images.shape[2:])
+    if min(height, width) < 1:
+        raise RuntimeError(f"images of {tuple(images.shape[1:])} pixels would be resized to {(height, width)}")
+    channels = max(images.shape[1], len(transform.image_mean), len(transform.image_std))
+    constants = [values * (channels // len(values)) for values in (transform.image_mean, transform.image_std)]
+    images = images.expand(-1, channels, -1, -1)
+    # numbers, not tensors of constants, which would have to be uploaded
+    parts = [(images[:, c] - mean) / std for c, (mean, std) in enumerate(zip(*constants, strict=True))]
+    batch = torch.stack(parts, dim=1)
+    if tuple(images.shape[2:]) != (height, width):
+        batch = F.interpolate(batch, size=(height, width), mode="bilinear", align_corners=False)
+    divisor = transform.size_divisible
+    batch = F.pad(batch, (0, -width % divisor, 0, -height % divisor))
+    layout = torch.channels_last if batch.is_cuda else torch.contiguous_format
+    return batch.contiguous(memory_format=layout), size_rows(images, height, width)
 
 
 def resize_targets(

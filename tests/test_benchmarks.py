@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import (
     anchor_matching,
+    batched_nms,
     box_loss,
     focal_loss,
     gpu,
@@ -22,6 +23,7 @@ from benchmarks import (
     loss_path,
     measure,
     model,
+    postprocess,
     training_step,
 )
 from benchmarks.measure import ROOT, Built, Case, Results, environment
@@ -122,6 +124,14 @@ def test_goals_stand_on_their_cases_only():
         "K6": ("image batch, batch 8, 480x640 to 800", "float32"),
         "E1": (v1.format(1), "bfloat16"),
         "E2": (v1.format(32), "bfloat16"),
+        **{
+            f"K4-b{b}": (f"postprocess, batch {b}, 800x800, 91 classes, 1.0% above the threshold", "bfloat16")
+            for b in (1, 8, 32)
+        },
+        **{
+            f"K5-b{b}": (f"NMS, batch {b}, 5000 clustered boxes in 91 classes, at most 300 kept", "float32")
+            for b in (1, 32)
+        },
         "E3": ("training step, retinanet_resnet50_fpn, batch 16, 800x800, 91 classes", "bfloat16"),
         "E4": ("training step, retinanet_resnet50_fpn, batch 16, 800x800, 91 classes, captured", "bfloat16"),
     }
@@ -219,3 +229,20 @@ def test_the_peak_of_what_replays_is_that_of_its_uncaptured_work(monkeypatch):
     built = Built(lambda: "ours", {"theirs": lambda: "theirs"}, lambda: None, 1, uncaptured=lambda: "uncaptured")
     measure.compare(Case("a", "float32", lambda device: built), CPU, 1.0)
     assert measured == ["uncaptured", "theirs"]
+
+
+@pytest.mark.parametrize("above", [0.0, 0.01, 1.0])
+def test_postprocess_cases_agree_with_the_references(above):
+    setting = postprocess.Setting(batch=2, height=128, width=96, num_classes=11, above=above)
+    built = postprocess.build(setting, CPU)
+    built.check()
+    assert built.baselines["torchvision eager"]()
+    share = torch.cat([level.flatten() for level in postprocess.inputs(setting, CPU)[0]["cls_logits"]])
+    assert (torch.sigmoid(share.float()) > 0.05).float().mean().item() == pytest.approx(above, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", batched_nms.SETS)
+def test_nms_cases_agree_with_the_reference(kind):
+    for classes in (1, 11):
+        batched_nms.build(batched_nms.Setting(batch=2, boxes=200, classes=classes, kind=kind, kept=250), CPU).check()
+    batched_nms.build(batched_nms.Setting(boxes=0, kind=kind), CPU).check()
