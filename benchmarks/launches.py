@@ -31,6 +31,8 @@ from retina_fast.kernels import (
     box_loss,
     candidate_selection,
     focal_loss,
+    group_norm_relu,
+    image_batch,
     one_pass,
     sigmoid_focal_loss,
     take_kept,
@@ -92,6 +94,31 @@ def _sigmoid_focal_loss(dtype: torch.dtype, output: str) -> None:
     sigmoid_focal_loss._op(x, targets, incoming, 0.25, 2.0, output, torch.float32 if output == "sums" else dtype)
 
 
+def _image_batch(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    """Eight images of 480x640, resized to 800 as torchvision does."""
+    images = [torch.empty(3, 480, 640, dtype=dtype, device="cuda")] * 8
+    layout = torch.channels_last
+    out = torch.empty(8, 3, 800, 1088, dtype=out_dtype, device="cuda", memory_format=layout)
+    image_batch.image_batch(images, [(800, 1066)] * 8, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), out=out)
+
+
+def _block_levels(dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The five levels of 8 images of 800x800 within a v2 head, and a weight of its 256 channels."""
+    layout = torch.channels_last
+    levels = [torch.empty(8, 256, n, n, dtype=dtype, device="cuda", memory_format=layout) for n in (100, 50, 25, 13, 7)]
+    return levels, torch.empty(256, device="cuda")
+
+
+def _group_norm_relu(dtype: torch.dtype) -> None:
+    levels, weight = _block_levels(dtype)
+    group_norm_relu.group_norm_relu(levels, weight, weight, 32)
+
+
+def _group_norm_relu_backward(dtype: torch.dtype) -> None:
+    levels, weight = _block_levels(dtype)
+    group_norm_relu._backward_op(levels, levels, weight, weight, torch.empty(8, 5, 32, 2, device="cuda"))
+
+
 def _candidate_selection(dtype: torch.dtype) -> None:
     levels = [level.detach() for level in _levels(dtype, 91)]
     candidate_selection.candidate_selection(levels, 91, 0.05, 1000)
@@ -148,6 +175,8 @@ def _box_loss(dtype: torch.dtype, loss_type: str) -> None:
     box_loss.box_loss(_levels(dtype, channels=4), anchors, indices, boxes, offsets, normalizers, loss_type)
 
 
+_IMAGE_TILE = image_batch._BLOCK * image_batch._ROWS
+
 CASES = {
     "anchor_matching": Case(lambda: _anchor_matching(True)),
     "anchor_matching without low quality": Case(lambda: _anchor_matching(False)),
@@ -170,6 +199,12 @@ CASES = {
     "sigmoid_focal_loss bf16 backward": Case(
         lambda: _sigmoid_focal_loss(torch.bfloat16, "gradients"), sigmoid_focal_loss._TILE, 8
     ),
+    "image_batch uint8 to bf16": Case(lambda: _image_batch(torch.uint8, torch.bfloat16), _IMAGE_TILE, 2),
+    "image_batch fp32": Case(lambda: _image_batch(torch.float32, torch.float32), _IMAGE_TILE, 4),
+    "group_norm_relu bf16": Case(lambda: _group_norm_relu(torch.bfloat16)),
+    "group_norm_relu fp32": Case(lambda: _group_norm_relu(torch.float32)),
+    "group_norm_relu bf16 backward": Case(lambda: _group_norm_relu_backward(torch.bfloat16)),
+    "group_norm_relu fp32 backward": Case(lambda: _group_norm_relu_backward(torch.float32)),
     "candidate_selection bf16": Case(
         lambda: _candidate_selection(torch.bfloat16), candidate_selection._TILE_BYTES // 2, 2, 6, 0, "_list_kernel"
     ),
@@ -225,7 +260,7 @@ def record(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) ->
         RuntimeError: on a copy between devices that makes the host wait, and, from torch, on a read of a device value.
     """
     launches: list[Launch] = []
-    with _bodies_as_fakes(), no_launches(launches), _no_device_guard(), FakeTensorMode():
+    with _bodies_as_fakes(), no_launches(launches), _no_device(), FakeTensorMode():
         prepared = () if prepare is None else (prepare(),)
         launches.clear()
         with _NoHostCopies():
@@ -267,9 +302,11 @@ def no_launches(launches: list[Launch]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_device_guard() -> Iterator[None]:
-    """Entering a device needs a driver."""
+def _no_device() -> Iterator[None]:
+    """Entering a device and pinning memory need a driver, an address needs memory."""
     with (
+        mock.patch.object(torch.Tensor, "data_ptr", return_value=0),
+        mock.patch.object(torch.Tensor, "pin_memory", torch.Tensor.clone),
         mock.patch.object(torch.cuda.device, "__enter__"),
         mock.patch.object(torch.cuda.device, "__exit__", return_value=False),
     ):

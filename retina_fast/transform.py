@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from retina_fast.kernels.image_batch import image_batch
@@ -39,12 +38,13 @@ def is_stock_transform(transform: object) -> bool:
     return any(is_stock(transform, cls, *_STEPS) for cls in (RetinaNetTransform, GeneralizedRCNNTransform))
 
 
-def check_images(images: Sequence[Tensor] | Tensor, channels: int) -> list[Tensor]:
+def check_images(images: Sequence[Tensor] | Tensor, channels: int, take_uint8: bool = False) -> list[Tensor]:
     """The images of a list, a tuple or a 4-D batch.
 
     Args:
         images: what the model was given.
         channels: of the mean and the standard deviation; 1 serves images of any number of channels.
+        take_uint8: whether uint8 images in [0, 255] are taken, too.
 
     Raises:
         ValueError: for an image that is not 3-D, is empty, or has neither 1 nor ``channels`` channels.
@@ -60,7 +60,7 @@ def check_images(images: Sequence[Tensor] | Tensor, channels: int) -> list[Tenso
             raise TypeError(f"images[{i}] must be a Tensor, got a {type(image)}")
         if image.dim() != 3:
             raise ValueError(f"images is expected to be a list of 3d tensors (C, H, W), images[{i}] is {image.shape}")
-        if not image.is_floating_point():
+        if not (image.is_floating_point() or (take_uint8 and image.dtype == torch.uint8)):
             raise TypeError(
                 f"Expected input images to be of floating type (in range [0, 1]), images[{i}] is {image.dtype}; "
                 "convert with image.float() / 255"
@@ -105,7 +105,6 @@ def batch_images(
     return image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
 
 
-<<<<<<< HEAD
 def size_rows(batch: Tensor, height: int, width: int) -> Tensor:
     """(B, 2) int64 on the batch's device: one height and width for all its images, made where it is needed."""
     return torch.stack([batch.new_full((batch.shape[0],), side, dtype=torch.int64) for side in (height, width)], dim=1)
@@ -132,12 +131,12 @@ def resize_batch(transform: GeneralizedRCNNTransform, images: Tensor) -> tuple[T
     batch = F.pad(batch, (0, -width % divisor, 0, -height % divisor))
     layout = torch.channels_last if batch.is_cuda else torch.contiguous_format
     return batch.contiguous(memory_format=layout), size_rows(images, height, width)
-=======
+
+
 def padded(batch: Tensor, multiple: int) -> Tensor:
     """The batch ``(B, C, H, W)``, with zeros at the right and at the bottom up to sides that are multiples."""
     right, bottom = (-side % multiple for side in (batch.shape[-1], batch.shape[-2]))
     return F.pad(batch, (0, right, 0, bottom)) if right or bottom else batch
->>>>>>> ef83e1e
 
 
 def resize_targets(
