@@ -11,7 +11,7 @@ from torchvision.io import decode_image
 from torchvision.models.detection import retinanet as tv
 
 from benchmarks.engine_soak import graphs_or_stand_ins, small_model, soak
-from retina_fast import RetinaNet, compile_inference, engine, retinanet_resnet18_fpn_v2
+from retina_fast import RetinaNet, compile_inference, engine, retinanet_resnet18_fpn_v2, retinanet_spinenet49s
 from retina_fast.commands.predict import TREES, load_model
 from retina_fast.engine import Engine, Report, best_dtype
 from retina_fast.inference import Detections
@@ -110,6 +110,24 @@ def test_torchvision_models_and_heads_of_the_users_own():
     own.transform = model.transform
     found = compile_inference(own.eval(), dtype=torch.float32)(batch)
     torch.testing.assert_close(found[0]["boxes"], own(floats(batch))[0]["boxes"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("size_divisible", [128, 32])  # the latter is less than the backbone needs
+def test_spinenet(size_divisible):
+    torch.manual_seed(0)
+    model = retinanet_spinenet49s(num_classes=3, min_size=128, max_size=200, size_divisible=size_divisible)
+    model.eval().score_thresh = 0.6
+    for part in (model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg):
+        torch.nn.init.normal_(part.weight, std=50.0)  # an untrained tower gives next to nothing
+        torch.nn.init.zeros_(part.bias)
+    pictures = floats(images((128, 190), (100, 120)))
+    own = compile_inference(model, pictures, dtype=torch.float32)
+    assert own.report.folded == 130  # the heads' norms are a level's, their convs shared
+    assert own.report.difference is not None
+    assert own.report.difference.scores < 1e-4
+    expected, found = (run([pictures[0]])[0] for run in (model, own))
+    assert len(expected["boxes"]) == len(found["boxes"]) > 50
+    torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
 
 
 def test_evaluation_within_half_a_point_of_ap50(trees, photograph):
