@@ -1,4 +1,4 @@
-"""The command line: `retina-fast train`, `evaluate`, `detect` and `bench`."""
+"""The command line: `retina-fast train`, `evaluate`, `detect`, `export` and `bench`."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"retina-fast needs {error.name}: pip install 'retina_fast[all]'") from error
 
 app = typer.Typer(
-    help="RetinaNet, fast: train, evaluate, detect and measure.", no_args_is_help=True, add_completion=False
+    help="RetinaNet, fast: train, evaluate, detect, export and measure.", no_args_is_help=True, add_completion=False
 )
 console = Console()
 
@@ -166,6 +166,7 @@ def detect(
     output: Annotated[Path, typer.Option(help="The folder for detections.json and pictures.")] = Path("out"),
     score: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
     checkpoint: ModelFile = None,
+    model: Annotated[Path | None, typer.Option(help="A file that export wrote, in place of a checkpoint.")] = None,
     workers: Workers = WORKERS,
 ) -> None:
     """Find objects in images."""
@@ -173,13 +174,53 @@ def detect(
         from retina_fast.commands.detect import detect as run
         from retina_fast.commands.detect import report
         from retina_fast.commands.predict import TREES, load_model
+        from retina_fast.exported import load_exported
 
-        model, content = load_model(checkpoint or TREES)
-        found = run(model, content, inputs, output, score, workers, console)
+        network: Any
+        content: Any
+        if model is not None:
+            if checkpoint is not None:
+                raise UserError("--model and --checkpoint exclude each other: give one of them")
+            network = content = load_exported(model)
+            if content.metadata["input"] != "uint8":
+                raise UserError(f"{model}: takes prepared images: export it without --no-preprocess")
+        else:
+            network, content = load_model(checkpoint or TREES)
+        found = run(network, content, inputs, output, score, workers, console)
         report(found, console)
         if not found.counts:
             raise UserError("not one of the images can be read")
         console.print(f"Wrote {output / 'detections.json'} and {len(found.counts)} pictures beside it")
+
+
+@app.command()
+def export(
+    size: Annotated[str, typer.Option(help="Height and width of the images it is for, in pixels: 512x640.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="The model file that train wrote; without it, the trees that come with the package."),
+    ] = None,
+    format: Annotated[str, typer.Option(help="torch-export, onnx or aotinductor.")] = "onnx",
+    output: Annotated[Path | None, typer.Option(help="The file; by default the checkpoint's name, here.")] = None,
+    preprocess: Annotated[
+        bool, typer.Option(help="Take uint8 images, and scale, normalise and resize them inside.")
+    ] = True,
+) -> None:
+    """Write a detector to one file that runs without this package."""
+    with _one_sentence():
+        from retina_fast.commands.predict import TREES, load_model
+        from retina_fast.exporter import FORMATS
+        from retina_fast.exporter import export as run
+
+        sides = size.split("x")
+        if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+            raise UserError(f"--size must be a height and a width such as 512x640, got {size!r}")
+        path = checkpoint or TREES
+        model, content = load_model(path)
+        file = output or Path(path.stem + FORMATS.get(format, ""))
+        height, width = map(int, sides)
+        run(model, file, format, (height, width), preprocess, content.classes, content.category_ids)
+        console.print(f"Wrote {file}")
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """Running the files that ``export`` writes, with their inputs checked."""
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.errors import UserError
-from retina_fast.exporter import FORMATS, KEY, OUTPUTS, checksum
+from retina_fast.exporter import KEY, OUTPUTS, checksum
 from retina_fast.inference import Detections
 
 Run = Callable[[Tensor], Any]
@@ -23,10 +22,13 @@ class Exported:
     Attributes:
         format: ``torch-export``, ``onnx`` or ``aotinductor``.
         metadata: what the file says of itself: ``classes``, ``image_size``, ``input``, thresholds, ``version``.
+        classes, category_ids: those of the metadata.
     """
 
     def __init__(self, format: str, metadata: dict[str, Any], run: Run) -> None:
         self.format, self.metadata, self._run = format, metadata, run
+        self.classes: list[str] = metadata["classes"]
+        self.category_ids: list[int] = metadata["category_ids"]
         self._shape = (3, *metadata["image_size"])
         self._dtype = getattr(torch, metadata["input"])
         self.device = torch.device(metadata.get("device", "cpu"))
@@ -108,7 +110,9 @@ def _open_onnx(path: Path) -> tuple[dict[str, Any], Run]:
         raise _Damaged
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     described = json.loads(session.get_modelmeta().custom_metadata_map[KEY])
 
     def run(images: Tensor) -> list[Tensor]:

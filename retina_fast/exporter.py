@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +39,7 @@ KEY = "retina_fast"
 
 OPSET = 18
 OUTPUTS = ("boxes", "scores", "labels", "counts")
+SHAPES = {"images": {0: torch.export.Dim("batch", min=1)}}
 MASK = 0x7FFFFFFF
 
 
@@ -104,7 +106,8 @@ def _onnx_suppression(boxes: Any, ranks: Any, iou_thresh: float, most: int) -> A
     def numbers(*values: int) -> Any:
         return op.Constant(value_ints=list(values))
 
-    threshold, least = op.Constant(value_floats=[iou_thresh]), op.Constant(value_floats=[0.5])
+    threshold: Any = op.Constant(value_floats=[iou_thresh])
+    least: Any = op.Constant(value_floats=[0.5])
     chosen = op.NonMaxSuppression(boxes, ranks, numbers(most), threshold, least)  # (S, 3): image, class, box
     places = op.Gather(chosen, numbers(0, 2), axis=1)
     none = op.Expand(numbers(0), op.Shape(boxes, start=0, end=2))
@@ -134,7 +137,8 @@ class _Graph(nn.Module):
         self.register_buffer("limits", torch.tensor([width, height, width, height], dtype=torch.float32))
         scale = torch.tensor(image_size).float() / torch.tensor(inside).float()
         self.register_buffer("scale", scale.flip(0).repeat(2))
-        below = torch.tensor(model.nms_thresh, dtype=torch.float32)  # in float32, rounded down: IoUs are compared exactly
+        # An IoU in float32 is compared with the threshold in float64: with the next one below in float32, here.
+        below = torch.tensor(model.nms_thresh, dtype=torch.float32)
         if float(below) > model.nms_thresh:
             below = torch.nextafter(below, torch.tensor(-math.inf))
         self.iou_thresh = float(below)
@@ -244,7 +248,7 @@ def export(
     (B, D, 4), scores (B, D), labels (B, D), counts (B). The model itself is not changed, and is left where it is.
 
     Args:
-        model: a RetinaNet of this package or of torchvision. Backbone and head may be anything that the target can hold.
+        model: a RetinaNet of this package or of torchvision. Backbone and head may be anything the target can hold.
         path: the file.
         format: ``torch-export``, for :func:`torch.export.load`; ``onnx``, opset 18, with no operators but ONNX's own;
             or ``aotinductor``, machine code for the model's device, for ``torch._inductor.aoti_load_package``. That
@@ -296,17 +300,14 @@ def export(
     described = describe(own, image_size, preprocess, names, ids)
 
     images = torch.zeros(2, 3, *image_size, dtype=torch.uint8 if preprocess else torch.float32)
-    shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
     with torch.no_grad():
-        program = torch.export.export(graph.eval(), (images,), dynamic_shapes=shapes)
+        program = torch.export.export(graph.eval(), (images,), dynamic_shapes=SHAPES)
     write = {"torch-export": _write_program, "onnx": _write_onnx, "aotinductor": _write_package}[format]
     path = Path(path)
-    partial = path.with_name("partial." + path.name)  # what fails half-way leaves an old file whole
-    try:
-        write(program, partial, described, device)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # what fails half-way leaves an old file whole
+        whole = Path(folder) / path.with_suffix(FORMATS[format]).name  # PyTorch insists on its suffix
+        write(program, whole, described, device)
+        whole.replace(path)
     return described
 
 
@@ -323,9 +324,7 @@ def _write_package(program: Any, path: Path, described: dict[str, Any], device: 
         program = move_to_device_pass(program, str(device))
     held = {KEY: json.dumps(described | {"device": device.type})}
     try:
-        aoti_compile_and_package(
-            program, package_path=str(path.with_suffix(".pt2")), inductor_configs={"aot_inductor.metadata": held}
-        )
+        aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": held})
     except InvalidCxxCompiler as error:
         raise UserError("aotinductor needs a C++ compiler, and none was found: install g++ or clang++") from error
 
@@ -344,6 +343,7 @@ def checksum(content: bytes) -> bytes:
 
 def _write_onnx(program: Any, path: Path, described: dict[str, Any], device: torch.device) -> None:
     import onnx
+    import onnxscript  # noqa: F401 - torch needs it, and would name it less clearly
 
     written = torch.onnx.export(
         program,
@@ -351,6 +351,7 @@ def _write_onnx(program: Any, path: Path, described: dict[str, Any], device: tor
         opset_version=OPSET,
         input_names=["images"],
         output_names=list(OUTPUTS),
+        dynamic_shapes=SHAPES,  # for their names
         custom_translation_table={torch.ops.retina_fast.non_max_suppression.default: _onnx_suppression},
         verbose=False,
     )

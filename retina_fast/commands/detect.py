@@ -19,6 +19,7 @@ from retina_fast.commands.predict import predictions
 from retina_fast.data.coco import IMAGE_SUFFIXES, Sample, read_image
 from retina_fast.draw import above, draw_detections
 from retina_fast.errors import ImageError, UserError
+from retina_fast.exported import Exported
 from retina_fast.metrics import as_results
 
 
@@ -68,12 +69,18 @@ def image_files(inputs: list[Path]) -> list[Path]:
 
 
 def detect(
-    model: Any, content: Checkpoint, inputs: list[Path], output: Path, score: float, workers: int, console: Console
+    model: Any,
+    content: Checkpoint | Exported,
+    inputs: list[Path],
+    output: Path,
+    score: float,
+    workers: int,
+    console: Console,
 ) -> Found:
     """Find objects in images; write detections.json and the drawn pictures into `output`.
 
     Args:
-        model: a RetinaNet in evaluation mode.
+        model: a RetinaNet in evaluation mode, or an exported one that takes uint8 images.
         content: its class names and category ids.
         inputs: image files, or folders of them.
         output: a folder; files of an earlier run in it are replaced.

@@ -1,0 +1,192 @@
+"""Exported files beside the model that they were written from: the same detections, and how fast.
+
+    python -m benchmarks.export [MODEL...]
+
+On 20 crops of the tree photographs and a black image, in which nothing is to be found, batches of 1 and 4: boxes to
+1e-3 px, scores to 1e-5, the same labels. Then latency of the eager model, of every format and of torchvision's own
+ONNX export, where that can be written, taking turns on the same batches.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+from benchmarks.measure import ROOT, environment
+from retina_fast import Detections, builders, export, load_exported
+from retina_fast.commands.predict import TREES, load_model
+from retina_fast.convert import to_torchvision
+from retina_fast.exporter import FORMATS
+from retina_fast.kernels.candidate_selection import logit
+from retina_fast.transform import resize_batch
+
+HEIGHT, WIDTH = 240, 320
+BOX_PX, SCORE = 1e-3, 1e-5
+ROUNDS = 7
+
+
+def crops(pictures: list[Tensor], count: int, height: int, width: int) -> Tensor:
+    """(count + 1, 3, height, width) uint8: windows of the pictures at random, and the third image black."""
+    generator = torch.Generator().manual_seed(0)
+    images = []
+    for i in range(count):
+        picture = pictures[i % len(pictures)]
+        y, x = (
+            int(torch.randint(side - own + 1, (), generator=generator))
+            for side, own in zip(picture.shape[1:], (height, width), strict=True)
+        )
+        images.append(picture[:, y : y + height, x : x + width])
+    return torch.stack([*images[:2], torch.zeros_like(images[0]), *images[2:]])
+
+
+@torch.no_grad()
+def spread(model: Any, images: Tensor) -> Any:
+    """Give an untrained model a trained one's kind of scores: few above the threshold and far apart, none on black."""
+
+    def outputs(batch: Tensor) -> dict[str, list[Tensor]]:
+        return model._head_outputs(model._trunk(resize_batch(model.transform, batch.float() / 255)[0])[1])
+
+    head, boxes = model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg
+    sample, black = images[[0, 1, 3, 4]], torch.zeros_like(images[:1])
+    head.weight *= 2 / torch.cat([level.flatten() for level in outputs(sample)["cls_logits"]]).std()
+    boxes.weight *= 0.5 / torch.cat([level.flatten() for level in outputs(sample)["bbox_regression"]]).std()
+    head.bias -= torch.stack([level.amax(dim=(0, 2, 3)) for level in outputs(black)["cls_logits"]]).amax(dim=0)
+    logits = torch.cat([level.flatten() for level in outputs(sample)["cls_logits"]])
+    candidates = logits.topk(500 * len(sample)).values[-1]
+    head.bias += logit(model.score_thresh) - max(candidates, 0.5)
+    return model
+
+
+def apart(ours: Detections, theirs: Detections) -> tuple[float, float, int]:
+    """The largest differences of boxes and scores between detections and the nearest one of the same label on the
+    other side, and how many have none within the bounds."""
+    boxes = scores = 0.0
+    lost = 0
+    for mine, other in zip(ours.to_list(), theirs.to_list(), strict=True):
+        lost += abs(len(mine["boxes"]) - len(other["boxes"]))
+        if not len(mine["boxes"]) or not len(other["boxes"]):
+            continue
+        box = (mine["boxes"][:, None] - other["boxes"]).abs().amax(dim=2)
+        score = (mine["scores"][:, None] - other["scores"]).abs()
+        distance = torch.maximum(box / BOX_PX, score / SCORE)
+        distance[mine["labels"][:, None] != other["labels"]] = torch.inf
+        for axis in (0, 1):
+            nearest = distance.min(dim=axis)
+            near = nearest.values <= 1
+            lost += int((~near).sum())
+            place = nearest.indices.unsqueeze(axis)
+            boxes = max([boxes, *box.gather(axis, place).squeeze(axis)[near].tolist()])
+            scores = max([scores, *score.gather(axis, place).squeeze(axis)[near].tolist()])
+    return boxes, scores, lost
+
+
+def eager(model: Any) -> Callable[[Tensor], Detections]:
+    @torch.no_grad()
+    def run(images: Tensor) -> Detections:
+        return model.detect(images.float() / 255)
+
+    return run
+
+
+def compare(model: Any, run: Callable[[Tensor], Detections], images: Tensor) -> dict[str, Any]:
+    """Over batches of 1 and of 4; one of the images has no detection."""
+    result: dict[str, Any] = {"boxes_px": 0.0, "scores": 0.0, "lost": 0, "detections": 0}
+    for size in (1, 4):
+        for batch in images.split(size):
+            expected = eager(model)(batch)
+            boxes, scores, lost = apart(run(batch), expected)
+            result["boxes_px"], result["scores"] = max(result["boxes_px"], boxes), max(result["scores"], scores)
+            result["lost"] += lost
+            result["detections"] += int(expected.counts.sum())
+    assert not eager(model)(images[2:3]).counts.any(), "the black image has detections"
+    return result
+
+
+def torchvision_onnx(model: Any, image: Tensor, folder: Path) -> Callable[[Tensor], Any] | str:
+    """What runs torchvision's own export of the model, or the errors it gives."""
+    import onnxruntime
+
+    theirs, path, errors = to_torchvision(model), folder / "torchvision.onnx", []
+    for dynamo in (True, False):
+        try:
+            torch.onnx.export(theirs, ([image.float() / 255],), path, dynamo=dynamo, verbose=False)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # whatever it is, it is the result
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            errors.append(f"dynamo={dynamo}: {type(error).__name__}: {' '.join(lines[:3])[:300]}")
+            continue
+        name = session.get_inputs()[0].name
+        return lambda images: session.run(None, {name: (images[0].float() / 255).numpy()})
+    return "; ".join(errors)
+
+
+def latency(runs: dict[str, Callable[[Tensor], Any]], images: Tensor, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each, taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(images)
+            if turn:  # the first warms up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def build(name: str, images: Tensor) -> Any:
+    if name == "trees":
+        return load_model(TREES)[0].cpu()
+    torch.manual_seed(0)
+    return spread(builders.MODELS[name](weights_backbone=None, min_size=256, max_size=512).eval(), images)
+
+
+def measure(name: str, images: Tensor, folder: Path, rounds: int = ROUNDS) -> dict[str, Any]:
+    model = build(name, images)
+    result: dict[str, Any] = {"formats": {}}
+    runs: dict[str, Callable[[Tensor], Any]] = {"eager": eager(model)}
+    for format, suffix in FORMATS.items():
+        path = folder / f"{name}-{format}{suffix}"
+        start = time.perf_counter()
+        export(model, path, format, (images.shape[2], images.shape[3]))
+        seconds = time.perf_counter() - start
+        runs[format] = load_exported(path)
+        result["formats"][format] = {"written_s": seconds, "bytes": path.stat().st_size}
+        result["formats"][format] |= compare(model, runs[format], images)
+        print(name, format, json.dumps(result["formats"][format]), flush=True)
+    result["latency_ms"] = {4: latency(runs, images[3:7], rounds)}
+    theirs = torchvision_onnx(model, images[3], folder)
+    if isinstance(theirs, str):
+        result["torchvision_onnx"] = theirs
+    else:
+        runs["torchvision's ONNX"] = theirs
+    result["latency_ms"][1] = latency(runs, images[3:4], rounds)
+    print(name, json.dumps({key: value for key, value in result.items() if key != "formats"}), flush=True)
+    return result
+
+
+def main(names: list[str]) -> None:
+    from demo.trees import prepare
+
+    files = sorted((prepare() / "heldout").glob("*.png"))
+    images = crops([decode_image(str(file), ImageReadMode.RGB) for file in files], 20, HEIGHT, WIDTH)
+    print(f"{torch.get_num_threads()} threads, images of {HEIGHT}x{WIDTH}")
+    with tempfile.TemporaryDirectory() as folder:
+        results = {name: measure(name, images, Path(folder)) for name in names}
+    content = {"environment": environment(torch.device("cpu")), "models": results}
+    (ROOT / "out").mkdir(exist_ok=True)
+    (ROOT / "out" / "export.json").write_text(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main(
+        sys.argv[1:] or ["trees", "retinanet_resnet18_fpn", "retinanet_resnet50_fpn_v2", "retinanet_spinenet49s"],
+    )
