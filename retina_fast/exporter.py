@@ -67,25 +67,26 @@ def suppress(boxes: Tensor, labels: Tensor, valid: Tensor, iou_thresh: float, mo
         most: turns, the most boxes kept of an image.
     """
     falling = torch.arange(boxes.shape[1], 0, -1, device=boxes.device)
+    threshold = torch.tensor(iou_thresh, device=boxes.device)  # while_loop makes symbols of numbers that change
     areas = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
-    def left(turn: Tensor, alive: Tensor, kept: Tensor) -> Tensor:
-        return (turn < most) & alive.any()
+    def going(turns: Tensor, alive: Tensor, kept: Tensor) -> Tensor:
+        return (turns > 0) & alive.any()
 
-    def keep_best(turn: Tensor, alive: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def keep_best(turns: Tensor, alive: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rank = torch.where(alive, falling, 0).amax(dim=1, keepdim=True)  # (B, 1); 0 where none is left
-        first = (boxes.shape[1] - rank).clamp(max=boxes.shape[1] - 1)
+        first = torch.minimum(falling[0] - rank, falling[0] - 1)
         best = boxes.gather(1, first[..., None].expand(-1, -1, 4))  # (B, 1, 4)
         sides = torch.minimum(boxes[..., 2:], best[..., 2:]) - torch.maximum(boxes[..., :2], best[..., :2])
         sides = sides.clamp(min=0)
         intersection = sides[..., 0] * sides[..., 1]
-        overlaps = intersection / (areas.gather(1, first) + areas - intersection) > iou_thresh
+        overlaps = intersection / (areas.gather(1, first) + areas - intersection) > threshold
         overlaps = overlaps & (labels == labels.gather(1, first))
         is_best = falling == rank
-        return turn + 1, alive & ~overlaps & ~is_best, kept | is_best
+        return turns - 1, alive & ~overlaps & ~is_best, kept | is_best
 
-    start = torch.zeros((), dtype=torch.int64, device=boxes.device), valid.clone(), torch.zeros_like(valid)
-    return torch.while_loop(left, keep_best, start)[2]
+    start = torch.full((), most, device=boxes.device), valid.clone(), torch.zeros_like(valid)
+    return torch.while_loop(going, keep_best, start)[2]
 
 
 @torch.library.custom_op("retina_fast::non_max_suppression", mutates_args=())

@@ -1,0 +1,326 @@
+"""Files that run without the package: the same detections as the model's, and clear refusals."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.io import ImageReadMode, decode_image, write_png
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from typer.testing import CliRunner
+
+import retina_fast
+from benchmarks import export as benchmark
+from retina_fast import cli, load_exported
+from retina_fast.commands.predict import TREES
+from retina_fast.errors import UserError
+from retina_fast.exporter import FORMATS, KEY, OPSET, OUTPUTS, best_by_key, suppress
+from retina_fast.kernels.batched_nms import nms_image
+
+SIZE = (96, 128)
+PHOTO = Path(__file__).parents[1] / "demo" / "heldout.jpg"
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    pass
+
+
+class TwoLevels(nn.Module):
+    """A user's own small backbone, at strides 8 and 16."""
+
+    out_channels = 8
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 8, stride=8)
+        self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return {"0": x, "1": self.second(x)}
+
+
+def small(cls=retina_fast.RetinaNet, **kwargs):
+    generator = AnchorGenerator(((24, 32), (48, 64)), ((0.5, 1.0),) * 2)
+    torch.manual_seed(0)
+    kwargs = {"min_size": 112, "max_size": 160, "anchor_generator": generator, "topk_candidates": 200} | kwargs
+    return cls(TwoLevels(), 3, **kwargs).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Eight crops of a photograph and a black image, (9, 3, 96, 128) uint8."""
+    return benchmark.crops([decode_image(str(PHOTO), ImageReadMode.RGB)], 8, *SIZE)
+
+
+@pytest.fixture(scope="module")
+def models(images):
+    return {
+        "trees": benchmark.trees(),
+        "resnet18": benchmark.spread(
+            retina_fast.retinanet_resnet18_fpn(num_classes=5, weights_backbone=None, min_size=112, max_size=160).eval(),
+            images,
+        ),
+        "small": benchmark.spread(small(), images),
+    }
+
+
+CASES = [
+    ("trees", "torch-export"),
+    ("trees", "onnx"),
+    ("resnet18", "torch-export"),
+    ("resnet18", "onnx"),
+    ("small", "aotinductor"),
+]
+
+
+@pytest.fixture(scope="module")
+def expected(models, images):
+    return {name: benchmark.expectations(model, images) for name, model in models.items()}
+
+
+@pytest.fixture(scope="module")
+def files(models, tmp_path_factory):
+    """The file of a case, written once."""
+    folder, written = tmp_path_factory.mktemp("exported"), {}
+
+    def file(name, format):
+        if (name, format) not in written:
+            path = folder / f"{name}-{format}{FORMATS[format]}"
+            classes = [f"{name} {i}" for i in range(models[name].head.classification_head.num_classes)]
+            retina_fast.export(models[name], path, format, SIZE, classes=classes)
+            written[name, format] = path
+        return written[name, format]
+
+    return file
+
+
+@pytest.mark.parametrize(("name", "format"), CASES)
+def test_detections_equal_the_models(name, format, models, files, images, expected):
+    exported = load_exported(files(name, format))
+    assert exported.format == format
+    result = benchmark.compare(expected[name], exported)
+    assert result["lost"] == 0, result
+    assert result["detections"] > 20
+    assert exported.metadata["image_size"] == list(SIZE)
+    assert exported.metadata["input"] == "uint8"
+    assert exported.classes[0] == f"{name} 0"
+    for key in ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates"):
+        assert exported.metadata[key] == getattr(models[name], key)
+    assert exported.metadata["version"]
+    padded = exported(images[1:3])
+    for ours, theirs in zip(padded, benchmark.eager(models[name])(images[1:3]), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    assert padded.counts[1] == 0
+    assert (padded.labels[1] == -1).all()
+    assert not padded.boxes[1].any()
+    assert not padded.scores[1].any()
+
+
+RUN = """
+import sys
+import numpy as np
+sys.modules["retina_fast"] = sys.modules["triton" if sys.argv[1] == "aotinductor" else "torchvision"] = None
+images = np.load("images.npy")
+if sys.argv[1] == "onnx":
+    sys.modules["torch"] = None
+    import onnxruntime
+    session = onnxruntime.InferenceSession(sys.argv[2], providers=["CPUExecutionProvider"])
+    outputs = session.run(None, {"images": images})
+    assert "classes" in session.get_modelmeta().custom_metadata_map["retina_fast"]
+else:
+    import torch
+    images = torch.from_numpy(images)
+    if sys.argv[1] == "torch-export":
+        run = torch.export.load(sys.argv[2]).module()
+    else:
+        run = torch._inductor.aoti_load_package(sys.argv[2])
+    with torch.no_grad():
+        outputs = [output.numpy() for output in run(images)]
+np.savez("outputs.npz", *outputs)
+"""
+
+
+@pytest.mark.parametrize(("name", "format"), [("trees", "torch-export"), ("trees", "onnx"), ("small", "aotinductor")])
+def test_runs_where_the_package_is_not(name, format, files, images, tmp_path):
+    np.save(tmp_path / "images.npy", images[:4].numpy())
+    command = [sys.executable, "-I", "-c", RUN, format, files(name, format)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    outputs = np.load(tmp_path / "outputs.npz")
+    for ours, theirs in zip(load_exported(files(name, format))(images[:4]), outputs.values(), strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-4)
+
+
+def test_onnx_file_holds_standard_operators_alone(files):
+    import onnx
+
+    model = onnx.load(files("resnet18", "onnx"))
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
+    assert not model.functions
+    assert {node.domain for node in model.graph.node} == {""}
+    assert {"TopK", "NonMaxSuppression"} <= {node.op_type for node in model.graph.node}
+    assert json.loads({entry.key: entry.value for entry in model.metadata_props}[KEY])["classes"]
+    assert [output.name for output in model.graph.output] == list(OUTPUTS)
+    for value in (*model.graph.input, *model.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_torch_file_holds_no_operators_of_ours(files):
+    program = torch.export.load(files("trees", "torch-export"))
+    graphs = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    targets = {node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"}
+    kinds = {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)}
+    assert kinds == {"aten"}
+    assert torch.ops.higher_order.while_loop in targets
+
+
+@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+def test_tied_scores_keep_their_order(format, images, tmp_path):
+    model = small(nms_thresh=0.4, detections_per_img=20)
+    with torch.no_grad():
+        for last in (model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg):
+            last.weight.zero_()
+        model.head.classification_head.cls_logits.bias.copy_(torch.tensor([0.0, -0.0, -9.0] * 2))
+    retina_fast.export(model, tmp_path / "file", format, SIZE)
+    found, expected = load_exported(tmp_path / "file")(images[:2]), benchmark.eager(model)(images[:2])
+    assert expected.counts.tolist() == [20, 20]
+    assert expected.scores.unique().numel() == 1
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_torchvisions_model_and_prepared_images(images, tmp_path):
+    """Without preprocessing a file takes what the model's transform would make of the images."""
+    model = benchmark.spread(small(min_size=96), images)
+    batch = model.transform([image.float() / 255 for image in images[:3]])[0].tensors
+    theirs = retina_fast.convert.to_torchvision(model)
+    retina_fast.export(theirs, tmp_path / "file", "torch-export", SIZE, preprocess=False)
+    exported = load_exported(tmp_path / "file")
+    assert exported.metadata["input"] == "float32"
+    expected = benchmark.eager(model)(images[:3])
+    assert benchmark.apart(exported(batch), expected)[2] == 0
+    assert expected.counts.sum() > 10
+
+
+def test_best_by_key():
+    values = torch.tensor([[0.0, 3.0, -0.0, -torch.inf, 3.0, torch.inf, -1e-45, -2.5], [-torch.inf] * 7 + [-3e38]])
+    best, index = best_by_key(values, 8)
+    expected = values.sort(dim=1, descending=True, stable=True)
+    assert index.equal(expected.indices)
+    assert best.equal(expected.values)
+
+
+@pytest.mark.parametrize("iou_thresh", [0.5, 0.25])
+def test_suppress(iou_thresh):
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.randint(0, 12, (3, 60, 2), generator=generator)
+    sides = torch.randint(0, 9, (3, 60, 2), generator=generator)  # whole numbers: many IoUs of exactly 1/2 and 1/4
+    boxes = torch.cat((corners, corners + sides), dim=2).float()
+    labels = torch.randint(0, 2, (3, 60), generator=generator)
+    valid = torch.arange(60) < torch.tensor([[60], [37], [0]])
+    for most in (60, 5):
+        kept = suppress(boxes, labels, valid, iou_thresh, most)
+        for b, count in enumerate((60, 37, 0)):
+            expected = nms_image(boxes[b, :count], None, labels[b, :count], iou_thresh)[:most]
+            assert kept[b].nonzero().squeeze(1).tolist() == sorted(expected.tolist())
+
+
+@pytest.mark.parametrize(("name", "format"), [("trees", "torch-export"), ("trees", "onnx"), ("small", "aotinductor")])
+def test_wrong_inputs_and_damaged_files_are_refused(name, format, files, images, tmp_path):
+    exported = load_exported(files(name, format))
+    with pytest.raises(UserError, match=r"images must be \(B, 3, 96, 128\), got \(9, 3, 96, 127\)"):
+        exported(images[..., :-1])
+    with pytest.raises(UserError, match=r"images must be \(B, 3, 96, 128\), got \(0, 3, 96, 128\)"):
+        exported(images[:0])
+    with pytest.raises(UserError, match=r"images must be torch.uint8, got torch.float32"):
+        exported(images.float())
+    content = bytearray(files(name, format).read_bytes())
+    file = tmp_path / "damaged"
+    content[len(content) // 2] ^= 255
+    for damaged in (content, content[: len(content) // 2], b"", b"some text of no meaning" * 99):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged: damaged, or not a file that retina-fast export wrote"):
+            load_exported(file)
+    with pytest.raises(UserError, match="none: no such exported file"):
+        load_exported(tmp_path / "none")
+    with pytest.raises(UserError, match="damaged, or not a file"):
+        load_exported(TREES)
+
+
+def test_what_cannot_be_exported(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    for message, options in {
+        "format must be one of torch-export, onnx, aotinductor, got 'tflite'": {"format": "tflite"},
+        "image_size must be a height and a width in pixels, got": {"image_size": (0, 64)},
+        "would be resized to": {"image_size": (1, 999)},
+        "classes must be 3, one a class, got 1": {"classes": ["tree"]},
+        "category_ids must be 3, one a class, got 2": {"category_ids": [1, 2]},
+    }.items():
+        with pytest.raises(UserError, match=message):
+            retina_fast.export(small(), path, **({"format": "torch-export", "image_size": SIZE} | options))
+    for name, value in {"nms_thresh": 1.5, "topk_candidates": 0, "detections_per_img": 0}.items():
+        with pytest.raises(UserError, match=rf"{name} must .*, got {value}"):
+            retina_fast.export(small(**{name: value}), path, "torch-export", SIZE)
+
+    class Own(retina_fast.RetinaNet):
+        def postprocess_detections(self, *arguments):
+            return []
+
+    with pytest.raises(TypeError, match="postprocessing, of its own, which an exported file would not run"):
+        retina_fast.export(small(Own), path, "torch-export", SIZE)
+    with pytest.raises(TypeError, match="must be a torchvision RetinaNet"):
+        retina_fast.export(nn.Identity(), path, "torch-export", SIZE)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("there-is-none",))
+    with pytest.raises(UserError, match="aotinductor needs a C\\+\\+ compiler"):
+        retina_fast.export(small(), path, "aotinductor", SIZE)
+    assert not list(tmp_path.iterdir())
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_command_line(images, tmp_path):
+    inputs = tmp_path / "images"
+    inputs.mkdir()
+    for i, image in enumerate(images[:2]):
+        write_png(image, str(inputs / f"{i}.png"))
+    file = tmp_path / "trees.pt2"
+    result = invoke("export", "--size", "96x128", "--format", "torch-export", "--output", file)
+    assert result.exit_code == 0, result.output
+    found = []
+    for options in ((), ("--model", file)):
+        result = invoke("detect", inputs, "--output", tmp_path / "out", "--workers", 0, *options)
+        assert result.exit_code == 0, result.output
+        found.append(json.loads((tmp_path / "out" / "detections.json").read_text()))
+    assert found[0]["categories"] == found[1]["categories"]
+    assert len(found[0]["annotations"]) == len(found[1]["annotations"]) > 5
+    for ours, theirs in zip(*(content["annotations"] for content in found), strict=True):
+        assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=1e-3)
+
+    write_png(images[0, :, :90].contiguous(), str(inputs / "small.png"))
+    result = invoke("detect", inputs, "--output", tmp_path / "out", "--workers", 0, "--model", file)
+    assert result.exit_code == 0, result.output
+    message = r"small\.png: images must be \(B, 3, 96, 128\), got \(1, 3, 90, 128\)"
+    assert re.search(message, " ".join(result.output.split()))
+    for arguments, message in (
+        (("detect", inputs, "--model", file, "--checkpoint", TREES), "exclude each other"),
+        (("detect", inputs, "--model", TREES), "damaged, or not a file"),
+        (("export", "--size", "512"), "such as 512x640, got '512'"),
+        (("export", "--size", "96x128", "--format", "tflite", "--output", file), "format must be one of"),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 1
+        assert message in " ".join(result.stderr.split())
