@@ -59,7 +59,7 @@ def small(cls=retina_fast.RetinaNet, **kwargs):
 
 @pytest.fixture(scope="module")
 def images():
-    """Eight crops of a photograph and a black image, (9, 3, 96, 128) uint8."""
+    """Eight crops of a photograph and a grey image, (9, 3, 96, 128) uint8."""
     return benchmark.crops([decode_image(str(PHOTO), ImageReadMode.RGB)], 8, *SIZE)
 
 
