@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import retinanet as tv
 
@@ -29,7 +30,7 @@ from retina_fast.kernels.box_decode import decode
 from retina_fast.kernels.candidate_selection import logit
 from retina_fast.kernels.levels import flatten_all
 from retina_fast.model import RetinaNet
-from retina_fast.transform import padded, resize_batch, resized_size
+from retina_fast.transform import padded, resized_size
 
 FORMATS = {"torch-export": ".pt2", "onnx": ".onnx", "aotinductor": ".pt2"}
 """Every format with the suffix of its files."""
@@ -115,9 +116,18 @@ def _onnx_suppression(boxes: Any, ranks: Any, iou_thresh: float, most: int) -> A
     return op.ScatterND(none, places, op.Expand(numbers(1), op.Shape(chosen, start=0, end=1)))
 
 
+def _bilinear(size: int, resized: int) -> Tensor:
+    """(size, resized): the weights of torch's bilinear resize of one side."""
+    if size == resized:
+        return torch.eye(size)
+    return F.interpolate(torch.eye(size)[None], size=resized, mode="linear", align_corners=False)[0]
+
+
 class _Graph(nn.Module):
     """What is traced: images (B, 3, H, W) to the four tensors of ``Detections``."""
 
+    down: Tensor
+    across: Tensor
     anchors: Tensor
     limits: Tensor
     scale: Tensor
@@ -127,6 +137,10 @@ class _Graph(nn.Module):
         self.model, self.preprocess = model, preprocess
         self.dtype = next(model.parameters()).dtype
         inside = resized_size(model.transform, *image_size) if preprocess else image_size
+        # Each runtime has its own rounding of a resize's coordinates, up to 1e-5 of a pixel's value: so its weights are
+        # written as numbers.
+        self.register_buffer("down", _bilinear(image_size[0], inside[0]).T.contiguous())
+        self.register_buffer("across", _bilinear(image_size[1], inside[1]))
         with torch.no_grad():
             batch, features = self._trunk(torch.zeros(1, 3, *image_size))
             anchors = shared_anchors(model.anchor_generator, batch, features)
@@ -153,10 +167,10 @@ class _Graph(nn.Module):
     def _trunk(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         transform = self.model.transform
         if self.preprocess:
-            batch, _ = resize_batch(transform, images.float() / 255)
-        else:
-            batch = padded(images, transform.size_divisible)
-        return self.model._trunk(batch.to(self.dtype))
+            mean, std = (torch.tensor(x)[:, None, None] for x in (transform.image_mean, transform.image_std))
+            images = (images.float() / 255 - mean.to(images.device)) / std.to(images.device)
+            images = self.down @ images @ self.across
+        return self.model._trunk(padded(images, transform.size_divisible).to(self.dtype))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         model = self.model
