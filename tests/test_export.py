@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,7 +193,7 @@ def test_tied_scores_keep_their_order(format, images, tmp_path):
     with torch.no_grad():
         for last in (model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg):
             last.weight.zero_()
-        model.head.classification_head.cls_logits.bias.copy_(torch.tensor([0.0, -0.0, -9.0] * 2))
+        model.head.classification_head.cls_logits.bias.copy_(torch.tensor([0.0, -0.0, -9.0] * 4))
     retina_fast.export(model, tmp_path / "file", format, SIZE)
     found, expected = load_exported(tmp_path / "file")(images[:2]), benchmark.eager(model)(images[:2])
     assert expected.counts.tolist() == [20, 20]
@@ -260,6 +261,7 @@ def test_wrong_inputs_and_damaged_files_are_refused(name, format, files, images,
 
 
 def test_what_cannot_be_exported(tmp_path, monkeypatch):
+    defaults: dict[str, Any] = {"format": "torch-export", "image_size": SIZE}
     path = tmp_path / "file"
     for message, options in {
         "format must be one of torch-export, onnx, aotinductor, got 'tflite'": {"format": "tflite"},
@@ -269,7 +271,7 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
         "category_ids must be 3, one a class, got 2": {"category_ids": [1, 2]},
     }.items():
         with pytest.raises(UserError, match=message):
-            retina_fast.export(small(), path, **({"format": "torch-export", "image_size": SIZE} | options))
+            retina_fast.export(small(), path, **(defaults | options))
     for name, value in {"nms_thresh": 1.5, "topk_candidates": 0, "detections_per_img": 0}.items():
         with pytest.raises(UserError, match=rf"{name} must .*, got {value}"):
             retina_fast.export(small(**{name: value}), path, "torch-export", SIZE)
