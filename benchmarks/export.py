@@ -70,7 +70,7 @@ def spread(model: Any, images: Tensor) -> Any:
     boxes.weight *= 0.5 / torch.cat([level.flatten() for level in outputs(sample)["bbox_regression"]]).std()
     head.bias -= torch.stack([level.amax(dim=(0, 2, 3)) for level in outputs(grey)["cls_logits"]]).amax(dim=0)
     logits = torch.cat([level.flatten() for level in outputs(sample)["cls_logits"]])
-    head.bias += logit(model.score_thresh) - max(logits.topk(500 * len(sample)).values[-1], 0.05)
+    head.bias += logit(model.score_thresh) - max(float(logits.topk(500 * len(sample)).values[-1]), 0.05)
     return model
 
 

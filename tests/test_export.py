@@ -263,13 +263,14 @@ def test_wrong_inputs_and_damaged_files_are_refused(name, format, files, images,
 def test_what_cannot_be_exported(tmp_path, monkeypatch):
     defaults: dict[str, Any] = {"format": "torch-export", "image_size": SIZE}
     path = tmp_path / "file"
-    for message, options in {
+    wrong: dict[str, dict[str, Any]] = {
         "format must be one of torch-export, onnx, aotinductor, got 'tflite'": {"format": "tflite"},
         "image_size must be a height and a width in pixels, got": {"image_size": (0, 64)},
         "would be resized to": {"image_size": (1, 999)},
         "classes must be 3, one a class, got 1": {"classes": ["tree"]},
         "category_ids must be 3, one a class, got 2": {"category_ids": [1, 2]},
-    }.items():
+    }
+    for message, options in wrong.items():
         with pytest.raises(UserError, match=message):
             retina_fast.export(small(), path, **(defaults | options))
     for name, value in {"nms_thresh": 1.5, "topk_candidates": 0, "detections_per_img": 0}.items():
