@@ -332,6 +332,7 @@ def _write_program(program: Any, path: Path, described: dict[str, Any], device: 
 
 def _write_package(program: Any, path: Path, described: dict[str, Any], device: torch.device) -> None:
     from torch._inductor import aoti_compile_and_package
+    from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
     from torch.export.passes import move_to_device_pass
 
@@ -339,9 +340,10 @@ def _write_package(program: Any, path: Path, described: dict[str, Any], device: 
         program = move_to_device_pass(program, str(device))
     held = {KEY: json.dumps(described | {"device": device.type})}
     try:
-        aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": held})
+        get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise UserError("aotinductor needs a C++ compiler, and none was found: install g++ or clang++") from error
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": held})
 
 
 def checksum(content: bytes) -> bytes:
