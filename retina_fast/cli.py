@@ -1,6 +1,7 @@
 """The command line: `retina-fast train`, `evaluate` and `detect`."""
 
 import contextlib
+import errno
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import torch
 
+from retina_fast.commands.processes import joined
 from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.errors import UserError
@@ -22,6 +24,7 @@ except ModuleNotFoundError as error:
 
 app = typer.Typer(help="RetinaNet, fast: train, evaluate and detect.", no_args_is_help=True, add_completion=False)
 console = Console()
+silent = Console(quiet=True)  # of all processes of a command but the first
 
 WORKERS = max(1, (os.cpu_count() or 1) // 2)
 Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare images.")]
@@ -46,8 +49,12 @@ def _one_sentence() -> Iterator[None]:
         problem = str(error)
     except ModuleNotFoundError as error:
         problem = f"this command needs {error.name}: pip install 'retina_fast[all]'"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        problem = f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room, and go on"
     except torch.OutOfMemoryError:
-        problem = "the GPU's memory is too small for this: give a smaller --batch-size or --crop"
+        problem = "the GPU's memory is too small for this: give a smaller --batch-size or --crop, or --accumulate"
     else:
         return
     stderr.print(f"error: {problem}", style="red", markup=False)
@@ -81,13 +88,24 @@ def train(
     ] = "default",
     steps: Annotated[
         int | None,
+        typer.Option(min=1, help="Optimizer steps, rounded up to equal intervals; the recipe's, 6000, by default."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images a step, of all processes; the recipe's, 4, by default.")
+    ] = None,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Parts in which a process computes its images of a step, to fit into memory.")
+    ] = 1,
+    lr: Annotated[
+        float | None,
         typer.Option(
-            min=1, help="Optimizer steps, rounded up to equal intervals of 500 or less; the recipe's, 6000, by default."
+            min=0,
+            help="Peak learning rate. By default the recipe's, 0.002 for 4 images a step, which grows with their "
+            "number: as its square root, or, with SGD, in proportion.",
         ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step; the recipe's, 4, by default.")] = None,
-    lr: Annotated[
-        float | None, typer.Option(min=0, help="Peak learning rate; the recipe's, 0.002, by default.")
+    bf16: Annotated[
+        bool | None, typer.Option(help="Compute convolutions in bfloat16; by default where the hardware does.")
     ] = None,
     crop: Annotated[
         int | None,
@@ -100,6 +118,10 @@ def train(
     flips: Annotated[
         Flips, typer.Option(help="Mirror images as likely as the picture itself; all: turns by 90 degrees too.")
     ] = Flips.HORIZONTAL,
+    every: Annotated[
+        int, typer.Option(min=1, help="Steps from one checkpoint, and validation, to the next; at most.")
+    ] = 500,
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest checkpoints stay.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, data order and augmentation.")] = 0,
     workers: Workers = WORKERS,
     image_scale: Annotated[
@@ -116,8 +138,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
 ) -> None:
     """Train a detector on a COCO data set."""
-    with _one_sentence():
-        from retina_fast.commands.train import Stopped, TrainSettings
+    with _one_sentence(), joined() as processes:
+        from retina_fast.commands.run_files import Stopped
+        from retina_fast.commands.settings import TrainSettings, has_bf16
         from retina_fast.commands.train import train as run
         from retina_fast.recipes import recipe_named
 
@@ -132,13 +155,17 @@ def train(
         batch_size = batch_size or chosen.batch_size
         steps = steps or chosen.steps_for(len(data), batch_size)
         lr = chosen.lr_at(batch_size) if lr is None else lr
-        settings = TrainSettings(model, steps, batch_size, lr, crop, flips, seed, image_scale, recipe)
+        bf16 = has_bf16() if bf16 is None else bf16
+        settings = TrainSettings(
+            model, steps, batch_size, lr, crop, flips, seed, image_scale, recipe, every, accumulate, bf16
+        )
+        shown = console if processes.first else silent
         try:
-            file = run(settings, data, validation, checkpoint, output, resume, workers, console)
+            file = run(settings, data, validation, checkpoint, output, resume, workers, shown, processes, keep)
         except Stopped:
-            console.print(f"Stopped and saved. To go on, give the same command with --resume (run: {output})")
+            shown.print(f"Stopped and saved. To go on, give the same command with --resume (run: {output})")
             raise typer.Exit(130) from None
-        console.print(f"Wrote {file}")
+        shown.print(f"Wrote {file}")
 
 
 @app.command()
@@ -147,37 +174,50 @@ def evaluate(
     images: Annotated[Path, typer.Option(help="The folder of their images.")],
     checkpoint: ModelFile = None,
     workers: Workers = WORKERS,
+    plot: Annotated[Path | None, typer.Option(help="A picture to draw of precision over recall.")] = None,
 ) -> None:
     """Print a model's COCO metrics on a data set."""
-    with _one_sentence():
+    with _one_sentence(), joined() as processes:
         from retina_fast.commands.evaluate import evaluate as run
         from retina_fast.commands.evaluate import report
         from retina_fast.commands.predict import TREES, load_model
 
         model, content = load_model(checkpoint or TREES)
-        report(run(model, content.classes, CocoDataset(json, images), workers, console), console)
+        shown = console if processes.first else silent
+        found = run(model, content.classes, CocoDataset(json, images), workers, shown, processes)
+        if found:
+            report(found, console)
+        if found and plot:
+            from retina_fast.commands.precision_recall import plot_precision_recall
+
+            plot_precision_recall(found.metrics, plot)
+            console.print(f"Wrote {plot}")
 
 
 @app.command()
 def detect(
-    inputs: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Image files, folders of them, or .txt lists of them.", metavar="IMAGE...")
+    ],
     output: Annotated[Path, typer.Option(help="The folder for detections.json and pictures.")] = Path("out"),
     score: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
     checkpoint: ModelFile = None,
     workers: Workers = WORKERS,
 ) -> None:
     """Find objects in images."""
-    with _one_sentence():
+    with _one_sentence(), joined() as processes:
         from retina_fast.commands.detect import detect as run
         from retina_fast.commands.detect import report
         from retina_fast.commands.predict import TREES, load_model
 
         model, content = load_model(checkpoint or TREES)
-        found = run(model, content, inputs, output, score, workers, console)
-        report(found, console)
-        if not found.counts:
-            raise UserError("not one of the images can be read")
-        console.print(f"Wrote {output / 'detections.json'} and {len(found.counts)} pictures beside it")
+        shown = console if processes.first else silent
+        found = run(model, content, inputs, output, score, workers, shown, processes)
+        if found:
+            report(found, console)
+            if not found.images:
+                raise UserError("not one of the images can be read")
+            console.print(f"Wrote {output / 'detections.json'} and {found.images} pictures beside it")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A model over a data set, image by image: what evaluate and detect share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +36,23 @@ def load_model(path: Path) -> tuple[Any, Checkpoint]:
 
 
 @torch.inference_mode()
-def predictions(model: Any, dataset: Any, workers: int) -> Iterator[tuple[Sample, dict[str, Tensor]] | ImageError]:
+def predictions(
+    model: Any, dataset: Any, workers: int, indices: Sequence[int]
+) -> Iterator[tuple[Sample, dict[str, Tensor]] | ImageError]:
     """Each item's sample and detections (`boxes` (D, 4), `scores`, `labels`, on the CPU), or why it cannot be read.
 
     Args:
         model: a RetinaNet in evaluation mode.
         dataset: gives (image (3, H, W) uint8, target) by index.
         workers: processes that read images.
+        indices: of the items, in the order in which they come.
 
     Example::
 
-        >>> for sample, detections in predictions(model, dataset, workers=1): ...  # doctest: +SKIP
+        >>> for sample, detections in predictions(model, dataset, 1, range(len(dataset))): ...  # doctest: +SKIP
     """
     device = next(model.parameters()).device
-    for sample in DataLoader(Tried(dataset), batch_size=None, collate_fn=plain, num_workers=workers):
+    for sample in DataLoader(Tried(dataset), batch_size=None, sampler=indices, collate_fn=plain, num_workers=workers):
         if isinstance(sample, ImageError):
             yield sample
             continue
