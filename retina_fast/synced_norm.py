@@ -35,10 +35,10 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:  # (B, C, H, W)
         if not self.training:
             return super().forward(input)
-        wide = input.float()
-        count = torch.full((), wide.numel() // wide.shape[1], dtype=torch.float32, device=wide.device)
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        count = torch.full((), wide.numel() // wide.shape[1], dtype=wide.dtype, device=wide.device)
         dist.all_reduce(count)
-        mean = _Summed.apply(wide.sum((0, 2, 3))) / count
+        mean = _Summed.apply(wide.sum((0, 2, 3))) / count  # (C,)
         centred = wide - mean[:, None, None]
         variance = _Summed.apply(centred.square().sum((0, 2, 3))) / count
         self._follow(mean.detach(), variance.detach() * (count / (count - 1)))

@@ -86,7 +86,7 @@ class Detector(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         images, targets = batch
-        images = [to_device(image, self.device).float() / 255 for image in images]
+        images = [to_device(image, self.device).to(self.dtype) / 255 for image in images]
         losses: dict[str, Tensor] = self.optimizers().step(  # type: ignore[union-attr]
             lambda: self.take_step(images, targets)
         )
@@ -110,7 +110,7 @@ class Detector(L.LightningModule):
             warnings.warn(f"{batch}; validation goes on without it", stacklevel=1)
             return
         image, target = batch
-        image = to_device(image, self.device).float() / 255
+        image = to_device(image, self.device).to(self.dtype) / 255
         losses, (detections,) = self.model.losses_and_detections([image], [target])
         index = self.processes.share(len(self._validation_data()))[batch_idx]
         self._found.append((index, losses, {name: value.cpu() for name, value in detections.items()}))
