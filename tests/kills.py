@@ -2,8 +2,8 @@
 
     python -m tests.kills --kills 20 [--processes 2]
 
-A kill is SIGKILL to all of its processes, at a random moment between the first step of a life and what is expected to be
-one and a half intervals later. So it meets steps, validations and half-written files alike.
+A kill is SIGKILL to all of its processes, at a random moment between the first step of a life and what is expected to
+be one and a half intervals later. So it meets steps, validations and half-written files alike.
 """
 
 import argparse

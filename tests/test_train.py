@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from retina_fast import checkpoint
 from retina_fast.commands import detector
@@ -18,9 +19,10 @@ from retina_fast.commands import train as module
 from retina_fast.commands.detector import Averaging, Detector
 from retina_fast.commands.late_losses import LateLosses
 from retina_fast.commands.processes import ALONE
-from retina_fast.commands.run_files import Stopped
+from retina_fast.commands.run_files import Pace, Stopped
 from retina_fast.commands.settings import TrainSettings
 from retina_fast.commands.train import train
+from retina_fast.commands.train_log import TrainLog
 from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.errors import UserError
@@ -126,7 +128,9 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_what_a_run_writes(whole, data):
-    assert {path.name for path in whole.iterdir()} >= {"last.ckpt", "model.pt", "log.csv", "loss.png"}
+    assert {path.name for path in whole.iterdir()} == {
+        *("last.ckpt", "model.pt", "best.pt", "log.csv", "loss.png", "precision_recall.png", "tensorboard")
+    }
     assert [row["step"] for row in rows(whole) if row["AP50"]] == ["3", "6", "9"]
     model = checkpoint.load(whole / "model.pt")
     assert (model.classes, model.category_ids, model.builder) == (["red", "blue"], [3, 7], SETTINGS.model)
@@ -244,6 +248,81 @@ def test_an_existing_run_is_not_overwritten_and_settings_must_agree(data, whole,
     other = TrainSettings(**vars(SETTINGS) | {"lr": 0.5})
     with pytest.raises(UserError, match=r"has lr 0\.001, not 0\.5"):
         run(data, whole, resume=True, settings=other)
+
+
+def test_a_run_goes_on_with_the_annotations_that_it_was_begun_with(data, whole, shapes):
+    content = json.loads(shapes[0].read_text())
+    assert data.images == content["images"]  # the same pictures
+    content["annotations"][3]["bbox"][2] += 1
+    shapes[0].write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"shapes\.json: is not what the run in .* was begun with"):
+        run(CocoDataset(*shapes), whole, resume=True)
+
+
+def test_the_newest_checkpoints_and_the_best_model_stay(data, tmp_path):
+    settings = replace(SETTINGS, steps=4, every=1)
+    train(settings, data, data, None, tmp_path, False, 0, Console(quiet=True), keep=3)
+    kept = sorted(path.name for path in tmp_path.glob("step-*.ckpt"))
+    assert kept == ["step-00000002.ckpt", "step-00000003.ckpt", "step-00000004.ckpt"]
+    assert [torch.load(tmp_path / name, weights_only=True)["global_step"] for name in kept] == [2, 3, 4]
+    assert (tmp_path / kept[-1]).samefile(tmp_path / "last.ckpt")
+    measured = [float(row["AP50"]) for row in rows(tmp_path) if row["AP50"]]
+    assert checkpoint.load(tmp_path / "best.pt").metrics["AP50"] == max(measured)
+    assert not list(tmp_path.glob("*.partial"))
+    (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last\.ckpt: damaged; copy an older one in its place .*step-00000003\.ckpt"):
+        run(data, tmp_path, resume=True, settings=settings)
+
+
+def test_a_disk_that_fills_up_costs_one_interval(data, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, lambda: (tmp_path / "last.ckpt.partial").symlink_to("/dev/full"))
+        with pytest.raises(UserError, match=r"last\.ckpt: cannot be written .*what it held before is unharmed"):
+            run(data, tmp_path, validation=data)
+    assert state(tmp_path)["global_step"] == 3
+    run(data, tmp_path, resume=True, validation=data)
+    assert_same_run(whole, tmp_path)
+
+
+def test_tensorboard_shows_what_the_log_has(whole):
+    found = EventAccumulator(str(whole / "tensorboard")).Reload()
+    for name in (
+        "classification",
+        "bbox_regression",
+        "lr",
+        "images_per_second",
+        "waiting",
+        "val_classification",
+        "AP50",
+    ):
+        logged = [(int(row["step"]), float(row[name])) for row in rows(whole) if row[name]]
+        shown = [(event.step, event.value) for event in found.Scalars(name)]
+        assert [step for step, _ in shown] == [step for step, _ in logged]
+        assert [value for _, value in shown] == pytest.approx([value for _, value in logged], rel=1e-6)
+        assert logged
+
+
+def test_half_a_row_of_the_log_is_dropped(tmp_path):
+    log = TrainLog(tmp_path)
+    log.resume(0)
+    for step in (20, 40):
+        log.add(step, {"classification": 1.0, "bbox_regression": 2.0}, {"lr": 0.1}, last=False)
+    text = (tmp_path / "log.csv").read_text()
+    (tmp_path / "log.csv").write_text(text.rstrip()[:-8])
+    log = TrainLog(tmp_path)
+    log.resume(40)
+    assert [row["step"] for row in log.rows] == [20]
+    assert (tmp_path / "log.csv").read_text().splitlines() == text.splitlines()[:2]
+
+
+def test_pace_counts_images_and_waiting_and_not_what_came_before():
+    pace = Pace(images=8)
+    for start in (0.0, 100.0):
+        pace.begin(now=start)
+        for step in range(3):
+            pace.step_begins(now=start + step + 0.25)
+            pace.step_ends(now=start + step + 1)
+        assert (pace.images_per_second, pace.waiting) == (8, 0.25)
 
 
 def test_validation_data_must_have_the_same_classes(data, shapes, tmp_path):
