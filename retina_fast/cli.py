@@ -1,4 +1,4 @@
-"""The command line: `retina-fast train`, `evaluate` and `detect`."""
+"""The command line: `retina-fast train`, `evaluate`, `detect` and `check`."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 
 from retina_fast.data.augment import Flips
-from retina_fast.data.coco import CocoDataset
+from retina_fast.data.voc import open_data
 from retina_fast.errors import UserError
 
 try:
@@ -20,11 +20,21 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"retina-fast needs {error.name}: pip install 'retina_fast[all]'") from error
 
-app = typer.Typer(help="RetinaNet, fast: train, evaluate and detect.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="RetinaNet, fast: train, evaluate, detect and check.", no_args_is_help=True, add_completion=False
+)
 console = Console()
 
+DEFAULT_MODEL = "retinanet_resnet18_fpn_lite"
 WORKERS = max(1, (os.cpu_count() or 1) // 2)
 Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare images.")]
+Images = Annotated[Path | None, typer.Option(help="The folder of their images; needed with COCO JSON.")]
+Annotations = Annotated[
+    Path,
+    typer.Option(
+        "--json", "--voc", help="Annotations: COCO JSON; or a Pascal VOC folder, or one of its lists of images."
+    ),
+]
 ModelFile = Annotated[
     Path | None, typer.Option(help="The model file that train wrote; without it, the trees that come with the package.")
 ]
@@ -72,10 +82,10 @@ def main(
 
 @app.command()
 def train(
-    json: Annotated[Path, typer.Option(help="Annotations to train on, COCO JSON.")],
-    images: Annotated[Path, typer.Option(help="The folder of their images.")],
+    json: Annotations,
+    images: Images = None,
     output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/train"),
-    model: Annotated[str, typer.Option(help="The network.")] = "retinanet_resnet18_fpn_lite",
+    model: Annotated[str, typer.Option(help="The network.")] = DEFAULT_MODEL,
     steps: Annotated[
         int, typer.Option(min=1, help="Optimizer steps; rounded up to equal intervals of 500 or less.")
     ] = 6000,
@@ -97,23 +107,28 @@ def train(
         typer.Option(min=0.1, help="By which the finished lite model scales images; crops have their own scales."),
     ] = 1.0,
     checkpoint: Annotated[Path | None, typer.Option(help="A model file to start from.")] = None,
-    val_json: Annotated[Path | None, typer.Option(help="Annotations to validate on.")] = None,
-    val_images: Annotated[Path | None, typer.Option(help="The folder of their images.")] = None,
+    val_json: Annotated[
+        Path | None, typer.Option("--val-json", "--val-voc", help="Annotations to validate on.")
+    ] = None,
+    val_images: Images = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
 ) -> None:
-    """Train a detector on a COCO data set."""
+    """Train a detector on a COCO or Pascal VOC data set."""
     with _one_sentence():
+        from retina_fast.commands.check import warn_of_faults
         from retina_fast.commands.train import Stopped, TrainSettings
         from retina_fast.commands.train import train as run
 
-        if (val_json is None) != (val_images is None):
-            raise UserError("--val-json and --val-images belong together: give both or neither")
-        validation = CocoDataset(val_json, val_images) if val_json and val_images else None
+        if val_images and not val_json:
+            raise UserError("--val-images belongs to --val-json: give both or neither")
+        data = open_data(json, images)
+        warn_of_faults(data)
+        validation = open_data(val_json, val_images, data.classes) if val_json else None
         if crop is None:
             crop = 256 if model.endswith("_lite") else 0  # the others resize every image to 800 px or so
         settings = TrainSettings(model, steps, batch_size, lr, crop, flips, seed, image_scale)
         try:
-            file = run(settings, CocoDataset(json, images), validation, checkpoint, output, resume, workers, console)
+            file = run(settings, data, validation, checkpoint, output, resume, workers, console)
         except Stopped:
             console.print(f"Stopped and saved. To go on, give the same command with --resume (run: {output})")
             raise typer.Exit(130) from None
@@ -122,8 +137,8 @@ def train(
 
 @app.command()
 def evaluate(
-    json: Annotated[Path, typer.Option(help="Annotations, COCO JSON.")],
-    images: Annotated[Path, typer.Option(help="The folder of their images.")],
+    json: Annotations,
+    images: Images = None,
     checkpoint: ModelFile = None,
     workers: Workers = WORKERS,
 ) -> None:
@@ -134,7 +149,7 @@ def evaluate(
         from retina_fast.commands.predict import TREES, load_model
 
         model, content = load_model(checkpoint or TREES)
-        report(run(model, content.classes, CocoDataset(json, images), workers, console), console)
+        report(run(model, content.classes, open_data(json, images), workers, console), console)
 
 
 @app.command()
@@ -157,6 +172,31 @@ def detect(
         if not found.counts:
             raise UserError("not one of the images can be read")
         console.print(f"Wrote {output / 'detections.json'} and {len(found.counts)} pictures beside it")
+
+
+@app.command()
+def check(
+    data: Annotated[Path, typer.Argument(help="COCO JSON; or a Pascal VOC folder, or one of its lists of images.")],
+    images: Images = None,
+    model: Annotated[str, typer.Option(help="The network to be trained, for its anchors.")] = DEFAULT_MODEL,
+    workers: Workers = WORKERS,
+    plot: Annotated[Path | None, typer.Option(help="A picture to draw of the sizes of boxes and anchors.")] = None,
+) -> None:
+    """Name everything that is wrong with a data set before training on it; the exit code is 1 if something is."""
+    with _one_sentence():
+        from retina_fast.checkpoint import build
+        from retina_fast.commands import check as command
+
+        def show(fault: object) -> None:
+            console.print(str(fault), markup=False, soft_wrap=True, highlight=False)
+
+        checked = command.check(data, images, build(model, 1), workers, console, show)
+        command.show(checked, console)
+        if plot:
+            command.plot(checked, plot)
+            console.print(f"Wrote {plot}")
+        if checked.faults:
+            raise typer.Exit(1)
 
 
 if __name__ == "__main__":
