@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -39,6 +39,13 @@ ModelFile = Annotated[
     Path | None, typer.Option(help="The model file that train wrote; without it, the trees that come with the package.")
 ]
 
+Published = Annotated[
+    str | None, typer.Option("--model", help="A network with published --weights, in place of a checkpoint.")
+]
+Weights = Annotated[
+    str | None, typer.Option(help="COCO_V1: torchvision's weights of --model, which it downloads. Labels are COCO's.")
+]
+
 
 @contextlib.contextmanager
 def _one_sentence() -> Iterator[None]:
@@ -62,6 +69,17 @@ def _one_sentence() -> Iterator[None]:
         return
     stderr.print(f"error: {problem}", style="red", markup=False)
     raise typer.Exit(1)
+
+
+def _model(checkpoint: Path | None, model: str | None, weights: str | None) -> tuple[Any, Any]:
+    """The network that a person chose, and its classes."""
+    from retina_fast.commands.predict import TREES, load_model, load_published
+
+    if model and weights and not checkpoint:
+        return load_published(model, weights)
+    if model or weights:
+        raise UserError("--model and --weights belong together, in place of --checkpoint")
+    return load_model(checkpoint or TREES)
 
 
 def _version(wanted: bool) -> None:
@@ -140,16 +158,21 @@ def evaluate(
     json: Annotations,
     images: Images = None,
     checkpoint: ModelFile = None,
+    model: Published = None,
+    weights: Weights = None,
+    max_detections: Annotated[
+        int | None, typer.Option(min=1, help="Of an image that count, best first; by default all. COCO's tables: 100.")
+    ] = None,
     workers: Workers = WORKERS,
 ) -> None:
     """Print a model's COCO metrics on a data set."""
     with _one_sentence():
         from retina_fast.commands.evaluate import evaluate as run
         from retina_fast.commands.evaluate import report
-        from retina_fast.commands.predict import TREES, load_model
 
-        model, content = load_model(checkpoint or TREES)
-        report(run(model, content.classes, open_data(json, images), workers, console), console)
+        network, content = _model(checkpoint, model, weights)
+        data = open_data(json, images)
+        report(run(network, content.classes, data, workers, console, max_detections), console)
 
 
 @app.command()
@@ -158,16 +181,17 @@ def detect(
     output: Annotated[Path, typer.Option(help="The folder for detections.json and pictures.")] = Path("out"),
     score: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
     checkpoint: ModelFile = None,
+    model: Published = None,
+    weights: Weights = None,
     workers: Workers = WORKERS,
 ) -> None:
     """Find objects in images."""
     with _one_sentence():
         from retina_fast.commands.detect import detect as run
         from retina_fast.commands.detect import report
-        from retina_fast.commands.predict import TREES, load_model
 
-        model, content = load_model(checkpoint or TREES)
-        found = run(model, content, inputs, output, score, workers, console)
+        network, content = _model(checkpoint, model, weights)
+        found = run(network, content, inputs, output, score, workers, console)
         report(found, console)
         if not found.counts:
             raise UserError("not one of the images can be read")

@@ -176,7 +176,7 @@ def test_workers_find_the_same(tmp_path):
 
 
 def test_errors(tmp_path, shapes):
-    assert "give the folder of its images as --images" in check(shapes[0]).stderr
+    assert "give the folder of its images, too" in check(shapes[0]).stderr
     assert "there is no model 'yolo'" in check(shapes[0], "--images", shapes[1], "--model", "yolo").stderr
     (tmp_path / "empty").mkdir()
     assert "holds no .xml file" in check(tmp_path / "empty").stderr

@@ -139,7 +139,8 @@ def test_errors_say_what_to_do(data, trained, tmp_path):
     assert "not a JSON file" in problem("evaluate", "--json", tmp_path / "note.json", "--images", data[3], *model)
     assert "already holds a run: add --resume" in problem("train", *data, "--output", trained)
     assert "there is no run to resume" in problem("train", *data, "--output", tmp_path / "new", "--resume")
-    assert "belong together" in problem("train", *data, "--val-json", data[1])
+    assert "give the folder of its images, too" in problem("train", *data, "--val-json", data[1])
+    assert "--val-images belongs to --val-json" in problem("train", *data, "--val-images", data[3])
     unknown = problem("train", *data, "--output", tmp_path / "new", "--model", "yolo")
     assert "there is no model 'yolo'; choose one of" in unknown
     assert "retinanet_resnet50_fpn_v2" in unknown

@@ -31,9 +31,9 @@ class Evaluation:
         metrics: COCO's box metrics by name, 0 to 1, over the images that could be read.
         results: the detections, as COCO results.
         images: how many images counted.
-        max_detections: the most detections that counted in an image: the model's `detections_per_img`.
+        max_detections: the most detections that counted in an image.
         unreadable: one message for each image that could not be read.
-        crowded: one message for each image with more objects than `max_detections`.
+        crowded: one message for each image with more objects than the model gives detections.
     """
 
     metrics: dict[str, float]
@@ -44,7 +44,14 @@ class Evaluation:
     crowded: list[str]
 
 
-def evaluate(model: Any, classes: list[str], data: CocoDataset, workers: int, console: Console) -> Evaluation:
+def evaluate(
+    model: Any,
+    classes: list[str],
+    data: CocoDataset,
+    workers: int,
+    console: Console,
+    max_detections: int | None = None,
+) -> Evaluation:
     """Run the model over the data and compute COCO's metrics.
 
     Args:
@@ -53,6 +60,7 @@ def evaluate(model: Any, classes: list[str], data: CocoDataset, workers: int, co
         data: the images and their true boxes.
         workers: processes that read images.
         console: where the progress bar is shown.
+        max_detections: the most detections of an image that count; by default all that the model gives.
 
     Raises:
         UserError: if model and data have no class in common, or not one image can be read.
@@ -81,8 +89,9 @@ def evaluate(model: Any, classes: list[str], data: CocoDataset, workers: int, co
         image_ids.append(target["image_id"])
     if not image_ids:
         raise UserError(f"not one of the {len(data)} images can be read; the first: {unreadable[0]}")
-    metrics = coco_metrics(data.coco, results, image_ids, limit)
-    return Evaluation(metrics, results, len(image_ids), limit, unreadable, crowded)
+    counted = min(limit, max_detections or limit)
+    metrics = coco_metrics(data.coco, results, image_ids, counted)
+    return Evaluation(metrics, results, len(image_ids), counted, unreadable, crowded)
 
 
 def report(evaluation: Evaluation, console: Console) -> None:
@@ -97,8 +106,8 @@ def report(evaluation: Evaluation, console: Console) -> None:
         table.add_row(name, "-" if value != value else f"{value:.3f}", _MEANING[name])
     console.print(table)
     console.print(
-        f"over {evaluation.images} images; at most {evaluation.max_detections} detections an image count, which is the "
-        "model's detections_per_img (COCO's own tables count 100)"
+        f"over {evaluation.images} images; at most {evaluation.max_detections} detections an image count (COCO's own "
+        "tables count 100: --max-detections)"
     )
     for problem in evaluation.crowded + evaluation.unreadable:
         console.print(f"warning: {problem}", style="yellow", markup=False, soft_wrap=True)

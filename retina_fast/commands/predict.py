@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.models import get_model_weights
 
 from retina_fast import checkpoint
+from retina_fast.builders import MODELS
 from retina_fast.checkpoint import Checkpoint
 from retina_fast.data.coco import Sample, Tried, plain
 from retina_fast.errors import ImageError, UserError
@@ -32,6 +34,35 @@ def load_model(path: Path) -> tuple[Any, Checkpoint]:
         model = content.build()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), content
+
+
+def load_published(builder: str, weights: str) -> tuple[Any, Checkpoint]:
+    """A network with torchvision's published weights, ready to detect; and its classes. torchvision downloads them.
+
+    Its labels are COCO's category ids, 1 to 90 with gaps: label 0 and those of the gaps are never found.
+
+    Args:
+        builder: its name in `retina_fast.builders.MODELS`.
+        weights: their name in torchvision, `COCO_V1`.
+
+    Raises:
+        UserError: if there are no such weights, or they cannot be downloaded; the message says where to put them.
+
+    Example::
+
+        >>> model, content = load_published("retinanet_resnet50_fpn_v2", "COCO_V1")  # doctest: +SKIP
+        >>> content.classes[17], content.category_ids[17]  # doctest: +SKIP
+        ('cat', 17)
+    """
+    if builder not in MODELS:
+        raise UserError(f"there is no model {builder!r}; choose one of {', '.join(sorted(MODELS))}")
+    try:
+        model = MODELS[builder](weights=weights)
+        classes = list(get_model_weights(builder)[weights].meta["categories"])
+    except (KeyError, ValueError, ConnectionError) as error:
+        raise UserError(f"{builder} with the weights {weights}: {error.args[0]}") from error
+    content = Checkpoint(builder, {}, classes, list(range(len(classes))), {})
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), content
 
 

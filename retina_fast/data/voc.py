@@ -48,7 +48,7 @@ def read_annotations(
     if annotations.is_dir() or annotations.suffix == ".txt":
         return read_voc(annotations, images, classes, problem)
     if images is None:
-        raise UserError(f"{annotations}: give the folder of its images as --images")
+        raise UserError(f"{annotations}: give the folder of its images, too, as --images or --val-images")
     return read_json(annotations, problem), images
 
 
