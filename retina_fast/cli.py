@@ -177,7 +177,9 @@ def evaluate(
 
 @app.command()
 def detect(
-    inputs: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Image files, folders of them, or .txt lists.", metavar="IMAGE...")
+    ],
     output: Annotated[Path, typer.Option(help="The folder for detections.json and pictures.")] = Path("out"),
     score: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
     checkpoint: ModelFile = None,
@@ -193,9 +195,9 @@ def detect(
         network, content = _model(checkpoint, model, weights)
         found = run(network, content, inputs, output, score, workers, console)
         report(found, console)
-        if not found.counts:
+        if not found.images:
             raise UserError("not one of the images can be read")
-        console.print(f"Wrote {output / 'detections.json'} and {len(found.counts)} pictures beside it")
+        console.print(f"Wrote {output / 'detections.json'} and {found.images} pictures beside it")
 
 
 @app.command()

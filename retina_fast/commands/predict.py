@@ -1,6 +1,6 @@
 """A model over a data set, image by image: what evaluate and detect share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,20 +67,24 @@ def load_published(builder: str, weights: str) -> tuple[Any, Checkpoint]:
 
 
 @torch.inference_mode()
-def predictions(model: Any, dataset: Any, workers: int) -> Iterator[tuple[Sample, dict[str, Tensor]] | ImageError]:
+def predictions(
+    model: Any, dataset: Any, workers: int, keys: Iterable[Any] | None = None
+) -> Iterator[tuple[Sample, dict[str, Tensor]] | ImageError]:
     """Each item's sample and detections (`boxes` (D, 4), `scores`, `labels`, on the CPU), or why it cannot be read.
 
     Args:
         model: a RetinaNet in evaluation mode.
-        dataset: gives (image (3, H, W) uint8, target) by index.
-        workers: processes that read images.
+        dataset: gives (image (3, H, W) uint8, target) by key.
+        workers: processes that read images, each two ahead at most.
+        keys: of the items, taken as they are needed; by default every index.
 
     Example::
 
         >>> for sample, detections in predictions(model, dataset, workers=1): ...  # doctest: +SKIP
     """
     device = next(model.parameters()).device
-    for sample in DataLoader(Tried(dataset), batch_size=None, collate_fn=plain, num_workers=workers):
+    sampler = range(len(dataset)) if keys is None else keys
+    for sample in DataLoader(Tried(dataset), batch_size=None, sampler=sampler, collate_fn=plain, num_workers=workers):
         if isinstance(sample, ImageError):
             yield sample
             continue

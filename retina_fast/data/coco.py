@@ -164,9 +164,9 @@ class Tried(Dataset[Sample | ImageError]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Sample | ImageError:
+    def __getitem__(self, key: Any) -> Sample | ImageError:
         try:
-            return self.dataset[index]
+            return self.dataset[key]
         except ImageError as error:
             return error
 
