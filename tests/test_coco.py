@@ -4,17 +4,20 @@ import functools
 import json
 import math
 import re
+import shlex
+import shutil
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
 from torchvision.io import write_jpeg
+from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 from typer.testing import CliRunner, Result
 
-from retina_fast import cli
+from retina_fast import checkpoint, cli
 from retina_fast.builders import MODELS
 from retina_fast.commands.predict import load_published
 
@@ -24,6 +27,7 @@ COCO = {
     **{65: "bed", 67: "dining table", 70: "toilet", 72: "tv", 82: "refrigerator", 84: "book", 90: "toothbrush"},
 }
 CAT = 17
+IMAGENET_STEM = 0.25
 MODEL = ("--model", "retinanet_resnet50_fpn", "--weights", "COCO_V1")
 
 
@@ -44,6 +48,8 @@ def published(monkeypatch):
     """
 
     def weights(self, *args, **kwargs):
+        if isinstance(self, ResNet50_Weights):
+            return resnet50().state_dict() | {"conv1.weight": torch.full((64, 3, 7, 7), IMAGENET_STEM)}
         name = self.url.rpartition("/")[2].partition("_coco")[0]
         state = MODELS[name](weights=None, weights_backbone=None).state_dict()
         for key, value in state.items():
@@ -78,7 +84,9 @@ def coco(tmp_path) -> Path:
             annotations.append(box | mask | {"id": 900 + len(annotations), "image_id": image_id, "category_id": CAT})
     categories = [{"id": number, "name": name, "supercategory": "thing"} for number, name in COCO.items()]
     content = {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": categories}
-    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    for split in ("val2017", "train2017"):
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    shutil.copytree(tmp_path / "val2017", tmp_path / "train2017")
     return tmp_path
 
 
@@ -118,9 +126,34 @@ def test_both_published_models_load(published):
         assert math.isclose(model.head.classification_head.cls_logits.bias[CAT].item(), 2)
 
 
-def test_check_of_coco(published, coco):
-    result = invoke("check", coco / "annotations" / "instances_val2017.json", "--images", coco / "val2017")
-    assert result.exit_code == 0, result.output
+def test_the_commands_of_the_page(published, coco, monkeypatch):
+    """In their order, on the miniature, with one step of two images in place of 192,217 of 16."""
+    page = (Path(__file__).parents[1] / "docs" / "coco.md").read_text()
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", page, re.DOTALL)
+    small = {"--steps": "1", "--batch-size": "2"}
+    commands = []
+    (coco / "coco").symlink_to(coco)
+    monkeypatch.chdir(coco)
+    for language, block in blocks:
+        if language == "python":
+            exec(block, {})
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            name, *arguments = shlex.split(line)
+            assert name == "retina-fast"
+            for option, value in small.items():
+                if option in arguments:
+                    arguments[arguments.index(option) + 1] = value
+            result = invoke(*arguments, "--workers", 0)
+            assert result.exit_code == 0, result.output
+            commands.append((arguments[0], result.output))
+    assert [command for command, _ in commands] == ["evaluate", "evaluate", "check", "train", "evaluate"]
+    assert all("AP50" in output for command, output in commands if command == "evaluate")
+    assert "0 faults" in commands[2][1]
+    trained = checkpoint.load("runs/coco/model.pt")
+    assert (trained.classes, trained.category_ids) == (list(COCO.values()), list(COCO))
+    stem = "backbone.body.conv1.weight"  # one warm-up step from ImageNet's
+    assert (trained.state_dict[stem] - IMAGENET_STEM).abs().max() < 0.01
 
 
 def test_errors(monkeypatch, shapes):
