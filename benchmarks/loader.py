@@ -17,14 +17,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from torch.utils.data import DataLoader
 from torchvision.io import write_jpeg
+from torchvision.transforms import v2
 
 from demo.trees import prepare
-from retina_fast.data.augment import Flips, TrainingSet, augmentation, batches
+from retina_fast.data.augment import ColorJitter, Flips, TrainingSet, augmentation, batches
 from retina_fast.data.coco import CocoDataset, Sample, plain, read_image
 
 WIDTH, HEIGHT = 640, 480
@@ -75,7 +77,19 @@ def measure(data: CocoDataset, passes: int = 3) -> dict[str, float]:
                 data[index]
         return passes * len(data)
 
-    rates = {"decoded": images_a_second(decoded)}
+    images = [data[index][0] for index in range(len(data))]
+
+    def changed(jitter: Callable[..., object]) -> int:
+        for image in images:
+            jitter(image, {})
+        return len(images)
+
+    ranges: dict[str, Any] = dict(brightness=(0.6, 1.4), contrast=(0.5, 1.5), saturation=(0.3, 1.7), hue=0.08)
+    rates = {
+        "decoded": images_a_second(decoded),
+        "colours alone": images_a_second(lambda: changed(ColorJitter(**ranges))),
+        "colours alone, torchvision": images_a_second(lambda: changed(v2.ColorJitter(**ranges))),
+    }
     for name, crop in (("whole images", 0), ("256-px crops", 256)):
         training_set = TrainingSet(data, augmentation(crop, Flips.HORIZONTAL), seed=0)
 

@@ -1,6 +1,7 @@
 """`retina-fast check`: every planted fault is found, and nothing else is reported."""
 
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from retina_fast.anchors import batch_anchors
 from retina_fast.checkpoint import build
 from retina_fast.data.anchor_fit import AnchorFit
 from retina_fast.data.coco import CocoDataset
+from retina_fast.data.faults import twins
 from retina_fast.kernels.anchor_matching import pairwise_iou
 from tests.conftest import write_shapes
 from tests.test_voc import write_voc
@@ -190,6 +192,37 @@ def test_training_data_leaves_out_what_lies_outside(tmp_path):
     ):
         dataset = CocoDataset(json_file, images)
     assert dataset[1][1]["boxes"].tolist()[2:] == [[80, 5, 100, 14]]
+
+
+def test_twins_are_those_of_all_pairs():
+    """Of boxes on a coarse grid, so that many are the same, or near, or stand in rows."""
+    rng = random.Random(0)
+    boxes = [
+        annotation(
+            i, rng.randrange(5), [rng.randrange(3) + rng.random() / 2, rng.randrange(3), 9, 9], iscrowd=i % 19 == 0
+        )
+        for i in range(200)
+    ]
+    expected: dict[int, int] = {}
+    for i, later in enumerate(boxes):
+        for earlier in boxes[:i]:
+            pair = later["bbox"], earlier["bbox"]
+            same = later["image_id"] == earlier["image_id"] and not later["iscrowd"] and not earlier["iscrowd"]
+            if same and max(abs(a - b) for a, b in zip(*pair, strict=True)) <= 0.5:
+                expected.setdefault(later["id"], earlier["id"])
+    found = {later["id"]: earlier["id"] for _, later, earlier in twins(boxes)}
+    assert found == expected
+    assert 100 < len(found) < 190
+
+
+def test_training_begins_with_a_word_about_faults(tmp_path):
+    json_file, images = planted(tmp_path, [annotation(105, 1, [80, 5, 20, 9]), annotation(106, 1, [80, 5, 20, 9])])
+    run = ("--output", tmp_path / "run", "--steps", "1", "--batch-size", "1", "--crop", "64", "--workers", "0")
+    arguments = ("train", "--json", json_file, "--images", images, *run)
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    words = "2 x box that reaches out of its image, 1 x duplicate box: `retina-fast check` names them"
+    assert words in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(

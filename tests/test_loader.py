@@ -17,6 +17,8 @@ def test_every_stage_is_measured(tmp_path, one_thread):
     rates = loader.measure(data, passes=1)
     assert list(rates) == [
         "decoded",
+        "colours alone",
+        "colours alone, torchvision",
         "whole images, augmented",
         "whole images, loaded by a worker",
         "256-px crops, augmented",

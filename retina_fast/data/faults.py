@@ -5,7 +5,7 @@ everything.
 """
 
 import math
-from collections import defaultdict
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from torch import Tensor
 
 _SLACK = 1.0  # px: formats that count pixels from 0 or from 1, and rounded sizes, differ by no more
 _SAME = 0.5  # px: boxes of which no side differs by more are one box
-_ROWS = 1024  # boxes compared with all others of their image at a time
 
 
 class Kind(StrEnum):
@@ -128,8 +127,7 @@ def box_fault(annotation: Mapping[str, Any], sizes: Mapping[Any, Size | None], c
         return Fault(Kind.LABEL, "", f"has category {annotation.get('category_id')}, which the file does not list")
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
         return Fault(Kind.FILE, "", f"has bbox {box}; four numbers, x, y, width and height, are expected")
-    as_trained_on = np.array((box[0], box[1], box[0] + box[2], box[1] + box[3]), dtype=np.float32)
-    x1, y1, x2, y2 = map(float, as_trained_on)
+    x1, y1, x2, y2 = array("f", (box[0], box[1], box[0] + box[2], box[1] + box[3]))  # float32, as it is trained on
     if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 <= x1 or y2 <= y1:
         return Fault(Kind.DEGENERATE, "", f"has bbox {box}, which has no extent")
     if (size := sizes[image_id]) is None:
@@ -143,22 +141,28 @@ def box_fault(annotation: Mapping[str, Any], sizes: Mapping[Any, Size | None], c
 
 
 def twins(annotations: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Kind, Mapping[str, Any], Mapping[str, Any]]]:
-    """Boxes that are in the same image twice, to half a pixel: the kind of fault, the later box and the earlier one.
+    """Boxes that are in the same image twice, to half a pixel: the kind of fault, the later box and the first one.
 
     Args:
-        annotations: those without a fault of their own, crowd regions left aside.
+        annotations: those without a fault of their own; crowd regions are passed over.
     """
-    by_image = defaultdict(list)
-    for annotation in annotations:
-        if not annotation.get("iscrowd"):
-            by_image[annotation["image_id"]].append(annotation)
-    for group in by_image.values():
-        boxes = corners(group)
-        for start in range(0, len(boxes), _ROWS):
-            rows = boxes[start : start + _ROWS]
-            same = torch.cdist(rows, boxes[: start + len(rows)], p=math.inf) <= _SAME
-            same = same.tril(start - 1)
-            for row in same.any(dim=1).nonzero().flatten().tolist():
-                later, earlier = group[start + row], group[int(same[row].byte().argmax())]
-                alike = later["category_id"] == earlier["category_id"]
-                yield Kind.DUPLICATE if alike else Kind.TWO_LABELS, later, earlier
+    counted = [annotation for annotation in annotations if not annotation.get("iscrowd")]
+    boxes = corners(counted).numpy()
+    numbers: dict[Any, int] = {}
+    images = np.array([numbers.setdefault(annotation["image_id"], len(numbers)) for annotation in counted], dtype=int)
+    order = np.lexsort((boxes[:, 0], images))
+    boxes, images = boxes[order], images[order]
+    first: dict[int, int] = {}
+    # Each with the box one place to its right in the order of images and left sides, then two places, and so on: only
+    # those go on whose neighbour was still near.
+    left, step = np.arange(len(boxes)), 1
+    while len(left := left[left + step < len(boxes)]):
+        near = (images[left] == images[left + step]) & (boxes[left + step, 0] - boxes[left, 0] <= _SAME)
+        left = left[near]
+        same = left[(np.abs(boxes[left + step] - boxes[left]) <= _SAME).all(axis=1)]
+        for pair in zip(order[same].tolist(), order[same + step].tolist(), strict=True):
+            first[max(pair)] = min(*pair, first.get(max(pair), len(order)))
+        step += 1
+    for later, earlier in sorted(first.items()):
+        alike = counted[later]["category_id"] == counted[earlier]["category_id"]
+        yield Kind.DUPLICATE if alike else Kind.TWO_LABELS, counted[later], counted[earlier]
