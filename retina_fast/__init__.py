@@ -17,16 +17,25 @@ from retina_fast.builders import (
     retinanet_resnet152_fpn_v2,
     retinanet_resnext50_32x4d_fpn,
     retinanet_resnext50_32x4d_fpn_v2,
+    retinanet_spinenet49,
+    retinanet_spinenet49s,
+    retinanet_spinenet96,
+    retinanet_spinenet143,
+    retinanet_spinenet190,
 )
 from retina_fast.convert import from_torchvision
+from retina_fast.engine import compile_inference
 from retina_fast.inference import Detections
 from retina_fast.model import RetinaNet
+from retina_fast.training_step import TrainingStep
 
 __all__ = [
     "Detections",
     "RetinaNet",
     "RetinaNet_ResNet50_FPN_V2_Weights",
     "RetinaNet_ResNet50_FPN_Weights",
+    "TrainingStep",
+    "compile_inference",
     "from_torchvision",
     "ops",
     "retinanet_resnet18_fpn",
@@ -42,4 +51,9 @@ __all__ = [
     "retinanet_resnet152_fpn_v2",
     "retinanet_resnext50_32x4d_fpn",
     "retinanet_resnext50_32x4d_fpn_v2",
+    "retinanet_spinenet49",
+    "retinanet_spinenet49s",
+    "retinanet_spinenet96",
+    "retinanet_spinenet143",
+    "retinanet_spinenet190",
 ]

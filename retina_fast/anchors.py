@@ -1,6 +1,12 @@
-"""Anchors in float32, whatever the features' dtype (torchvision's follow it: bf16 moves them by up to 8 pixels)."""
+"""Anchors in float32, whatever the features' dtype (torchvision's follow it: bf16 moves them by up to 8 pixels).
 
+They depend on sizes alone, so those of a generator's last sizes are kept: a training step launches nothing for them.
+"""
+
+from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -8,6 +14,18 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from retina_fast.stock import is_stock
+from retina_fast.targets import to_device
+
+_KEPT = 16  # sizes a generator; 3.2 MB each at 800x1344
+
+
+class _Kept(NamedTuple):
+    cells: list[Tensor]  # held, so that their ids stay theirs
+    anchors: Tensor
+    version: int
+
+
+_CACHES: WeakKeyDictionary[AnchorGenerator, OrderedDict[Any, _Kept]] = WeakKeyDictionary()
 
 
 def _grid(cell_anchors: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:
@@ -16,7 +34,54 @@ def _grid(cell_anchors: Tensor, grid: tuple[int, int], stride: tuple[int, int]) 
     x = torch.arange(grid[1], device=cell_anchors.device) * stride[1]
     y, x = torch.meshgrid(y, x, indexing="ij")
     shifts = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
-    return (shifts + cell_anchors).reshape(-1, 4)
+    return (shifts + cell_anchors.float()).reshape(-1, 4)
+
+
+def is_stock_generator(generator: object) -> bool:
+    """Whether ``generator`` is torchvision's, whose anchors depend on nothing but sizes."""
+    return is_stock(generator, AnchorGenerator, "forward", "grid_anchors", "set_cell_anchors")
+
+
+def cell_versions(generator: AnchorGenerator) -> tuple[tuple[int, int], ...]:
+    """What changes when someone replaces the cell anchors of a generator, or writes to them."""
+    return tuple((id(cell), 0 if cell.is_inference() else cell._version) for cell in generator.cell_anchors)
+
+
+def shared_anchors(generator: AnchorGenerator, batch: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """The anchors ``(N, 4)`` of a stock generator, float32 xyxy, that all images of a batch share.
+
+    Raises:
+        AssertionError: if the generator's sizes are not as many as the levels.
+    """
+    cells = list(generator.cell_anchors)
+    if len(cells) != len(features):
+        raise AssertionError(
+            f"anchor_generator has sizes for {len(cells)} levels, the backbone returns {len(features)}"
+        )
+    grids = tuple((level.shape[-2], level.shape[-1]) for level in features)
+    device = features[0].device
+    if torch.compiler.is_compiling():  # sizes may be symbols there, and the graph is what is kept
+        return _anchors([cell.to(device) for cell in cells], batch.shape[-2:], grids)
+    key = (*batch.shape[-2:], grids, device, cell_versions(generator))
+    cache = _CACHES.setdefault(generator, OrderedDict())
+    kept = cache.pop(key, None)
+    if kept is None or kept.version != kept.anchors._version:  # a caller may have changed what it was given
+        with torch.inference_mode(False), torch.no_grad():  # they serve training, even if inference asked first
+            anchors = to_device(_anchors(cells, batch.shape[-2:], grids), device)
+        kept = _Kept(cells, anchors, anchors._version)
+    if type(kept.anchors) is Tensor:  # and not one that only a tracer understands
+        cache[key] = kept
+        if len(cache) > _KEPT:
+            cache.popitem(last=False)
+    return kept.anchors
+
+
+def _anchors(cells: list[Tensor], size: Sequence[int], grids: Sequence[tuple[int, int]]) -> Tensor:
+    """(N, 4) of all levels, made where the cell anchors lie."""
+    height, width = size
+    return torch.cat(
+        [_grid(cell, (h, w), (height // h, width // w)) for cell, (h, w) in zip(cells, grids, strict=True)]
+    )
 
 
 def batch_anchors(
@@ -33,17 +98,6 @@ def batch_anchors(
     Raises:
         AssertionError: if the generator's sizes are not as many as the levels.
     """
-    if not is_stock(generator, AnchorGenerator, "forward", "grid_anchors", "set_cell_anchors"):
+    if not is_stock_generator(generator):
         return generator(ImageList(batch, image_sizes), [level.float() for level in features])
-    if len(generator.cell_anchors) != len(features):
-        raise AssertionError(
-            f"anchor_generator has sizes for {len(generator.cell_anchors)} levels, the backbone returns {len(features)}"
-        )
-    generator.set_cell_anchors(torch.float32, features[0].device)
-    height, width = batch.shape[-2:]
-    grids = [(level.shape[-2], level.shape[-1]) for level in features]
-    levels = [
-        _grid(cell, (h, w), (height // h, width // w))
-        for cell, (h, w) in zip(generator.cell_anchors, grids, strict=True)
-    ]
-    return [torch.cat(levels)] * len(image_sizes)
+    return [shared_anchors(generator, batch, features)] * len(image_sizes)

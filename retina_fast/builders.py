@@ -1,6 +1,6 @@
 """The models by name: torchvision's two builders with their exact signatures, and their kin on other ResNets."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -36,6 +36,9 @@ from torchvision.models.resnet import ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from retina_fast.backbones.resnet_fpn import resnet_fpn, resnet_fpn_lite
+from retina_fast.backbones.specification import SPINENET
+from retina_fast.backbones.spinenet import ACTIVATIONS, SIZES, SpineNet
+from retina_fast.heads import level_norm_head
 from retina_fast.model import RetinaNet
 
 Builder = Callable[..., RetinaNet]
@@ -250,6 +253,82 @@ def _lite(
 
 
 retinanet_resnet18_fpn_lite = _kin("retinanet_resnet18_fpn_lite", _lite, resnet18, ResNet18_Weights, None)
+
+
+def _spinenet(size: str) -> Builder:
+    """The builder of a published SpineNet detector."""
+    row = SIZES[size]
+    name = f"retinanet_spinenet{size}"
+
+    @handle_legacy_interface(weights=("pretrained", None), weights_backbone=("pretrained_backbone", None))
+    def builder(
+        *,
+        weights: None = None,
+        progress: bool = True,
+        num_classes: int | None = None,
+        weights_backbone: None = None,
+        trainable_backbone_layers: int | None = None,
+        specification: Iterable[Sequence[Any]] = SPINENET,
+        activation: str = "relu",
+        stochastic_depth: float = 0.0,
+        **kwargs: Any,
+    ) -> RetinaNet:
+        for argument, value in {"weights": weights, "weights_backbone": weights_backbone}.items():
+            if value is not None:
+                raise ValueError(f"there are no weights of {name}, so {argument} must be None, got {value!r}")
+        if trainable_backbone_layers is not None:
+            raise ValueError("trainable_backbone_layers must be None: SpineNet trains all of its layers")
+        num_classes = 91 if num_classes is None else num_classes
+        backbone = SpineNet.of_size(
+            size, specification=specification, activation=activation, stochastic_depth=stochastic_depth
+        )
+        sides = [row.anchor_base * stride for stride in (8, 16, 32, 64, 128)]
+        sizes = tuple(tuple(int(side * 2 ** (i / 3)) for i in range(3)) for side in sides)
+        generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+        head = level_norm_head(
+            row.out_channels,
+            generator.num_anchors_per_location()[0],
+            num_classes,
+            row.head_width,
+            row.head_depth,
+            activation_layer=ACTIVATIONS[activation],
+        )
+        kwargs = {"min_size": row.image_size, "max_size": row.image_size, **kwargs}
+        return RetinaNet(backbone, num_classes, anchor_generator=generator, head=head, **kwargs)
+
+    builder.__name__ = builder.__qualname__ = name
+    builder.__doc__ = f"""RetinaNet on SpineNet-{size.upper()} as published: each level has its own norms in the heads.
+
+    Args:
+        weights, weights_backbone: must be None: none are published for PyTorch.
+        progress: without effect.
+        num_classes: K, 91 by default; label 0 is a real class.
+        trainable_backbone_layers: must be None: all are trained.
+        specification: another permutation, as rows; see :func:`retina_fast.backbones.specification.checked`.
+        activation: ``relu`` (protocol B) or ``silu`` (C), in the backbone and the heads.
+        stochastic_depth: see :class:`retina_fast.backbones.spinenet.SpineNet`; 0.2 in protocol C.
+        **kwargs: arguments of :class:`retina_fast.RetinaNet`; the longer side of images is resized to
+            {row.image_size} by default.
+
+    Raises:
+        ValueError: for any weights, trainable layers, or a specification or activation that is refused.
+
+    Example::
+
+        >>> import torch
+        >>> with torch.device("meta"):  # shapes alone: no memory, no time
+        ...     model = {name}(num_classes=3)
+        >>> model.transform.max_size
+        {row.image_size}
+    """
+    return builder
+
+
+retinanet_spinenet49s = _spinenet("49s")
+retinanet_spinenet49 = _spinenet("49")
+retinanet_spinenet96 = _spinenet("96")
+retinanet_spinenet143 = _spinenet("143")
+retinanet_spinenet190 = _spinenet("190")
 
 MODELS: dict[str, Builder] = {name: value for name, value in globals().items() if name.startswith("retinanet_")}
 """Every builder by its name."""

@@ -1,4 +1,4 @@
-"""The command line: `retina-fast train`, `evaluate`, `detect` and `check`."""
+"""The command line: `retina-fast train`, `evaluate`, `detect`, `check` and `bench`."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"retina-fast needs {error.name}: pip install 'retina_fast[all]'") from error
 
 app = typer.Typer(
-    help="RetinaNet, fast: train, evaluate, detect and check.", no_args_is_help=True, add_completion=False
+    help="RetinaNet, fast: train, evaluate, detect, check and measure.", no_args_is_help=True, add_completion=False
 )
 console = Console()
 
@@ -104,15 +104,25 @@ def train(
     images: Images = None,
     output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/train"),
     model: Annotated[str, typer.Option(help="The network.")] = DEFAULT_MODEL,
+    recipe: Annotated[
+        str, typer.Option(help="default; or spinenet-b, spinenet-c, spinenet-c-143, spinenet-c-190, as published.")
+    ] = "default",
     steps: Annotated[
-        int, typer.Option(min=1, help="Optimizer steps; rounded up to equal intervals of 500 or less.")
-    ] = 6000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 4,
-    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 2e-3,
+        int | None,
+        typer.Option(
+            min=1, help="Optimizer steps, rounded up to equal intervals of 500 or less; the recipe's, 6000, by default."
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step; the recipe's, 4, by default.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(min=0, help="Peak learning rate; the recipe's, 0.002, by default.")
+    ] = None,
     crop: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Side of the training crops in pixels, 0: whole images. By default 256 for lite models."
+            min=0,
+            help="Side of the training crops in pixels, 0: whole images, or by a published recipe crops of the model's "
+            "size. By default 256 for lite models and with --image-scale.",
         ),
     ] = None,
     flips: Annotated[
@@ -121,9 +131,13 @@ def train(
     seed: Annotated[int, typer.Option(min=0, help="Of weights, data order and augmentation.")] = 0,
     workers: Workers = WORKERS,
     image_scale: Annotated[
-        float,
-        typer.Option(min=0.1, help="By which the finished lite model scales images; crops have their own scales."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0.1,
+            help="By which the finished model scales images, where it would resize them to a size of its own; crops "
+            "have their own scales.",
+        ),
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A model file to start from.")] = None,
     val_json: Annotated[
         Path | None, typer.Option("--val-json", "--val-voc", help="Annotations to validate on.")
@@ -136,15 +150,21 @@ def train(
         from retina_fast.commands.check import warn_of_faults
         from retina_fast.commands.train import Stopped, TrainSettings
         from retina_fast.commands.train import train as run
+        from retina_fast.recipes import recipe_named
 
+        chosen = recipe_named(recipe)
         if val_images and not val_json:
             raise UserError("--val-images belongs to --val-json: give both or neither")
         data = open_data(json, images)
         warn_of_faults(data)
         validation = open_data(val_json, val_images, data.classes) if val_json else None
         if crop is None:
-            crop = 256 if model.endswith("_lite") else 0  # the others resize every image to 800 px or so
-        settings = TrainSettings(model, steps, batch_size, lr, crop, flips, seed, image_scale)
+            by_scale = model.endswith("_lite") or image_scale is not None
+            crop = 256 if by_scale else 0  # the others resize every image to 800 px or so
+        batch_size = batch_size or chosen.batch_size
+        steps = steps or chosen.steps_for(len(data), batch_size)
+        lr = chosen.lr_at(batch_size) if lr is None else lr
+        settings = TrainSettings(model, steps, batch_size, lr, crop, flips, seed, image_scale, recipe)
         try:
             file = run(settings, data, validation, checkpoint, output, resume, workers, console)
         except Stopped:
@@ -223,6 +243,46 @@ def check(
             console.print(f"Wrote {plot}")
         if checked.faults:
             raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Image files, or folders of them; by default noise.", metavar="[IMAGE]..."),
+    ] = None,
+    batch_sizes: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.  [default: 1 2 4]")] = None,
+    size: Annotated[int, typer.Option(min=32, help="Side of the noise images in pixels.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="Of which the median is taken.")] = 5,
+    checkpoint: ModelFile = None,
+    model: Annotated[
+        str | None, typer.Option(help="A network with random weights and 91 classes, in place of a checkpoint.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    output: Annotated[Path, typer.Option(help="The folder for bench.png and bench.json.")] = Path("out/bench"),
+) -> None:
+    """Measure images a second: torchvision, this package's model, and its engine, with the same weights."""
+    with _one_sentence():
+        from retina_fast.checkpoint import build
+        from retina_fast.commands.bench import bench as run
+        from retina_fast.commands.detect import image_files
+        from retina_fast.commands.predict import TREES, load_model
+        from retina_fast.data.coco import read_image
+
+        if model is not None and checkpoint is not None:
+            raise UserError("--model and --checkpoint exclude each other: give one of them")
+        network = build(model, 91).eval() if model else load_model(checkpoint or TREES)[0]
+        try:
+            network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        place = next(network.parameters()).device
+        noise = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8)]
+        images = [read_image(path) for path in image_files(inputs)] if inputs else noise
+        images = [image.as_subclass(torch.Tensor).to(place) for image in images]
+        name = model or str(checkpoint or "the embedded tree detector")
+        run(network, images, batch_sizes or [1, 2, 4], rounds, output, name, console)
+        console.print(f"Wrote bench.png and bench.json in {output}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from retina_fast.anchors import batch_anchors
+from retina_fast.anchors import batch_anchors, is_stock_generator, shared_anchors
+from retina_fast.heads import level_outputs, runs_by_level
 from retina_fast.inference import Detections, detect
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE
 from retina_fast.kernels.levels import flatten_all
@@ -23,7 +24,11 @@ from retina_fast.transform import (
     batch_images,
     check_images,
     is_stock_transform,
+    padded,
+    resize_batch,
     resize_targets,
+    resized_sizes,
+    size_rows,
 )
 
 Images = Sequence[Tensor] | Tensor
@@ -31,6 +36,17 @@ Targets = Sequence[Mapping[str, Tensor]]
 Sizes = list[tuple[int, int]]
 
 _TRANSFORM_ARGUMENTS = {"size_divisible", "fixed_size", "_skip_resize", "image_scale"}
+
+
+class Inputs(NamedTuple):
+    """What the host makes of images and targets. All that follows is the device's work, which a CUDA graph can hold."""
+
+    images: list[Tensor]
+    batch: Tensor | None  # made by a transform of the user's own; else `batch_images` makes it
+    image_sizes: Sizes  # in the batch
+    original_sizes: Sizes
+    targets: Targets | None
+    truths: GroundTruths | None  # in the pixels of the batch
 
 
 class _Forward(NamedTuple):
@@ -63,8 +79,8 @@ class RetinaNet(tv.RetinaNet):
         detections_per_img: the most detections of an image.
         fg_iou_thresh, bg_iou_thresh: IoU from which an anchor is foreground, and below which it is background.
         topk_candidates: the most candidates of an image and level.
-        **kwargs: ``size_divisible``, ``fixed_size``, ``_skip_resize`` (in training) of torchvision's transform, and
-            ``image_scale``, 1 by default; others are warned of.
+        **kwargs: ``size_divisible`` (that of the backbone if it has one, else 32), ``fixed_size``, ``_skip_resize`` (in
+            training) of torchvision's transform, and ``image_scale``, 1 by default; others are warned of.
 
     Input, output and errors are torchvision's: in training, ``model(images, targets)`` returns
     ``{"classification", "bbox_regression"}``; in evaluation a list of ``{"boxes", "scores", "labels"}``, boxes xyxy in
@@ -102,6 +118,7 @@ class RetinaNet(tv.RetinaNet):
         topk_candidates: int = 1000,
         **kwargs: Any,
     ) -> None:
+        kwargs.setdefault("size_divisible", getattr(backbone, "size_divisible", 32))
         super().__init__(
             backbone,
             num_classes,
@@ -179,6 +196,8 @@ class RetinaNet(tv.RetinaNet):
             raise ValueError(f"batch must be (B, C, H, W), got {tuple(batch.shape)}")
         if self.training:
             raise RuntimeError("detect needs evaluation mode: call model.eval() first")
+        if self._detects_fast() and is_stock_transform(self.transform) and is_stock_generator(self.anchor_generator):
+            return self._detect_batch(batch)
         passed = self._forward(batch, None)
         if self._detects_fast():
             return self._padded_detections(passed)
@@ -222,7 +241,8 @@ class RetinaNet(tv.RetinaNet):
         if not _stock_coder(self.box_coder):
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
         joined = torch.stack([torch.cat(levels) for levels in anchors])
-        return self._detect(head_outputs, joined, image_shapes, image_shapes).to_list()
+        sizes = to_device(torch.tensor(image_shapes), joined.device)
+        return self._detect(head_outputs, joined, sizes, sizes).to_list()
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError("retina_fast.RetinaNet cannot be scripted: TorchScript is no longer developed")
@@ -230,16 +250,21 @@ class RetinaNet(tv.RetinaNet):
     def _check(self) -> Any:
         if not self.check_targets:
             return None
-        return target_check(self, getattr(getattr(self.head, "classification_head", None), "num_classes", None))
+        check = target_check(self)
+        check.num_classes = getattr(getattr(self.head, "classification_head", None), "num_classes", None)
+        return check
 
     def _forward(self, images: Images, targets: Targets | None) -> _Forward:
-        truths = None
+        return self._network(self._inputs(images, targets))
+
+    def _inputs(self, images: Images, targets: Targets | None) -> Inputs:
+        batch = truths = None
         if is_stock_transform(self.transform) and not (targets and self._loss_reads_shapes(targets)):
             images = check_images(images, max(len(self.transform.image_mean), len(self.transform.image_std)))
             original_sizes = [(image.shape[1], image.shape[2]) for image in images]
             if targets is not None:
                 truths = gather_targets(targets, len(images), images[0].device, self._check())
-            batch, image_sizes = batch_images(self.transform, images)
+            image_sizes = resized_sizes(self.transform, images)
             if truths is not None:
                 truths = resize_targets(truths, original_sizes, image_sizes)
         else:  # what it may be given, and what it makes of the targets, is for the user's own transform to say
@@ -248,17 +273,28 @@ class RetinaNet(tv.RetinaNet):
             batch, image_sizes = image_list.tensors, image_list.image_sizes
             if targets is not None:
                 truths = gather_targets(targets, len(image_sizes), batch.device, self._check())
-        features = self.backbone(batch)
-        features = [features] if isinstance(features, Tensor) else list(features.values())
+        return Inputs(list(images), batch, image_sizes, original_sizes, targets, truths)
+
+    def _network(self, inputs: Inputs) -> _Forward:
+        batch = inputs.batch
+        if batch is None:
+            batch = batch_images(self.transform, inputs.images, inputs.image_sizes)
+        batch, features = self._trunk(batch)
         return _Forward(
             self._head_outputs(features),
             [level.shape[-2] * level.shape[-1] for level in features],
-            batch_anchors(self.anchor_generator, batch, image_sizes, features),
-            image_sizes,
-            original_sizes,
-            targets,
-            truths,
+            batch_anchors(self.anchor_generator, batch, inputs.image_sizes, features),
+            inputs.image_sizes,
+            inputs.original_sizes,
+            inputs.targets,
+            inputs.truths,
         )
+
+    def _trunk(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The batch, padded where the backbone asks for more, and its levels. Anchors take their strides from both."""
+        batch = padded(batch, getattr(self.backbone, "size_divisible", 1))
+        features = self.backbone(batch)
+        return batch, [features] if isinstance(features, Tensor) else list(features.values())
 
     def _loss_reads_shapes(self, targets: Targets) -> bool:
         """Whether a loss of the user's own may read masks or keypoints, which torchvision's transform resizes."""
@@ -268,17 +304,12 @@ class RetinaNet(tv.RetinaNet):
     def _head_outputs(self, features: list[Tensor]) -> dict[str, Any]:
         """The head's outputs level by level as its convs write them; a user's own head is called as it is."""
         head = self.head
-        stock = is_stock(head, tv.RetinaNetHead, "forward")
-        if stock:
-            classification, regression = head.classification_head, head.regression_head
-            stock = is_stock(classification, tv.RetinaNetClassificationHead, "forward")
-            stock = stock and is_stock(regression, tv.RetinaNetRegressionHead, "forward")
-        if not stock:
+        parts = {"cls_logits": "classification_head", "bbox_regression": "regression_head"}
+        if not is_stock(head, tv.RetinaNetHead, "forward"):
             return head(features)
-        return {
-            "cls_logits": [classification.cls_logits(classification.conv(level)) for level in features],
-            "bbox_regression": [regression.bbox_reg(regression.conv(level)) for level in features],
-        }
+        if not all(runs_by_level(getattr(head, part)) for part in parts.values()):
+            return head(features)
+        return {key: level_outputs(getattr(head, part), features) for key, part in parts.items()}
 
     def _losses(self, passed: _Forward) -> dict[str, Tensor]:
         assert passed.targets is not None
@@ -286,7 +317,8 @@ class RetinaNet(tv.RetinaNet):
         if not overrides(self, RetinaNet, "compute_loss"):
             return self._losses_of(passed.targets, passed.truths, passed.head_outputs, passed.anchors)
         resized = _as_dicts(passed.targets, passed.truths)
-        return self.compute_loss(resized, self._concatenated(passed.head_outputs), passed.anchors)
+        with target_check(self).same_step():  # it may call ours, which checks what it is given
+            return self.compute_loss(resized, self._concatenated(passed.head_outputs), passed.anchors)
 
     def _losses_of(
         self, targets: Targets, truths: GroundTruths, head_outputs: Mapping[str, Any], anchors: Sequence[Tensor]
@@ -342,23 +374,40 @@ class RetinaNet(tv.RetinaNet):
 
     def _padded_detections(self, passed: _Forward) -> Detections:
         anchors = shared_or_stacked(passed.anchors)
-        outputs = passed.head_outputs
-        if isinstance(outputs["cls_logits"], Tensor):  # a user's head: cut its concatenated outputs into levels
-            per_cell = anchors.shape[-2] // sum(passed.grids)
-            lengths = [cells * per_cell for cells in passed.grids]
-            outputs = {key: outputs[key].split(lengths, dim=1) for key in ("cls_logits", "bbox_regression")}
-        return self._detect(outputs, anchors, passed.image_sizes, passed.original_sizes)
+        return self._detect(
+            self._by_level(passed.head_outputs, passed.grids, anchors),
+            anchors,
+            to_device(torch.tensor(passed.image_sizes), anchors.device),
+            to_device(torch.tensor(passed.original_sizes), anchors.device),
+        )
+
+    def _detect_batch(self, images: Tensor) -> Detections:
+        """The detections of images of one size, which no list holds: one graph for any number of them."""
+        check_images(images[:1], max(len(self.transform.image_mean), len(self.transform.image_std)))
+        batch, image_sizes = resize_batch(self.transform, images)
+        batch, features = self._trunk(batch)
+        anchors = shared_anchors(self.anchor_generator, batch, features)
+        cells = [level.shape[-2] * level.shape[-1] for level in features]
+        outputs = self._by_level(self._head_outputs(features), cells, anchors)
+        return self._detect(outputs, anchors, image_sizes, size_rows(images, *images.shape[2:]))
+
+    def _by_level(self, outputs: dict[str, Any], grids: list[int], anchors: Tensor) -> dict[str, Any]:
+        """Head outputs as lists of levels: those of a user's head come concatenated."""
+        if not isinstance(outputs["cls_logits"], Tensor):
+            return outputs
+        per_cell = anchors.shape[-2] // sum(grids)
+        lengths = [cells * per_cell for cells in grids]
+        return {key: outputs[key].split(lengths, dim=1) for key in ("cls_logits", "bbox_regression")}
 
     def _detect(
-        self, head_outputs: Mapping[str, Any], anchors: Tensor, image_sizes: Sizes, original_sizes: Sizes
+        self, head_outputs: Mapping[str, Any], anchors: Tensor, image_sizes: Tensor, original_sizes: Tensor
     ) -> Detections:
-        logits = head_outputs["cls_logits"]
         return detect(
-            logits,
+            head_outputs["cls_logits"],
             head_outputs["bbox_regression"],
             anchors,
-            to_device(torch.tensor(image_sizes), anchors.device),
-            to_device(torch.tensor(original_sizes), anchors.device),
+            image_sizes,
+            original_sizes,
             self._num_classes(head_outputs),
             self.score_thresh,
             self.topk_candidates,

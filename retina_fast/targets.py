@@ -1,7 +1,9 @@
 """Ground truths of a batch: gathered flat, checked once, and never at the price of waiting for the GPU."""
 
+import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -84,19 +86,13 @@ def _check_structure(i: int, target: Mapping[str, Tensor]) -> None:
         raise error(f"targets[{i}] has {len(boxes)} boxes and labels of shape {tuple(labels.shape)}")
 
 
-_NOT_FINITE, _DEGENERATE, _LABEL = 1, 2, 3
-_NO_ERROR = torch.iinfo(torch.int64).max
-
-
 def first_error(boxes: Tensor, labels: Tensor, num_classes: int | None) -> Tensor:
-    """The first wrong row of boxes (G, 4) and labels (G,), as 4 * row + code; the largest int64 if none is."""
-    wrong_label = (labels < 0) if num_classes is None else (labels < 0) | (labels >= num_classes)
-    code = wrong_label.long() * _LABEL
-    code.masked_fill_((boxes[:, 2:] <= boxes[:, :2]).any(dim=1), _DEGENERATE)
-    code.masked_fill_(~boxes.isfinite().all(dim=1), _NOT_FINITE)
-    rows = 4 * torch.arange(len(code), device=code.device) + code
-    none = rows.new_full((1,), _NO_ERROR)
-    return torch.cat((torch.where(code > 0, rows, _NO_ERROR), none)).amin()
+    """The first wrong row of boxes (G, 4) and labels (G,); G if none is."""
+    conditions = [boxes[:, 2:] > boxes[:, :2], boxes.abs() < math.inf, (labels >= 0)[:, None]]
+    if num_classes is not None:
+        conditions.append((labels < num_classes)[:, None])
+    right = torch.cat(conditions, dim=1).all(dim=1)
+    return torch.cat((right, right.new_zeros(1))).int().argmin()
 
 
 class _Pending(NamedTuple):
@@ -114,10 +110,11 @@ class TargetCheck:
     def __init__(self) -> None:
         self.step = 0
         self.num_classes: int | None = None
+        self._counts = True
         self._pending: deque[_Pending] = deque()
 
     def __call__(self, boxes: Tensor, labels: Tensor, counts: list[int]) -> None:
-        self.step += 1
+        self.step += self._counts
         found = first_error(boxes, labels, self.num_classes)
         if boxes.device.type != "cuda":
             self._raise(int(found), boxes, labels, counts, "")
@@ -128,6 +125,15 @@ class TargetCheck:
         event.record()
         self._pending.append(_Pending(self.step, answer, event, boxes, labels, counts))
 
+    @contextmanager
+    def same_step(self) -> Iterator[None]:
+        """Checks within belong to the step under way."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
+
     def raise_pending(self) -> None:
         """Raise the error of an earlier step whose answer has arrived; never waits."""
         while self._pending and self._pending[0].event.query():
@@ -135,16 +141,15 @@ class TargetCheck:
             self._raise(int(answer), boxes, labels, counts, f" (in the targets of training step {step})")
 
     def _raise(self, found: int, boxes: Tensor, labels: Tensor, counts: list[int], when: str) -> None:
-        if found == _NO_ERROR:
+        if found == len(boxes):
             return
-        flat, code = divmod(found, 4)
-        row, image = flat, 0
+        row, image = found, 0
         while row >= counts[image]:
             row, image = row - counts[image], image + 1
-        box, label = boxes[flat].tolist(), int(labels[flat])
-        if code == _NOT_FINITE:
+        box, label = boxes[found].tolist(), int(labels[found])
+        if not all(map(math.isfinite, box)):
             raise ValueError(f"targets[{image}]['boxes'][{row}] is not finite: {box}{when}")
-        if code == _DEGENERATE:
+        if box[2] <= box[0] or box[3] <= box[1]:
             raise AssertionError(
                 "All bounding boxes should have positive height and width. "
                 f"Found invalid box {box} for target at index {image}: targets[{image}]['boxes'][{row}]{when}"
@@ -156,8 +161,6 @@ class TargetCheck:
 _CHECKS: WeakKeyDictionary[nn.Module, TargetCheck] = WeakKeyDictionary()
 
 
-def target_check(model: nn.Module, num_classes: int | None) -> TargetCheck:
+def target_check(model: nn.Module) -> TargetCheck:
     """The check of a model; it lives beside the model, which thus stays plain to copy and to pickle."""
-    check = _CHECKS.setdefault(model, TargetCheck())
-    check.num_classes = num_classes
-    return check
+    return _CHECKS.setdefault(model, TargetCheck())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
@@ -37,12 +38,13 @@ def is_stock_transform(transform: object) -> bool:
     return any(is_stock(transform, cls, *_STEPS) for cls in (RetinaNetTransform, GeneralizedRCNNTransform))
 
 
-def check_images(images: Sequence[Tensor] | Tensor, channels: int) -> list[Tensor]:
+def check_images(images: Sequence[Tensor] | Tensor, channels: int, take_uint8: bool = False) -> list[Tensor]:
     """The images of a list, a tuple or a 4-D batch.
 
     Args:
         images: what the model was given.
         channels: of the mean and the standard deviation; 1 serves images of any number of channels.
+        take_uint8: whether uint8 images in [0, 255] are taken, too.
 
     Raises:
         ValueError: for an image that is not 3-D, is empty, or has neither 1 nor ``channels`` channels.
@@ -58,7 +60,7 @@ def check_images(images: Sequence[Tensor] | Tensor, channels: int) -> list[Tenso
             raise TypeError(f"images[{i}] must be a Tensor, got a {type(image)}")
         if image.dim() != 3:
             raise ValueError(f"images is expected to be a list of 3d tensors (C, H, W), images[{i}] is {image.shape}")
-        if not image.is_floating_point():
+        if not (image.is_floating_point() or (take_uint8 and image.dtype == torch.uint8)):
             raise TypeError(
                 f"Expected input images to be of floating type (in range [0, 1]), images[{i}] is {image.dtype}; "
                 "convert with image.float() / 255"
@@ -83,8 +85,8 @@ def resized_size(transform: GeneralizedRCNNTransform, height: int, width: int) -
     return math.floor(height * scale), math.floor(width * scale)
 
 
-def batch_images(transform: GeneralizedRCNNTransform, images: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The padded channels_last batch ``(B, C, H, W)`` and the (height, width) each image has in it.
+def resized_sizes(transform: GeneralizedRCNNTransform, images: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """The (height, width) each image is to have in the batch.
 
     Raises:
         RuntimeError: for an image so elongated that one side would shrink to no pixel.
@@ -93,8 +95,48 @@ def batch_images(transform: GeneralizedRCNNTransform, images: list[Tensor]) -> t
     for i, (image, size) in enumerate(zip(images, sizes, strict=True)):
         if min(size) < 1:
             raise RuntimeError(f"images[{i}] of {tuple(image.shape[1:])} pixels would be resized to {size}")
-    batch = image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
-    return batch, sizes
+    return sizes
+
+
+def batch_images(
+    transform: GeneralizedRCNNTransform, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+) -> Tensor:
+    """The padded batch ``(B, C, H, W)`` of images resized to ``sizes``."""
+    return image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
+
+
+def size_rows(batch: Tensor, height: int, width: int) -> Tensor:
+    """(B, 2) int64 on the batch's device: one height and width for all its images, made where it is needed."""
+    return torch.stack([batch.new_full((batch.shape[0],), side, dtype=torch.int64) for side in (height, width)], dim=1)
+
+
+def resize_batch(transform: GeneralizedRCNNTransform, images: Tensor) -> tuple[Tensor, Tensor]:
+    """``batch_images`` for ``(B, C, h, w)`` images of one size: the batch ``(B, C, H, W)`` and the sizes (B, 2) in it.
+
+    Raises:
+        RuntimeError: for images so elongated that one side would shrink to no pixel.
+    """
+    height, width = resized_size(transform, *images.shape[2:])
+    if min(height, width) < 1:
+        raise RuntimeError(f"images of {tuple(images.shape[1:])} pixels would be resized to {(height, width)}")
+    channels = max(images.shape[1], len(transform.image_mean), len(transform.image_std))
+    constants = [values * (channels // len(values)) for values in (transform.image_mean, transform.image_std)]
+    images = images.expand(-1, channels, -1, -1)
+    # numbers, not tensors of constants, which would have to be uploaded
+    parts = [(images[:, c] - mean) / std for c, (mean, std) in enumerate(zip(*constants, strict=True))]
+    batch = torch.stack(parts, dim=1)
+    if tuple(images.shape[2:]) != (height, width):
+        batch = F.interpolate(batch, size=(height, width), mode="bilinear", align_corners=False)
+    divisor = transform.size_divisible
+    batch = F.pad(batch, (0, -width % divisor, 0, -height % divisor))
+    layout = torch.channels_last if batch.is_cuda else torch.contiguous_format
+    return batch.contiguous(memory_format=layout), size_rows(images, height, width)
+
+
+def padded(batch: Tensor, multiple: int) -> Tensor:
+    """The batch ``(B, C, H, W)``, with zeros at the right and at the bottom up to sides that are multiples."""
+    right, bottom = (-side % multiple for side in (batch.shape[-1], batch.shape[-2]))
+    return F.pad(batch, (0, right, 0, bottom)) if right or bottom else batch
 
 
 def resize_targets(
@@ -104,5 +146,5 @@ def resize_targets(
     if list(original) == list(resized):
         return truths
     ratio = (torch.tensor(resized).float() / torch.tensor(original).float()).flip(1).repeat(1, 2)  # (B, 4): x, y, x, y
-    rows = ratio.repeat_interleave(torch.tensor(truths.counts), dim=0)  # (G, 4)
+    rows = ratio.repeat_interleave(torch.tensor(truths.counts), dim=0, output_size=len(truths.boxes))  # (G, 4)
     return truths._replace(boxes=truths.boxes * to_device(rows, truths.boxes.device))

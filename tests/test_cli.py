@@ -10,7 +10,8 @@ import torch
 from torchvision.io import decode_image, write_png
 from typer.testing import CliRunner, Result
 
-from retina_fast import cli
+from retina_fast import checkpoint, cli
+from retina_fast.commands import train
 from tests.conftest import write_shapes
 
 
@@ -172,3 +173,68 @@ def test_a_missing_extra_is_named():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == "retina-fast needs typer: pip install 'retina_fast[all]'\n"
+
+
+def test_spinenet_by_the_same_commands(data, tmp_path):
+    arguments = ("--model", "retinanet_spinenet49s", "--crop", 128, "--batch-size", 2, "--steps", 2, "--workers", 0)
+    result = invoke("train", *data, *arguments, "--output", tmp_path / "run", "--image-scale", 1.25)
+    assert result.exit_code == 0, result.output
+    picture = sorted(Path(data[3]).glob("*.png"))[0]
+    file = tmp_path / "run" / "model.pt"
+    result = invoke("detect", picture, "--output", tmp_path / "out", "--checkpoint", file, "--score", 0, "--workers", 0)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "detections.json").read_text())
+    content = checkpoint.load(file)
+    assert (content.kwargs["min_size"], content.kwargs["image_scale"]) == (None, 1.25)
+
+
+def test_a_recipe_sets_what_is_not_given(data, tmp_path, monkeypatch):
+    seen = []
+
+    def run(settings, *rest):
+        seen.append(settings)
+        return tmp_path
+
+    monkeypatch.setattr(train, "train", run)
+    for options in ((), ("--recipe", "spinenet-b"), ("--recipe", "spinenet-b", "--batch-size", 64, "--steps", 7)):
+        assert invoke("train", *data, "--model", "retinanet_spinenet49", *options).exit_code == 0
+    assert [(x.recipe, x.steps, x.batch_size, x.lr) for x in seen] == [
+        ("default", 6000, 4, 2e-3),
+        ("spinenet-b", 350 * 16 // 256 + 1, 256, 0.28),
+        ("spinenet-b", 7, 64, 0.07),
+    ]
+    assert "there is no recipe 'best'; choose one of default, spinenet-b" in problem("train", *data, "--recipe", "best")
+
+
+def test_bench_measures_everyone_on_the_same_images(data, tmp_path):
+    images = sorted(Path(data[3]).glob("*.png"))[:2]
+    result = invoke(
+        "bench", *images, "--batch-sizes", 1, "--batch-sizes", 3, "--rounds", 1, "--output", tmp_path / "bench"
+    )
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    assert "images of 96x96" in content["title"]
+    names = [speed["name"] for speed in content["speeds"] if speed["batch"] == 3]
+    assert names[0] == "torchvision"
+    assert {"model", names[-1]} <= set(names)
+    assert names[-1].startswith("engine, ")
+    assert [speed["batch"] for speed in content["speeds"]] == [1] * len(names) + [3] * len(names)
+    for speed in content["speeds"]:
+        assert speed["images_per_second"] == pytest.approx(1000 * speed["batch"] / speed["ms"])
+    assert "BatchNorm folded into convs: 15 of 15" in result.output
+    assert decode_image(str(tmp_path / "bench" / "bench.png")).float().std() > 10
+
+
+def test_bench_on_noise_with_random_weights(tmp_path):
+    options = "--size", 64, "--batch-sizes", 1, "--rounds", 1, "--output", tmp_path, "--device", "cpu"
+    result = invoke("bench", "--model", "retinanet_resnet18_fpn_lite", *options)
+    assert result.exit_code == 0, result.output
+    assert "retinanet_resnet18_fpn_lite, images of 64x64" in " ".join(result.output.split())
+
+
+def test_bench_says_what_is_wrong(tmp_path, data):
+    assert "exclude each other" in problem("bench", "--model", "retinanet_resnet18_fpn", "--checkpoint", "model.pt")
+    assert "there is no model 'yolo'" in problem("bench", "--model", "yolo")
+    assert "--device abacus" in problem("bench", "--device", "abacus")
+    (tmp_path / "file").touch()
+    assert "is a file" in problem("bench", *sorted(Path(data[3]).glob("*.png"))[:1], "--output", tmp_path / "file")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("faster_coco_eval", "lightning", "matplotlib", "rich", "typer")
+EXTRAS = ("faster_coco_eval", "lightning", "matplotlib", "rich", "timm", "typer")
 USE = f"""
 import sys
 import retina_fast

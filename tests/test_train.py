@@ -4,6 +4,8 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,14 @@ from rich.console import Console
 
 from retina_fast import checkpoint
 from retina_fast.commands import train as module
+from retina_fast.commands.late_losses import LateLosses
 from retina_fast.commands.train import Stopped, TrainSettings, train
 from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.errors import UserError
+from retina_fast.recipes import warmup_cosine
 from tests.conftest import write_shapes
+from tests.recorded_graph import play_on_cpu
 
 SETTINGS = TrainSettings("retinanet_resnet18_fpn_lite", 9, batch_size=2, lr=1e-3, crop=64, flips=Flips.NONE, seed=3)
 INTERVAL = 3
@@ -129,6 +134,63 @@ def test_the_averaged_weights_are_written_and_validated(whole):
     assert model["backbone.body.bn1.num_batches_tracked"] == SETTINGS.total_steps
 
 
+def test_the_average_forgets_the_start_and_then_slowly():
+    network: Any = torch.nn.BatchNorm1d(3)
+    averaging: Any = module.Averaging(limit=0.998)
+    averaging._average_model = torch.optim.swa_utils.AveragedModel(network)
+    expected = torch.zeros(3)
+    for step in range(30):
+        with torch.no_grad():
+            network.weight.fill_(step**2)
+            network.num_batches_tracked.fill_(step)
+        averaging.on_train_batch_end(SimpleNamespace(global_step=step + 1), network, None, None, 0)
+        decay = (step + 1) / (step + 20) if step else 0
+        expected = decay * expected + (1 - decay) * step**2
+        torch.testing.assert_close(averaging._average_model.module.weight.detach(), expected)
+        assert averaging._average_model.module.num_batches_tracked == step
+    assert averaging._average_model.n_averaged == 30
+
+
+class OnGPU(torch.Tensor):
+    device = torch.device("cuda")
+
+
+def test_losses_on_a_gpu_are_read_when_the_next_step_is_queued(monkeypatch):
+    waited: list[str] = []
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: waited.append("waited"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    late, seen = LateLosses(), list[dict[str, float]]()
+    for step in (1, 2):
+        late.add({"a": torch.tensor(float(step)).as_subclass(OnGPU)}, seen.append)
+        assert (len(seen), len(waited)) == (step - 1, step - 1)
+    late.read()
+    late.read()
+    assert seen == [{"a": 1.0}, {"a": 2.0}]
+    assert len(waited) == 2
+
+
+def test_crops_of_one_size_are_trained_by_replays(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_has_bf16", lambda: False)  # float32, in which two runs stay together
+    run(data, tmp_path / "plain")
+    play_on_cpu(monkeypatch)
+    original, steps = module.TrainingStep, list[module.TrainingStep]()
+
+    def kept(*args, **kwargs):
+        steps.append(original(*args, **kwargs))
+        return steps[0]
+
+    monkeypatch.setattr(module, "TrainingStep", kept)
+    run(data, tmp_path / "captured")
+    assert (steps[0].replayed_steps, steps[0].uncaptured_steps) == (5, 4)
+    assert state(tmp_path / "captured")["global_step"] == SETTINGS.total_steps
+    for row, other in zip(rows(tmp_path / "captured"), rows(tmp_path / "plain"), strict=True):
+        assert (row["step"], row["lr"]) == (other["step"], other["lr"])
+        for name in ("classification", "bbox_regression"):
+            assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-3)
+
+
 def test_steps_are_split_into_equal_intervals(monkeypatch):
     monkeypatch.setattr(module, "_INTERVAL", 500)
     for steps, interval, total in ((1, 1, 1), (60, 60, 60), (500, 500, 500), (1001, 334, 1002), (9000, 500, 9000)):
@@ -146,11 +208,11 @@ def test_norms_and_biases_do_not_decay(data):
 
 
 def test_learning_rate_rises_and_falls_to_a_hundredth():
-    rates = [module._warmup_cosine(step, 100) for step in range(100)]
+    rates = [warmup_cosine(step, 100) for step in range(100)]
     assert rates.index(max(rates)) in (4, 5)
     assert max(rates) == 1
     assert rates[-1] == pytest.approx(0.01, abs=1e-3)
-    assert [module._warmup_cosine(0, total) for total in (1, 2)] == [1, 1]
+    assert [warmup_cosine(0, total) for total in (1, 2)] == [1, 1]
 
 
 def test_a_loss_that_is_not_finite_names_step_and_images(data, tmp_path, monkeypatch):

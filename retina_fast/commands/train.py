@@ -35,18 +35,17 @@ from torch.utils.data import DataLoader
 
 from retina_fast import checkpoint
 from retina_fast.checkpoint import Checkpoint
+from retina_fast.commands.late_losses import LateLosses
 from retina_fast.commands.train_log import TrainLog
-from retina_fast.data.augment import Flips, TrainingSet, augmentation, batches, mixed_seed
+from retina_fast.data.augment import Flips, TrainingSet, batches, mixed_seed
 from retina_fast.data.coco import CocoDataset, Sample, Tried, plain
 from retina_fast.errors import ImageError, UserError
 from retina_fast.metrics import as_results, coco_metrics
+from retina_fast.recipes import recipe_named
+from retina_fast.targets import to_device
+from retina_fast.training_step import TrainingStep
 
 _INTERVAL = 500
-_WEIGHT_DECAY = 0.05
-_BETAS = (0.9, 0.99)
-_GRADIENT_NORM = 1.0
-_WARMUP = 0.05  # the part of the steps in which the learning rate rises
-_EMA = 0.998
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
@@ -60,10 +59,13 @@ class TrainSettings:
         steps: optimizer steps, rounded up to a whole number of equal intervals.
         batch_size: images a step.
         lr: peak learning rate.
-        crop: side of the training crops in pixels; 0 trains on whole images.
+        crop: side of the training crops in pixels; 0 trains on whole images, or, with a published recipe, on crops
+            of the model's own size.
         flips: which mirror images of a picture are as likely as itself.
         seed: of the weights, the order of the images and the augmentations.
-        image_scale: by which the finished model scales images; training crops have scales of their own.
+        image_scale: by which the finished model scales images, whatever their size; training crops have scales of
+            their own. None: the model resizes crops and images as its builder says.
+        recipe: its name in `retina_fast.recipes.RECIPES`.
     """
 
     model: str
@@ -73,7 +75,8 @@ class TrainSettings:
     crop: int
     flips: Flips
     seed: int
-    image_scale: float = 1.0
+    image_scale: float | None = None
+    recipe: str = "default"
 
     @property
     def interval(self) -> int:
@@ -82,6 +85,22 @@ class TrainSettings:
     @property
     def total_steps(self) -> int:
         return math.ceil(self.steps / self.interval) * self.interval
+
+
+class _Closed(torch.optim.Optimizer):
+    """An optimizer for a closure that takes the step itself.
+
+    Lightning counts the steps of `optimizers().step(closure)`; the step itself is TrainingStep's, which may replay it.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        return closure() if closure else super().step()
+
+
+def _closed(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    kind = type(optimizer)
+    optimizer.__class__ = type(kind.__name__, (_Closed, kind), {})
+    return optimizer
 
 
 class Stopped(Exception):
@@ -94,12 +113,24 @@ class Detector(L.LightningModule):
     def __init__(self, start: Checkpoint, settings: TrainSettings) -> None:
         super().__init__()
         self.about, self.settings = replace(start, state_dict={}), settings
+        self.recipe = recipe_named(settings.recipe)
         # A tenth faster on a CPU, too, than the default layout.
         self.model: Any = start.build().to(memory_format=torch.channels_last)
         self.metrics: dict[str, float] = {}
+        self.automatic_optimization = False  # TrainingStep takes the steps
 
     def on_train_epoch_start(self) -> None:
         self.metrics = {}
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # the images go there by themselves; the targets are checked here first, which is free
+
+    def on_train_start(self) -> None:
+        optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
+        dtype = torch.bfloat16 if _has_bf16() else None
+        weights = {"bbox_regression": self.recipe.box_weight}
+        norm = self.recipe.gradient_norm
+        self.take_step = TrainingStep(self.model, optimizer, max_grad_norm=norm, dtype=dtype, loss_weights=weights)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # The network's own randomness, too, must depend on the step alone, and not on what ran before it.
@@ -107,29 +138,21 @@ class Detector(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         images, targets = batch
-        losses = self.model([image.float() / 255 for image in images], targets)
-        loss = losses["classification"] + losses["bbox_regression"]
-        if not torch.isfinite(loss):
-            files = ", ".join(target["path"] for target in targets)
-            values = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
-            raise UserError(
-                f"the loss is not finite at step {self.global_step} ({values}); its images: {files}. Look at their "
-                "boxes, or lower --lr. The weights of the last interval are in the output folder"
-            )
-        return {"loss": loss, **{name: value.detach() for name, value in losses.items()}}
+        images = [to_device(image, self.device).float() / 255 for image in images]
+        losses: dict[str, Tensor] = self.optimizers().step(  # type: ignore[union-attr]
+            lambda: self.take_step(images, targets)
+        )
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        return losses
 
     def configure_optimizers(self) -> Any:
         matrices = [p for p in self.parameters() if p.ndim > 1]
         vectors = [p for p in self.parameters() if p.ndim <= 1]  # norms and biases
-        groups = [{"params": matrices, "weight_decay": _WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=_BETAS, fused=True)
-        schedule = functools.partial(_warmup_cosine, total=self.settings.total_steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Not by Trainer(gradient_clip_val=...): Lightning refuses it beside a fused optimizer.
-        torch.nn.utils.clip_grad_norm_(self.parameters(), _GRADIENT_NORM)
+        decay = self.recipe.weight_decay
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = _closed(self.recipe.optimizer(groups, lr=self.settings.lr))
+        schedule = functools.partial(self.recipe.schedule, total=self.settings.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)}
 
     def on_validation_epoch_start(self) -> None:
         self._results: list[dict[str, Any]] = []
@@ -141,8 +164,8 @@ class Detector(L.LightningModule):
             warnings.warn(f"{batch}; validation goes on without it", stacklevel=1)
             return
         image, target = batch
-        with torch.autocast(self.device.type, enabled=False):
-            losses, (detections,) = self.model.losses_and_detections([image.float() / 255], [target])
+        image = to_device(image, self.device).float() / 255
+        losses, (detections,) = self.model.losses_and_detections([image], [target])
         dataset = self.trainer.val_dataloaders.dataset.dataset  # type: ignore[union-attr]
         self._results += as_results(detections, target["image_id"], dataset.category_ids)
         self._image_ids.append(target["image_id"])
@@ -158,11 +181,40 @@ class Detector(L.LightningModule):
         self.metrics = metrics | means
 
 
+class Averaging(WeightAveraging):
+    """A moving average that forgets the random start of the weights faster than its own memory is long.
+
+    Lightning's, but for the update, in which torch would read the count of the updates from the device each step.
+    """
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        assert self._average_model is not None
+        count = trainer.global_step - 1
+        decay = min(self.limit, (count + 1) / (count + 20)) if count else 0
+        models = self._average_model.module, pl_module
+        both = [[*model.parameters(), *model.buffers()] for model in models]
+        averages, values = ([x for x in tensors if x.is_floating_point()] for tensors in both)
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        averages, values = ([x for x in tensors if not x.is_floating_point()] for tensors in both)
+        if averages:
+            torch._foreach_copy_(averages, values)
+        self._average_model.n_averaged += 1
+        self._latest_update_step = trainer.global_step
+
+
 class RunFiles(L.Callback):
     """Writes the run's files and moves its progress bar. Its place is after the averaging of the weights."""
 
     def __init__(self, folder: Path, record: TrainLog, progress: Progress) -> None:
         self.folder, self.record, self.progress = folder, record, progress
+        self.late = LateLosses()
         self.stop = False
         self.best = -1.0
 
@@ -180,13 +232,25 @@ class RunFiles(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        losses = {name: float(value) for name, value in outputs.items() if name != "loss"}
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        self.record.add(trainer.global_step, losses, lr, last=trainer.is_last_batch)
+        assert isinstance(module, Detector)
+        files = [target["path"] for target in batch[1]]
+        lr = module.settings.lr * module.recipe.schedule(trainer.global_step, total=module.settings.total_steps)
+        self.late.add(outputs, functools.partial(self._note, trainer.global_step, lr, trainer.is_last_batch, files))
         self.progress.update(self.task, completed=trainer.global_step)
+        if self.stop or trainer.is_last_batch:
+            self.late.read()
         if self.stop and not trainer.is_last_batch:
             self._save(trainer)
             raise Stopped
+
+    def _note(self, step: int, lr: float, last: bool, files: list[str], losses: dict[str, float]) -> None:
+        if not all(map(math.isfinite, losses.values())):
+            values = ", ".join(f"{name} {value}" for name, value in losses.items())
+            raise UserError(
+                f"the loss is not finite at step {step - 1} ({values}); its images: {', '.join(files)}. Look at their "
+                "boxes, or lower --lr. The weights of the last interval are in the output folder"
+            )
+        self.record.add(step, losses, lr, last)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, Detector)
@@ -279,7 +343,8 @@ def train(
 
     torch.manual_seed(settings.seed)
     module = Detector(_start(settings, data, start_from), settings)
-    training_set = TrainingSet(data, augmentation(settings.crop, settings.flips), settings.seed)
+    crop = settings.crop or (0 if settings.recipe == "default" else module.model.transform.max_size)
+    training_set = TrainingSet(data, module.recipe.augmentation(crop, settings.flips), settings.seed)
     training_set[0, 0]  # complains here, and not in a worker, if no image can be read
     loader = DataLoader(
         training_set,
@@ -287,6 +352,7 @@ def train(
         collate_fn=_collate,
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_interrupts,
     )
     validation_loader = validation and DataLoader(
@@ -298,8 +364,7 @@ def train(
         trainer = L.Trainer(
             max_epochs=settings.total_steps // settings.interval,
             devices=1,
-            precision="bf16-mixed" if _has_bf16() else "32-true",
-            callbacks=[WeightAveraging(multi_avg_fn=_average), files],
+            callbacks=[Averaging(module.recipe.average), files],
             num_sanity_val_steps=0,
             logger=False,
             enable_checkpointing=False,
@@ -316,9 +381,14 @@ def _start(settings: TrainSettings, data: CocoDataset, start_from: Path | None) 
     other = checkpoint.load(start_from) if start_from else None
     if other and other.builder != settings.model:
         raise UserError(f"{start_from} is a {other.builder}: train it with --model {other.builder}")
-    kwargs = other.kwargs if other else {}
-    if settings.image_scale != 1:
-        kwargs = kwargs | {"image_scale": settings.image_scale, "_skip_resize": True}
+    recipe = recipe_named(settings.recipe)
+    if not settings.model.startswith(recipe.model):
+        raise UserError(f"the recipe {settings.recipe} is for models {recipe.model}..., not {settings.model}")
+    kwargs = (other.kwargs if other else {}) | dict(recipe.kwargs)
+    if settings.crop and settings.recipe != "default":  # published detectors see images of the size of their crops
+        kwargs = kwargs | {"min_size": settings.crop, "max_size": settings.crop}
+    if settings.image_scale is not None:
+        kwargs = kwargs | {"min_size": None, "image_scale": settings.image_scale, "_skip_resize": True}
     weights = checkpoint.build(settings.model, len(data.classes), **kwargs).state_dict()
     if other:
         same = other.classes == data.classes
@@ -330,28 +400,10 @@ def _check_resume(last: Path, settings: TrainSettings) -> None:
     if not last.exists():
         raise UserError(f"there is no run to resume in {last.parent}: it has no {last.name}")
     state = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+    before = asdict(TrainSettings(**state["settings"]))  # runs of earlier versions lack the latest settings
     for name, value in asdict(settings).items():
-        if state["settings"][name] != value:
-            raise UserError(
-                f"the run in {last.parent} has {name} {state['settings'][name]}, not {value}: give it the same"
-            )
-
-
-def _warmup_cosine(step: int, total: int) -> float:
-    warmup = max(1, round(total * _WARMUP))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.01 + 0.99 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
-
-
-@torch.no_grad()
-def _average(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
-    """A moving average that forgets the random start of the weights faster than its own memory is long."""
-    if averages[0].is_floating_point():
-        decay = min(_EMA, (int(count) + 1) / (int(count) + 20))
-        torch._foreach_lerp_(averages, values, 1 - decay)
-    else:
-        torch._foreach_copy_(averages, values)
+        if before[name] != value:
+            raise UserError(f"the run in {last.parent} has {name} {before[name]}, not {value}: give it the same")
 
 
 def _collate(samples: list[Sample]) -> Batch:

@@ -72,7 +72,8 @@ class ColorJitter(nn.Module):
 
     All four are linear in luma and chroma (YIQ), where they commute, so that together they are one 3x3 matrix and an
     offset. Brightness, contrast and saturation are torchvision's, but for clipping between them; the hue is turned
-    about the grey axis, which keeps the luma, where torchvision turns it in HSV. That took nine times as long.
+    about the grey axis, which keeps the luma, where torchvision turns it in HSV, which takes ten times as long
+    (`python -m benchmarks.loader`).
 
     Args:
         brightness, contrast, saturation: ranges of the factors.
@@ -130,14 +131,38 @@ def augmentation(crop: int, flips: Flips) -> v2.Compose:
         >>> image, target = augmentation(crop=256, flips=Flips.ALL)(*dataset[0])  # doctest: +SKIP
     """
     steps: list[nn.Module] = [ScaledCrop(crop)] if crop else []
-    if flips != Flips.NONE:
-        steps.append(v2.RandomHorizontalFlip())
-    if flips == Flips.ALL:
-        steps += [v2.RandomVerticalFlip(), RandomTranspose()]
     # Strong, since it carries over to pictures of another haze or ground: without it a detector trained on one
     # aerial photograph found 5% of what it finds in another.
     jitter = ColorJitter(brightness=(0.6, 1.4), contrast=(0.5, 1.5), saturation=(0.3, 1.7), hue=0.08)
-    return v2.Compose([*steps, v2.RandomApply([jitter], p=0.9)])
+    return v2.Compose([*steps, *_flips(flips), v2.RandomApply([jitter], p=0.9)])
+
+
+def _flips(flips: Flips) -> list[nn.Module]:
+    horizontal = [v2.RandomHorizontalFlip()]
+    return {
+        Flips.NONE: [],
+        Flips.HORIZONTAL: horizontal,
+        Flips.ALL: [*horizontal, v2.RandomVerticalFlip(), RandomTranspose()],
+    }[flips]
+
+
+def scale_jitter(size: int, flips: Flips, scales: tuple[float, float]) -> v2.Compose:
+    """Large-scale jitter: the image, fitted into a square of `size` px, is scaled at random and cropped to the square.
+
+    Where it is smaller than the square it is padded with black. Boxes are clipped; those without a pixel are dropped.
+
+    Args:
+        size: side of the crops in pixels.
+        flips: which flips are drawn, each for half of the pictures.
+        scales: the least and the largest factor.
+
+    Example::
+
+        >>> image, target = scale_jitter(640, Flips.HORIZONTAL, scales=(0.5, 2.0))(*dataset[0])  # doctest: +SKIP
+    """
+    resized = v2.ScaleJitter((size, size), scales, antialias=True)
+    crop = v2.RandomCrop((size, size), pad_if_needed=True)
+    return v2.Compose([resized, crop, v2.SanitizeBoundingBoxes(), *_flips(flips)])
 
 
 class TrainingSet(Dataset[Sample]):

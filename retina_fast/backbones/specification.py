@@ -1,0 +1,134 @@
+"""What a SpineNet is built from: rows of plain data, one for each block, and the rules that they must obey.
+
+Blocks are numbered as they are built. The stem's two come first, 0 and 1, both at level 2 (level l has stride 2^l).
+Each row is one more block, at a level of its own choice, fed by two earlier blocks. One block of each of the levels 3
+to 7 is an output.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+LEVELS = range(2, 8)
+OUTPUT_LEVELS = range(3, 8)
+KINDS = ("bottleneck", "residual")
+
+
+class Block(NamedTuple):
+    """One row of a specification."""
+
+    level: int
+    """2 to 7."""
+    kind: str
+    """``bottleneck`` (1x1, 3x3, 1x1 to four times the width) or ``residual`` (two 3x3)."""
+    parents: tuple[int, int]
+    """The numbers of two earlier blocks."""
+    is_output: bool = False
+    """Whether it is the feature map of its level, 3 to 7."""
+
+
+STEM = (Block(2, "bottleneck", (0, 0)), Block(2, "bottleneck", (0, 0)))  # not fed by links
+
+SPINENET = (  # the numbers of the blocks are 2 to 16
+    Block(2, "bottleneck", (0, 1)),
+    Block(4, "residual", (0, 1)),
+    Block(3, "bottleneck", (2, 3)),
+    Block(4, "bottleneck", (2, 4)),
+    Block(6, "residual", (3, 5)),
+    Block(4, "bottleneck", (3, 5)),
+    Block(5, "residual", (6, 7)),
+    Block(7, "residual", (6, 8)),
+    Block(5, "bottleneck", (8, 9)),
+    Block(5, "bottleneck", (8, 10)),
+    Block(4, "bottleneck", (5, 10), True),
+    Block(3, "bottleneck", (4, 10), True),
+    Block(5, "bottleneck", (7, 12), True),
+    Block(7, "bottleneck", (5, 14), True),
+    Block(6, "bottleneck", (12, 14), True),
+)
+"""The permutation that the paper's search found; the sizes differ in width and depth only."""
+
+
+def checked(specification: Iterable[Sequence[Any]]) -> tuple[Block, ...]:
+    """The rows as blocks.
+
+    Args:
+        specification: rows ``(level, kind, (parent, parent), is_output)``, the last False where it is left out.
+
+    Raises:
+        ValueError: naming the row (from 0) and the block (from 2), for a row of another form, a level or kind that
+            there is not, a parent that is not an earlier block, twice the same parent, an output of level 2, a second
+            output of a level, a level without an output, or a block that nothing uses.
+
+    Example::
+
+        >>> checked([*SPINENET[:3], (4, "bottleneck", (2, 7))])
+        Traceback (most recent call last):
+        ValueError: row 3 (block 5): parent 7 does not come earlier, choose from 0 to 4
+    """
+    blocks: list[Block] = []
+    outputs: dict[int, int] = {}
+
+    def refuse(row: int, problem: str) -> ValueError:
+        return ValueError(f"row {row} (block {row + len(STEM)}): {problem}")
+
+    rows = list(specification)
+    if not rows:
+        raise ValueError("the specification has no row 0: it is empty")
+    for row, content in enumerate(rows):
+        try:
+            level, kind, (a, b), *rest = content
+            (is_output,) = rest or (False,)
+        except (TypeError, ValueError):
+            raise refuse(row, f"must be (level, kind, (parent, parent), is_output), got {content!r}") from None
+        if type(level) is not int or level not in LEVELS:
+            raise refuse(row, f"level must be one of 2 to 7, got {level!r}")
+        if kind not in KINDS:
+            raise refuse(row, f"kind must be bottleneck or residual, got {kind!r}")
+        for parent in (a, b):
+            if type(parent) is not int or not 0 <= parent < row + len(STEM):
+                raise refuse(row, f"parent {parent!r} does not come earlier, choose from 0 to {row + len(STEM) - 1}")
+        if a == b:
+            raise refuse(row, f"its parents must be two, got {a} twice")
+        if type(is_output) is not bool:
+            raise refuse(row, f"is_output must be True or False, got {is_output!r}")
+        if is_output and level not in OUTPUT_LEVELS:
+            raise refuse(row, f"an output must be of level 3 to 7, got {level}")
+        if is_output and level in outputs:
+            raise refuse(row, f"row {outputs[level]} is already the output of level {level}")
+        if is_output:
+            outputs[level] = row
+        blocks.append(Block(level, kind, (a, b), is_output))
+    for level in OUTPUT_LEVELS:
+        if level not in outputs:
+            raise ValueError(f"up to row {len(rows) - 1}, the last, no row is an output of level {level}")
+    used = {parent for block in blocks for parent in block.parents}  # the stem's two are always row 0's parents
+    used.update(number for numbers in added_raw(blocks) for number in numbers)
+    for row, block in enumerate(blocks):
+        if not block.is_output and row + len(STEM) not in used:
+            raise refuse(row, "nothing uses it: make it a parent of a later row")
+    return tuple(blocks)
+
+
+def added_raw(blocks: Sequence[Block]) -> list[tuple[int, ...]]:
+    """For each row, the blocks whose outputs are added to its input as they are, without a link.
+
+    To an output block: the earlier blocks of the same level and channels that are nobody's parent so far. Of the
+    published specification this is block 11, which feeds block 14 and nothing else.
+
+    Example::
+
+        >>> [(row + 2, blocks) for row, blocks in enumerate(added_raw(SPINENET)) if blocks]
+        [(14, (11,))]
+    """
+    parents = {0}  # of block 1
+    added = []
+    for row, block in enumerate(blocks):
+        parents.update(block.parents)
+        added.append(
+            tuple(
+                number
+                for number, other in enumerate([*STEM, *blocks[:row]])
+                if block.is_output and number not in parents and (other.level, other.kind) == (block.level, block.kind)
+            )
+        )
+    return added

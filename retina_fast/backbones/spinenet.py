@@ -1,0 +1,201 @@
+"""SpineNet (Du et al. 2020, https://arxiv.org/abs/1912.05027): a scale-permuted backbone, built from a specification.
+
+Its blocks go up and down in scale, joined by resampling links, and five of them are the feature maps P3..P7: no feature
+pyramid follows. Widths, depths and rules are those of the published code, https://github.com/tensorflow/tpu.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation, StochasticDepth
+
+from retina_fast.backbones.specification import OUTPUT_LEVELS, SPINENET, STEM, Block, added_raw, checked
+from retina_fast.heads import batch_norm
+from retina_fast.transform import padded
+
+ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
+
+_WIDTHS = {2: 64, 3: 128, 4: 256, 5: 256, 6: 256, 7: 256}  # of the 3x3 convs, by level
+_EXPANSION = {"bottleneck": 4, "residual": 1}  # a block's outputs for each channel of its 3x3 convs
+
+
+class Size(NamedTuple):
+    """What the published detectors of one size are made of."""
+
+    width: float
+    """Factor of all widths but the stem's first conv, truncated."""
+    alpha: float
+    """Width inside a link, as a part of the width of the block it comes from."""
+    repeats: int
+    """How often each block is repeated."""
+    out_channels: int
+    head_width: int
+    head_depth: int
+    image_size: int
+    """Pixels of an image's longer side."""
+    anchor_base: int
+    """Side of a level's smallest anchor, in strides."""
+
+
+SIZES = {
+    # 128 output channels in the published code, 256 in the published checkpoint, whose 11.9 M parameters these are
+    "49s": Size(0.65, 0.5, 1, 256, 128, 4, 640, 3),
+    "49": Size(1.0, 0.5, 1, 256, 256, 4, 640, 3),
+    "96": Size(1.0, 0.5, 2, 256, 256, 4, 1024, 3),
+    "143": Size(1.0, 1.0, 3, 256, 256, 4, 1280, 4),
+    "190": Size(1.3, 1.0, 4, 512, 512, 7, 1280, 4),
+}
+
+
+class SpineNet(nn.Module):
+    """Maps ``(B, 3, H, W)`` to a dict of P3..P7, ``p3`` of ``(B, out_channels, H/8, W/8)`` to ``p7``, of stride 128.
+
+    An input whose sides are not multiples of 128 is padded with zeros at the right and at the bottom, so that the
+    levels are those of the padded size; ``retina_fast.RetinaNet`` reads ``size_divisible`` and pads its batches to it.
+
+    Args:
+        specification: rows ``(level, kind, (parent, parent), is_output)``; see ``specification.checked``.
+        width: factor of all widths but the stem's first conv, which has 64.
+        alpha: width inside a link, as a part of the width of the block it comes from.
+        repeats: how often each block is repeated.
+        out_channels: of each level.
+        activation: ``relu`` or ``silu`` (swish).
+        stochastic_depth: probability that the last row's residual branches are dropped for an image of a training
+            batch; it grows to that row by row (Huang et al. 2016).
+        norm_layer: from channels to a norm; BatchNorm with momentum 0.01 and eps 1e-3 by default. For several
+            processes, ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` turns a finished model's.
+
+    Raises:
+        ValueError: for a specification that ``checked`` refuses, or an unknown activation.
+
+    Example::
+
+        >>> import torch
+        >>> levels = SpineNet(width=0.1)(torch.rand(2, 3, 100, 200))  # padded to 128x256
+        >>> [tuple(level.shape[2:]) for level in levels.values()]
+        [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2)]
+    """
+
+    size_divisible = 2 ** OUTPUT_LEVELS[-1]
+
+    def __init__(
+        self,
+        specification: Iterable[Sequence[Any]] = SPINENET,
+        width: float = 1.0,
+        alpha: float = 0.5,
+        repeats: int = 1,
+        out_channels: int = 256,
+        activation: str = "relu",
+        stochastic_depth: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = batch_norm,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.specification, self.out_channels = checked(specification), out_channels
+        self.added_raw = added_raw(self.specification)
+        conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=ACTIVATIONS[activation])
+        self.stem = nn.Sequential(conv(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1))
+        self.blocks = nn.ModuleList()
+        self.links = nn.ModuleList()
+        self.outputs = nn.ModuleDict()
+        for row, block in enumerate((*STEM, *self.specification), start=-len(STEM)):
+            drop = stochastic_depth * max(0, row + 1) / len(self.specification)
+            channels = max(1, int(_WIDTHS[block.level] * width))
+            group = _Repeated(conv, block, 64 if row == -len(STEM) else None, channels, repeats, drop)
+            if row >= 0:
+                self.links.append(nn.ModuleList(_link(conv, self.blocks[x], group, alpha) for x in block.parents))
+            if block.is_output:
+                self.outputs[str(block.level)] = conv(group.channels, out_channels, 1)
+            self.blocks.append(group)
+        self.act = ACTIVATIONS[activation](inplace=True)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                _initialise(module)
+
+    @classmethod
+    def of_size(cls, size: str, **kwargs: Any) -> "SpineNet":
+        """The published network of a size: 49s, 49, 96, 143 or 190.
+
+        Args:
+            size: its name.
+            **kwargs: other arguments of the class.
+
+        Raises:
+            ValueError: for a size that there is not.
+
+        Example, with torchvision's heads and anchors::
+
+            >>> from retina_fast import RetinaNet
+            >>> model = RetinaNet(SpineNet.of_size("49s"), num_classes=3).eval()
+            >>> sum(p.numel() for p in model.backbone.parameters())
+            9472959
+        """
+        if size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+        row = SIZES[size]
+        return cls(width=row.width, alpha=row.alpha, repeats=row.repeats, out_channels=row.out_channels, **kwargs)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        first = self.blocks[0](self.stem(padded(x, self.size_divisible)))
+        numbered = [first, self.blocks[1](first)]
+        levels = {}
+        for row, block in enumerate(self.specification):
+            links: Any = self.links[row]
+            a, b = (link(numbered[parent]) for link, parent in zip(links, block.parents, strict=True))
+            merged = sum((numbered[earlier] for earlier in self.added_raw[row]), a + b)
+            numbered.append(self.blocks[row + len(STEM)](self.act(merged)))
+            if block.is_output:
+                levels[block.level] = self.outputs[str(block.level)](numbered[-1])
+        return {f"p{level}": levels[level] for level in OUTPUT_LEVELS}
+
+
+class _Repeated(nn.Sequential):
+    """One block of a specification, its residual blocks one after the other, all of stride 1."""
+
+    def __init__(self, conv: Any, block: Block, in_channels: int | None, width: int, repeats: int, drop: float) -> None:
+        channels = width * _EXPANSION[block.kind]
+        inputs = [in_channels or channels, *[channels] * (repeats - 1)]
+        super().__init__(*(_Residual(conv, block.kind, x, width, drop) for x in inputs))
+        self.level, self.width, self.channels = block.level, width, channels
+
+
+class _Residual(nn.Module):
+    def __init__(self, conv: Any, kind: str, in_channels: int, width: int, drop: float) -> None:
+        super().__init__()
+        channels = width * _EXPANSION[kind]
+        last = partial(conv, activation_layer=None)
+        if kind == "bottleneck":
+            branch = [conv(in_channels, width, 1), conv(width, width, 3), last(width, channels, 1)]
+        else:
+            branch = [conv(in_channels, width, 3), last(width, width, 3)]
+        self.branch = nn.Sequential(*branch, StochasticDepth(drop, "row"))
+        self.shortcut = nn.Identity() if in_channels == channels else last(in_channels, channels, 1)
+        self.act = conv.keywords["activation_layer"](inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.branch(x) + self.shortcut(x))
+
+
+def _link(conv: Any, source: Any, target: Any, alpha: float) -> nn.Sequential:
+    """Resampling from one block to the input of another: narrow, change the scale, widen."""
+    inside = max(1, int(source.width * alpha))
+    steps: list[nn.Module] = [conv(source.channels, inside, 1)]
+    down = target.level - source.level
+    if down > 0:
+        steps.append(conv(inside, inside, 3, 2))
+    if down > 1:  # one pool for the rest of the factor
+        kernel = 3 if down == 2 else 5
+        steps.append(nn.MaxPool2d(kernel, 2 ** (down - 1), kernel // 2))
+    if down < 0:
+        steps.append(nn.Upsample(scale_factor=2**-down))
+    return nn.Sequential(*steps, conv(inside, target.channels, 1, activation_layer=None))
+
+
+def _initialise(conv: nn.Conv2d) -> None:
+    """Variance 1 / fan-in, by a normal cut at two standard deviations, as the published code draws it."""
+    std = 1 / math.sqrt(conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]) / 0.87962566103423978
+    nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)

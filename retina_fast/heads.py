@@ -1,0 +1,128 @@
+"""Heads whose tower convs are shared by the levels while each level has norms of its own, as SpineNet's detectors have.
+
+They are torchvision's heads but for the tower, so that losses, a new class count and what a user reads and changes on
+them stay the same. ``level_outputs`` runs these and torchvision's, level by level.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import retinanet as tv
+
+from retina_fast.kernels.levels import flatten_all
+from retina_fast.stock import is_stock
+from retina_fast.towers import run_tower
+
+batch_norm = partial(nn.BatchNorm2d, momentum=0.01, eps=1e-3)  # the paper's momentum
+
+
+class LevelNormTower(nn.Module):
+    """3x3 convs with a bias, shared by all levels; after each a norm that is the level's own, and the activation."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        depth: int,
+        num_levels: int,
+        norm_layer: Callable[[int], nn.Module],
+        activation_layer: Callable[..., nn.Module],
+    ) -> None:
+        super().__init__()
+        inputs = [in_channels, *[width] * (depth - 1)]
+        self.convs = nn.ModuleList(nn.Conv2d(channels, width, 3, padding=1) for channels in inputs)
+        self.norms = nn.ModuleList(nn.ModuleList(norm_layer(width) for _ in range(depth)) for _ in range(num_levels))
+        self.act = activation_layer(inplace=True)
+        for conv in self.convs:
+            nn.init.normal_(conv.weight, std=0.01)  # type: ignore[arg-type]
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        if len(levels) != len(self.norms):
+            raise ValueError(f"this head has norms for {len(self.norms)} levels, the backbone returns {len(levels)}")
+        return [self._level(level, norms) for level, norms in zip(levels, self.norms, strict=True)]  # type: ignore[arg-type]
+
+    def _level(self, x: Tensor, norms: nn.ModuleList) -> Tensor:
+        for conv, norm in zip(self.convs, norms, strict=True):
+            x = self.act(norm(conv(x)))
+        return x
+
+
+class LevelNormClassificationHead(tv.RetinaNetClassificationHead):
+    def __init__(self, tower: LevelNormTower, num_anchors: int, num_classes: int) -> None:
+        super().__init__(tower.convs[-1].out_channels, num_anchors, num_classes)
+        self.conv = tower
+        nn.init.normal_(self.cls_logits.weight, std=1e-5)
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        return torch.cat(flatten_all(level_outputs(self, x), self.num_classes), dim=1)
+
+
+class LevelNormRegressionHead(tv.RetinaNetRegressionHead):
+    def __init__(self, tower: LevelNormTower, num_anchors: int) -> None:
+        super().__init__(tower.convs[-1].out_channels, num_anchors)
+        self.conv = tower
+        nn.init.normal_(self.bbox_reg.weight, std=1e-5)
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        return torch.cat(flatten_all(level_outputs(self, x), 4), dim=1)
+
+
+def level_norm_head(
+    in_channels: int,
+    num_anchors: int,
+    num_classes: int,
+    width: int = 256,
+    depth: int = 4,
+    num_levels: int = 5,
+    norm_layer: Callable[[int], nn.Module] = batch_norm,
+    activation_layer: Callable[..., nn.Module] = nn.ReLU,
+) -> tv.RetinaNetHead:
+    """torchvision's RetinaNetHead with another tower: ``depth`` convs to ``width`` channels, a norm for each level.
+
+    Args:
+        in_channels: of the levels.
+        num_anchors: A, of a cell.
+        num_classes: K.
+        width, depth: of both towers.
+        num_levels: how many levels the backbone returns.
+        norm_layer: from channels to a norm.
+        activation_layer: called with ``inplace=True``.
+
+    Example::
+
+        >>> head = level_norm_head(16, num_anchors=9, num_classes=3, width=8, num_levels=2)
+        >>> outputs = head([torch.rand(2, 16, 4, 4), torch.rand(2, 16, 2, 2)])
+        >>> [tuple(output.shape) for output in outputs.values()]
+        [(2, 180, 3), (2, 180, 4)]
+    """
+
+    def tower() -> LevelNormTower:
+        return LevelNormTower(in_channels, width, depth, num_levels, norm_layer, activation_layer)
+
+    head = tv.RetinaNetHead.__new__(tv.RetinaNetHead)  # its own towers would be made to be thrown away
+    nn.Module.__init__(head)
+    head.classification_head = LevelNormClassificationHead(tower(), num_anchors, num_classes)
+    head.regression_head = LevelNormRegressionHead(tower(), num_anchors)
+    return head
+
+
+def runs_by_level(part: Any) -> bool:
+    """Whether :func:`level_outputs` stands for this head's ``forward``: no class, method or hook of a user's own."""
+    known = (
+        tv.RetinaNetClassificationHead,
+        tv.RetinaNetRegressionHead,
+        LevelNormClassificationHead,
+        LevelNormRegressionHead,
+    )
+    return any(is_stock(part, cls, "forward") for cls in known)
+
+
+def level_outputs(part: Any, features: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of a classification or regression head as its convs write them, ``(B, A*C, H, W)`` a level."""
+    levels = part.conv(features) if isinstance(part.conv, LevelNormTower) else run_tower(part.conv, features)
+    last = part.cls_logits if isinstance(part, tv.RetinaNetClassificationHead) else part.bbox_reg
+    return [last(level) for level in levels]

@@ -1,0 +1,147 @@
+"""Training recipes by name: what `retina-fast train --recipe` does with its optimizer, learning rate and crops.
+
+`default` is this package's own, for small data sets and machines. The others are the published protocols of SpineNet
+(https://arxiv.org/abs/1912.05027, table 2 of its code's model zoo): SGD from random weights over hundreds of epochs,
+the learning rate in proportion to the batch. docs/spinenet.md says where they differ from what was published.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torchvision.transforms import v2
+
+from retina_fast.data.augment import Flips, augmentation, scale_jitter
+from retina_fast.errors import UserError
+
+
+def warmup_cosine(step: int, total: int) -> float:
+    """Up in the first 5% of the steps, then down to a hundredth along a cosine."""
+    warmup = max(1, round(total * 0.05))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+def warmup_drops(step: int, total: int, warmup: float, start: float, drops: Mapping[float, float]) -> float:
+    """From `start` up to 1 in the first `warmup` of the steps, then the factor of the last drop that has begun."""
+    done = step / total
+    if done < warmup:
+        return start + (1 - start) * done / warmup
+    return min((factor for begin, factor in drops.items() if done >= begin), default=1.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is not the user's data or machine.
+
+    Attributes:
+        optimizer: from parameter groups and `lr` to the optimizer.
+        schedule: from `step` and `total`, the steps in all, to the factor of the learning rate.
+        lr: the peak learning rate, at `batch_size` images a step.
+        batch_size: images a step.
+        weight_decay: of conv kernels; norms and biases have none.
+        gradient_norm: to which gradients are clipped.
+        augmentation: of the images, from the side of the crops and the flips.
+        average: decay of the averaged weights; 0 keeps the last ones.
+        steps: optimizer steps, where `epochs` is 0.
+        epochs: passes over the data.
+        lr_by_batch: whether another batch size changes the learning rate in proportion.
+        box_weight: factor of the box loss.
+        kwargs: of the model's builder.
+        model: what the names of its models begin with.
+    """
+
+    optimizer: Callable[..., Optimizer]
+    schedule: Callable[..., float]
+    lr: float
+    batch_size: int
+    weight_decay: float
+    gradient_norm: float
+    augmentation: Callable[[int, Flips], v2.Compose]
+    average: float = 0.0
+    steps: int = 0
+    epochs: int = 0
+    lr_by_batch: bool = True
+    box_weight: float = 1.0
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
+
+    def lr_at(self, batch_size: int) -> float:
+        """The peak learning rate for another batch size."""
+        return self.lr * (batch_size / self.batch_size) if self.lr_by_batch else self.lr
+
+    def steps_for(self, images: int, batch_size: int) -> int:
+        """Optimizer steps on a data set of so many images.
+
+        Example::
+
+            >>> RECIPES["spinenet-b"].steps_for(118_287, 256)  # COCO; published as 162,050, 463 an epoch
+            161721
+        """
+        return math.ceil(self.epochs * images / batch_size) if self.epochs else self.steps
+
+
+_WARMUP_EPOCHS = 2000 / 463  # steps of 256 images
+
+
+def _published(epochs: int, scales: tuple[float, float], **changes: Any) -> Recipe:
+    lr = changes.pop("lr", 0.28)
+    drops = {1 - 30 / epochs: 0.1, 1 - 10 / epochs: 0.01}
+    return Recipe(
+        optimizer=functools.partial(torch.optim.SGD, momentum=0.9),
+        schedule=functools.partial(warmup_drops, warmup=_WARMUP_EPOCHS / epochs, start=0.0067 / 0.28, drops=drops),
+        lr=lr,
+        batch_size=256,
+        weight_decay=4e-5,
+        gradient_norm=10.0,
+        augmentation=functools.partial(scale_jitter, scales=scales),
+        epochs=epochs,
+        # Published: 50 times Huber's loss with delta 0.1, over 4 coordinates. Beyond delta its slope is that of L1.
+        box_weight=50 * 0.1 / 4,
+        **{"kwargs": {"bg_iou_thresh": 0.5, "detections_per_img": 100}} | changes,
+    )
+
+
+_SWISH = {"bg_iou_thresh": 0.5, "detections_per_img": 100, "activation": "silu", "stochastic_depth": 0.2}
+_C = functools.partial(_published, epochs=500, scales=(0.5, 2.0), kwargs=_SWISH, model="retinanet_spinenet")
+
+RECIPES = {
+    "default": Recipe(
+        optimizer=functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), fused=True),
+        schedule=warmup_cosine,
+        lr=2e-3,
+        batch_size=4,
+        weight_decay=0.05,
+        gradient_norm=1.0,
+        augmentation=augmentation,
+        average=0.998,
+        steps=6000,
+        lr_by_batch=False,
+    ),
+    "spinenet-b": _published(350, (0.5, 2.0)),
+    "spinenet-c": _C(),
+    "spinenet-c-143": _C(scales=(0.1, 1.9), kwargs=_SWISH | {"stochastic_depth": 0.16}),
+    "spinenet-c-190": _C(epochs=400, scales=(0.1, 1.9), lr=0.30),
+}
+"""Every recipe by its name."""
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        UserError: if there is none; the message lists those that there are.
+
+    Example::
+
+        >>> recipe_named("spinenet-b").lr_at(batch_size=64)
+        0.07
+    """
+    if name not in RECIPES:
+        raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,73 @@
+"""Anchors: equal to torchvision's bit for bit, and made once a size."""
+
+import pytest
+import torch
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+
+from retina_fast import anchors as module
+from retina_fast.anchors import batch_anchors
+
+
+@pytest.fixture
+def generator() -> AnchorGenerator:
+    return AnchorGenerator(((17, 20.7), (32, 40.3)), ((0.5, 1.0, 2.0),) * 2)
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[int]:
+    """Counts the times that anchors are made."""
+    calls: list[int] = []
+    original = module._anchors
+    monkeypatch.setattr(module, "_anchors", lambda *args: calls.append(1) or original(*args))  # type: ignore[func-returns-value]
+    return calls
+
+
+def case(height=64, width=101, cells=((8, 13), (4, 7))):
+    return torch.rand(2, 3, height, width), [(height, width)] * 2, [torch.rand(2, 8, h, w) for h, w in cells]
+
+
+@pytest.mark.parametrize("shape", [{}, {"height": 61, "width": 122, "cells": ((8, 16), (1, 1))}])
+def test_equal_torchvisions_and_are_made_once(generator, made, shape):
+    batch, sizes, features = case(**shape)
+    expected = generator(ImageList(batch, sizes), features)
+    for _ in range(3):
+        anchors = batch_anchors(generator, batch, sizes, features)
+        assert anchors[0] is anchors[1]
+        assert torch.equal(anchors[0], expected[0])
+    assert len(made) == 1
+
+
+def test_changes_are_seen(generator, made):
+    first = batch_anchors(generator, *case())[0].clone()
+    generator.cell_anchors[0].add_(1)
+    moved = batch_anchors(generator, *case())[0]
+    assert not torch.equal(first, moved)
+    generator.cell_anchors = [cell - 1 for cell in generator.cell_anchors]
+    assert torch.equal(batch_anchors(generator, *case())[0][: 8 * 13 * 6], first[: 8 * 13 * 6])
+    again = batch_anchors(generator, *case())[0]
+    kept = again.clone()
+    again.zero_()  # by a caller
+    assert torch.equal(batch_anchors(generator, *case())[0], kept)
+    assert len(made) == 4
+
+
+def test_few_sizes_are_kept(generator, made):
+    for width in range(100, 140):
+        batch_anchors(generator, *case(width=width))
+    assert len(module._CACHES[generator]) == module._KEPT
+    batch_anchors(generator, *case(width=139))
+    assert len(made) == 40
+    batch_anchors(generator, *case(width=100))
+    assert len(made) == 41
+
+
+def test_what_inference_made_serves_training(generator):
+    with torch.inference_mode():
+        batch_anchors(generator, *case())
+    anchors = batch_anchors(generator, *case())[0]
+    (anchors * torch.ones(1, requires_grad=True)).sum().backward()
+    with torch.inference_mode():  # and a generator whose own tensors are inference's
+        generator.cell_anchors = [cell + 1 for cell in generator.cell_anchors]
+        batch_anchors(generator, *case())
+    assert not batch_anchors(generator, *case())[0].is_inference()
