@@ -20,12 +20,24 @@ import torch
 from benchmarks.measure import RESULTS, ROOT, Case, Results, compare, environment
 
 # modules of this folder with a list CASES, in the order they run
-BENCHMARKS = ("focal_loss", "anchor_matching", "loss_path", "box_loss", "training_step", "spinenet")
+BENCHMARKS = (
+    "focal_loss",
+    "anchor_matching",
+    "loss_path",
+    "box_loss",
+    "image_batch",
+    "group_norm_relu",
+    "training_step",
+    "postprocess",
+    "batched_nms",
+    "model",
+    "spinenet",
+)
 
 
 def kernel_tests() -> list[str]:
-    """The test files that mirror a kernel, and those of the loss path and of the captured step."""
-    names = [*sorted(path.stem for path in (ROOT / "kernels").glob("*.py")), "training", "training_step"]
+    """The test files that mirror a kernel, and those of the loss path, the captured step and the engine."""
+    names = [*sorted(path.stem for path in (ROOT / "kernels").glob("*.py")), "training", "training_step", "engine"]
     return [f"tests/test_{name}.py" for name in names if (ROOT / "tests" / f"test_{name}.py").exists()]
 
 

@@ -23,7 +23,20 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import retina_fast.kernels
-from retina_fast.kernels import anchor_matching, box_loss, focal_loss, one_pass, sigmoid_focal_loss
+from retina_fast import inference
+from retina_fast.kernels import (
+    anchor_matching,
+    batched_nms,
+    box_decode,
+    box_loss,
+    candidate_selection,
+    focal_loss,
+    group_norm_relu,
+    image_batch,
+    one_pass,
+    sigmoid_focal_loss,
+    take_kept,
+)
 from retina_fast.kernels.levels import flatten_all
 
 
@@ -35,6 +48,7 @@ class Case:
         run: the call.
         tile: elements that one program handles, if a program handles so many; then counts an element are reported, over
             the cheapest path of blocks that makes the most 16-byte accesses (the path of a usual tile).
+        kernel: the kernel that this is about, where the call launches several.
         bytes_per_element: read and written with 16-byte accesses, per element of the tile.
         instructions, mufu: limits an element, on NVIDIA.
     """
@@ -44,6 +58,7 @@ class Case:
     bytes_per_element: int = 0
     instructions: float = float("inf")
     mufu: float = float("inf")
+    kernel: str | None = None
 
 
 def _levels(dtype: torch.dtype, channels: int) -> list[torch.Tensor]:
@@ -79,6 +94,68 @@ def _sigmoid_focal_loss(dtype: torch.dtype, output: str) -> None:
     sigmoid_focal_loss._op(x, targets, incoming, 0.25, 2.0, output, torch.float32 if output == "sums" else dtype)
 
 
+def _image_batch(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    """Eight images of 480x640, resized to 800 as torchvision does."""
+    images = [torch.empty(3, 480, 640, dtype=dtype, device="cuda")] * 8
+    layout = torch.channels_last
+    out = torch.empty(8, 3, 800, 1088, dtype=out_dtype, device="cuda", memory_format=layout)
+    image_batch.image_batch(images, [(800, 1066)] * 8, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), out=out)
+
+
+def _block_levels(dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The five levels of 8 images of 800x800 within a v2 head, and a weight of its 256 channels."""
+    layout = torch.channels_last
+    levels = [torch.empty(8, 256, n, n, dtype=dtype, device="cuda", memory_format=layout) for n in (100, 50, 25, 13, 7)]
+    return levels, torch.empty(256, device="cuda")
+
+
+def _group_norm_relu(dtype: torch.dtype) -> None:
+    levels, weight = _block_levels(dtype)
+    group_norm_relu.group_norm_relu(levels, weight, weight, 32)
+
+
+def _group_norm_relu_backward(dtype: torch.dtype) -> None:
+    levels, weight = _block_levels(dtype)
+    group_norm_relu._backward_op(levels, levels, weight, weight, torch.empty(8, 5, 32, 2, device="cuda"))
+
+
+def _candidate_selection(dtype: torch.dtype) -> None:
+    levels = [level.detach() for level in _levels(dtype, 91)]
+    candidate_selection.candidate_selection(levels, 91, 0.05, 1000)
+
+
+def _batched_nms(by_class: bool, best_first: bool) -> None:
+    boxes, counts = torch.empty(8, 5000, 4, device="cuda"), torch.empty(8, dtype=torch.int64, device="cuda")
+    scores = None if best_first else torch.empty(8, 5000, device="cuda")
+    labels = torch.empty(8, 5000, dtype=torch.int64, device="cuda") if by_class else None
+    batched_nms.batched_nms(boxes, scores, labels, counts)
+
+
+def _box_decode(dtype: torch.dtype) -> None:
+    levels = [level.detach() for level in _levels(dtype, 4)]
+    index = torch.empty(8, 5000, dtype=torch.int64, device="cuda")
+    sizes = torch.empty(8, 2, dtype=torch.int64, device="cuda")
+    box_decode.box_decode(levels, torch.empty(120087, 4, device="cuda"), index, sizes)
+
+
+def _take_kept() -> None:
+    boxes, scores = torch.empty(8, 5000, 4, device="cuda"), torch.empty(8, 5000, device="cuda")
+    labels, positions, counts, sizes = (
+        torch.empty(8, *shape, dtype=torch.int64, device="cuda") for shape in ((5000,), (300,), (), (2,))
+    )
+    take_kept.take_kept(boxes, scores, labels, positions, counts, sizes, sizes)
+
+
+def detect(dtype: torch.dtype, batch: int = 8) -> inference.Detections:
+    """From the heads' outputs at 800x800 to detections."""
+    logits = [level.detach()[:1].expand(batch, -1, -1, -1) for level in _levels(dtype, 91)]
+    logits = [torch.empty_like(level) for level in logits]
+    deltas = [level[:, : 9 * 4].contiguous(memory_format=torch.channels_last) for level in logits]
+    anchors = torch.empty(120087, 4, device="cuda")
+    sizes = torch.empty(2, batch, 2, dtype=torch.int64, device="cuda")
+    return inference.detect(logits, deltas, anchors, sizes[0], sizes[1], 91, 0.05, 1000, 0.5, 300)
+
+
 def _ground_truths(num_boxes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Boxes, labels and offsets of 8 images."""
     boxes, labels = torch.empty(num_boxes, 4, device="cuda"), torch.empty(num_boxes, dtype=torch.int64, device="cuda")
@@ -97,6 +174,8 @@ def _box_loss(dtype: torch.dtype, loss_type: str) -> None:
     normalizers = torch.empty(8, device="cuda")
     box_loss.box_loss(_levels(dtype, channels=4), anchors, indices, boxes, offsets, normalizers, loss_type)
 
+
+_IMAGE_TILE = image_batch._BLOCK * image_batch._ROWS
 
 CASES = {
     "anchor_matching": Case(lambda: _anchor_matching(True)),
@@ -120,6 +199,23 @@ CASES = {
     "sigmoid_focal_loss bf16 backward": Case(
         lambda: _sigmoid_focal_loss(torch.bfloat16, "gradients"), sigmoid_focal_loss._TILE, 8
     ),
+    "image_batch uint8 to bf16": Case(lambda: _image_batch(torch.uint8, torch.bfloat16), _IMAGE_TILE, 2),
+    "image_batch fp32": Case(lambda: _image_batch(torch.float32, torch.float32), _IMAGE_TILE, 4),
+    "group_norm_relu bf16": Case(lambda: _group_norm_relu(torch.bfloat16)),
+    "group_norm_relu fp32": Case(lambda: _group_norm_relu(torch.float32)),
+    "group_norm_relu bf16 backward": Case(lambda: _group_norm_relu_backward(torch.bfloat16)),
+    "group_norm_relu fp32 backward": Case(lambda: _group_norm_relu_backward(torch.float32)),
+    "candidate_selection bf16": Case(
+        lambda: _candidate_selection(torch.bfloat16), candidate_selection._TILE_BYTES // 2, 2, 6, 0, "_list_kernel"
+    ),
+    "candidate_selection fp32": Case(
+        lambda: _candidate_selection(torch.float32), candidate_selection._TILE_BYTES // 4, 4, 6, 0, "_list_kernel"
+    ),
+    "box_decode bf16": Case(lambda: _box_decode(torch.bfloat16)),
+    "batched_nms": Case(lambda: _batched_nms(by_class=True, best_first=False)),
+    "batched_nms best first": Case(lambda: _batched_nms(by_class=True, best_first=True)),
+    "batched_nms class-agnostic": Case(lambda: _batched_nms(by_class=False, best_first=True)),
+    "take_kept": Case(_take_kept),
 }
 
 
@@ -129,6 +225,16 @@ class Launch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     grid: Any = field(repr=False)
+
+    @property
+    def variant(self) -> tuple[str, ...]:
+        """Equal for launches of which Triton makes one binary: the kernel, what the arguments are, the constants."""
+
+        def kind(arg: Any) -> str:
+            return str(arg.dtype) if isinstance(arg, torch.Tensor) else type(arg).__name__
+
+        kinds = [str(tuple(map(kind, arg))) if isinstance(arg, tuple) else kind(arg) for arg in self.args]
+        return self.kernel.__name__, *kinds, str(self.kwargs)
 
 
 def modules() -> list[Any]:
@@ -143,15 +249,22 @@ def kernels() -> dict[str, Any]:
     return {name: value for module in modules() for name, value in vars(module).items() if name.endswith("_kernel")}
 
 
-def record(run: Callable[[], Any]) -> list[Launch]:
+def record(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> list[Launch]:
     """What a call launches on fake CUDA tensors, its ops' bodies run for real.
+
+    Args:
+        run: the call; given what ``prepare`` returned, if there is one.
+        prepare: makes what may be copied to the device beforehand, as a model's weights.
 
     Raises:
         RuntimeError: on a copy between devices that makes the host wait, and, from torch, on a read of a device value.
     """
     launches: list[Launch] = []
-    with _bodies_as_fakes(), no_launches(launches), _no_device_guard(), FakeTensorMode(), _NoHostCopies():
-        run()
+    with _bodies_as_fakes(), no_launches(launches), _no_device(), FakeTensorMode():
+        prepared = () if prepare is None else (prepare(),)
+        launches.clear()
+        with _NoHostCopies():
+            run(*prepared)
     return launches
 
 
@@ -189,9 +302,11 @@ def no_launches(launches: list[Launch]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_device_guard() -> Iterator[None]:
-    """Entering a device needs a driver."""
+def _no_device() -> Iterator[None]:
+    """Entering a device and pinning memory need a driver, an address needs memory."""
     with (
+        mock.patch.object(torch.Tensor, "data_ptr", return_value=0),
+        mock.patch.object(torch.Tensor, "pin_memory", torch.Tensor.clone),
         mock.patch.object(torch.cuda.device, "__enter__"),
         mock.patch.object(torch.cuda.device, "__exit__", return_value=False),
     ):

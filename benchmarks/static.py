@@ -249,14 +249,14 @@ def _widest(path: list[str], kind: str) -> int:
 
 def _table(rows: list[Row]) -> str:
     lines = [
-        f"{'case':32} {'target':7} {'registers':>9} {'spilled':>7} {'shared':>6} {'code':>5} {'instr/el':>8} "
-        f"{'MUFU/el':>7} {'load':>4} {'store':>5}"
+        f"{'case':32} {'kernel':26} {'target':7} {'registers':>9} {'spilled':>7} {'shared':>6} {'code':>5} "
+        f"{'instr/el':>8} {'MUFU/el':>7} {'load':>4} {'store':>5}"
     ]
     for row in rows:
         per = [f"{value:.2f}" if value is not None else "" for value in (row.instructions, row.mufu)]
         lines.append(
-            f"{row.case:32} {row.target:7} {row.registers:9} {row.spilled:7} {row.shared:6} {row.code:5} {per[0]:>8} "
-            f"{per[1]:>7} {row.load_bits:4} {row.store_bits:5}  {row.error}"
+            f"{row.case:32} {row.kernel:26} {row.target:7} {row.registers:9} {row.spilled:7} {row.shared:6} "
+            f"{row.code:5} {per[0]:>8} {per[1]:>7} {row.load_bits:4} {row.store_bits:5}  {row.error}"
         )
     return "\n".join(lines)
 
@@ -273,9 +273,13 @@ def main() -> None:
     from benchmarks.launches import CASES, record
 
     jobs = [
-        (launch, Row(name, launch.kernel.__name__, target), CASES[name].tile)
+        (
+            launch,
+            Row(name, launch.kernel.__name__, target),
+            CASES[name].tile if CASES[name].kernel in (None, launch.kernel.__name__) else None,
+        )
         for name in arguments.case or CASES
-        for launch in record(CASES[name].run)
+        for launch in {launch.variant: launch for launch in record(CASES[name].run)}.values()
         for target in arguments.targets
     ]
     rows = _compile_all(jobs)

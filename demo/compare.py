@@ -6,19 +6,16 @@ torchvision's path is 5e-3 away from itself after 30 steps, if its weights are c
 """
 
 import csv
-from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from rich.progress import track
-from torch import nn
-from torchvision.models.detection import retinanet as torchvision_retinanet
 
 from demo.trees import prepare
 from retina_fast import checkpoint
 from retina_fast.commands.predict import TREES
+from retina_fast.convert import to_torchvision
 from retina_fast.data.augment import Flips, TrainingSet, augmentation, batches
 from retina_fast.data.coco import CocoDataset, plain
 
@@ -26,17 +23,6 @@ OUTPUT = Path("out")
 _STEPS = 200
 _AGREEING_STEPS = 50
 _BATCH = 2
-
-
-def torchvision_copy(model: Any) -> nn.Module:
-    """torchvision's RetinaNet of the same parts and weights as our lite model, for training.
-
-    Example::
-
-        >>> torchvision_copy(checkpoint.load(TREES).build())  # doctest: +SKIP
-    """
-    parts = {name: deepcopy(getattr(model, name)) for name in ("anchor_generator", "head")}
-    return torchvision_retinanet.RetinaNet(deepcopy(model.backbone), 1, _skip_resize=True, **parts)
 
 
 def compare(data: CocoDataset, weights: Path, steps: int, crop: int) -> list[dict[str, float]]:
@@ -48,7 +34,7 @@ def compare(data: CocoDataset, weights: Path, steps: int, crop: int) -> list[dic
         [{'step': 0, 'torchvision': 1.83, 'retina_fast': 1.83}, ...]
     """
     ours = checkpoint.load(weights).build()
-    models = {"torchvision": torchvision_copy(ours).train(), "retina_fast": ours.train()}
+    models = {"torchvision": to_torchvision(ours).train(), "retina_fast": ours.train()}
     optimizers = {
         name: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
         for name, model in models.items()

@@ -1,16 +1,25 @@
 """Greedy non-maximum suppression, exact per class, for a batch of images at once (Neubeck and Van Gool 2006).
 
-By falling score, the lower index first on a tie, a box is kept unless its IoU with a kept box of its class exceeds the
-threshold; IoU = I / (A + B - I) in float32, or in float64 for float64 boxes. torchvision's ``batched_nms`` moves
-classes apart by adding label * (largest coordinate + 1) to small inputs, which rounds: its two paths disagree on
-borderline boxes, and 16-bit offsets overflow. Nothing is added here.
+By falling score, the lower index first on a tie and NaN before everything, a box is kept unless its IoU with a kept box
+of its class exceeds the threshold; IoU = I / (A + B - I) in float32, or in float64 for float64 boxes. A box with a NaN
+or of infinite area overlaps nothing. torchvision's ``batched_nms`` moves classes apart by adding label * (largest
+coordinate + 1) to small inputs, which rounds: its two paths disagree on borderline boxes, and 16-bit offsets overflow.
+Nothing is added here.
+
+torchvision writes the overlaps of all pairs as bits, and one block reads them through to the end. Here each image's
+classes are dealt to 16 programs. One walks down the boxes of its classes in tiles of 32: a tile is tested against what
+the program has kept so far, then within itself, and the walk ends at the last box that the result can hold.
 """
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor
+
+from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.key_sort import rising, sort_keys
 
 
 class Kept(NamedTuple):
@@ -22,25 +31,28 @@ class Kept(NamedTuple):
     """(B,) int64."""
 
 
-def nms_image(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_thresh: float) -> Tensor:
-    """Positions of the kept boxes of one image, best first."""
-    order = scores.sort(descending=True, stable=True).indices
-    boxes = boxes[order] if boxes.dtype == torch.float64 else boxes[order].float()
-    falling = torch.arange(len(order), 0, -1, device=boxes.device).to(boxes.dtype)  # for the scores: no ties left
-    if labels is None:
-        return order[torchvision.ops.nms(boxes, falling, iou_thresh)]
-    by_class = labels[order].sort(stable=True)
-    kept = torch.zeros(len(order), dtype=torch.bool, device=boxes.device)
-    for members in by_class.indices.split(by_class.values.unique_consecutive(return_counts=True)[1].tolist()):
-        if len(members) > 1:
-            members = members[torchvision.ops.nms(boxes[members], falling[members], iou_thresh)]
-        kept[members] = True
-    return order[kept]
+def nms_image(boxes: Tensor, scores: Tensor | None, labels: Tensor | None, iou_thresh: float) -> Tensor:
+    """Positions of the kept boxes of one image, best first; without scores the boxes lie best first."""
+    order = None if scores is None else scores.sort(descending=True, stable=True).indices
+    boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
+    boxes = boxes if order is None else boxes[order]
+    falling = torch.arange(len(boxes), 0, -1, device=boxes.device).to(boxes.dtype)  # for the scores: no ties left
+    if labels is None or bool((labels == labels[:1]).all()):
+        kept = torchvision.ops.nms(boxes, falling, iou_thresh)
+    else:
+        by_class = (labels if order is None else labels[order]).sort(stable=True)
+        is_kept = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+        for members in by_class.indices.split(by_class.values.unique_consecutive(return_counts=True)[1].tolist()):
+            if len(members) > 1:
+                members = members[torchvision.ops.nms(boxes[members], falling[members], iou_thresh)]
+            is_kept[members] = True
+        kept = is_kept.nonzero().squeeze(1)
+    return kept if order is None else order[kept]
 
 
 def batched_nms_reference(
     boxes: Tensor,
-    scores: Tensor,
+    scores: Tensor | None,
     labels: Tensor | None,
     counts: Tensor,
     iou_thresh: float = 0.5,
@@ -50,16 +62,237 @@ def batched_nms_reference(
     positions = torch.zeros((len(boxes), max_detections), dtype=torch.int64, device=boxes.device)
     kept_counts = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     for b, count in enumerate(counts.tolist()):
-        image_labels = None if labels is None else labels[b, :count]
-        kept = nms_image(boxes[b, :count], scores[b, :count], image_labels, iou_thresh)[:max_detections]
+        image_scores, image_labels = (None if rows is None else rows[b, :count] for rows in (scores, labels))
+        kept = nms_image(boxes[b, :count], image_scores, image_labels, iou_thresh)[:max_detections]
         positions[b, : len(kept)] = kept
         kept_counts[b] = len(kept)
     return Kept(positions, kept_counts)
 
 
+_GROUPS = 16  # programs an image; a power of two
+_SCAN = 512  # boxes whose class a program looks at in one go
+_WORD = tl.constexpr(32)  # boxes of a tile, one bit each; with 64 the pairs no longer fit the registers
+
+
+@triton.jit(do_not_specialize=["width"])
+def _score_keys_kernel(scores_ptr, keys_ptr, counts_ptr, width, TILE: tl.constexpr):
+    """Program (t, b): keys that order by score, then by falling position."""
+    image = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    scores = tl.load(scores_ptr + image * width + i, mask=i < width, other=0.0).to(tl.float32)
+    keys = ((rising(scores).to(tl.int64) + 0x80000000) << 31) + (0x7FFFFFFF - i)
+    tl.store(keys_ptr + image * width + i, tl.where(i < tl.load(counts_ptr + image), keys, -1), mask=i < width)
+
+
+@triton.jit
+def _position(keys_ptr, i, mask):
+    """Position of the i-th best box of an image; 0 where masked."""
+    if keys_ptr is None:
+        position = tl.where(mask, i, 0)
+    else:
+        key = tl.load(keys_ptr + i, mask=mask, other=0x7FFFFFFF)
+        position = (0x7FFFFFFF - (key & 0x7FFFFFFF)).to(tl.int32)
+    return position
+
+
+@triton.jit
+def _overlap(boxes_ptr, labels_ptr, above, below, comparable, iou_thresh, below_thresh):
+    """Which of the boxes ``above`` [R, 1] suppress which of the boxes ``below`` [1, C], where comparable [R, C]."""
+    if labels_ptr is not None:
+        comparable &= tl.load(labels_ptr + above) == tl.load(labels_ptr + below)
+    x1, y1 = tl.load(boxes_ptr + above * 4), tl.load(boxes_ptr + above * 4 + 1)
+    x2, y2 = tl.load(boxes_ptr + above * 4 + 2), tl.load(boxes_ptr + above * 4 + 3)
+    u1, v1 = tl.load(boxes_ptr + below * 4), tl.load(boxes_ptr + below * 4 + 1)
+    u2, v2 = tl.load(boxes_ptr + below * 4 + 2), tl.load(boxes_ptr + below * 4 + 3)
+    width = tl.maximum(tl.minimum(x2, u2) - tl.maximum(x1, u1), 0.0)
+    height = tl.maximum(tl.minimum(y2, v2) - tl.maximum(y1, v1), 0.0)
+    intersection = width * height
+    union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - intersection
+    # a division costs as much as all of this, and nearly no pair comes near the threshold
+    suppressed = (comparable & ~(intersection < below_thresh * union)).to(tl.int32)
+    if tl.max(tl.max(suppressed, axis=1), axis=0) > 0:
+        suppressed &= (tl.div_rn(intersection, union) > iou_thresh).to(tl.int32)
+    return suppressed
+
+
+@triton.jit
+def _deal(
+    labels_ptr, keys_ptr, members_ptr, scanned, tail, count, group, GROUPS: tl.constexpr, SCAN: tl.constexpr,
+    RING: tl.constexpr,
+):  # fmt: skip
+    """Appends those of the next SCAN boxes that are of the program's classes to its members; how many."""
+    i = scanned + tl.arange(0, SCAN)
+    mine = i < count
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + _position(keys_ptr, i, mine), mask=mine, other=0)
+        mine &= (label & (GROUPS - 1)) == group
+    slots = tail + tl.cumsum(mine.to(tl.int32), axis=0) - 1
+    tl.store(members_ptr + slots % RING, i, mask=mine)
+    return tl.sum(mine.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _keep(
+    boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, flags_ptr, head, tail, kept, max_kept, iou_thresh,
+    below_thresh, RING: tl.constexpr, WORD: tl.constexpr,
+):  # fmt: skip
+    """Decides on the next WORD members; how many are kept."""
+    t = tl.arange(0, WORD)
+    waiting = head + t < tail
+    i = tl.load(members_ptr + (head + t) % RING, mask=waiting, other=0)
+    position = _position(keys_ptr, i, waiting)
+    suppressed = tl.zeros([WORD, WORD], tl.int32)
+    first = 0
+    while first < kept:
+        above = tl.load(kept_ptr + first + t, mask=first + t < kept, other=0)
+        comparable = (first + t < kept)[:, None] & waiting[None, :]
+        suppressed |= _overlap(
+            boxes_ptr, labels_ptr, above[:, None], position[None, :], comparable, iou_thresh, below_thresh
+        )
+        first += WORD
+    alive = waiting & (tl.max(suppressed, axis=0) == 0)
+    comparable = (t[:, None] < t[None, :]) & waiting[None, :]
+    suppressed = _overlap(
+        boxes_ptr, labels_ptr, position[:, None], position[None, :], comparable, iou_thresh, below_thresh
+    )
+    by = tl.sum(suppressed.to(tl.int64) << t[:, None], axis=0)  # [WORD]: the bits of those that suppress each
+    bit = tl.full([WORD], 1, tl.int64) << t
+    staying = tl.sum(tl.where(alive, bit, 0), axis=0)
+    before = ~staying
+    while staying != before:  # after n rounds the first n boxes are right; mostly two or three do for all
+        before = staying
+        staying = tl.sum(tl.where(alive & ((by & before) == 0), bit, 0), axis=0)
+    chosen = ((staying >> t) & 1) == 1
+    slots = kept + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    chosen &= slots < max_kept
+    tl.store(kept_ptr + slots, position, mask=chosen)
+    tl.store(flags_ptr + i, tl.full([WORD], 1, tl.int8), mask=chosen)
+    return tl.sum(chosen.to(tl.int32), axis=0)
+
+
+@triton.jit(do_not_specialize=["width", "max_kept"])
+def _suppress_kernel(
+    boxes_ptr, labels_ptr, keys_ptr, counts_ptr, members_ptr, kept_ptr, flags_ptr, width, max_kept, iou_thresh,
+    below_thresh, GROUPS: tl.constexpr, SCAN: tl.constexpr, WORD: tl.constexpr,
+):  # fmt: skip
+    """Program (g, b): the classes of image b whose low bits are g. Raises the flags, in order of score, of the boxes
+    it keeps, at most max_kept. Its boxes wait in a ring of members; kept lists the positions of those it has kept."""
+    group = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    count = tl.load(counts_ptr + image).to(tl.int32)
+    boxes_ptr += image * width * 4
+    flags_ptr += image * width
+    if labels_ptr is not None:
+        labels_ptr += image * width
+    if keys_ptr is not None:
+        keys_ptr += image * width
+    RING: tl.constexpr = SCAN + WORD
+    members_ptr += (image * GROUPS + group) * RING
+    kept_ptr += (image * GROUPS + group) * max_kept
+    scanned, head, tail, kept = 0, 0, 0, 0
+    while (kept < max_kept) & ((head < tail) | (scanned < count)):
+        if (tail - head < WORD) & (scanned < count):
+            tail += _deal(labels_ptr, keys_ptr, members_ptr, scanned, tail, count, group, GROUPS, SCAN, RING)
+            scanned += SCAN
+        else:
+            kept += _keep(
+                boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, flags_ptr, head, tail, kept, max_kept,
+                iou_thresh, below_thresh, RING, WORD,
+            )  # fmt: skip
+            head = tl.minimum(head + WORD, tail)
+        tl.debug_barrier()  # members and kept are read by other threads than wrote them
+
+
+@triton.jit(do_not_specialize=["width", "max_detections"])
+def _first_kernel(
+    flags_ptr, keys_ptr, counts_ptr, positions_ptr, kept_counts_ptr, width, max_detections, SCAN: tl.constexpr
+):
+    """Program b: the positions of the first flagged boxes of image b, and how many there are."""
+    image = tl.program_id(0).to(tl.int64)
+    count = tl.load(counts_ptr + image).to(tl.int32)
+    flags_ptr += image * width
+    positions_ptr += image * max_detections
+    if keys_ptr is not None:
+        keys_ptr += image * width
+    start, kept = 0, 0
+    while (kept < max_detections) & (start < count):
+        i = start + tl.arange(0, SCAN)
+        flag = tl.load(flags_ptr + i, mask=i < count, other=0).to(tl.int32)
+        slots = kept + tl.cumsum(flag, axis=0) - 1
+        position = _position(keys_ptr, i, i < count).to(tl.int64)
+        tl.store(positions_ptr + slots, position, mask=(flag > 0) & (slots < max_detections))
+        kept += tl.sum(flag, axis=0)
+        start += SCAN
+    tl.store(kept_counts_ptr + image, tl.minimum(kept, max_detections).to(tl.int64))
+
+
+def _rounded_down(value: float) -> float:
+    """The greatest float32 that is not above a float64: float32 numbers exceed either or neither."""
+    near = np.float32(value)
+    return float(near if float(near) <= value else np.nextafter(near, np.float32(-np.inf)))
+
+
+def _batched_nms_triton(
+    boxes: Tensor,
+    scores: Tensor | None,
+    labels: Tensor | None,
+    counts: Tensor,
+    iou_thresh: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor]:
+    """Launches; their number does not depend on any size but whether M is above 8192."""
+    batch, width = boxes.shape[:2]
+    boxes, counts = boxes.float().contiguous(), counts.contiguous()
+    labels = None if labels is None else labels.contiguous()
+    positions = boxes.new_zeros(batch, max_detections, dtype=torch.int64)
+    kept_counts = torch.empty_like(counts, dtype=torch.int64)
+    flags = boxes.new_zeros(batch, width, dtype=torch.int8)
+    groups = 1 if labels is None else _GROUPS
+    max_kept = min(max_detections, width)
+    members = boxes.new_empty(batch, groups, _SCAN + _WORD.value, dtype=torch.int32)
+    lists = boxes.new_empty(batch, groups, max_kept, dtype=torch.int32)
+    thresh = _rounded_down(iou_thresh)
+    with torch.cuda.device_of(boxes):
+        keys = None
+        if scores is not None:
+            keys = boxes.new_empty(batch, width, dtype=torch.int64)
+            _score_keys_kernel[(triton.cdiv(width, _SCAN), batch)](scores.contiguous(), keys, counts, width, TILE=_SCAN)
+            keys = sort_keys(keys, counts)
+        _suppress_kernel[(groups, batch)](
+            boxes, labels, keys, counts, members, lists, flags, width, max_kept, thresh,
+            thresh * (1 - 2**-20) if thresh > 0 else float("-inf"), GROUPS=groups, SCAN=_SCAN, WORD=_WORD.value,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        _first_kernel[(batch,)](flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_SCAN)
+    return positions, kept_counts
+
+
+@torch.library.custom_op("retina_fast::batched_nms", mutates_args=())
+def _op(
+    boxes: Tensor,
+    scores: Tensor | None,
+    labels: Tensor | None,
+    counts: Tensor,
+    iou_thresh: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor]:
+    """The fields of Kept."""
+    wide = boxes.dtype == torch.float64 or (scores is not None and scores.dtype == torch.float64)
+    if boxes.is_cuda and HAS_TRITON and not wide:
+        return _batched_nms_triton(boxes, scores, labels, counts, iou_thresh, max_detections)
+    positions, kept_counts = batched_nms_reference(boxes, scores, labels, counts, iou_thresh, max_detections)
+    return positions, kept_counts
+
+
+@_op.register_fake
+def _(boxes, scores, labels, counts, iou_thresh, max_detections):
+    positions = boxes.new_empty((boxes.shape[0], max_detections), dtype=torch.int64)
+    return positions, boxes.new_empty(boxes.shape[0], dtype=torch.int64)
+
+
 def batched_nms(
     boxes: Tensor,
-    scores: Tensor,
+    scores: Tensor | None,
     labels: Tensor | None,
     counts: Tensor,
     iou_thresh: float = 0.5,
@@ -68,12 +301,15 @@ def batched_nms(
     """Suppress overlapping boxes of one class in every image of a padded batch.
 
     Args:
-        boxes: ``(B, M, 4)`` xyxy.
-        scores: ``(B, M)``.
+        boxes: ``(B, M, 4)`` xyxy, M below 2^31. Float64 boxes or scores take the reference's path on a GPU, too.
+        scores: ``(B, M)``; a NaN ranks above all. None: the boxes lie best first already.
         labels: ``(B, M)`` integer classes; None suppresses across classes.
-        counts: ``(B,)``: only the first counts[b] boxes of image b count.
+        counts: ``(B,)`` integers: only the first counts[b] boxes of image b count.
         iou_thresh: a box goes when its IoU with a better kept one is strictly above.
         max_detections: D, the most boxes kept of an image.
+
+    Raises:
+        ValueError: if the shapes do not fit or max_detections is negative.
 
     Example::
 
@@ -81,4 +317,14 @@ def batched_nms(
         >>> batched_nms(boxes, torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[1, 1, 0]]), torch.tensor([3]), 0.5, 4)
         Kept(positions=tensor([[0, 2, 0, 0]]), counts=tensor([2]))
     """
-    return batched_nms_reference(boxes, scores, labels, counts, iou_thresh, max_detections)
+    if boxes.dim() != 3 or boxes.shape[2] != 4:
+        raise ValueError(f"boxes must be (B, M, 4), got {tuple(boxes.shape)}")
+    for name, rows in (("scores", scores), ("labels", labels)):
+        if rows is not None and rows.shape != boxes.shape[:2]:
+            raise ValueError(f"{name} must be (B, M) = {tuple(boxes.shape[:2])}, got {tuple(rows.shape)}")
+    if counts.shape != boxes.shape[:1]:
+        raise ValueError(f"counts must be (B,) = ({boxes.shape[0]},), got {tuple(counts.shape)}")
+    if max_detections < 0:
+        raise ValueError(f"max_detections must be at least 0, got {max_detections}")
+    scores = None if scores is None else scores.detach()
+    return Kept(*_op(boxes.detach(), scores, labels, counts, iou_thresh, max_detections))

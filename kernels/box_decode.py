@@ -4,8 +4,9 @@ With an anchor's centre (cx, cy) and size (w, h), and deltas (dx, dy, dw, dh):
 
     centre = (dx w + cx, dy h + cy)     size = (exp(min(dw, c)) w, exp(min(dh, c)) h),  c = log(1000 / 16)
 
-then clipped to the image. All of it in float32 whatever the deltas' dtype. Only the candidates are gathered: the
-anchors are never repeated an image.
+then clipped to the image. All of it in float32 whatever the deltas' dtype. Only the candidates are read, from the
+levels as they lie: 4 deltas and 4 anchor coordinates each, in one launch for the batch. The boxes stay in the pixels of
+the batch, in which torchvision compares them; :mod:`retina_fast.kernels.take_kept` scales the few that are kept.
 """
 
 import math
@@ -14,7 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.levels import flatten_all
+from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.levels import count_anchors, flatten_all
+from retina_fast.kernels.sizes import codes, size
 
 MAX_LOG_SCALE = math.log(1000 / 16)
 
@@ -32,10 +35,80 @@ def box_decode_reference(deltas: Sequence[Tensor], anchors: Tensor, index: Tenso
     """The definition; see :func:`box_decode`."""
     flat = torch.cat(flatten_all(deltas, 4), dim=1)  # (B, N, 4)
     rows = index.long()[..., None].expand(-1, -1, 4)  # (B, M, 4)
-    anchors = anchors.expand(len(index), -1, 4) if anchors.dim() == 2 else anchors
+    anchors = anchors.expand(index.shape[0], -1, 4) if anchors.dim() == 2 else anchors
     boxes = decode(flat.gather(1, rows).float(), anchors.gather(1, rows))
     limits = image_sizes.to(boxes.dtype).flip(1).repeat(1, 2)[:, None]  # (B, 1, 4): w, h, w, h
     return torch.minimum(boxes.clamp_(min=0), limits)
+
+
+_TILE = 128
+
+
+@triton.jit
+def _clip(x, limit):
+    x = tl.where(x < 0, 0.0, x)  # unlike tl.minimum, keeps NaN
+    return tl.where(x > limit, limit, x)
+
+
+@triton.jit(do_not_specialize=["width", "anchors_stride"])
+def _box_decode_kernel(
+    levels, starts, anchors_ptr, index_ptr, sizes_ptr, boxes_ptr, width, anchors_stride, max_log_scale,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Program (t, b): the boxes of TILE chosen anchors of image b."""
+    image = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = i < width
+    anchor = tl.load(index_ptr + image * width + i, mask=mask, other=0)
+    dx, dy, dw, dh = (tl.zeros([TILE], tl.float32),) * 4
+    for level in tl.static_range(len(levels)):
+        start, stop = size(starts[level]), size(starts[level + 1])
+        here = mask & (anchor >= start) & (anchor < stop)
+        ptr = levels[level] + (image * (stop - start) + anchor - start) * 4
+        dx += tl.load(ptr, mask=here, other=0.0).to(tl.float32)
+        dy += tl.load(ptr + 1, mask=here, other=0.0).to(tl.float32)
+        dw += tl.load(ptr + 2, mask=here, other=0.0).to(tl.float32)
+        dh += tl.load(ptr + 3, mask=here, other=0.0).to(tl.float32)
+    ptr = anchors_ptr + image * anchors_stride + anchor * 4
+    x1, y1 = tl.load(ptr, mask=mask), tl.load(ptr + 1, mask=mask)
+    w, h = tl.load(ptr + 2, mask=mask) - x1, tl.load(ptr + 3, mask=mask) - y1
+    x, y = dx * w + (x1 + 0.5 * w), dy * h + (y1 + 0.5 * h)
+    half_w = 0.5 * (tl.exp(tl.where(dw > max_log_scale, max_log_scale, dw)) * w)
+    half_h = 0.5 * (tl.exp(tl.where(dh > max_log_scale, max_log_scale, dh)) * h)
+    bottom = tl.load(sizes_ptr + image * 2).to(tl.float32)
+    right = tl.load(sizes_ptr + image * 2 + 1).to(tl.float32)
+    boxes_ptr += (image * width + i) * 4
+    tl.store(boxes_ptr, _clip(x - half_w, right), mask=mask)
+    tl.store(boxes_ptr + 1, _clip(y - half_h, bottom), mask=mask)
+    tl.store(boxes_ptr + 2, _clip(x + half_w, right), mask=mask)
+    tl.store(boxes_ptr + 3, _clip(y + half_h, bottom), mask=mask)
+
+
+@torch.library.custom_op("retina_fast::box_decode", mutates_args=())
+def _op(levels: list[Tensor], anchors: Tensor, index: Tensor, image_sizes: Tensor) -> Tensor:
+    """Boxes ``(B, M, 4)`` of contiguous levels ``(B, N_l, 4)``; all arguments contiguous."""
+    batch, width = index.shape
+    starts = [0]
+    for level in levels:
+        starts.append(starts[-1] + level.shape[1])
+    boxes = anchors.new_empty(batch, width, 4)
+    stride = 0 if anchors.dim() == 2 else 4 * starts[-1]
+    with torch.cuda.device_of(anchors):
+        _box_decode_kernel[(triton.cdiv(width, _TILE), batch)](
+            tuple(levels), codes(starts), anchors, index, image_sizes, boxes, width, stride, MAX_LOG_SCALE,
+            TILE=_TILE, enable_fp_fusion=False,
+        )  # fmt: skip
+    return boxes
+
+
+@_op.register_fake
+def _(levels, anchors, index, image_sizes):
+    return anchors.new_empty(*index.shape, 4)
+
+
+def _box_decode_triton(deltas: Sequence[Tensor], anchors: Tensor, index: Tensor, image_sizes: Tensor) -> Tensor:
+    levels = [level.contiguous() for level in flatten_all(deltas, 4)]
+    return _op(levels, anchors.contiguous(), index.contiguous(), image_sizes.contiguous())
 
 
 def box_decode(deltas: Sequence[Tensor], anchors: Tensor, index: Tensor, image_sizes: Tensor) -> Tensor:
@@ -43,9 +116,13 @@ def box_decode(deltas: Sequence[Tensor], anchors: Tensor, index: Tensor, image_s
 
     Args:
         deltas: the levels as the heads wrote them, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``; any float dtype.
+            Differentiable.
         anchors: ``(N, 4)`` float32 xyxy pixels, shared by the images, or ``(B, N, 4)``.
         index: ``(B, M)`` integers: which anchors to decode.
         image_sizes: ``(B, 2)`` height and width that boxes are clipped to.
+
+    Raises:
+        ValueError: if the levels do not hold four deltas for each of the anchors.
 
     Example::
 
@@ -53,4 +130,8 @@ def box_decode(deltas: Sequence[Tensor], anchors: Tensor, index: Tensor, image_s
         >>> box_decode([torch.zeros(1, 2, 4)], anchors, torch.tensor([[1]]), torch.tensor([[12, 20]]))
         tensor([[[ 5.,  5., 15., 12.]]])
     """
-    return box_decode_reference(deltas, anchors, index, image_sizes)
+    if anchors.shape[-2] != sum(count_anchors(level, 4) for level in deltas):
+        raise ValueError(f"anchors {tuple(anchors.shape)} do not fit levels {[tuple(level.shape) for level in deltas]}")
+    differentiable = torch.is_grad_enabled() and any(level.requires_grad for level in deltas)
+    fast = index.is_cuda and HAS_TRITON and not differentiable and anchors.dtype == torch.float32
+    return (_box_decode_triton if fast else box_decode_reference)(deltas, anchors, index, image_sizes)

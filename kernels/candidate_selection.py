@@ -1,11 +1,14 @@
-"""Candidate selection: which (anchor, class) pairs of each level are worth decoding (torchvision's postprocess).
+"""Candidate selection: which (anchor, class) pairs are worth decoding (torchvision's postprocess).
 
-Per image and level, the pairs whose score sigmoid(logit) exceeds the threshold, and of those the topk with the highest
-logits, the lower index first on a tie. Since sigmoid is monotone, logits are compared with logit(threshold) and only
+Of each image and level, the pairs whose score sigmoid(logit) exceeds the threshold, and of those the topk with the
+highest logits; then the levels' together by falling logit. Of equal ones the lower index goes first, counted level by
+level, anchor by anchor, class by class. Since sigmoid is monotone, logits are compared with logit(threshold) and only
 survivors are passed through it, in float32 whatever the logits' dtype. A NaN logit is never a candidate.
 
 torchvision writes the sigmoid of every logit, a mask, and an index of every survivor, image by image and level by
-level. Here the logits are read once.
+level. Here the logits are read once: survivors go to a list an image and level, each as one integer key that orders it
+by logit and then by index. Where more than topk survive, a radix search over the keys, 8 bits a pass, finds the last
+that stays. Where more survive than the list holds (3% of the logits), the passes read the logits instead.
 """
 
 import math
@@ -15,11 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.key_sort import PADDING, rising, sort_keys
 from retina_fast.kernels.levels import flatten_all
+from retina_fast.kernels.sizes import codes, size
 
 
 class Candidates(NamedTuple):
-    """Candidates of B images, padded to M; the first counts[b] of a row count, level by level, best first."""
+    """Candidates of B images, padded to M; the first counts[b] of a row count, best first."""
 
     anchors: Tensor
     """(B, M) int64: which anchor, counted over all levels; 0 in the padding."""
@@ -38,6 +44,11 @@ def logit(score: float) -> float:
     return math.inf if score >= 1 else math.log(score / (1 - score))
 
 
+def _width(levels: Sequence[Tensor], topk: int) -> int:
+    """M: the most candidates that an image can have, and at least 1."""
+    return max(1, sum(min(topk, level.shape[1] * level.shape[2]) for level in levels))
+
+
 def _top(values: Tensor, k: int) -> Tensor:
     """Positions of the k highest values (n,), highest first, the lower position first on a tie."""
     if len(values) > k > 0:
@@ -54,26 +65,272 @@ def candidate_selection_reference(
 ) -> Candidates:
     """The definition; see :func:`candidate_selection`."""
     levels = flatten_all(logits, num_classes)
-    batch, device = len(levels[0]), levels[0].device
-    width = max(1, sum(min(topk, level[0].numel()) for level in levels))
-    anchors = torch.zeros((batch, width), dtype=torch.int64, device=device)
-    scores = torch.zeros((batch, width), dtype=torch.float32, device=device)
-    labels = torch.full((batch, width), -1, dtype=torch.int64, device=device)
-    counts = torch.zeros(batch, dtype=torch.int64, device=device)
+    shape, device = (len(levels[0]), _width(levels, topk)), levels[0].device
+    anchors = torch.zeros(shape, dtype=torch.int64, device=device)
+    scores = torch.zeros(shape, dtype=torch.float32, device=device)
+    labels = torch.full(shape, -1, dtype=torch.int64, device=device)
+    counts = torch.zeros(len(anchors), dtype=torch.int64, device=device)
     threshold = logit(score_thresh)
-    for b in range(batch):
-        filled, first_anchor = 0, 0
+    for b in range(len(anchors)):
+        values, indices, first = [], [], 0
         for level in levels:
-            flat = level[b].reshape(-1).float()  # (N_l * K,)
-            survivors = (flat > threshold).nonzero().squeeze(1)
-            survivors = survivors[_top(flat[survivors], topk)]
-            row = slice(filled, filled + len(survivors))
-            anchors[b, row] = survivors // num_classes + first_anchor
-            scores[b, row] = torch.sigmoid(flat[survivors])
-            labels[b, row] = survivors % num_classes
-            filled, first_anchor = row.stop, first_anchor + level.shape[1]
-        counts[b] = filled
+            flat = level[b].reshape(-1)  # (N_l * K,)
+            survivors = (flat.float() > threshold).nonzero().squeeze(1)
+            survivors = survivors[_top(flat[survivors].float(), topk)]
+            values.append(flat[survivors].float())
+            indices.append(survivors + first)
+            first += len(flat)
+        joined, order = torch.cat(values).sort(descending=True, stable=True)
+        chosen = torch.cat(indices)[order]
+        row = slice(len(chosen))
+        anchors[b, row] = chosen // num_classes
+        scores[b, row] = torch.sigmoid(joined)
+        labels[b, row] = chosen % num_classes
+        counts[b] = len(chosen)
     return Candidates(anchors, scores, labels, counts)
+
+
+# Triton. A segment is one level of one image. A tile is a run of logits of one segment that starts on a 16-byte
+# boundary; in it a thread holds 16 bytes at a time, and remembers which of them survive as bits.
+
+_TILE_BYTES = 32768  # by instruction counts: at half of that a tile's set-up costs 1 more an element
+_LISTED = 32  # the list of a segment holds one in so many of its logits
+_SEARCH_TILE = 2048
+_SEARCH_PROGRAMS = 2048  # over all segments: about what an H200 holds at once
+_BINS = tl.constexpr(256)
+
+
+@triton.jit
+def _key(x, index, index_bits, DROP: tl.constexpr):
+    """Orders by logit, then by falling index; not negative. DROP: low bits that float32 has and the logits lack."""
+    high = (rising(x) >> DROP).to(tl.int64) + (1 << (31 - DROP))
+    last = (tl.full([], 1, tl.int64) << index_bits) - 1
+    return (high << index_bits) + (last - index)
+
+
+@triton.jit
+def _survivors(x_ptr, begin, end, threshold, TILE: tl.constexpr, RUN: tl.constexpr, MASKED: tl.constexpr):
+    """(TILE // RUN,) of each run of RUN logits: which exceed the threshold, as bits, plus 2^16 times how many."""
+    place = tl.arange(0, RUN)[None, :]
+    i = tl.arange(0, TILE // RUN)[:, None] * RUN + place
+    if MASKED:
+        x = tl.load(x_ptr + i, mask=(begin + i >= 0) & (begin + i < end), other=float("-inf"))
+    else:
+        x = tl.load(x_ptr + i)
+    return tl.sum(tl.where(x.to(tl.float32) > threshold, (1 << place) + 65536, 0), axis=1)
+
+
+@triton.jit
+def _list(x_ptr, begin, first_index, found, list_ptr, found_ptr, capacity, index_bits, DROP: tl.constexpr,
+          TILE: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
+    """Appends the keys of a tile's survivors to the list, as far as it has room, and counts them all."""
+    counts = found >> 16
+    total = tl.sum(counts, axis=0)
+    if total > 0:
+        slot = tl.atomic_add(found_ptr, total, sem="relaxed")
+        if slot < capacity:
+            slots = slot + tl.cumsum(counts, axis=0) - counts
+            bits = found & 65535
+            start = tl.arange(0, TILE // RUN) * RUN
+            while tl.max(bits, axis=0) > 0:  # one survivor of each run a time
+                lowest = (bits & -bits).to(tl.float32).to(tl.int32, bitcast=True)
+                i = start + (lowest >> 23) - 127  # the exponent of a power of two
+                x = tl.load(x_ptr + i, mask=bits > 0, other=0.0).to(tl.float32)
+                key = _key(x, first_index + begin + i, index_bits, DROP)
+                tl.store(list_ptr + slots, key, mask=(bits > 0) & (slots < capacity))
+                slots += 1
+                bits &= bits - 1
+
+
+@triton.jit(do_not_specialize=["list_width", "index_bits"])
+def _list_kernel(
+    levels, starts, first_tiles, list_starts, lists_ptr, found_ptr, list_width, index_bits, threshold,
+    DROP: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Program (t, b): tile t, counted through the levels, of image b. Lists its survivors by segment."""
+    tile = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    x_ptr, start, stop, first = levels[0], starts[0], starts[1], first_tiles[0]
+    list_start, list_stop, segment = list_starts[0], list_starts[1], image * len(levels)
+    for level in tl.static_range(1, len(levels)):
+        if tile >= size(first_tiles[level]):
+            x_ptr, start, stop, first = levels[level], starts[level], starts[level + 1], first_tiles[level]
+            list_start, list_stop, segment = list_starts[level], list_starts[level + 1], image * len(levels) + level
+    end = size(stop) - size(start)  # logits of an image in this level
+    shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries
+    begin = (tile - size(first)) * TILE - shift
+    x_ptr += tl.multiple_of(image * end - shift, 16) + (tile - size(first)) * TILE
+    if (begin >= 0) & (begin + TILE <= end):
+        found = _survivors(x_ptr, begin, end, threshold, TILE, RUN, False)
+    else:
+        found = _survivors(x_ptr, begin, end, threshold, TILE, RUN, True)
+    _list(
+        x_ptr, begin, size(start), found, lists_ptr + image * list_width + size(list_start), found_ptr + segment,
+        size(list_stop) - size(list_start), index_bits, DROP, TILE, RUN,
+    )  # fmt: skip
+
+
+@triton.jit
+def _lowest_key(states_ptr, histograms_ptr, found, digit, shift, topk, PASSES: tl.constexpr, BINS: tl.constexpr):
+    """What is known of the lowest key that stays after ``digit`` passes: its high digits as the lowest key that has
+    them, and how many of the keys with these digits stay; 0 where all of them do."""
+    if digit == 0:
+        lowest = tl.full([], 0, tl.int64)
+        staying = tl.where(found > topk, topk, 0)
+        if topk == 0:
+            lowest = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    else:
+        lowest = tl.load(states_ptr + 2 * digit - 2)
+        staying = tl.load(states_ptr + 2 * digit - 1).to(tl.int32)
+        if staying > 0:
+            falling = tl.arange(0, BINS)
+            counts = tl.load(histograms_ptr + (digit - 1) * BINS + BINS - 1 - falling)
+            bin = tl.sum((tl.cumsum(counts, axis=0) < staying).to(tl.int32), axis=0)
+            staying -= tl.sum(tl.where(falling < bin, counts, 0), axis=0)
+            if staying == tl.sum(tl.where(falling == bin, counts, 0), axis=0):
+                staying = 0
+            lowest += (BINS - 1 - bin).to(tl.int64) << (shift + 8)
+    return lowest, staying
+
+
+@triton.jit(do_not_specialize=["width", "list_width", "index_bits", "digit", "shift", "topk"])
+def _search_kernel(
+    levels, starts, list_starts, lists_ptr, found_ptr, states_ptr, histograms_ptr, rows_ptr, counts_ptr, width,
+    list_width, index_bits, threshold, topk, digit, shift, DROP: tl.constexpr, PASSES: tl.constexpr,
+    TILE: tl.constexpr, BINS: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Program (p, s): a share of segment s. Counts the keys by their digit, among those whose higher digits are those
+    of the lowest key that stays; in the LAST pass this key is known, and those from it up are gathered in the rows."""
+    segment = tl.program_id(1).to(tl.int64)
+    image = segment // len(levels)
+    x_ptr, start, stop, list_start, list_stop = levels[0], starts[0], starts[1], list_starts[0], list_starts[1]
+    for level in tl.static_range(1, len(levels)):
+        if segment - image * len(levels) == level:
+            x_ptr, start, stop = levels[level], starts[level], starts[level + 1]
+            list_start, list_stop = list_starts[level], list_starts[level + 1]
+    found = tl.load(found_ptr + segment)
+    states_ptr += segment * (2 * PASSES)
+    histograms_ptr += segment * (PASSES * BINS)
+    lowest, staying = _lowest_key(states_ptr, histograms_ptr, found, digit, shift, topk, PASSES, BINS)
+    if not LAST and tl.program_id(0) == 0:
+        tl.store(states_ptr + 2 * digit, lowest)
+        tl.store(states_ptr + 2 * digit + 1, staying.to(tl.int64))
+
+    in_level = size(stop) - size(start)
+    listed = found <= size(list_stop) - size(list_start)
+    list_ptr = lists_ptr + image * list_width + size(list_start)
+    x_ptr += image * in_level
+    work = tl.where(listed, found, in_level)
+    if not LAST:
+        work = tl.where(staying > 0, work, 0)
+    histogram = tl.zeros([BINS], tl.int32)
+    offset = tl.program_id(0) * TILE
+    while offset < work:
+        i = offset + tl.arange(0, TILE)
+        if listed:
+            keys = tl.load(list_ptr + i, mask=i < work, other=-1)
+        else:
+            x = tl.load(x_ptr + i, mask=i < work, other=float("-inf")).to(tl.float32)
+            keys = tl.where(x > threshold, _key(x, size(start) + i, index_bits, DROP), -1)
+        if LAST:
+            chosen = keys >= lowest
+            total = tl.sum(chosen.to(tl.int64), axis=0)
+            if total > 0:
+                slot = tl.atomic_add(counts_ptr + image, total, sem="relaxed")
+                slots = slot + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+                tl.store(rows_ptr + image * width + slots, keys, mask=chosen)
+        else:
+            digits = (keys - lowest) >> shift
+            matching = (keys >= lowest) & (digits < BINS)
+            histogram += tl.histogram(tl.where(matching, digits, 0).to(tl.int32), BINS, mask=matching)
+        offset += tl.num_programs(0) * TILE
+    if not LAST and offset > tl.program_id(0) * TILE:
+        bins = histograms_ptr + digit * BINS + tl.arange(0, BINS)
+        tl.atomic_add(bins, histogram, mask=histogram > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["width", "index_bits"])
+def _emit_kernel(
+    keys_ptr, anchors_ptr, scores_ptr, labels_ptr, width, index_bits, K: tl.constexpr, DROP: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Program t: what TILE keys of the sorted rows stand for."""
+    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    key = tl.load(keys_ptr + i, mask=i < width, other=-1)
+    last = (tl.full([], 1, tl.int64) << index_bits) - 1
+    index = (last - (key & last)).to(tl.int32)
+    high = ((key >> index_bits) - (1 << (31 - DROP))).to(tl.int32)
+    x = ((high ^ ((high >> 31) & (0x7FFFFFFF >> DROP))) << DROP).to(tl.float32, bitcast=True)
+    score = tl.div_rn(1.0, 1.0 + tl.exp(-x))
+    tl.store(anchors_ptr + i, tl.where(key >= 0, index // K, 0).to(tl.int64), mask=i < width)
+    tl.store(scores_ptr + i, tl.where(key >= 0, score, 0.0), mask=i < width)
+    tl.store(labels_ptr + i, tl.where(key >= 0, index % K, -1).to(tl.int64), mask=i < width)
+
+
+def _candidate_selection_triton(
+    levels: Sequence[Tensor], num_classes: int, score_thresh: float, topk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches for contiguous levels ``(B, N_l, K)``; their number depends on the dtype and on N alone."""
+    first = levels[0]
+    batch, width = len(first), _width(levels, topk)
+    tile, run = _TILE_BYTES // first.element_size(), 16 // first.element_size()
+    starts, first_tiles, list_starts = [0], [0], [0]
+    for level in levels:
+        logits = level.shape[1] * num_classes
+        starts.append(starts[-1] + logits)
+        first_tiles.append(first_tiles[-1] + triton.cdiv(logits + 15, tile))
+        list_starts.append(list_starts[-1] + logits // _LISTED + 1)
+    drop = {torch.bfloat16: 16, torch.float16: 13}.get(first.dtype, 0)
+    index_bits = max(1, (starts[-1] - 1).bit_length())
+    passes = triton.cdiv(32 - drop + index_bits, 8)
+    segments = batch * len(levels)
+    zeros = first.new_zeros(segments * (1 + passes * _BINS.value), dtype=torch.int32)
+    found, histograms = zeros[:segments], zeros[segments:]
+    states = first.new_empty(segments, passes, 2, dtype=torch.int64)
+    lists = first.new_empty(batch, list_starts[-1], dtype=torch.int64)
+    rows = first.new_full((batch, width), PADDING, dtype=torch.int64)
+    counts = first.new_zeros(batch, dtype=torch.int64)
+    anchors, labels = torch.empty_like(rows), torch.empty_like(rows)
+    scores = torch.empty_like(rows, dtype=torch.float32)
+    programs = max(1, min(_SEARCH_PROGRAMS // max(1, segments), triton.cdiv(starts[-1], 8 * _SEARCH_TILE)))
+    with torch.cuda.device_of(first):
+        _list_kernel[(first_tiles[-1], batch)](
+            tuple(levels), codes(starts), codes(first_tiles), codes(list_starts), lists, found, list_starts[-1],
+            index_bits, logit(score_thresh), DROP=drop, TILE=tile, RUN=run,
+        )  # fmt: skip
+        for digit in range(passes + 1):
+            _search_kernel[(programs, segments)](
+                tuple(levels), codes(starts), codes(list_starts), lists, found, states, histograms, rows, counts,
+                width, list_starts[-1], index_bits, logit(score_thresh), min(topk, 2**31 - 1), digit,
+                8 * (passes - 1 - digit), DROP=drop, PASSES=passes, TILE=_SEARCH_TILE, BINS=_BINS.value,
+                LAST=digit == passes,
+            )  # fmt: skip
+        keys = sort_keys(rows, counts)
+        _emit_kernel[(triton.cdiv(rows.numel(), 256),)](
+            keys, anchors, scores, labels, rows.numel(), index_bits, K=num_classes, DROP=drop, TILE=256, num_warps=2,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return anchors, scores, labels, counts
+
+
+@torch.library.custom_op("retina_fast::candidate_selection", mutates_args=())
+def _op(
+    levels: list[Tensor], num_classes: int, score_thresh: float, topk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of Candidates, of levels ``(B, N_l, K)``."""
+    if levels[0].is_cuda and HAS_TRITON:
+        contiguous = [level.contiguous() for level in levels]
+        return _candidate_selection_triton(contiguous, num_classes, score_thresh, topk)
+    anchors, scores, labels, counts = candidate_selection_reference(levels, num_classes, score_thresh, topk)
+    return anchors, scores, labels, counts
+
+
+@_op.register_fake
+def _(levels, num_classes, score_thresh, topk):
+    shape = levels[0].shape[0], _width(levels, topk)
+    anchors, labels = (levels[0].new_empty(shape, dtype=torch.int64) for _ in range(2))
+    scores = levels[0].new_empty(shape, dtype=torch.float32)
+    return anchors, scores, labels, levels[0].new_empty(shape[0], dtype=torch.int64)
 
 
 def candidate_selection(
@@ -82,10 +339,16 @@ def candidate_selection(
     """Pick the candidates of a batch: per image and level, the ``topk`` best scores above ``score_thresh``.
 
     Args:
-        logits: the levels as the heads wrote them, each ``(B, A*K, H, W)`` or ``(B, N_l, K)``; any float dtype.
+        logits: the levels as the heads wrote them, each ``(B, A*K, H, W)`` or ``(B, N_l, K)``; any float dtype. The
+            scores are differentiable.
         num_classes: K.
         score_thresh: scores must exceed it; 0 lets every logit above -inf through, 1 none.
-        topk: the most candidates of one image and level.
+        topk: the most candidates of one image and level. M, the width of the result, is the sum over the levels of
+            min(topk, N_l * K), and at least 1.
+
+    Raises:
+        ValueError: if a level does not hold K logits an anchor, the levels differ in dtype, topk is negative, or an
+            image has 2^31 logits or more.
 
     Example::
 
@@ -93,4 +356,19 @@ def candidate_selection(
         >>> candidates.anchors, candidates.labels, candidates.counts
         (tensor([[1, 1, 0, 0]]), tensor([[ 0,  1,  0, -1]]), tensor([3]))
     """
-    return candidate_selection_reference(logits, num_classes, score_thresh, topk)
+    levels = flatten_all(logits, num_classes)
+    if any(level.dtype != levels[0].dtype for level in levels):
+        raise ValueError(f"levels must share a dtype, got {[level.dtype for level in levels]}")
+    if topk < 0:
+        raise ValueError(f"topk must be at least 0, got {topk}")
+    if sum(level.shape[1] for level in levels) * num_classes >= 2**31:
+        raise ValueError(f"levels must hold fewer than 2^31 logits an image, got {[level.shape for level in levels]}")
+    if levels[0].dtype == torch.float64:
+        levels = [level.float() for level in levels]
+    candidates = Candidates(*_op([level.detach() for level in levels], num_classes, score_thresh, topk))
+    if torch.is_grad_enabled() and any(level.requires_grad for level in levels):
+        joined = torch.cat([level.flatten(1) for level in levels], dim=1)
+        index = candidates.anchors * num_classes + candidates.labels.clamp(min=0)
+        scores = torch.where(candidates.labels >= 0, torch.sigmoid(joined.gather(1, index).float()), 0)
+        candidates = candidates._replace(scores=scores)
+    return candidates

@@ -24,7 +24,7 @@ def count_anchors(level: Tensor, channels: int) -> int:
 def flatten(level: Tensor, channels: int) -> Tensor:
     """One level as ``(B, H*W*A, channels)``, anchors in torchvision's order: row, column, anchor of the cell."""
     anchors = count_anchors(level, channels)
-    return level.permute(0, 2, 3, 1).reshape(len(level), anchors, channels) if level.dim() == 4 else level
+    return level.permute(0, 2, 3, 1).reshape(level.shape[0], anchors, channels) if level.dim() == 4 else level
 
 
 def flatten_all(levels: Sequence[Tensor], channels: int) -> list[Tensor]:

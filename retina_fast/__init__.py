@@ -24,6 +24,7 @@ from retina_fast.builders import (
     retinanet_spinenet190,
 )
 from retina_fast.convert import from_torchvision
+from retina_fast.engine import compile_inference
 from retina_fast.inference import Detections
 from retina_fast.model import RetinaNet
 from retina_fast.training_step import TrainingStep
@@ -34,6 +35,7 @@ __all__ = [
     "RetinaNet_ResNet50_FPN_V2_Weights",
     "RetinaNet_ResNet50_FPN_Weights",
     "TrainingStep",
+    "compile_inference",
     "from_torchvision",
     "ops",
     "retinanet_resnet18_fpn",

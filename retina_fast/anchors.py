@@ -38,13 +38,50 @@ def _grid(cell_anchors: Tensor, grid: tuple[int, int], stride: tuple[int, int]) 
 
 
 def is_stock_generator(generator: object) -> bool:
-    """Whether ``generator`` is torchvision's, with none of its steps a user's own and no hooks."""
+    """Whether ``generator`` is torchvision's, whose anchors depend on nothing but sizes."""
     return is_stock(generator, AnchorGenerator, "forward", "grid_anchors", "set_cell_anchors")
 
 
 def cell_versions(generator: AnchorGenerator) -> tuple[tuple[int, int], ...]:
     """What changes when someone replaces the cell anchors of a generator, or writes to them."""
     return tuple((id(cell), 0 if cell.is_inference() else cell._version) for cell in generator.cell_anchors)
+
+
+def shared_anchors(generator: AnchorGenerator, batch: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """The anchors ``(N, 4)`` of a stock generator, float32 xyxy, that all images of a batch share.
+
+    Raises:
+        AssertionError: if the generator's sizes are not as many as the levels.
+    """
+    cells = list(generator.cell_anchors)
+    if len(cells) != len(features):
+        raise AssertionError(
+            f"anchor_generator has sizes for {len(cells)} levels, the backbone returns {len(features)}"
+        )
+    grids = tuple((level.shape[-2], level.shape[-1]) for level in features)
+    device = features[0].device
+    if torch.compiler.is_compiling():  # sizes may be symbols there, and the graph is what is kept
+        return _anchors([cell.to(device) for cell in cells], batch.shape[-2:], grids)
+    key = (*batch.shape[-2:], grids, device, cell_versions(generator))
+    cache = _CACHES.setdefault(generator, OrderedDict())
+    kept = cache.pop(key, None)
+    if kept is None or kept.version != kept.anchors._version:  # a caller may have changed what it was given
+        with torch.inference_mode(False), torch.no_grad():  # they serve training, even if inference asked first
+            anchors = to_device(_anchors(cells, batch.shape[-2:], grids), device)
+        kept = _Kept(cells, anchors, anchors._version)
+    if type(kept.anchors) is Tensor:  # and not one that only a tracer understands
+        cache[key] = kept
+        if len(cache) > _KEPT:
+            cache.popitem(last=False)
+    return kept.anchors
+
+
+def _anchors(cells: list[Tensor], size: Sequence[int], grids: Sequence[tuple[int, int]]) -> Tensor:
+    """(N, 4) of all levels, made where the cell anchors lie."""
+    height, width = size
+    return torch.cat(
+        [_grid(cell, (h, w), (height // h, width // w)) for cell, (h, w) in zip(cells, grids, strict=True)]
+    )
 
 
 def batch_anchors(
@@ -63,31 +100,4 @@ def batch_anchors(
     """
     if not is_stock_generator(generator):
         return generator(ImageList(batch, image_sizes), [level.float() for level in features])
-    cells = list(generator.cell_anchors)
-    if len(cells) != len(features):
-        raise AssertionError(
-            f"anchor_generator has sizes for {len(cells)} levels, the backbone returns {len(features)}"
-        )
-    grids = tuple((level.shape[-2], level.shape[-1]) for level in features)
-    device = features[0].device
-    key = (*batch.shape[-2:], grids, device, cell_versions(generator))
-    cache = _CACHES.setdefault(generator, OrderedDict())
-    kept = cache.pop(key, None)
-    if kept is None or kept.version != kept.anchors._version:  # a caller may have changed what it was given
-        anchors = _anchors(cells, batch.shape[-2:], grids, device)
-        kept = _Kept(cells, anchors, anchors._version)
-    if type(kept.anchors) is Tensor:  # and not one that only a tracer understands
-        cache[key] = kept
-        if len(cache) > _KEPT:
-            cache.popitem(last=False)
-    return [kept.anchors] * len(image_sizes)
-
-
-def _anchors(
-    cells: list[Tensor], size: Sequence[int], grids: Sequence[tuple[int, int]], device: torch.device
-) -> Tensor:
-    """(N, 4) of all levels, made where the cell anchors lie; they serve training, even if inference asked first."""
-    height, width = size
-    with torch.inference_mode(False), torch.no_grad():
-        levels = [_grid(cell, (h, w), (height // h, width // w)) for cell, (h, w) in zip(cells, grids, strict=True)]
-        return to_device(torch.cat(levels), device)
+    return [shared_anchors(generator, batch, features)] * len(image_sizes)

@@ -1,4 +1,4 @@
-"""The command line: `retina-fast train`, `evaluate` and `detect`."""
+"""The command line: `retina-fast train`, `evaluate`, `detect`, `check` and `bench`."""
 
 import contextlib
 import errno
@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
 from retina_fast.commands.processes import joined
 from retina_fast.data.augment import Flips
-from retina_fast.data.coco import CocoDataset
+from retina_fast.data.voc import open_data
 from retina_fast.errors import UserError
 
 try:
@@ -22,14 +22,31 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"retina-fast needs {error.name}: pip install 'retina_fast[all]'") from error
 
-app = typer.Typer(help="RetinaNet, fast: train, evaluate and detect.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="RetinaNet, fast: train, evaluate, detect, check and measure.", no_args_is_help=True, add_completion=False
+)
 console = Console()
 silent = Console(quiet=True)  # of all processes of a command but the first
 
+DEFAULT_MODEL = "retinanet_resnet18_fpn_lite"
 WORKERS = max(1, (os.cpu_count() or 1) // 2)
 Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare images.")]
+Images = Annotated[Path | None, typer.Option(help="The folder of their images; needed with COCO JSON.")]
+Annotations = Annotated[
+    Path,
+    typer.Option(
+        "--json", "--voc", help="Annotations: COCO JSON; or a Pascal VOC folder, or one of its lists of images."
+    ),
+]
 ModelFile = Annotated[
     Path | None, typer.Option(help="The model file that train wrote; without it, the trees that come with the package.")
+]
+
+Published = Annotated[
+    str | None, typer.Option("--model", help="A network with published --weights, in place of a checkpoint.")
+]
+Weights = Annotated[
+    str | None, typer.Option(help="COCO_V1: torchvision's weights of --model, which it downloads. Labels are COCO's.")
 ]
 
 
@@ -61,6 +78,17 @@ def _one_sentence() -> Iterator[None]:
     raise typer.Exit(1)
 
 
+def _model(checkpoint: Path | None, model: str | None, weights: str | None) -> tuple[Any, Any]:
+    """The network that a person chose, and its classes."""
+    from retina_fast.commands.predict import TREES, load_model, load_published
+
+    if model and weights and not checkpoint:
+        return load_published(model, weights)
+    if model or weights:
+        raise UserError("--model and --weights belong together, in place of --checkpoint")
+    return load_model(checkpoint or TREES)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         try:
@@ -79,10 +107,10 @@ def main(
 
 @app.command()
 def train(
-    json: Annotated[Path, typer.Option(help="Annotations to train on, COCO JSON.")],
-    images: Annotated[Path, typer.Option(help="The folder of their images.")],
+    json: Annotations,
+    images: Images = None,
     output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/train"),
-    model: Annotated[str, typer.Option(help="The network.")] = "retinanet_resnet18_fpn_lite",
+    model: Annotated[str, typer.Option(help="The network.")] = DEFAULT_MODEL,
     recipe: Annotated[
         str, typer.Option(help="default; or spinenet-b, spinenet-c, spinenet-c-143, spinenet-c-190, as published.")
     ] = "default",
@@ -133,25 +161,30 @@ def train(
         ),
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A model file to start from.")] = None,
-    val_json: Annotated[Path | None, typer.Option(help="Annotations to validate on.")] = None,
-    val_images: Annotated[Path | None, typer.Option(help="The folder of their images.")] = None,
+    val_json: Annotated[
+        Path | None, typer.Option("--val-json", "--val-voc", help="Annotations to validate on.")
+    ] = None,
+    val_images: Images = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
 ) -> None:
-    """Train a detector on a COCO data set."""
+    """Train a detector on a COCO or Pascal VOC data set."""
     with _one_sentence(), joined() as processes:
+        from retina_fast.commands.check import warn_of_faults
         from retina_fast.commands.run_files import Stopped
         from retina_fast.commands.settings import TrainSettings, has_bf16
         from retina_fast.commands.train import train as run
         from retina_fast.recipes import recipe_named
 
         chosen = recipe_named(recipe)
-        if (val_json is None) != (val_images is None):
-            raise UserError("--val-json and --val-images belong together: give both or neither")
-        validation = CocoDataset(val_json, val_images) if val_json and val_images else None
+        if val_images and not val_json:
+            raise UserError("--val-images belongs to --val-json: give both or neither")
+        data = open_data(json, images)
+        if processes.first:
+            warn_of_faults(data)
+        validation = open_data(val_json, val_images, data.classes) if val_json else None
         if crop is None:
             by_scale = model.endswith("_lite") or image_scale is not None
             crop = 256 if by_scale else 0  # the others resize every image to 800 px or so
-        data = CocoDataset(json, images)
         batch_size = batch_size or chosen.batch_size
         steps = steps or chosen.steps_for(len(data), batch_size)
         lr = chosen.lr_at(batch_size) if lr is None else lr
@@ -170,9 +203,14 @@ def train(
 
 @app.command()
 def evaluate(
-    json: Annotated[Path, typer.Option(help="Annotations, COCO JSON.")],
-    images: Annotated[Path, typer.Option(help="The folder of their images.")],
+    json: Annotations,
+    images: Images = None,
     checkpoint: ModelFile = None,
+    model: Published = None,
+    weights: Weights = None,
+    max_detections: Annotated[
+        int | None, typer.Option(min=1, help="Of an image that count, best first; by default all. COCO's tables: 100.")
+    ] = None,
     workers: Workers = WORKERS,
     plot: Annotated[Path | None, typer.Option(help="A picture to draw of precision over recall.")] = None,
 ) -> None:
@@ -180,11 +218,11 @@ def evaluate(
     with _one_sentence(), joined() as processes:
         from retina_fast.commands.evaluate import evaluate as run
         from retina_fast.commands.evaluate import report
-        from retina_fast.commands.predict import TREES, load_model
 
-        model, content = load_model(checkpoint or TREES)
+        network, content = _model(checkpoint, model, weights)
+        data = open_data(json, images)
         shown = console if processes.first else silent
-        found = run(model, content.classes, CocoDataset(json, images), workers, shown, processes)
+        found = run(network, content.classes, data, workers, shown, max_detections, processes)
         if found:
             report(found, console)
         if found and plot:
@@ -197,27 +235,93 @@ def evaluate(
 @app.command()
 def detect(
     inputs: Annotated[
-        list[Path], typer.Argument(help="Image files, folders of them, or .txt lists of them.", metavar="IMAGE...")
+        list[Path], typer.Argument(help="Image files, folders of them, or .txt lists.", metavar="IMAGE...")
     ],
     output: Annotated[Path, typer.Option(help="The folder for detections.json and pictures.")] = Path("out"),
     score: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
     checkpoint: ModelFile = None,
+    model: Published = None,
+    weights: Weights = None,
     workers: Workers = WORKERS,
 ) -> None:
     """Find objects in images."""
     with _one_sentence(), joined() as processes:
         from retina_fast.commands.detect import detect as run
         from retina_fast.commands.detect import report
-        from retina_fast.commands.predict import TREES, load_model
 
-        model, content = load_model(checkpoint or TREES)
+        network, content = _model(checkpoint, model, weights)
         shown = console if processes.first else silent
-        found = run(model, content, inputs, output, score, workers, shown, processes)
+        found = run(network, content, inputs, output, score, workers, shown, processes)
         if found:
             report(found, console)
             if not found.images:
                 raise UserError("not one of the images can be read")
             console.print(f"Wrote {output / 'detections.json'} and {found.images} pictures beside it")
+
+
+@app.command()
+def check(
+    data: Annotated[Path, typer.Argument(help="COCO JSON; or a Pascal VOC folder, or one of its lists of images.")],
+    images: Images = None,
+    model: Annotated[str, typer.Option(help="The network to be trained, for its anchors.")] = DEFAULT_MODEL,
+    workers: Workers = WORKERS,
+    plot: Annotated[Path | None, typer.Option(help="A picture to draw of the sizes of boxes and anchors.")] = None,
+) -> None:
+    """Name everything that is wrong with a data set before training on it; the exit code is 1 if something is."""
+    with _one_sentence():
+        from retina_fast.checkpoint import build
+        from retina_fast.commands import check as command
+
+        def show(fault: object) -> None:
+            console.print(str(fault), markup=False, soft_wrap=True, highlight=False)
+
+        checked = command.check(data, images, build(model, 1), workers, console, show)
+        command.show(checked, console)
+        if plot:
+            command.plot(checked, plot)
+            console.print(f"Wrote {plot}")
+        if checked.faults:
+            raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Image files, or folders of them; by default noise.", metavar="[IMAGE]..."),
+    ] = None,
+    batch_sizes: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.  [default: 1 2 4]")] = None,
+    size: Annotated[int, typer.Option(min=32, help="Side of the noise images in pixels.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="Of which the median is taken.")] = 5,
+    checkpoint: ModelFile = None,
+    model: Annotated[
+        str | None, typer.Option(help="A network with random weights and 91 classes, in place of a checkpoint.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    output: Annotated[Path, typer.Option(help="The folder for bench.png and bench.json.")] = Path("out/bench"),
+) -> None:
+    """Measure images a second: torchvision, this package's model, and its engine, with the same weights."""
+    with _one_sentence():
+        from retina_fast.checkpoint import build
+        from retina_fast.commands.bench import bench as run
+        from retina_fast.commands.detect import image_files
+        from retina_fast.commands.predict import TREES, load_model
+        from retina_fast.data.coco import read_image
+
+        if model is not None and checkpoint is not None:
+            raise UserError("--model and --checkpoint exclude each other: give one of them")
+        network = build(model, 91).eval() if model else load_model(checkpoint or TREES)[0]
+        try:
+            network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        place = next(network.parameters()).device
+        noise = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8)]
+        images = [read_image(path) for path in image_files(inputs)] if inputs else noise
+        images = [image.as_subclass(torch.Tensor).to(place) for image in images]
+        name = model or str(checkpoint or "the embedded tree detector")
+        run(network, images, batch_sizes or [1, 2, 4], rounds, output, name, console)
+        console.print(f"Wrote bench.png and bench.json in {output}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Turning a live torchvision RetinaNet, or a subclass of it, into a fast one that shares its parameters."""
+"""Turning a live torchvision RetinaNet, or a subclass of it, into a fast one that shares its parameters; and back."""
 
+import copy
 import functools
 from typing import Any
 
+import torch
 from torchvision.models.detection import retinanet as tv
 
 from retina_fast.model import RetinaNet, same
@@ -53,6 +55,20 @@ def from_torchvision(model: tv.RetinaNet) -> RetinaNet:
         fast.__dict__[name] = value.copy() if isinstance(value, dict) else value
     _rebind_hooks(fast, model)
     return fast._apply(same)
+
+
+def to_torchvision(model: RetinaNet) -> tv.RetinaNet:
+    """A copy of the model that is torchvision's own: the same weights, parts and settings, run by torchvision's code.
+
+    Example::
+
+        >>> from retina_fast import retinanet_resnet18_fpn
+        >>> type(to_torchvision(retinanet_resnet18_fpn(weights_backbone=None))) is tv.RetinaNet
+        True
+    """
+    twin: Any = copy.deepcopy(model)
+    twin.__class__ = tv.RetinaNet
+    return twin.to(memory_format=torch.contiguous_format)
 
 
 def _rebind_hooks(fast: RetinaNet, model: tv.RetinaNet) -> None:

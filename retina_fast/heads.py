@@ -14,6 +14,7 @@ from torchvision.models.detection import retinanet as tv
 
 from retina_fast.kernels.levels import flatten_all
 from retina_fast.stock import is_stock
+from retina_fast.towers import run_tower
 
 batch_norm = partial(nn.BatchNorm2d, momentum=0.01, eps=1e-3)  # the paper's momentum
 
@@ -122,6 +123,6 @@ def runs_by_level(part: Any) -> bool:
 
 def level_outputs(part: Any, features: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a classification or regression head as its convs write them, ``(B, A*C, H, W)`` a level."""
-    levels = part.conv(features) if isinstance(part.conv, LevelNormTower) else [part.conv(x) for x in features]
+    levels = part.conv(features) if isinstance(part.conv, LevelNormTower) else run_tower(part.conv, features)
     last = part.cls_logits if isinstance(part, tv.RetinaNetClassificationHead) else part.bbox_reg
     return [last(level) for level in levels]

@@ -9,6 +9,7 @@ from torch import Tensor
 from retina_fast.kernels.batched_nms import batched_nms
 from retina_fast.kernels.box_decode import box_decode
 from retina_fast.kernels.candidate_selection import candidate_selection
+from retina_fast.kernels.take_kept import take_kept
 
 
 class Detections(NamedTuple):
@@ -76,16 +77,9 @@ def detect(
         nms_thresh: IoU above which the lower of two boxes of one class goes.
         detections_per_img: D, the most detections of an image; D is never more than the candidates there can be.
     """
-    candidates = candidate_selection(logits, num_classes, score_thresh, topk_candidates)
+    candidates = candidate_selection(logits, num_classes, score_thresh, topk_candidates)  # best first
     boxes = box_decode(deltas, anchors, candidates.anchors, image_sizes)  # (B, M, 4)
     detections_per_img = min(detections_per_img, boxes.shape[1])  # "no limit" is often a very large number
-    kept = batched_nms(boxes, candidates.scores, candidates.labels, candidates.counts, nms_thresh, detections_per_img)
-    valid = torch.arange(detections_per_img, device=boxes.device) < kept.counts[:, None]  # (B, D)
-    boxes = boxes.gather(1, kept.positions[..., None].expand(-1, -1, 4))  # (B, D, 4)
-    scale = (original_sizes.float() / image_sizes.float()).flip(1).repeat(1, 2)[:, None]  # (B, 1, 4): x, y, x, y
-    return Detections(
-        torch.where(valid[..., None], boxes * scale, 0),
-        torch.where(valid, candidates.scores.gather(1, kept.positions), 0),
-        torch.where(valid, candidates.labels.gather(1, kept.positions), -1),
-        kept.counts,
-    )
+    kept = batched_nms(boxes, None, candidates.labels, candidates.counts, nms_thresh, detections_per_img)
+    chosen = candidates.scores, candidates.labels, kept.positions, kept.counts
+    return Detections(*take_kept(boxes, *chosen, image_sizes, original_sizes), kept.counts)

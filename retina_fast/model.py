@@ -11,7 +11,7 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from retina_fast.anchors import batch_anchors
+from retina_fast.anchors import batch_anchors, is_stock_generator, shared_anchors
 from retina_fast.heads import level_outputs, runs_by_level
 from retina_fast.inference import Detections, detect
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE
@@ -25,8 +25,10 @@ from retina_fast.transform import (
     check_images,
     is_stock_transform,
     padded,
+    resize_batch,
     resize_targets,
     resized_sizes,
+    size_rows,
 )
 
 Images = Sequence[Tensor] | Tensor
@@ -194,6 +196,8 @@ class RetinaNet(tv.RetinaNet):
             raise ValueError(f"batch must be (B, C, H, W), got {tuple(batch.shape)}")
         if self.training:
             raise RuntimeError("detect needs evaluation mode: call model.eval() first")
+        if self._detects_fast() and is_stock_transform(self.transform) and is_stock_generator(self.anchor_generator):
+            return self._detect_batch(batch)
         passed = self._forward(batch, None)
         if self._detects_fast():
             return self._padded_detections(passed)
@@ -237,7 +241,8 @@ class RetinaNet(tv.RetinaNet):
         if not _stock_coder(self.box_coder):
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
         joined = torch.stack([torch.cat(levels) for levels in anchors])
-        return self._detect(head_outputs, joined, image_shapes, image_shapes).to_list()
+        sizes = to_device(torch.tensor(image_shapes), joined.device)
+        return self._detect(head_outputs, joined, sizes, sizes).to_list()
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError("retina_fast.RetinaNet cannot be scripted: TorchScript is no longer developed")
@@ -274,9 +279,7 @@ class RetinaNet(tv.RetinaNet):
         batch = inputs.batch
         if batch is None:
             batch = batch_images(self.transform, inputs.images, inputs.image_sizes)
-        batch = padded(batch, getattr(self.backbone, "size_divisible", 1))  # anchors take their strides from its size
-        features = self.backbone(batch)
-        features = [features] if isinstance(features, Tensor) else list(features.values())
+        batch, features = self._trunk(batch)
         return _Forward(
             self._head_outputs(features),
             [level.shape[-2] * level.shape[-1] for level in features],
@@ -286,6 +289,12 @@ class RetinaNet(tv.RetinaNet):
             inputs.targets,
             inputs.truths,
         )
+
+    def _trunk(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The batch, padded where the backbone asks for more, and its levels. Anchors take their strides from both."""
+        batch = padded(batch, getattr(self.backbone, "size_divisible", 1))
+        features = self.backbone(batch)
+        return batch, [features] if isinstance(features, Tensor) else list(features.values())
 
     def _loss_reads_shapes(self, targets: Targets) -> bool:
         """Whether a loss of the user's own may read masks or keypoints, which torchvision's transform resizes."""
@@ -365,23 +374,40 @@ class RetinaNet(tv.RetinaNet):
 
     def _padded_detections(self, passed: _Forward) -> Detections:
         anchors = shared_or_stacked(passed.anchors)
-        outputs = passed.head_outputs
-        if isinstance(outputs["cls_logits"], Tensor):  # a user's head: cut its concatenated outputs into levels
-            per_cell = anchors.shape[-2] // sum(passed.grids)
-            lengths = [cells * per_cell for cells in passed.grids]
-            outputs = {key: outputs[key].split(lengths, dim=1) for key in ("cls_logits", "bbox_regression")}
-        return self._detect(outputs, anchors, passed.image_sizes, passed.original_sizes)
+        return self._detect(
+            self._by_level(passed.head_outputs, passed.grids, anchors),
+            anchors,
+            to_device(torch.tensor(passed.image_sizes), anchors.device),
+            to_device(torch.tensor(passed.original_sizes), anchors.device),
+        )
+
+    def _detect_batch(self, images: Tensor) -> Detections:
+        """The detections of images of one size, which no list holds: one graph for any number of them."""
+        check_images(images[:1], max(len(self.transform.image_mean), len(self.transform.image_std)))
+        batch, image_sizes = resize_batch(self.transform, images)
+        batch, features = self._trunk(batch)
+        anchors = shared_anchors(self.anchor_generator, batch, features)
+        cells = [level.shape[-2] * level.shape[-1] for level in features]
+        outputs = self._by_level(self._head_outputs(features), cells, anchors)
+        return self._detect(outputs, anchors, image_sizes, size_rows(images, *images.shape[2:]))
+
+    def _by_level(self, outputs: dict[str, Any], grids: list[int], anchors: Tensor) -> dict[str, Any]:
+        """Head outputs as lists of levels: those of a user's head come concatenated."""
+        if not isinstance(outputs["cls_logits"], Tensor):
+            return outputs
+        per_cell = anchors.shape[-2] // sum(grids)
+        lengths = [cells * per_cell for cells in grids]
+        return {key: outputs[key].split(lengths, dim=1) for key in ("cls_logits", "bbox_regression")}
 
     def _detect(
-        self, head_outputs: Mapping[str, Any], anchors: Tensor, image_sizes: Sizes, original_sizes: Sizes
+        self, head_outputs: Mapping[str, Any], anchors: Tensor, image_sizes: Tensor, original_sizes: Tensor
     ) -> Detections:
-        logits = head_outputs["cls_logits"]
         return detect(
-            logits,
+            head_outputs["cls_logits"],
             head_outputs["bbox_regression"],
             anchors,
-            to_device(torch.tensor(image_sizes), anchors.device),
-            to_device(torch.tensor(original_sizes), anchors.device),
+            image_sizes,
+            original_sizes,
             self._num_classes(head_outputs),
             self.score_thresh,
             self.topk_candidates,

@@ -4,6 +4,7 @@
 integer labels, levels as the heads wrote them, and padded batches.
 """
 
+import torch
 from torch import Tensor
 
 from retina_fast.kernels.anchor_matching import Matches, anchor_matching
@@ -51,7 +52,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         tensor([1, 2])
     """
     _check_boxes(boxes, scores)
-    return nms_image(boxes, scores, None, iou_threshold)
+    return _suppress(boxes, scores, None, iou_threshold)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -76,7 +77,16 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     _check_boxes(boxes, scores)
     if idxs.shape != scores.shape:
         raise ValueError(f"idxs must be (N,) = {tuple(scores.shape)}, got {tuple(idxs.shape)}")
-    return nms_image(boxes, scores, idxs, iou_threshold)
+    return _suppress(boxes, scores, idxs, iou_threshold)
+
+
+def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float) -> Tensor:
+    if not boxes.is_cuda:
+        return nms_image(boxes, scores, labels, iou_threshold)
+    counts = torch.full((1,), len(boxes), device=boxes.device)
+    labels = None if labels is None else labels[None]
+    kept = padded_batched_nms(boxes[None], scores[None], labels, counts, iou_threshold, len(boxes))
+    return kept.positions[0, : int(kept.counts)]  # how many there are is the shape: the host must know
 
 
 def _check_boxes(boxes: Tensor, scores: Tensor) -> None:

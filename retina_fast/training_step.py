@@ -1,11 +1,11 @@
-"""A training step as one CUDA graph: forward, losses, backward, clipping and optimizer in one launch.
+"""A training step as one CUDA graph: image batch, forward, losses, backward, clipping and optimizer in one launch.
 
-    call    images, targets -> checked, uploaded, batched  ->  buffers of the graph  ->  replay
+    call    images, targets -> checked, uploaded  ->  buffers of the graph  ->  replay
 
 A graph repeats one sequence of kernels on one set of addresses. So it serves one size of padded batch, whose ground
 truths lie in buffers with room for more; and it is good as long as nothing that it holds fast is changed: a setting, a
-part of the model, the optimizer's state. What is outside runs uncaptured, kernel by kernel. Images are batched before
-the replay, from wherever they lie: to copy them into buffers of their own would cost as much.
+part of the model, the optimizer's state. What is outside runs uncaptured, kernel by kernel. Images are not copied: the
+graph reads where they lie, and of what sizes they are, from a table.
 """
 
 import contextlib
@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from retina_fast.anchors import cell_versions, is_stock_generator
+from retina_fast.kernels.image_batch import batch_shape, image_table, kernel_serves, launch_image_batch
 from retina_fast.model import Inputs, RetinaNet
 from retina_fast.stock import has_hooks, overrides
 from retina_fast.targets import to_device
-from retina_fast.transform import batch_images, is_stock_transform
+from retina_fast.transform import is_stock_transform
 
 _GRAPH_DEVICE = "cuda"
 _WARMUP = 3  # steps alike before a capture: cuDNN, Triton and the optimizer set themselves up in them
@@ -32,10 +33,11 @@ Losses = dict[str, Tensor]
 
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    shape: torch.Size  # of the batch
+    shape: tuple[int, ...]  # of the batch
     settings: Any
     held: list[Any]  # what settings name by their ids, and the anchors, which the cache may drop
-    inputs: Inputs  # the buffers
+    table: Tensor  # where the images are
+    inputs: Inputs  # the other buffers
     names: list[str]
     losses: Tensor  # (len(names),), overwritten by each replay
 
@@ -131,22 +133,23 @@ class TrainingStep:
             return self._uncaptured(self._parts(images, targets), device)
         self._own_learning_rates(device)
         inputs = self.model._inputs(images, targets)
-        batch = batch_images(self.model.transform, inputs.images, inputs.image_sizes)
-        inputs = inputs._replace(batch=batch)
         assert inputs.truths is not None
-        settings = self._settings(batch)
+        transform = self.model.transform
+        constants = max(len(transform.image_mean), len(transform.image_std))
+        shape = batch_shape(inputs.images, inputs.image_sizes, constants, transform.size_divisible)
+        settings = self._settings(inputs.images[0].dtype)
         if self._graph is not None and self._graph.settings != settings:
             self._graph = None
-        fits = len(inputs.truths.boxes) <= self.max_boxes
+        fits = len(inputs.truths.boxes) <= self.max_boxes and kernel_serves(inputs.images, shape[1])
         if self._graph is None:
-            self._alike = self._alike + 1 if self._last == (batch.shape, settings) else 0
-            self._last = batch.shape, settings
+            self._alike = self._alike + 1 if self._last == (shape, settings) else 0
+            self._last = shape, settings
             if self._alike < _WARMUP or not fits:
                 return self._aside(lambda: self._uncaptured([lambda: self._forward(inputs)], device), device)
-            self._graph = self._capture(inputs, batch, settings, device)
-        if self._graph.shape != batch.shape or not fits:
+            self._graph = self._capture(inputs, shape, settings, device)
+        if self._graph.shape != shape or not fits:
             return self._uncaptured([lambda: self._forward(inputs)], device)
-        return self._replay(self._graph, batch, inputs)
+        return self._replay(self._graph, inputs)
 
     def _forward(self, inputs: Inputs) -> Losses:
         return self.model._losses(self.model._network(inputs))
@@ -201,12 +204,15 @@ class TrainingStep:
         current.wait_stream(self._stream)
         return losses
 
-    def _capture(self, inputs: Inputs, batch: Tensor, settings: Any, device: torch.device) -> _Graph:
-        truths = inputs.truths
+    def _capture(self, inputs: Inputs, shape: tuple[int, ...], settings: Any, device: torch.device) -> _Graph:
+        truths, image_dtype = inputs.truths, inputs.images[0].dtype
         assert truths is not None
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        # In mixed precision the first conv would cast it at once.
+        batch = torch.empty(shape, dtype=self.dtype or image_dtype, device=device, memory_format=layout)
         buffers = inputs._replace(
             images=[],
-            batch=torch.empty_like(batch),
+            batch=batch,
             targets=[],
             truths=truths._replace(
                 boxes=truths.boxes.new_zeros((self.max_boxes, 4)),
@@ -214,9 +220,13 @@ class TrainingStep:
                 offsets=torch.zeros_like(truths.offsets),
             ),
         )
+        table = to_device(image_table(inputs.images, inputs.image_sizes), device)
+        transform = self.model.transform
+        constants = transform.image_mean, transform.image_std
         held: list[Any] = []
 
         def forward() -> Losses:
+            launch_image_batch(table, batch, image_dtype, *constants)
             passed = self.model._network(buffers)
             held.extend(passed.anchors)
             return self.model._losses(passed)
@@ -233,14 +243,13 @@ class TrainingStep:
             ) from error
         held += [*self.model.modules(), *self._lrs, *self.model.anchor_generator.cell_anchors]
         held += [value for state in self.optimizer.state.values() for value in state.values()]
-        return _Graph(graph, batch.shape, settings, held, buffers, list(losses), stacked)
+        return _Graph(graph, shape, settings, held, table, buffers, list(losses), stacked)
 
-    def _replay(self, graph: _Graph, batch: Tensor, inputs: Inputs) -> Losses:
+    def _replay(self, graph: _Graph, inputs: Inputs) -> Losses:
         buffers, truths = graph.inputs.truths, inputs.truths
         assert buffers is not None
         assert truths is not None
-        assert graph.inputs.batch is not None
-        graph.inputs.batch.copy_(batch)
+        graph.table.copy_(image_table(inputs.images, inputs.image_sizes), non_blocking=True)
         count = len(truths.boxes)
         buffers.boxes[:count].copy_(truths.boxes)
         buffers.labels[:count].copy_(truths.labels)
@@ -284,11 +293,11 @@ class TrainingStep:
                 if state and isinstance(state.get("step"), Tensor):
                     state["step"] = to_device(state["step"], device)
 
-    def _settings(self, batch: Tensor) -> list[Any]:
+    def _settings(self, image_dtype: torch.dtype) -> list[Any]:
         """All that a graph holds fast besides the batch's shape, its dtype among it."""
         model, matcher = self.model, self.model.proposal_matcher
         values: list[Any] = [
-            (self.max_boxes, self.max_grad_norm, self.dtype, batch.dtype, tuple(self.loss_weights.items())),
+            (self.max_boxes, self.max_grad_norm, self.dtype, image_dtype, tuple(self.loss_weights.items())),
             (matcher.high_threshold, matcher.low_threshold, matcher.allow_low_quality_matches),
             (model.head.regression_head._loss_type, model.head.classification_head.num_classes),
             cell_versions(model.anchor_generator),

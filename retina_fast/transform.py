@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from retina_fast.kernels.image_batch import image_batch
@@ -38,12 +38,13 @@ def is_stock_transform(transform: object) -> bool:
     return any(is_stock(transform, cls, *_STEPS) for cls in (RetinaNetTransform, GeneralizedRCNNTransform))
 
 
-def check_images(images: Sequence[Tensor] | Tensor, channels: int) -> list[Tensor]:
+def check_images(images: Sequence[Tensor] | Tensor, channels: int, take_uint8: bool = False) -> list[Tensor]:
     """The images of a list, a tuple or a 4-D batch.
 
     Args:
         images: what the model was given.
         channels: of the mean and the standard deviation; 1 serves images of any number of channels.
+        take_uint8: whether uint8 images in [0, 255] are taken, too.
 
     Raises:
         ValueError: for an image that is not 3-D, is empty, or has neither 1 nor ``channels`` channels.
@@ -59,7 +60,7 @@ def check_images(images: Sequence[Tensor] | Tensor, channels: int) -> list[Tenso
             raise TypeError(f"images[{i}] must be a Tensor, got a {type(image)}")
         if image.dim() != 3:
             raise ValueError(f"images is expected to be a list of 3d tensors (C, H, W), images[{i}] is {image.shape}")
-        if not image.is_floating_point():
+        if not (image.is_floating_point() or (take_uint8 and image.dtype == torch.uint8)):
             raise TypeError(
                 f"Expected input images to be of floating type (in range [0, 1]), images[{i}] is {image.dtype}; "
                 "convert with image.float() / 255"
@@ -102,6 +103,34 @@ def batch_images(
 ) -> Tensor:
     """The padded batch ``(B, C, H, W)`` of images resized to ``sizes``."""
     return image_batch(images, sizes, transform.image_mean, transform.image_std, transform.size_divisible)
+
+
+def size_rows(batch: Tensor, height: int, width: int) -> Tensor:
+    """(B, 2) int64 on the batch's device: one height and width for all its images, made where it is needed."""
+    return torch.stack([batch.new_full((batch.shape[0],), side, dtype=torch.int64) for side in (height, width)], dim=1)
+
+
+def resize_batch(transform: GeneralizedRCNNTransform, images: Tensor) -> tuple[Tensor, Tensor]:
+    """``batch_images`` for ``(B, C, h, w)`` images of one size: the batch ``(B, C, H, W)`` and the sizes (B, 2) in it.
+
+    Raises:
+        RuntimeError: for images so elongated that one side would shrink to no pixel.
+    """
+    height, width = resized_size(transform, *images.shape[2:])
+    if min(height, width) < 1:
+        raise RuntimeError(f"images of {tuple(images.shape[1:])} pixels would be resized to {(height, width)}")
+    channels = max(images.shape[1], len(transform.image_mean), len(transform.image_std))
+    constants = [values * (channels // len(values)) for values in (transform.image_mean, transform.image_std)]
+    images = images.expand(-1, channels, -1, -1)
+    # numbers, not tensors of constants, which would have to be uploaded
+    parts = [(images[:, c] - mean) / std for c, (mean, std) in enumerate(zip(*constants, strict=True))]
+    batch = torch.stack(parts, dim=1)
+    if tuple(images.shape[2:]) != (height, width):
+        batch = F.interpolate(batch, size=(height, width), mode="bilinear", align_corners=False)
+    divisor = transform.size_divisible
+    batch = F.pad(batch, (0, -width % divisor, 0, -height % divisor))
+    layout = torch.channels_last if batch.is_cuda else torch.contiguous_format
+    return batch.contiguous(memory_format=layout), size_rows(images, height, width)
 
 
 def padded(batch: Tensor, multiple: int) -> Tensor:

@@ -1,6 +1,7 @@
 """CUDA graphs played on a CPU, so that what is captured, replayed and left out can be tested there."""
 
 import contextlib
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from retina_fast import training_step
+from retina_fast.kernels.image_batch import image_batch_reference
 from retina_fast.targets import GroundTruths
 from retina_fast.training import detection_losses
 
@@ -100,11 +102,28 @@ def opaque_losses(logits, deltas, anchors, truths, num_classes, matcher, loss_ty
     return {"classification": cls, "bbox_regression": box}
 
 
+def _image_at(row: list[int], dtype: torch.dtype, channels: int) -> Tensor:
+    address, height, width, _, _, *strides = row
+    sizes = (channels, height, width)
+    length = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    memory = (ctypes.c_char * (length * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(sizes, strides)
+
+
+@torch.library.custom_op("tests::fill_batch", mutates_args=("out",))
+def _fill_batch(table: Tensor, out: Tensor, dtype: torch.dtype, mean: list[float], std: list[float]) -> None:
+    """What the kernel does, by its reference: from the images at the table's addresses."""
+    rows = table.tolist()
+    images = [_image_at(row, dtype, out.shape[1]) for row in rows]
+    image_batch_reference(images, [(row[3], row[4]) for row in rows], mean, std, out)
+
+
 def play_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have TrainingStep capture on a CPU."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(training_step, "_GRAPH_DEVICE", "cpu")
     monkeypatch.setattr("retina_fast.model.detection_losses", opaque_losses)
+    monkeypatch.setattr(training_step, "launch_image_batch", _fill_batch)
     for name, value in {
         "Stream": lambda device: stream,
         "current_stream": lambda device: stream,

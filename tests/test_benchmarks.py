@@ -1,6 +1,7 @@
 """What ``make gpu`` writes, and that its cases compute what they time, on a machine without a GPU."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -11,7 +12,21 @@ import time
 import pytest
 import torch
 
-from benchmarks import anchor_matching, box_loss, focal_loss, gpu, loss_path, measure, spinenet, training_step
+from benchmarks import (
+    anchor_matching,
+    batched_nms,
+    box_loss,
+    focal_loss,
+    gpu,
+    group_norm_relu,
+    image_batch,
+    loss_path,
+    measure,
+    model,
+    postprocess,
+    spinenet,
+    training_step,
+)
 from benchmarks.measure import ROOT, Built, Case, Results, environment
 from retina_fast.kernels.box_loss import LOSS_TYPES
 from retina_fast.kernels.compiler import INTERPRETED
@@ -94,30 +109,73 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_parts():
-    assert "tests/test_focal_loss.py" in gpu.kernel_tests()
+    assert {f"tests/test_{name}.py" for name in ("focal_loss", "image_batch", "engine")} <= set(gpu.kernel_tests())
     assert gpu.file_name("NVIDIA H200") == "nvidia-h200.json"
 
 
 def test_goals_stand_on_their_cases_only():
     cases = [case for name in gpu.BENCHMARKS for case in importlib.import_module(f"benchmarks.{name}").CASES]
+    v1 = "inference, retinanet_resnet50_fpn, batch {}, 800x800, 91 classes"
     assert {case.goal: (case.name, case.dtype) for case in cases if case.goal} == {
         "K1-fp32": ("focal loss, batch 8, 800x800, 91 classes", "float32"),
         "K1-bf16": ("focal loss, batch 8, 800x800, 91 classes", "bfloat16"),
         "K2": ("loss path with l1, batch 16, 800x800, 91 classes, 16 ground truths an image", "bfloat16"),
         "K3-g500": ("matching, batch 8, 800x800, 500 ground truths an image", "float32"),
         "K3-b16": ("matching, batch 16, 800x800, 16 ground truths an image", "float32"),
+        "K6": ("image batch, batch 8, 480x640 to 800", "float32"),
+        "E1": (v1.format(1), "bfloat16"),
+        "E2": (v1.format(32), "bfloat16"),
+        **{
+            f"K4-b{b}": (f"postprocess, batch {b}, 800x800, 91 classes, 1.0% above the threshold", "bfloat16")
+            for b in (1, 8, 32)
+        },
+        **{
+            f"K5-b{b}": (f"NMS, batch {b}, 5000 clustered boxes in 91 classes, at most 300 kept", "float32")
+            for b in (1, 32)
+        },
         "E3": ("training step, retinanet_resnet50_fpn, batch 16, 800x800, 91 classes", "bfloat16"),
         "E4": ("training step, retinanet_resnet50_fpn, batch 16, 800x800, 91 classes, captured", "bfloat16"),
     }
     assert training_step.BASE.image_sizes == (800, 1333)  # nothing is resized
     keys = [(case.name, case.dtype) for case in cases]
     assert len(keys) == len(set(keys))
+    assert {"inference, retinanet_resnet50_fpn_v2, batch 32, 800x800, 91 classes"} <= {name for name, _ in keys}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_focal_loss_cases_agree_with_the_reference(dtype):
     setting = focal_loss.Setting(batch=2, height=128, width=96, num_classes=11, dtype=dtype)
     focal_loss.build(setting, CPU, with_compile=False).check()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_image_batch_cases_agree_with_torchvision(dtype):
+    setting = image_batch.Setting(batch=2, height=48, width=64, min_size=80, dtype=dtype)
+    built = image_batch.build(setting, CPU)
+    built.check()
+    assert built.min_bytes == 2 * 3 * (48 * 64 * (4 if dtype == "float32" else 1) + 96 * 128 * built.ours().itemsize)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_group_norm_relu_cases_agree_with_the_reference(dtype):
+    setting = group_norm_relu.Setting(batch=2, height=64, width=64, dtype=dtype)
+    built = group_norm_relu.build(setting, CPU, with_compile=False)
+    built.check()
+    exact = group_norm_relu.build(setting, CPU, with_compile=False).baselines["torch eager"]()
+    torch.testing.assert_close(built.ours(), exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_model_cases_agree_with_torchvision(dtype, monkeypatch):
+    """All that `make gpu` does with one, at a small size; torch.compile with its quickest backend."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    setting = model.Setting("retinanet_resnet18_fpn_v2", batch=2, size=96, num_classes=3, dtype=dtype)
+    built = model.build(setting, CPU, with_compile=dtype == "bfloat16")
+    built.check()
+    counts = built.ours().counts
+    assert counts.shape == (2,)
+    for name, baseline in built.baselines.items():
+        assert len(baseline()) == 2, name
 
 
 @pytest.mark.parametrize("ground_truths", [1, 30])
@@ -172,6 +230,23 @@ def test_the_peak_of_what_replays_is_that_of_its_uncaptured_work(monkeypatch):
     built = Built(lambda: "ours", {"theirs": lambda: "theirs"}, lambda: None, 1, uncaptured=lambda: "uncaptured")
     measure.compare(Case("a", "float32", lambda device: built), CPU, 1.0)
     assert measured == ["uncaptured", "theirs"]
+
+
+@pytest.mark.parametrize("above", [0.0, 0.01, 1.0])
+def test_postprocess_cases_agree_with_the_references(above):
+    setting = postprocess.Setting(batch=2, height=128, width=96, num_classes=11, above=above)
+    built = postprocess.build(setting, CPU)
+    built.check()
+    assert built.baselines["torchvision eager"]()
+    share = torch.cat([level.flatten() for level in postprocess.inputs(setting, CPU)[0]["cls_logits"]])
+    assert (torch.sigmoid(share.float()) > 0.05).float().mean().item() == pytest.approx(above, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", batched_nms.SETS)
+def test_nms_cases_agree_with_the_reference(kind):
+    for classes in (1, 11):
+        batched_nms.build(batched_nms.Setting(batch=2, boxes=200, classes=classes, kind=kind, kept=250), CPU).check()
+    batched_nms.build(batched_nms.Setting(boxes=0, kind=kind), CPU).check()
 
 
 @pytest.mark.parametrize("setting", spinenet.CPU_SETTINGS, ids=str)

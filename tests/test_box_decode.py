@@ -1,10 +1,12 @@
 """Box decoding against torchvision's coder."""
 
+import pytest
 import torch
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import clip_boxes_to_image
 
-from retina_fast.kernels.box_decode import box_decode
+from retina_fast.kernels import box_decode as module
+from retina_fast.kernels.box_decode import box_decode, box_decode_reference
 
 
 def case(dtype=torch.float32):
@@ -35,3 +37,58 @@ def test_geometry_is_float32_whatever_the_deltas():
     exact = box_decode([level.float() for level in deltas], anchors, index, sizes)
     assert ours.dtype == torch.float32
     assert torch.equal(ours, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("anchors_per_image", [False, True])
+def test_kernel_matches_the_reference(dtype, anchors_per_image, device):
+    deltas, anchors, index, sizes = case(dtype)
+    deltas[0][0, :, 0, 0], deltas[0][1, 2, 1, 1], deltas[1][0, 0, 0, 0] = 50.0, float("nan"), -float("inf")
+    index[0, 0], index[1, 1], index[0, 2] = 0, 18, 105
+    anchors = torch.stack((anchors, anchors + 2)) if anchors_per_image else anchors
+    levels = [level.to(device) for level in deltas]
+    ours = module._box_decode_triton(levels, anchors.to(device), index.to(device), sizes.to(device))
+    # to 1e-6 of the images' size: exp may differ in its last bit
+    torch.testing.assert_close(ours.cpu(), box_decode_reference(deltas, anchors, index, sizes), rtol=0, atol=64e-6,
+                               equal_nan=True)  # fmt: skip
+
+
+def test_deltas_are_differentiable():
+    deltas, anchors, index, sizes = case()
+    deltas = [level.requires_grad_() for level in deltas]
+    assert all(
+        grad.abs().sum() > 0 for grad in torch.autograd.grad(box_decode(deltas, anchors, index, sizes).sum(), deltas)
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_empty(shape, device):
+    deltas, anchors, _, sizes = case()
+    index = torch.zeros(shape, dtype=torch.int64, device=device)
+    levels = [level[: shape[0]].to(device) for level in deltas]
+    assert module._box_decode_triton(levels, anchors.to(device), index, sizes[: shape[0]].to(device)).shape == (
+        *shape,
+        4,
+    )
+
+
+def test_errors():
+    deltas, anchors, index, sizes = case()
+    with pytest.raises(ValueError, match="anchors"):
+        box_decode(deltas, anchors[:-1], index, sizes)
+
+
+def test_opcheck(device):
+    deltas, anchors, index, sizes = case()
+    levels = [level.to(device).flatten(1).view(2, -1, 4) for level in deltas]
+    torch.library.opcheck(module._op, (levels, *(t.to(device) for t in (anchors, index, sizes))))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(dynamic, device):
+    deltas, anchors, index, sizes = case()
+    arguments = [level.to(device) for level in deltas], *(t.to(device) for t in (anchors, index, sizes))
+    for function in (box_decode, module._box_decode_triton):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        expected = box_decode_reference(deltas, anchors, index, sizes)
+        torch.testing.assert_close(compiled(*arguments).cpu(), expected, rtol=0, atol=64e-6)

@@ -129,17 +129,19 @@ def test_training_goes_on_past_an_unreadable_image(tmp_path):
 def test_errors_say_what_to_do(data, trained, tmp_path):
     model = ("--checkpoint", trained / "model.pt")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "note.txt").write_text("a note")
+    for name in ("note.txt", "note.json"):
+        (tmp_path / name).write_text("a note")
     assert "holds no image" in problem("detect", tmp_path / "empty", "--output", tmp_path, *model)
     assert "not one of the images can be read" in problem("detect", tmp_path / "x.png", "--output", tmp_path, *model)
     assert "is a file" in problem("detect", data[3], "--output", tmp_path / "note.txt", *model)
     assert "no such model file" in problem("detect", data[3], "--checkpoint", tmp_path / "none.pt")
     assert "damaged" in problem("detect", data[3], "--checkpoint", tmp_path / "note.txt")
     assert "cannot be read" in problem("evaluate", "--json", tmp_path / "none.json", "--images", data[3], *model)
-    assert "not a JSON file" in problem("evaluate", "--json", tmp_path / "note.txt", "--images", data[3], *model)
+    assert "not a JSON file" in problem("evaluate", "--json", tmp_path / "note.json", "--images", data[3], *model)
     assert "already holds a run: add --resume" in problem("train", *data, "--output", trained)
     assert "there is no run to resume" in problem("train", *data, "--output", tmp_path / "new", "--resume")
-    assert "belong together" in problem("train", *data, "--val-json", data[1])
+    assert "give the folder of its images, too" in problem("train", *data, "--val-json", data[1])
+    assert "--val-images belongs to --val-json" in problem("train", *data, "--val-images", data[3])
     unknown = problem("train", *data, "--output", tmp_path / "new", "--model", "yolo")
     assert "there is no model 'yolo'; choose one of" in unknown
     assert "retinanet_resnet50_fpn_v2" in unknown
@@ -202,3 +204,37 @@ def test_a_recipe_sets_what_is_not_given(data, tmp_path, monkeypatch):
         ("spinenet-b", 7, 64, 0.07),
     ]
     assert "there is no recipe 'best'; choose one of default, spinenet-b" in problem("train", *data, "--recipe", "best")
+
+
+def test_bench_measures_everyone_on_the_same_images(data, tmp_path):
+    images = sorted(Path(data[3]).glob("*.png"))[:2]
+    result = invoke(
+        "bench", *images, "--batch-sizes", 1, "--batch-sizes", 3, "--rounds", 1, "--output", tmp_path / "bench"
+    )
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    assert "images of 96x96" in content["title"]
+    names = [speed["name"] for speed in content["speeds"] if speed["batch"] == 3]
+    assert names[0] == "torchvision"
+    assert {"model", names[-1]} <= set(names)
+    assert names[-1].startswith("engine, ")
+    assert [speed["batch"] for speed in content["speeds"]] == [1] * len(names) + [3] * len(names)
+    for speed in content["speeds"]:
+        assert speed["images_per_second"] == pytest.approx(1000 * speed["batch"] / speed["ms"])
+    assert "BatchNorm folded into convs: 15 of 15" in result.output
+    assert decode_image(str(tmp_path / "bench" / "bench.png")).float().std() > 10
+
+
+def test_bench_on_noise_with_random_weights(tmp_path):
+    options = "--size", 64, "--batch-sizes", 1, "--rounds", 1, "--output", tmp_path, "--device", "cpu"
+    result = invoke("bench", "--model", "retinanet_resnet18_fpn_lite", *options)
+    assert result.exit_code == 0, result.output
+    assert "retinanet_resnet18_fpn_lite, images of 64x64" in " ".join(result.output.split())
+
+
+def test_bench_says_what_is_wrong(tmp_path, data):
+    assert "exclude each other" in problem("bench", "--model", "retinanet_resnet18_fpn", "--checkpoint", "model.pt")
+    assert "there is no model 'yolo'" in problem("bench", "--model", "yolo")
+    assert "--device abacus" in problem("bench", "--device", "abacus")
+    (tmp_path / "file").touch()
+    assert "is a file" in problem("bench", *sorted(Path(data[3]).glob("*.png"))[:1], "--output", tmp_path / "file")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.io import decode_image, encode_png
 
-from demo import compare, run, trees
+from demo import compare, engine, run, trees
 from demo.trees import Picture, split_by_place, tiles
 from retina_fast import checkpoint
 from retina_fast.checkpoint import Checkpoint
@@ -135,3 +135,14 @@ def test_the_demo_prints_one_line_for_the_held_out_parts(root, model_file, monke
     assert len(re.findall(r"^AP50 \d\.\d\d$", output, re.MULTILINE)) == 1
     assert len(re.findall(r"^(?:OSBS_029|SOAP_061), a forest never seen.* \d\.\d\d AP50$", output, re.MULTILINE)) == 2
     assert len(list((root / "out").glob("*.jpg"))) == 4
+
+
+def test_the_engine_is_compared_with_the_model(root, model_file, monkeypatch, capsys, one_thread):
+    monkeypatch.setattr(engine, "TREES", model_file)
+    monkeypatch.setattr(engine, "prepare", lambda: trees.prepare(root))
+    engine.main(rounds=1)
+    output = capsys.readouterr().out
+    rows = re.findall(r"^ (?:model|engine), (?:b?float\d\d)( +\d\.\d{4}){3}", output, re.MULTILINE)
+    assert len(rows) == 3
+    assert len(re.findall(r"scores differ from the model's by at most", output)) == 2
+    assert len(re.findall(r"times torchvision's speed$", output, re.MULTILINE)) == 4

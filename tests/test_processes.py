@@ -115,7 +115,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(data, tmp_path):
 def test_evaluate_and_detect_by_two_processes_equal_one(data, runs, tmp_path):
     model = ("--checkpoint", runs[1] / "model.pt")
     missing = Path(data[3]).parent / "missing.txt"
-    missing.write_text("images/0.png\nimages/none.png\n")
+    missing.write_text(f"{data[3]}/0.png\n{data[3]}/none.png\n")
     folders = {count: tmp_path / str(count) for count in (1, 2)}
     found = ("detect", missing, data[3], *model, "--score", 0.05, "--workers", 0, "--output")
     measured = ("evaluate", *data, *model, "--workers", 0)

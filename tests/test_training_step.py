@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-import retina_fast.kernels.image_batch
+import retina_fast
 from benchmarks.launches import record
 from retina_fast import TrainingStep, training_step
 from tests.recorded_graph import RecordedGraph, play_on_cpu
@@ -438,16 +437,8 @@ def to_fake_gpu(model) -> None:
 @pytest.mark.parametrize("builder", ["retinanet_resnet18_fpn", "retinanet_resnet18_fpn_v2"])
 def test_a_training_forward_never_waits_for_the_device(monkeypatch, builder, where):
     """From images and targets on either side to the losses. Fakes cannot be pinned, nor can events be recorded."""
-
-    def image_batch(images, sizes, mean, std, size_divisible):
-        height, width = (math.ceil(max(side) / size_divisible) * size_divisible for side in zip(*sizes, strict=True))
-        batch = torch.empty(len(images), 3, height, width, device="cuda")
-        return batch.to(memory_format=torch.channels_last)
-
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, query=lambda: False))
-    if not hasattr(retina_fast.kernels.image_batch, "_image_batch_kernel"):  # its reference uploads mean and deviation
-        monkeypatch.setattr("retina_fast.transform.image_batch", image_batch)
     model = getattr(retina_fast, builder)(num_classes=K, weights_backbone=None, min_size=128, max_size=256)
 
     def forward():
@@ -464,7 +455,7 @@ def test_a_training_forward_never_waits_for_the_device(monkeypatch, builder, whe
 
     launched = [launch.kernel.__name__ for launch in record(forward)]
     assert launched.count("_anchor_matching_kernel") == 2
-    assert {"_focal_loss_kernel", "_box_loss_kernel"} < set(launched)
+    assert {"_image_batch_kernel", "_focal_loss_kernel", "_box_loss_kernel"} < set(launched)
 
 
 # On a GPU.

@@ -36,9 +36,9 @@ class Evaluation:
         metrics: COCO's, over the images that could be read.
         results: the detections, as COCO results.
         images: how many images counted.
-        max_detections: the most detections that counted in an image: the model's `detections_per_img`.
+        max_detections: the most detections that counted in an image.
         unreadable: one message for each image that could not be read.
-        crowded: one message for each image with more objects than `max_detections`.
+        crowded: one message for each image with more objects than the model gives detections.
     """
 
     metrics: CocoMetrics
@@ -55,6 +55,7 @@ def evaluate(
     data: CocoDataset,
     workers: int,
     console: Console,
+    max_detections: int | None = None,
     processes: Processes = ALONE,
 ) -> Evaluation | None:
     """Run the model over the data and compute COCO's metrics.
@@ -65,6 +66,7 @@ def evaluate(
         data: the images and their true boxes.
         workers: processes that read images.
         console: where the progress bar is shown.
+        max_detections: the most detections of an image that count; by default all that the model gives.
         processes: they share the images; the first one computes the metrics, as one alone would, the others get None.
 
     Raises:
@@ -106,8 +108,9 @@ def evaluate(
         image_ids.append(image_id)
     if not image_ids:
         raise UserError(f"not one of the {len(data)} images can be read; the first: {unreadable[0]}")
-    metrics = coco_metrics(data.coco, results, image_ids, limit)
-    return Evaluation(metrics, results, len(image_ids), limit, unreadable, crowded)
+    counted = min(limit, max_detections or limit)
+    metrics = coco_metrics(data.coco, results, image_ids, counted)
+    return Evaluation(metrics, results, len(image_ids), counted, unreadable, crowded)
 
 
 def report(evaluation: Evaluation, console: Console) -> None:
@@ -122,8 +125,8 @@ def report(evaluation: Evaluation, console: Console) -> None:
         table.add_row(name, "-" if value != value else f"{value:.3f}", _MEANING[name])
     console.print(table)
     console.print(
-        f"over {evaluation.images} images; at most {evaluation.max_detections} detections an image count, which is the "
-        "model's detections_per_img (COCO's own tables count 100)"
+        f"over {evaluation.images} images; at most {evaluation.max_detections} detections an image count (COCO's own "
+        "tables count 100: --max-detections)"
     )
     for problem in evaluation.crowded + evaluation.unreadable:
         console.print(f"warning: {problem}", style="yellow", markup=False, soft_wrap=True)
