@@ -15,8 +15,9 @@ def command(*arguments: object, processes: int = 1, module: str = "retina_fast.c
     return [sys.executable, "-m", *(several if processes > 1 else [module]), *map(str, arguments)]
 
 
-def start(line: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(line, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def start(line: list[str], **variables: object) -> subprocess.Popen[str]:
+    environment = ENVIRONMENT | {name: str(value) for name, value in variables.items()}
+    return subprocess.Popen(line, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(line: list[str]) -> str:
@@ -24,6 +25,16 @@ def finish(line: list[str]) -> str:
     done = subprocess.run(line, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def finish_as_by_srun(line: list[str], processes: int) -> str:
+    """The command in the processes, and with the variables, that SLURM's srun gives it on one machine."""
+    job = {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost", "SLURM_NNODES": 1}
+    job |= {"SLURM_NTASKS": processes, "SLURM_NODEID": 0}
+    runs = [start(line, SLURM_PROCID=rank, SLURM_LOCALID=rank, **job) for rank in range(processes)]
+    outputs = [run.communicate()[0] for run in runs]
+    assert not any(run.returncode for run in runs), "".join(outputs)
+    return "".join(outputs)
 
 
 def children(process: int) -> list[int]:

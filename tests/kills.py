@@ -3,7 +3,7 @@
     python -m tests.kills --kills 20 [--processes 2]
 
 A kill is SIGKILL to all of its processes, at a random moment between the first step of a life and what is expected to
-be one and a half intervals later. So it meets steps, validations and half-written files alike.
+be two intervals later. So it meets steps, validations and half-written files alike.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def kill_and_resume(folder: Path, kills: int, processes: int, seed: int) -> list
     while len(stood) < kills:
         run = start(line(killed, "--resume") if (killed / "last.ckpt").exists() else line(killed))
         _first_step(killed, run)
-        time.sleep(rng.uniform(0, 1.5 * interval))
+        time.sleep(rng.uniform(0, 2 * interval))
         _kill(run)
         stood.append(_whole(killed))
         print(f"kill {len(stood)}: at step {stood[-1]}", flush=True)

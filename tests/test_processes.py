@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from retina_fast import cli
 from retina_fast.commands.detector import Detector
 from retina_fast.commands.processes import Processes
 from retina_fast.commands.settings import TrainSettings
@@ -18,10 +20,15 @@ from retina_fast.commands.train import StepSampler, _start, train
 from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.errors import UserError
-from tests.commands import children, command, finish, start, wait_for
+from tests.commands import children, command, finish, finish_as_by_srun, start, wait_for
 from tests.conftest import write_shapes
 
 STEPS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +42,19 @@ def data(tmp_path_factory) -> tuple[Any, ...]:
 
 
 def training(data: tuple[Any, ...], output: Path) -> tuple[Any, ...]:
-    size = ("--crop", 64, "--batch-size", 4, "--steps", STEPS, "--every", 4, "--workers", 0, "--no-bf16")
+    size = ("--crop", 32, "--batch-size", 4, "--steps", STEPS, "--every", 4, "--workers", 0, "--no-bf16")
     return ("train", *data, *size, "--output", output)
 
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory) -> dict[int, Path]:
-    """The folders of the same training by one, two and four processes."""
+    """The folders of the same training by one, two and four processes; the two as SLURM would start them."""
     folders = {count: tmp_path_factory.mktemp("runs") / str(count) for count in (1, 2, 4)}
     for count, folder in folders.items():
-        finish(command(*training(data, folder), processes=count, module="tests.double"))
+        if count == 2:
+            finish_as_by_srun(command(*training(data, folder), module="tests.double"), processes=2)
+        else:
+            finish(command(*training(data, folder), processes=count, module="tests.double"))
     return folders
 
 
@@ -119,14 +129,15 @@ def test_evaluate_and_detect_by_two_processes_equal_one(data, runs, tmp_path):
     folders = {count: tmp_path / str(count) for count in (1, 2)}
     found = ("detect", missing, data[3], *model, "--score", 0.05, "--workers", 0, "--output")
     measured = ("evaluate", *data, *model, "--workers", 0)
-    one = finish(command(*measured))
+    here = CliRunner()
+    one = here.invoke(cli.app, list(map(str, measured))).output
     assert one.splitlines()[-1].startswith("AP50")
     two = finish(command(*measured, processes=2))
     assert one in two
     assert two.count("AP50 ") == one.count("AP50 ")
-    for count, folder in folders.items():
-        output = finish(command(*found, folder, processes=count))
-        assert "1 of 12 images could not be read" in output
+    outputs = [here.invoke(cli.app, [*map(str, found), str(folders[1])]).output]
+    outputs += [finish(command(*found, folders[2], processes=2))]
+    assert all("1 of 12 images could not be read" in output for output in outputs)
     files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders.values()]
     assert files[0] == files[1]
     assert set(files[0]) == {"detections.json", *(f"{index}.jpg" for index in range(11))}

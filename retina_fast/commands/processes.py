@@ -94,10 +94,10 @@ def joined() -> Iterator[Processes]:
     if environment is None or environment.world_size() == 1:
         yield ALONE
         return
-    local_count = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
-    processes = Processes(
-        environment.global_rank(), environment.world_size(), environment.local_rank(), local_count, environment
-    )
+    count = environment.world_size()
+    machines = int(os.environ.get("SLURM_NNODES") or 1)
+    local_count = int(os.environ.get("LOCAL_WORLD_SIZE") or count // machines)  # torchrun's; as many on each machine
+    processes = Processes(environment.global_rank(), count, environment.local_rank(), local_count, environment)
     gpus = torch.cuda.device_count()
     if gpus:
         if gpus < local_count:

@@ -79,8 +79,9 @@ class TrainLog:
             right = axes.twinx()
             right.set(ylabel="validation AP50", ylim=(0, 1))
             right.plot([row["step"] for row in validated], [row["AP50"] for row in validated], "k.-", label="AP50")
-        if axes.lines:
-            axes.legend()
+        top, lines = (right, [*axes.lines, *right.lines]) if validated else (axes, list(axes.lines))
+        if lines:
+            top.legend(handles=lines)
         figure.savefig(self.folder / "loss.png", dpi=100)
 
     def _write(self, row: dict[str, float]) -> None:
