@@ -30,7 +30,7 @@ def finish(line: list[str]) -> str:
 def finish_as_by_srun(line: list[str], processes: int) -> str:
     """The command in the processes, and with the variables, that SLURM's srun gives it on one machine."""
     job = {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost", "SLURM_NNODES": 1}
-    job |= {"SLURM_NTASKS": processes, "SLURM_NODEID": 0}
+    job |= {"SLURM_NTASKS": processes, "SLURM_NTASKS_PER_NODE": processes, "SLURM_NODEID": 0}
     runs = [start(line, SLURM_PROCID=rank, SLURM_LOCALID=rank, **job) for rank in range(processes)]
     outputs = [run.communicate()[0] for run in runs]
     assert not any(run.returncode for run in runs), "".join(outputs)

@@ -3,7 +3,7 @@
     python -m tests.kills --kills 20 [--processes 2]
 
 A kill is SIGKILL to all of its processes, at a random moment between the first step of a life and what is expected to
-be two intervals later. So it meets steps, validations and half-written files alike.
+be one and a half intervals later. So it meets steps, validations and half-written files alike.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def kill_and_resume(folder: Path, kills: int, processes: int, seed: int) -> list
     """The step at which the run stood after each kill, by its newest file. Raises if the runs end differently."""
     json_file, images = write_shapes(folder / "shapes", count=6)
     data = ("--json", json_file, "--images", images, "--val-json", json_file, "--val-images", images)
-    steps = _INTERVAL * (kills + 4)
+    steps = _INTERVAL * 2 * (kills + 2)  # more than they can live through
     size = ("--crop", 32, "--batch-size", 2, "--steps", steps, "--every", _INTERVAL, "--keep", 2, "--workers", 1)
 
     def line(output: Path, *more: str) -> list[str]:
@@ -45,7 +45,7 @@ def kill_and_resume(folder: Path, kills: int, processes: int, seed: int) -> list
     while len(stood) < kills:
         run = start(line(killed, "--resume") if (killed / "last.ckpt").exists() else line(killed))
         _first_step(killed, run)
-        time.sleep(rng.uniform(0, 2 * interval))
+        time.sleep(rng.uniform(0, 1.5 * interval))
         _kill(run)
         stood.append(_whole(killed))
         print(f"kill {len(stood)}: at step {stood[-1]}", flush=True)

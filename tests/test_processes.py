@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from retina_fast import cli
 from retina_fast.commands.detector import Detector
-from retina_fast.commands.processes import Processes
+from retina_fast.commands.processes import Processes, joined
 from retina_fast.commands.settings import TrainSettings
 from retina_fast.commands.train import StepSampler, _start, train
 from retina_fast.data.augment import Flips
@@ -120,6 +120,13 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(data, tmp_path):
     settings = TrainSettings("retinanet_resnet18_fpn_lite", 6, 6, 1e-3, 64, Flips.NONE, 0)
     with pytest.raises(UserError, match=r"--batch-size 6 is of all 4 processes together.*multiple of 4, at least 4"):
         train(settings, dataset, None, None, tmp_path, False, 0, Console(quiet=True), Processes(0, 4))
+
+
+def test_slurm_must_say_how_many_processes_a_machine_has(monkeypatch):
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"--ntasks-per-node"), joined():
+        pass
 
 
 def test_evaluate_and_detect_by_two_processes_equal_one(data, runs, tmp_path):

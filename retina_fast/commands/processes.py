@@ -82,7 +82,7 @@ def joined() -> Iterator[Processes]:
     """The processes that were started together, connected for the time of the block.
 
     Raises:
-        UserError: if a machine has fewer GPUs than processes, or if another process ended before its time.
+        UserError: if a machine has fewer GPUs than processes, if SLURM was not told how many a machine has, or if another process ended before its time.
 
     Example::
 
@@ -127,4 +127,7 @@ def _environment() -> Any:
 
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
+    try:
+        return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
+    except RuntimeError as error:  # --ntasks without --ntasks-per-node: who is on which machine would be a guess
+        raise UserError(str(error)) from error
