@@ -1,6 +1,7 @@
 """The command line: `retina-fast train`, `evaluate`, `detect`, `check` and `bench`."""
 
 import contextlib
+import errno
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import torch
 
+from retina_fast.commands.processes import joined
 from retina_fast.data.augment import Flips
 from retina_fast.data.voc import open_data
 from retina_fast.errors import UserError
@@ -24,6 +26,7 @@ app = typer.Typer(
     help="RetinaNet, fast: train, evaluate, detect, check and measure.", no_args_is_help=True, add_completion=False
 )
 console = Console()
+silent = Console(quiet=True)  # of all processes of a command but the first
 
 DEFAULT_MODEL = "retinanet_resnet18_fpn_lite"
 WORKERS = max(1, (os.cpu_count() or 1) // 2)
@@ -63,8 +66,12 @@ def _one_sentence() -> Iterator[None]:
         problem = str(error)
     except ModuleNotFoundError as error:
         problem = f"this command needs {error.name}: pip install 'retina_fast[all]'"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        problem = f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room, and go on"
     except torch.OutOfMemoryError:
-        problem = "the GPU's memory is too small for this: give a smaller --batch-size or --crop"
+        problem = "the GPU's memory is too small for this: give a smaller --batch-size or --crop, or --accumulate"
     else:
         return
     stderr.print(f"error: {problem}", style="red", markup=False)
@@ -109,13 +116,24 @@ def train(
     ] = "default",
     steps: Annotated[
         int | None,
+        typer.Option(min=1, help="Optimizer steps, rounded up to equal intervals; the recipe's, 6000, by default."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images a step, of all processes; the recipe's, 4, by default.")
+    ] = None,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Parts in which a process computes its images of a step, to fit into memory.")
+    ] = 1,
+    lr: Annotated[
+        float | None,
         typer.Option(
-            min=1, help="Optimizer steps, rounded up to equal intervals of 500 or less; the recipe's, 6000, by default."
+            min=0,
+            help="Peak learning rate. By default the recipe's, 0.002 for 4 images a step, which grows with their "
+            "number: as its square root, or, with SGD, in proportion.",
         ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step; the recipe's, 4, by default.")] = None,
-    lr: Annotated[
-        float | None, typer.Option(min=0, help="Peak learning rate; the recipe's, 0.002, by default.")
+    bf16: Annotated[
+        bool | None, typer.Option(help="Compute convolutions in bfloat16; by default where the hardware does.")
     ] = None,
     crop: Annotated[
         int | None,
@@ -128,6 +146,10 @@ def train(
     flips: Annotated[
         Flips, typer.Option(help="Mirror images as likely as the picture itself; all: turns by 90 degrees too.")
     ] = Flips.HORIZONTAL,
+    every: Annotated[
+        int, typer.Option(min=1, help="Steps from one checkpoint, and validation, to the next; at most.")
+    ] = 500,
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest checkpoints stay.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, data order and augmentation.")] = 0,
     workers: Workers = WORKERS,
     image_scale: Annotated[
@@ -146,9 +168,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
 ) -> None:
     """Train a detector on a COCO or Pascal VOC data set."""
-    with _one_sentence():
+    with _one_sentence(), joined() as processes:
         from retina_fast.commands.check import warn_of_faults
-        from retina_fast.commands.train import Stopped, TrainSettings
+        from retina_fast.commands.run_files import Stopped
+        from retina_fast.commands.settings import TrainSettings, has_bf16
         from retina_fast.commands.train import train as run
         from retina_fast.recipes import recipe_named
 
@@ -156,7 +179,8 @@ def train(
         if val_images and not val_json:
             raise UserError("--val-images belongs to --val-json: give both or neither")
         data = open_data(json, images)
-        warn_of_faults(data)
+        if processes.first:
+            warn_of_faults(data)
         validation = open_data(val_json, val_images, data.classes) if val_json else None
         if crop is None:
             by_scale = model.endswith("_lite") or image_scale is not None
@@ -164,13 +188,17 @@ def train(
         batch_size = batch_size or chosen.batch_size
         steps = steps or chosen.steps_for(len(data), batch_size)
         lr = chosen.lr_at(batch_size) if lr is None else lr
-        settings = TrainSettings(model, steps, batch_size, lr, crop, flips, seed, image_scale, recipe)
+        bf16 = has_bf16() if bf16 is None else bf16
+        settings = TrainSettings(
+            model, steps, batch_size, lr, crop, flips, seed, image_scale, recipe, every, accumulate, bf16
+        )
+        shown = console if processes.first else silent
         try:
-            file = run(settings, data, validation, checkpoint, output, resume, workers, console)
+            file = run(settings, data, validation, checkpoint, output, resume, workers, shown, processes, keep)
         except Stopped:
-            console.print(f"Stopped and saved. To go on, give the same command with --resume (run: {output})")
+            shown.print(f"Stopped and saved. To go on, give the same command with --resume (run: {output})")
             raise typer.Exit(130) from None
-        console.print(f"Wrote {file}")
+        shown.print(f"Wrote {file}")
 
 
 @app.command()
@@ -184,15 +212,24 @@ def evaluate(
         int | None, typer.Option(min=1, help="Of an image that count, best first; by default all. COCO's tables: 100.")
     ] = None,
     workers: Workers = WORKERS,
+    plot: Annotated[Path | None, typer.Option(help="A picture to draw of precision over recall.")] = None,
 ) -> None:
     """Print a model's COCO metrics on a data set."""
-    with _one_sentence():
+    with _one_sentence(), joined() as processes:
         from retina_fast.commands.evaluate import evaluate as run
         from retina_fast.commands.evaluate import report
 
         network, content = _model(checkpoint, model, weights)
         data = open_data(json, images)
-        report(run(network, content.classes, data, workers, console, max_detections), console)
+        shown = console if processes.first else silent
+        found = run(network, content.classes, data, workers, shown, max_detections, processes)
+        if found:
+            report(found, console)
+        if found and plot:
+            from retina_fast.commands.precision_recall import plot_precision_recall
+
+            plot_precision_recall(found.metrics, plot)
+            console.print(f"Wrote {plot}")
 
 
 @app.command()
@@ -208,16 +245,18 @@ def detect(
     workers: Workers = WORKERS,
 ) -> None:
     """Find objects in images."""
-    with _one_sentence():
+    with _one_sentence(), joined() as processes:
         from retina_fast.commands.detect import detect as run
         from retina_fast.commands.detect import report
 
         network, content = _model(checkpoint, model, weights)
-        found = run(network, content, inputs, output, score, workers, console)
-        report(found, console)
-        if not found.images:
-            raise UserError("not one of the images can be read")
-        console.print(f"Wrote {output / 'detections.json'} and {found.images} pictures beside it")
+        shown = console if processes.first else silent
+        found = run(network, content, inputs, output, score, workers, shown, processes)
+        if found:
+            report(found, console)
+            if not found.images:
+                raise UserError("not one of the images can be read")
+            console.print(f"Wrote {output / 'detections.json'} and {found.images} pictures beside it")
 
 
 @app.command()

@@ -49,6 +49,7 @@ def photos(tmp_path_factory) -> Path:
 def run(inputs: list[Path], output: Path, workers: int = 0) -> dict:
     found = detect(Finder(), CONTENT, inputs, output, 0.1, workers, Console(file=io.StringIO()))
     coco = json.loads((output / "detections.json").read_text())
+    assert found
     assert found.images == len(coco["images"])
     assert found.objects["thing"] == len(coco["annotations"])
     assert not list(output.glob("*.partial"))
@@ -146,6 +147,7 @@ def test_of_many_images_the_first_are_shown(photos, tmp_path):
         Finder(), CONTENT, [write_list(tmp_path / "l.txt", photos, 60)], tmp_path, 0.1, 0, Console(file=io.StringIO())
     )
     console = Console(file=io.StringIO(), width=200)
+    assert found
     module.report(found, console)
     assert len(found.first) < 50
     assert "... all 60" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -143,7 +143,7 @@ def test_evaluation_within_half_a_point_of_ap50(trees, photograph):
     ]
     truth = {"images": [{"id": 1}], "annotations": annotations, "categories": [{"id": 1, "name": "Tree"}]}
     ap50 = [
-        coco_metrics(truth, as_results(detections, 1, [1]), [1], 300)["AP50"]
+        coco_metrics(truth, as_results(detections, 1, [1]), [1], 300).values["AP50"]
         for detections in (found, *(compile_inference(trees, dtype=d)([photograph])[0] for d in _DTYPES))
     ]
     assert ap50[0] > 0.95

@@ -1,15 +1,18 @@
 """Objects in image files: `retina-fast detect`.
 
 Into the output folder go detections.json, a COCO file with scores, and a picture with boxes for each image. Images and
-what is found in them are written as they come: of a million images, what is held is the name of each picture.
+what is found in them are written as they come: of a million images, what is held is the name of each picture. Several
+processes, see `processes`, share the images; each notes what it finds in a file of its own, and the first merges them.
 """
 
+import heapq
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from torchvision.io import write_jpeg
 
 from retina_fast.checkpoint import Checkpoint
 from retina_fast.commands.predict import predictions
+from retina_fast.commands.processes import ALONE, Processes
 from retina_fast.data.coco import IMAGE_SUFFIXES, Sample, read_image
 from retina_fast.draw import above, draw_detections
 from retina_fast.errors import ImageError, UserError
@@ -140,19 +144,46 @@ class CocoWriter:
             self._whole.unlink()
 
 
+def picture_names(files: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """Each file with the name of its picture, its own where no other has it.
+
+    Example::
+
+        >>> [name for _, name in picture_names(map(Path, ["a/x.png", "b/x.png", "x_2.png"]))]
+        ['x', 'x_2', 'x_2_2']
+    """
+    names: set[str] = set()
+    count: Counter[str] = Counter()
+    for path in files:
+        name = path.stem
+        while name in names:
+            count[path.stem] += 1
+            name = f"{path.stem}_{count[path.stem] + 1}"
+        names.add(name)
+        yield path, name
+
+
 def detect(
-    model: Any, content: Checkpoint, inputs: list[Path], output: Path, score: float, workers: int, console: Console
-) -> Found:
+    model: Any,
+    content: Checkpoint,
+    inputs: list[Path],
+    output: Path,
+    score: float,
+    workers: int,
+    console: Console,
+    processes: Processes = ALONE,
+) -> Found | None:
     """Find objects in images; write detections.json and the drawn pictures into `output`.
 
     Args:
         model: a RetinaNet in evaluation mode.
         content: its class names and category ids.
         inputs: image files, folders of them, or lists of them, as for :func:`image_files`.
-        output: a folder; files of an earlier run in it are replaced.
+        output: a folder, the same one for all processes; files of an earlier run in it are replaced.
         score: the least score of a detection, 0 to 1.
         workers: processes that read images.
         console: where the progress bar is shown, and images that cannot be read are named.
+        processes: they share the images; the first one gives what all of them found, the others None.
 
     Raises:
         UserError: for a folder without images, or an output that is a file.
@@ -162,36 +193,57 @@ def detect(
         >>> detect(model, content, [Path("photos")], Path("out"), 0.3, 1, Console()).unreadable  # doctest: +SKIP
         0
     """
-    total = sum(1 for _ in image_files(inputs))
+    share = len(processes.share(sum(1 for _ in image_files(inputs))))
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give a folder as --output")
     output.mkdir(parents=True, exist_ok=True)
-    found = Found()
-    drawn: Counter[str] = Counter()
+    named = enumerate(picture_names(image_files(inputs)), start=1)
+    ours, ahead = tee(islice(named, processes.rank, None, processes.count))
+    predicted = zip(ours, predictions(model, ImageFiles(), workers, (path for _, (path, _) in ahead)), strict=True)
+    with _part(output, processes.rank).open("w") as part:
+        for (image_id, (path, name)), prediction in track(
+            predicted, "Detecting", total=share, console=console, transient=True
+        ):
+            entry: dict[str, Any] = {"id": image_id}
+            if isinstance(prediction, ImageError):
+                entry["problem"] = str(prediction)
+            else:
+                (image, _), detections = prediction
+                detections = above(detections, score)
+                write_jpeg(draw_detections(image, detections, content.classes), str(output / f"{name}.jpg"), quality=90)
+                size = {"height": image.shape[1], "width": image.shape[2]}
+                entry["image"] = {"id": image_id, "file_name": str(path), **size}
+                entry["results"] = as_results(detections, image_id, list(content.category_ids))
+                entry["objects"] = Counter(content.classes[label] for label in detections["labels"].tolist())
+            part.write(json.dumps(entry) + "\n")
+    processes.gather(None)  # all parts are written
+    return _merge(output, content, console, processes.count) if processes.first else None
+
+
+def _part(output: Path, rank: int) -> Path:
+    return output / f"detections.{rank}.partial"
+
+
+def _merge(output: Path, content: Checkpoint, console: Console, count: int) -> Found:
+    """One file of what all processes noted, in the order of the images, line by line."""
+    found, parts = Found(), [_part(output, rank) for rank in range(count)]
     named = zip(content.category_ids, content.classes, strict=True)
     categories = [{"id": category_id, "name": name} for category_id, name in named]
-    predicted = predictions(model, ImageFiles(), workers, image_files(inputs))
-    with CocoWriter(output / "detections.json", categories) as coco:
-        for image_id, prediction in enumerate(
-            track(predicted, "Detecting", total=total, console=console, transient=True), start=1
-        ):
-            if isinstance(prediction, ImageError):
+    with ExitStack() as stack:
+        coco = stack.enter_context(CocoWriter(output / "detections.json", categories))
+        lines = [map(json.loads, stack.enter_context(part.open())) for part in parts]
+        for entry in heapq.merge(*lines, key=lambda entry: entry["id"]):
+            if "problem" in entry:
                 found.unreadable += 1
-                console.print(f"warning: {prediction}", style="yellow", markup=False, soft_wrap=True)
+                console.print(f"warning: {entry['problem']}", style="yellow", markup=False, soft_wrap=True)
                 continue
-            (image, target), detections = prediction
-            detections = above(detections, score)
-            path = Path(target["path"])
-            objects = Counter(content.classes[label] for label in detections["labels"].tolist())
             found.images += 1
-            found.objects += objects
+            found.objects.update(entry["objects"])
             if len(found.first) < _SHOWN:
-                found.first[path] = objects
-            drawn[path.stem] += 1  # photo.jpg of two folders becomes photo.jpg and photo_2.jpg
-            name = path.stem if drawn[path.stem] == 1 else f"{path.stem}_{drawn[path.stem]}"
-            write_jpeg(draw_detections(image, detections, content.classes), str(output / f"{name}.jpg"), quality=90)
-            record = {"id": image_id, "file_name": str(path), "height": image.shape[1], "width": image.shape[2]}
-            coco.add(record, as_results(detections, image_id, list(content.category_ids)))
+                found.first[Path(entry["image"]["file_name"])] = Counter(entry["objects"])
+            coco.add(entry["image"], entry["results"])
+    for part in parts:
+        part.unlink()
     return found
 
 
