@@ -105,6 +105,7 @@ def train(
 
     Example::
 
+        >>> from retina_fast.data.augment import Flips
         >>> settings = TrainSettings("retinanet_resnet18_fpn_lite", 100, 4, 2e-3, 256, Flips.NONE, seed=0)
         >>> train(settings, dataset, None, None, Path("runs/a"), False, 1, Console())  # doctest: +SKIP
         PosixPath('runs/a/model.pt')
