@@ -4,7 +4,7 @@
     python -m benchmarks.cost --rate 300        at a rate that was measured there
 
 Every figure is computed. The convolutions are counted for retinanet_resnet50_fpn with 3 trainable stages; the rest of
-a step is taken to grow with them, which overstates nothing but very small pictures.
+a step is assumed to grow with them, and eight GPUs to be eight times one.
 """
 
 import argparse

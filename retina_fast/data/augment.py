@@ -72,7 +72,7 @@ class ColorJitter(nn.Module):
 
     All four are linear in luma and chroma (YIQ), where they commute, so that together they are one 3x3 matrix and an
     offset. Brightness, contrast and saturation are torchvision's, but for clipping between them; the hue is turned
-    about the grey axis, which keeps the luma, where torchvision turns it in HSV, which takes ten times as long
+    about the grey axis, which keeps the luma, where torchvision turns it in HSV, which takes 14 times as long
     (`python -m benchmarks.loader`).
 
     Args:
