@@ -82,7 +82,8 @@ def joined() -> Iterator[Processes]:
     """The processes that were started together, connected for the time of the block.
 
     Raises:
-        UserError: if a machine has fewer GPUs than processes, if SLURM was not told how many a machine has, or if another process ended before its time.
+        UserError: if a machine has fewer GPUs than processes, if SLURM was not told how many processes a machine
+            has, or if another process ended before its time.
 
     Example::
 
