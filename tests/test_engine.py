@@ -187,7 +187,7 @@ def test_shapes_that_went_are_freed(with_graphs):
 
 
 def test_a_capture_that_fails_keeps_nothing_half_made(with_graphs, monkeypatch):
-    def fail(run, pool):
+    def fail(run, place):
         raise torch.OutOfMemoryError
 
     with_graphs(images((30, 30)))

@@ -169,8 +169,9 @@ class OnGPU(torch.Tensor):
 
 def test_losses_on_a_gpu_are_read_when_the_next_step_is_queued(monkeypatch):
     waited: list[str] = []
-    event = SimpleNamespace(record=lambda: None, synchronize=lambda: waited.append("waited"))
+    event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: waited.append("waited"))
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
     late, seen = LateLosses(), list[dict[str, float]]()
