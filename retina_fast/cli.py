@@ -229,7 +229,7 @@ def evaluate(
             from retina_fast.commands.precision_recall import plot_precision_recall
 
             plot_precision_recall(found.metrics, plot)
-            console.print(f"Wrote {plot}")
+            console.print(f"Wrote {plot}", soft_wrap=True)
 
 
 @app.command()
@@ -256,7 +256,7 @@ def detect(
             report(found, console)
             if not found.images:
                 raise UserError("not one of the images can be read")
-            console.print(f"Wrote {output / 'detections.json'} and {found.images} pictures beside it")
+            console.print(f"Wrote {output / 'detections.json'} and {found.images} pictures beside it", soft_wrap=True)
 
 
 @app.command()
@@ -279,7 +279,7 @@ def check(
         command.show(checked, console)
         if plot:
             command.plot(checked, plot)
-            console.print(f"Wrote {plot}")
+            console.print(f"Wrote {plot}", soft_wrap=True)
         if checked.faults:
             raise typer.Exit(1)
 
@@ -321,7 +321,7 @@ def bench(
         images = [image.as_subclass(torch.Tensor).to(place) for image in images]
         name = model or str(checkpoint or "the embedded tree detector")
         run(network, images, batch_sizes or [1, 2, 4], rounds, output, name, console)
-        console.print(f"Wrote bench.png and bench.json in {output}")
+        console.print(f"Wrote bench.png and bench.json in {output}", soft_wrap=True)
 
 
 if __name__ == "__main__":
