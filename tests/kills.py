@@ -2,8 +2,9 @@
 
     python -m tests.kills --kills 20 [--processes 2]
 
-A kill is SIGKILL to all of its processes, at a random moment between the first step of a life and what is expected to
-be one and a half intervals later. So it meets steps, validations and half-written files alike.
+A kill is SIGKILL to all of its processes, at a random moment within one and a half intervals: of every other life's
+first new checkpoint, so that the run gets on however slow the machine, and of the other lives' first step. So it meets
+steps, validations and half-written files alike.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from retina_fast import checkpoint
-from tests.commands import children, command, finish, start
+from tests.commands import children, command, finish, start, wait_for
 from tests.conftest import write_shapes
 
 _INTERVAL = 2  # steps
@@ -28,7 +29,7 @@ def kill_and_resume(folder: Path, kills: int, processes: int, seed: int) -> list
     """The step at which the run stood after each kill, by its newest file. Raises if the runs end differently."""
     json_file, images = write_shapes(folder / "shapes", count=6)
     data = ("--json", json_file, "--images", images, "--val-json", json_file, "--val-images", images)
-    steps = _INTERVAL * 2 * (kills + 2)  # more than they can live through
+    steps = _INTERVAL * 3 * (kills + 2)  # more than they can live through
     size = ("--crop", 32, "--batch-size", 2, "--steps", steps, "--every", _INTERVAL, "--keep", 2, "--workers", 1)
 
     def line(output: Path, *more: str) -> list[str]:
@@ -44,7 +45,7 @@ def kill_and_resume(folder: Path, kills: int, processes: int, seed: int) -> list
     stood: list[int] = []
     while len(stood) < kills:
         run = start(line(killed, "--resume") if (killed / "last.ckpt").exists() else line(killed))
-        _first_step(killed, run)
+        _wait_until_written(killed / ("log.csv" if len(stood) % 2 else "last.ckpt"), run)
         time.sleep(rng.uniform(0, 1.5 * interval))
         _kill(run)
         stood.append(_whole(killed))
@@ -62,13 +63,10 @@ def kill_and_resume(folder: Path, kills: int, processes: int, seed: int) -> list
     return stood
 
 
-def _first_step(folder: Path, run: subprocess.Popen[str]) -> None:
-    """Waits for the run's record, which each life writes anew when it begins."""
+def _wait_until_written(file: Path, run: subprocess.Popen[str]) -> None:
+    """Until this life has written the file: the record, which it begins anew, or its first checkpoint."""
     begun = time.time()
-    record = folder / "log.csv"
-    while not (record.exists() and record.stat().st_mtime > begun):
-        assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.02)
+    wait_for(lambda: file.exists() and file.stat().st_mtime > begun, run)
 
 
 def _kill(run: subprocess.Popen[str]) -> None:
