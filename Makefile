@@ -12,8 +12,8 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python -m demo.run
 
-test: .venv/installed
-	$(BIN)/python -m pytest
+test: .venv/installed  # a process a core, of one thread each: threads of several processes wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

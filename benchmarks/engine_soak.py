@@ -73,7 +73,7 @@ def _launch(table: Tensor, out: Tensor, dtype: torch.dtype, mean: Sequence[float
     image_batch(images, [(row[3], row[4]) for row in rows], mean, std, 32, out)
 
 
-def _capture(run: engine.Run, pool: Any) -> engine.Run:
+def _capture(run: engine.Run, place: Any) -> engine.Run:
     outputs = run()
 
     def replay() -> Detections:
@@ -92,7 +92,7 @@ def graphs_or_stand_ins() -> Iterator[None]:
     with (
         mock.patch.object(engine, "capture", _capture),
         mock.patch.object(engine, "launch_image_batch", _launch),
-        mock.patch.object(torch.cuda, "graph_pool_handle"),
+        mock.patch.object(engine, "graph_place"),
     ):
         yield
 

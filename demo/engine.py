@@ -55,10 +55,8 @@ def main(rounds: int = _ROUNDS) -> None:
 
     table = Table("AP50", *_SPLITS, box=None)
     for name, detector in {"model, float32": model, **engines}.items():
-        metrics = [
-            evaluate(detector, content.classes, data[split], 0, Console(quiet=True)).metrics for split in _SPLITS
-        ]
-        table.add_row(name, *(f"{values['AP50']:.4f}" for values in metrics))
+        found = [evaluate(detector, content.classes, data[split], 0, Console(quiet=True)) for split in _SPLITS]
+        table.add_row(name, *(f"{evaluation.metrics.values['AP50']:.4f}" for evaluation in found if evaluation))
     console.print(table)
     for name, engine in engines.items():
         seen = difference(model, engine, [photo for photos in photographs.values() for photo in photos])

@@ -30,11 +30,12 @@ def main() -> None:
     for split in ("heldout", "OSBS_029", "SOAP_061"):
         data = CocoDataset(folder / f"{split}.json", folder / split)
         evaluation = evaluate(model, content.classes, data, workers=0, console=console)
+        assert evaluation
         if split == "heldout":
             console.print("The held-out right parts of the two training photographs:")
             report(evaluation, console)
         else:
-            console.print(f"{split}, a forest never seen in training: {evaluation.metrics['AP50']:.2f} AP50")
+            console.print(f"{split}, a forest never seen in training: {evaluation.metrics.values['AP50']:.2f} AP50")
         draw(data, evaluation, OUTPUT)
     console.print(f"Pictures are in {OUTPUT}: found in yellow (score {_SCORE} and above), marked by people in blue")
 

@@ -7,7 +7,7 @@ coordinate + 1) to small inputs, which rounds: its two paths disagree on borderl
 Nothing is added here.
 
 torchvision writes the overlaps of all pairs as bits, and one block reads them through to the end. Here each image's
-classes are dealt to 16 programs. One walks down the boxes of its classes in tiles of 64: a tile is tested against what
+classes are dealt to 16 programs. One walks down the boxes of its classes in tiles of 32: a tile is tested against what
 the program has kept so far, then within itself, and the walk ends at the last box that the result can hold.
 """
 
@@ -70,8 +70,8 @@ def batched_nms_reference(
 
 
 _GROUPS = 16  # programs an image; a power of two
-_SCAN = 1024  # boxes whose class a program looks at in one go
-_WORD = tl.constexpr(64)  # boxes of a tile, one bit each
+_SCAN = 512  # boxes whose class a program looks at in one go
+_WORD = tl.constexpr(32)  # boxes of a tile, one bit each; with 64 the pairs no longer fit the registers
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -261,7 +261,7 @@ def _batched_nms_triton(
         _suppress_kernel[(groups, batch)](
             boxes, labels, keys, counts, members, lists, flags, width, max_kept, thresh,
             thresh * (1 - 2**-20) if thresh > 0 else float("-inf"), GROUPS=groups, SCAN=_SCAN, WORD=_WORD.value,
-            num_warps=8, enable_fp_fusion=False,
+            enable_fp_fusion=False,
         )  # fmt: skip
         _first_kernel[(batch,)](flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_SCAN)
     return positions, kept_counts

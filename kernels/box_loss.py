@@ -71,6 +71,7 @@ def box_loss_reference(
 _TILE = 512
 _EPS = tl.constexpr(1e-7)  # torchvision's, in every quotient of the IoU losses
 _MAX_LOG_SCALE = tl.constexpr(MAX_LOG_SCALE)
+_NAN = tl.constexpr(tl.PropagateNan.ALL if HAS_TRITON else None)  # or a minimum drops NaN, and no one sees it
 
 
 @triton.jit
@@ -95,7 +96,8 @@ def _l1(delta, target, SMOOTH: tl.constexpr):
 def _overlap(c, h, b1, b2):
     """Of [c - h, c + h] and [b1, b2]: the overlap, negative where they are apart, and its slopes in c and h."""
     above, below = _less(c + h, b2), _less(b1, c - h)
-    return tl.minimum(c + h, b2) - tl.maximum(c - h, b1), above - below, above + below
+    overlap = tl.minimum(c + h, b2, _NAN) - tl.maximum(c - h, b1, _NAN)
+    return overlap, above - below, above + below
 
 
 @triton.jit
@@ -186,8 +188,8 @@ def _box_loss_kernel(
             loss_h, grad_h = _l1(dh, tl.log((by2 - by1) / h), LOSS == "smooth_l1")
             loss = loss_x + loss_y + loss_w + loss_h
         else:
-            half_w = 0.5 * w * tl.exp(tl.minimum(dw, _MAX_LOG_SCALE))
-            half_h = 0.5 * h * tl.exp(tl.minimum(dh, _MAX_LOG_SCALE))
+            half_w = 0.5 * w * tl.exp(tl.minimum(dw, _MAX_LOG_SCALE, _NAN))
+            half_h = 0.5 * h * tl.exp(tl.minimum(dh, _MAX_LOG_SCALE, _NAN))
             loss, grad_x, grad_y, grad_w, grad_h = _iou_loss(dx * w, dy * h, half_w, half_h, bx1, by1, bx2, by2, LOSS)
             grad_x, grad_y = grad_x * w, grad_y * h
             grad_w = tl.where(dw <= _MAX_LOG_SCALE, grad_w * half_w, 0.0)

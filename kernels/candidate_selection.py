@@ -348,7 +348,7 @@ def candidate_selection(
 
     Raises:
         ValueError: if a level does not hold K logits an anchor, the levels differ in dtype, topk is negative, or an
-            image has 2^31 logits or more.
+            image has 2^30 - 2^15 logits or more.
 
     Example::
 
@@ -361,8 +361,10 @@ def candidate_selection(
         raise ValueError(f"levels must share a dtype, got {[level.dtype for level in levels]}")
     if topk < 0:
         raise ValueError(f"topk must be at least 0, got {topk}")
-    if sum(level.shape[1] for level in levels) * num_classes >= 2**31:
-        raise ValueError(f"levels must hold fewer than 2^31 logits an image, got {[level.shape for level in levels]}")
+    if sum(level.shape[1] for level in levels) * num_classes >= 2**30 - 2**15:  # codes of sizes are 32 bits wide
+        raise ValueError(
+            f"levels must hold fewer than 2^30 - 2^15 logits an image, got {[level.shape for level in levels]}"
+        )
     if levels[0].dtype == torch.float64:
         levels = [level.float() for level in levels]
     candidates = Candidates(*_op([level.detach() for level in levels], num_classes, score_thresh, topk))

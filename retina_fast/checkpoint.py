@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from retina_fast.builders import MODELS
 from retina_fast.errors import UserError
+from retina_fast.files import replacing
 
 VERSION = 1
 
@@ -79,16 +80,17 @@ def build(builder: str, num_classes: int, **kwargs: Any) -> nn.Module:
 def save(checkpoint: Checkpoint, path: str | Path) -> None:
     """Write a model file; floats become float16.
 
+    Raises:
+        UserError: if it cannot be written.
+
     Example::
 
         >>> save(checkpoint, "model.pt")  # doctest: +SKIP
     """
     content = vars(checkpoint) | {"version": VERSION}
     content["state_dict"] = {name: _small(value) for name, value in checkpoint.state_dict.items()}
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")  # a run stopped while writing leaves the old file whole
-    torch.save(content, partial)
-    partial.replace(path)
+    with replacing(Path(path)) as partial:
+        torch.save(content, partial)
 
 
 def load(path: str | Path) -> Checkpoint:

@@ -1,6 +1,7 @@
-"""The command line: `retina-fast train`, `evaluate`, `detect`, `export` and `bench`."""
+"""The command line: `retina-fast train`, `evaluate`, `detect`, `check`, `export` and `bench`."""
 
 import contextlib
+import errno
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from typing import Annotated, Any
 
 import torch
 
+from retina_fast.commands.processes import joined
 from retina_fast.data.augment import Flips
-from retina_fast.data.coco import CocoDataset
+from retina_fast.data.voc import open_data
 from retina_fast.errors import UserError
 
 try:
@@ -21,14 +23,32 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"retina-fast needs {error.name}: pip install 'retina_fast[all]'") from error
 
 app = typer.Typer(
-    help="RetinaNet, fast: train, evaluate, detect, export and measure.", no_args_is_help=True, add_completion=False
+    help="RetinaNet, fast: train, evaluate, detect, check, export and measure.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 console = Console()
+silent = Console(quiet=True)  # of all processes of a command but the first
 
+DEFAULT_MODEL = "retinanet_resnet18_fpn_lite"
 WORKERS = max(1, (os.cpu_count() or 1) // 2)
 Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare images.")]
+Images = Annotated[Path | None, typer.Option(help="The folder of their images; needed with COCO JSON.")]
+Annotations = Annotated[
+    Path,
+    typer.Option(
+        "--json", "--voc", help="Annotations: COCO JSON; or a Pascal VOC folder, or one of its lists of images."
+    ),
+]
 ModelFile = Annotated[
     Path | None, typer.Option(help="The model file that train wrote; without it, the trees that come with the package.")
+]
+
+Published = Annotated[
+    str | None, typer.Option("--model", help="A network with published --weights, in place of a checkpoint.")
+]
+Weights = Annotated[
+    str | None, typer.Option(help="COCO_V1: torchvision's weights of --model, which it downloads. Labels are COCO's.")
 ]
 
 
@@ -48,12 +68,39 @@ def _one_sentence() -> Iterator[None]:
         problem = str(error)
     except ModuleNotFoundError as error:
         problem = f"this command needs {error.name}: pip install 'retina_fast[all]'"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        problem = f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room, and go on"
     except torch.OutOfMemoryError:
-        problem = "the GPU's memory is too small for this: give a smaller --batch-size or --crop"
+        problem = "the GPU's memory is too small for this: give a smaller --batch-size or --crop, or --accumulate"
     else:
         return
     stderr.print(f"error: {problem}", style="red", markup=False)
     raise typer.Exit(1)
+
+
+def _model(checkpoint: Path | None, model: str | None, weights: str | None) -> tuple[Any, Any]:
+    """The network that a person chose, and its classes."""
+    from retina_fast.commands.predict import TREES, load_model, load_published
+
+    if model and weights and not checkpoint:
+        return load_published(model, weights)
+    if model or weights:
+        raise UserError("--model and --weights belong together, in place of --checkpoint")
+    return load_model(checkpoint or TREES)
+
+
+def _exported(file: Path, checkpoint: Path | None) -> Any:
+    """The exported file that a person chose."""
+    from retina_fast.exported import load_exported
+
+    if checkpoint:
+        raise UserError("--model and --checkpoint exclude each other: give one of them")
+    exported = load_exported(file)
+    if exported.metadata["input"] != "uint8":
+        raise UserError(f"{file}: takes prepared images: export it without --no-preprocess")
+    return exported
 
 
 def _version(wanted: bool) -> None:
@@ -74,22 +121,33 @@ def main(
 
 @app.command()
 def train(
-    json: Annotated[Path, typer.Option(help="Annotations to train on, COCO JSON.")],
-    images: Annotated[Path, typer.Option(help="The folder of their images.")],
+    json: Annotations,
+    images: Images = None,
     output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/train"),
-    model: Annotated[str, typer.Option(help="The network.")] = "retinanet_resnet18_fpn_lite",
+    model: Annotated[str, typer.Option(help="The network.")] = DEFAULT_MODEL,
     recipe: Annotated[
         str, typer.Option(help="default; or spinenet-b, spinenet-c, spinenet-c-143, spinenet-c-190, as published.")
     ] = "default",
     steps: Annotated[
         int | None,
+        typer.Option(min=1, help="Optimizer steps, rounded up to equal intervals; the recipe's, 6000, by default."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images a step, of all processes; the recipe's, 4, by default.")
+    ] = None,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Parts in which a process computes its images of a step, to fit into memory.")
+    ] = 1,
+    lr: Annotated[
+        float | None,
         typer.Option(
-            min=1, help="Optimizer steps, rounded up to equal intervals of 500 or less; the recipe's, 6000, by default."
+            min=0,
+            help="Peak learning rate. By default the recipe's, 0.002 for 4 images a step, which grows with their "
+            "number: as its square root, or, with SGD, in proportion.",
         ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step; the recipe's, 4, by default.")] = None,
-    lr: Annotated[
-        float | None, typer.Option(min=0, help="Peak learning rate; the recipe's, 0.002, by default.")
+    bf16: Annotated[
+        bool | None, typer.Option(help="Compute convolutions in bfloat16; by default where the hardware does.")
     ] = None,
     crop: Annotated[
         int | None,
@@ -102,6 +160,10 @@ def train(
     flips: Annotated[
         Flips, typer.Option(help="Mirror images as likely as the picture itself; all: turns by 90 degrees too.")
     ] = Flips.HORIZONTAL,
+    every: Annotated[
+        int, typer.Option(min=1, help="Steps from one checkpoint, and validation, to the next; at most.")
+    ] = 500,
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest checkpoints stay.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, data order and augmentation.")] = 0,
     workers: Workers = WORKERS,
     image_scale: Annotated[
@@ -113,84 +175,135 @@ def train(
         ),
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A model file to start from.")] = None,
-    val_json: Annotated[Path | None, typer.Option(help="Annotations to validate on.")] = None,
-    val_images: Annotated[Path | None, typer.Option(help="The folder of their images.")] = None,
+    val_json: Annotated[
+        Path | None, typer.Option("--val-json", "--val-voc", help="Annotations to validate on.")
+    ] = None,
+    val_images: Images = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
 ) -> None:
-    """Train a detector on a COCO data set."""
-    with _one_sentence():
-        from retina_fast.commands.train import Stopped, TrainSettings
+    """Train a detector on a COCO or Pascal VOC data set."""
+    with _one_sentence(), joined() as processes:
+        from retina_fast.commands.check import warn_of_faults
+        from retina_fast.commands.run_files import Stopped
+        from retina_fast.commands.settings import TrainSettings, has_bf16
         from retina_fast.commands.train import train as run
         from retina_fast.recipes import recipe_named
 
         chosen = recipe_named(recipe)
-        if (val_json is None) != (val_images is None):
-            raise UserError("--val-json and --val-images belong together: give both or neither")
-        validation = CocoDataset(val_json, val_images) if val_json and val_images else None
+        if val_images and not val_json:
+            raise UserError("--val-images belongs to --val-json: give both or neither")
+        data = open_data(json, images)
+        if processes.first:
+            warn_of_faults(data)
+        validation = open_data(val_json, val_images, data.classes) if val_json else None
         if crop is None:
             by_scale = model.endswith("_lite") or image_scale is not None
             crop = 256 if by_scale else 0  # the others resize every image to 800 px or so
-        data = CocoDataset(json, images)
         batch_size = batch_size or chosen.batch_size
         steps = steps or chosen.steps_for(len(data), batch_size)
         lr = chosen.lr_at(batch_size) if lr is None else lr
-        settings = TrainSettings(model, steps, batch_size, lr, crop, flips, seed, image_scale, recipe)
+        bf16 = has_bf16() if bf16 is None else bf16
+        settings = TrainSettings(
+            model, steps, batch_size, lr, crop, flips, seed, image_scale, recipe, every, accumulate, bf16
+        )
+        shown = console if processes.first else silent
         try:
-            file = run(settings, data, validation, checkpoint, output, resume, workers, console)
+            file = run(settings, data, validation, checkpoint, output, resume, workers, shown, processes, keep)
         except Stopped:
-            console.print(f"Stopped and saved. To go on, give the same command with --resume (run: {output})")
+            shown.print(f"Stopped and saved. To go on, give the same command with --resume (run: {output})")
             raise typer.Exit(130) from None
-        console.print(f"Wrote {file}")
+        shown.print(f"Wrote {file}")
 
 
 @app.command()
 def evaluate(
-    json: Annotated[Path, typer.Option(help="Annotations, COCO JSON.")],
-    images: Annotated[Path, typer.Option(help="The folder of their images.")],
+    json: Annotations,
+    images: Images = None,
     checkpoint: ModelFile = None,
+    model: Published = None,
+    weights: Weights = None,
+    max_detections: Annotated[
+        int | None, typer.Option(min=1, help="Of an image that count, best first; by default all. COCO's tables: 100.")
+    ] = None,
     workers: Workers = WORKERS,
+    plot: Annotated[Path | None, typer.Option(help="A picture to draw of precision over recall.")] = None,
 ) -> None:
     """Print a model's COCO metrics on a data set."""
-    with _one_sentence():
+    with _one_sentence(), joined() as processes:
         from retina_fast.commands.evaluate import evaluate as run
         from retina_fast.commands.evaluate import report
-        from retina_fast.commands.predict import TREES, load_model
 
-        model, content = load_model(checkpoint or TREES)
-        report(run(model, content.classes, CocoDataset(json, images), workers, console), console)
+        network, content = _model(checkpoint, model, weights)
+        data = open_data(json, images)
+        shown = console if processes.first else silent
+        found = run(network, content.classes, data, workers, shown, max_detections, processes)
+        if found:
+            report(found, console)
+        if found and plot:
+            from retina_fast.commands.precision_recall import plot_precision_recall
+
+            plot_precision_recall(found.metrics, plot)
+            console.print(f"Wrote {plot}", soft_wrap=True)
 
 
 @app.command()
 def detect(
-    inputs: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Image files, folders of them, or .txt lists.", metavar="IMAGE...")
+    ],
     output: Annotated[Path, typer.Option(help="The folder for detections.json and pictures.")] = Path("out"),
     score: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
     checkpoint: ModelFile = None,
-    model: Annotated[Path | None, typer.Option(help="A file that export wrote, in place of a checkpoint.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A file that export wrote; or, with --weights, a network. In place of a checkpoint."),
+    ] = None,
+    weights: Weights = None,
     workers: Workers = WORKERS,
 ) -> None:
     """Find objects in images."""
-    with _one_sentence():
+    with _one_sentence(), joined() as processes:
         from retina_fast.commands.detect import detect as run
         from retina_fast.commands.detect import report
-        from retina_fast.commands.predict import TREES, load_model
-        from retina_fast.exported import load_exported
 
         network: Any
         content: Any
-        if model is not None:
-            if checkpoint is not None:
-                raise UserError("--model and --checkpoint exclude each other: give one of them")
-            network = content = load_exported(model)
-            if content.metadata["input"] != "uint8":
-                raise UserError(f"{model}: takes prepared images: export it without --no-preprocess")
+        if model and not weights:
+            network = content = _exported(Path(model), checkpoint)
         else:
-            network, content = load_model(checkpoint or TREES)
-        found = run(network, content, inputs, output, score, workers, console)
-        report(found, console)
-        if not found.counts:
-            raise UserError("not one of the images can be read")
-        console.print(f"Wrote {output / 'detections.json'} and {len(found.counts)} pictures beside it")
+            network, content = _model(checkpoint, model, weights)
+        shown = console if processes.first else silent
+        found = run(network, content, inputs, output, score, workers, shown, processes)
+        if found:
+            report(found, console)
+            if not found.images:
+                raise UserError("not one of the images can be read")
+            console.print(f"Wrote {output / 'detections.json'} and {found.images} pictures beside it", soft_wrap=True)
+
+
+@app.command()
+def check(
+    data: Annotated[Path, typer.Argument(help="COCO JSON; or a Pascal VOC folder, or one of its lists of images.")],
+    images: Images = None,
+    model: Annotated[str, typer.Option(help="The network to be trained, for its anchors.")] = DEFAULT_MODEL,
+    workers: Workers = WORKERS,
+    plot: Annotated[Path | None, typer.Option(help="A picture to draw of the sizes of boxes and anchors.")] = None,
+) -> None:
+    """Name everything that is wrong with a data set before training on it; the exit code is 1 if something is."""
+    with _one_sentence():
+        from retina_fast.checkpoint import build
+        from retina_fast.commands import check as command
+
+        def show(fault: object) -> None:
+            console.print(str(fault), markup=False, soft_wrap=True, highlight=False)
+
+        checked = command.check(data, images, build(model, 1), workers, console, show)
+        command.show(checked, console)
+        if plot:
+            command.plot(checked, plot)
+            console.print(f"Wrote {plot}", soft_wrap=True)
+        if checked.faults:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -220,7 +333,7 @@ def export(
         file = output or Path(path.stem + FORMATS.get(format, ""))
         height, width = map(int, sides)
         run(model, file, format, (height, width), preprocess, content.classes, content.category_ids)
-        console.print(f"Wrote {file}")
+        console.print(f"Wrote {file}", soft_wrap=True)
 
 
 @app.command()
@@ -260,7 +373,7 @@ def bench(
         images = [image.as_subclass(torch.Tensor).to(place) for image in images]
         name = model or str(checkpoint or "the embedded tree detector")
         run(network, images, batch_sizes or [1, 2, 4], rounds, output, name, console)
-        console.print(f"Wrote bench.png and bench.json in {output}")
+        console.print(f"Wrote bench.png and bench.json in {output}", soft_wrap=True)
 
 
 if __name__ == "__main__":

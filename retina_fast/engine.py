@@ -90,7 +90,7 @@ class Report:
 class Engine:
     """What :func:`compile_inference` returns: call it with images; ``print`` it to see what was done.
 
-    Not for several threads at once: calls share their buffers.
+    Not for several threads or CUDA streams at once: calls share their buffers.
     """
 
     def __init__(self, model: RetinaNet, report: Report, try_compile: bool = False) -> None:
@@ -100,7 +100,7 @@ class Engine:
         self._place = torch.cuda.device_of(next(model.parameters()))  # streams and graphs are the current device's
         self._trunks: tuple[Trunk, ...] = (_trunk, torch.compile(_trunk, dynamic=False)) if try_compile else (_trunk,)
         self._plans: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if report.graphs else None
+        self._captures = graph_place(self._device) if report.graphs else None
 
     def __call__(self, images: Sequence[Tensor] | Tensor) -> list[dict[str, Tensor]]:
         """Detections in torchvision's form: a dict of ``boxes``, ``scores`` and ``labels`` an image.
@@ -147,7 +147,7 @@ class Engine:
     def _tried(self, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> list["_Plan"]:
         plans = [_Plan(self.model, trunk, shape, images[0].dtype, self.report) for trunk in self._trunks]
         for plan in plans:
-            plan.make(images, sizes, self._pool)
+            plan.make(images, sizes, self._captures)
             if len(plans) > 1:
                 plan.seconds = _seconds(plan, images, sizes)
         if len(plans) > 1:
@@ -169,10 +169,10 @@ class _Plan:
         self.table = torch.empty((shape[0], 8), dtype=torch.int64, device=device)
         self.anchors: Tensor | None = None
 
-    def make(self, images: list[Tensor], sizes: Sizes, pool: Any) -> None:
+    def make(self, images: list[Tensor], sizes: Sizes, captures: Any) -> None:
         if self.graphs:
             self.table.copy_(image_table(images, sizes), non_blocking=True)
-            self.replay = capture(self.run, pool)
+            self.replay = capture(self.run, captures)
 
     def __call__(self, images: list[Tensor], sizes: Sizes) -> Detections:
         self.table.copy_(image_table(images, sizes), non_blocking=True)
@@ -206,9 +206,16 @@ def timed_convs() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def capture(run: Run, pool: Any) -> Run:
-    """The work as a CUDA graph. Before, it runs on a side stream, where kernels are compiled and convs chosen."""
-    side = torch.cuda.Stream()
+def graph_place(device: torch.device) -> tuple[Any, Any]:
+    """Where an engine captures all its graphs: a memory pool, which outlives each of them, and a stream. Graphs share
+    memory only within a stream, and torch's own for captures is of the device that captured first."""
+    with torch.cuda.device(device):
+        return torch.cuda.MemPool(), torch.cuda.Stream()
+
+
+def capture(run: Run, place: tuple[Any, Any]) -> Run:
+    """The work as a CUDA graph. Before, it runs on the same stream, where kernels are compiled and convs chosen."""
+    pool, side = place
     side.wait_stream(torch.cuda.current_stream())
     with timed_convs():
         with torch.cuda.stream(side):
@@ -216,7 +223,8 @@ def capture(run: Run, pool: Any) -> Run:
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # thread_local: other threads may go on allocating and pinning memory
+        with torch.cuda.graph(graph, pool=pool.id, stream=side, capture_error_mode="thread_local"):
             outputs = run()
 
     def replay() -> Detections:

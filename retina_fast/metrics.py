@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from faster_coco_eval import COCO, COCOeval_faster
@@ -9,6 +10,23 @@ from torch import Tensor
 
 # In the order of COCO's own summary; None is one that is not reported.
 _SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", None, None, "AR")
+_CURVES = {"IoU 0.50": slice(0, 1), "IoU 0.75": slice(5, 6), "IoU 0.50:0.95": slice(None)}
+
+RECALLS = [step / 100 for step in range(101)]
+"""At which COCO's precision is taken."""
+
+
+@dataclass
+class CocoMetrics:
+    """What was measured.
+
+    Attributes:
+        values: COCO's box metrics by name, each 0 to 1, or NaN where the data has no object of that size.
+        precision: at each of `RECALLS`, mean over the classes; for IoU 0.50, 0.75 and the mean of 0.50:0.95.
+    """
+
+    values: dict[str, float]
+    precision: dict[str, list[float]]
 
 
 def as_results(detections: dict[str, Tensor], image_id: Any, category_ids: list[int | None]) -> list[dict[str, Any]]:
@@ -36,8 +54,8 @@ def as_results(detections: dict[str, Tensor], image_id: Any, category_ids: list[
 
 def coco_metrics(
     coco: dict[str, Any], results: list[dict[str, Any]], image_ids: Iterable[Any], max_detections: int
-) -> dict[str, float]:
-    """COCO's box metrics, each 0 to 1, or NaN where the data has no object of that size.
+) -> CocoMetrics:
+    """COCO's box metrics.
 
     AP is the mean over IoU 0.50:0.95, AP50 and AP75 are those at one IoU; APs, APm and APl count objects under 32x32
     px, up to 96x96 px, and over; AR is the recall, mean over IoU 0.50:0.95.
@@ -50,7 +68,7 @@ def coco_metrics(
 
     Example::
 
-        >>> coco_metrics(dataset.coco, results, image_ids=[1, 2], max_detections=300)["AP50"]  # doctest: +SKIP
+        >>> coco_metrics(dataset.coco, results, image_ids=[1, 2], max_detections=300).values["AP50"]  # doctest: +SKIP
         0.52
     """
     truth = COCO(coco)
@@ -59,4 +77,8 @@ def coco_metrics(
     evaluation.params.maxDets = [1, 10, max(10, max_detections)]
     evaluation.run()
     values = {name: float(value) for name, value in zip(_SUMMARY, evaluation.stats, strict=False) if name}
-    return {name: math.nan if value < 0 else value for name, value in values.items()}
+    values = {name: math.nan if value < 0 else value for name, value in values.items()}
+    found = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class; -1 for a class without an object
+    found = found[:, :, (found >= 0).all(axis=(0, 1))]
+    curves = {name: found[part].mean(axis=(0, 2)).tolist() for name, part in _CURVES.items()} if found.size else {}
+    return CocoMetrics(values, curves)

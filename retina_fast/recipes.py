@@ -50,7 +50,8 @@ class Recipe:
         average: decay of the averaged weights; 0 keeps the last ones.
         steps: optimizer steps, where `epochs` is 0.
         epochs: passes over the data.
-        lr_by_batch: whether another batch size changes the learning rate in proportion.
+        lr_power: of the batch size to which the learning rate is proportional: 1 for SGD (https://arxiv.org/abs/1706.02677);
+            0.5 for Adam, which divides by the gradient's size (https://arxiv.org/abs/2205.10287).
         box_weight: factor of the box loss.
         kwargs: of the model's builder.
         model: what the names of its models begin with.
@@ -66,14 +67,14 @@ class Recipe:
     average: float = 0.0
     steps: int = 0
     epochs: int = 0
-    lr_by_batch: bool = True
+    lr_power: float = 1.0
     box_weight: float = 1.0
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     model: str = ""
 
     def lr_at(self, batch_size: int) -> float:
         """The peak learning rate for another batch size."""
-        return self.lr * (batch_size / self.batch_size) if self.lr_by_batch else self.lr
+        return self.lr * (batch_size / self.batch_size) ** self.lr_power
 
     def steps_for(self, images: int, batch_size: int) -> int:
         """Optimizer steps on a data set of so many images.
@@ -121,7 +122,7 @@ RECIPES = {
         augmentation=augmentation,
         average=0.998,
         steps=6000,
-        lr_by_batch=False,
+        lr_power=0.5,
     ),
     "spinenet-b": _published(350, (0.5, 2.0)),
     "spinenet-c": _C(),

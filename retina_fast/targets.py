@@ -122,7 +122,7 @@ class TargetCheck:
         self.raise_pending()
         answer = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(found, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(boxes.device))
         self._pending.append(_Pending(self.step, answer, event, boxes, labels, counts))
 
     @contextmanager

@@ -193,7 +193,7 @@ class TrainingStep:
         self.uncaptured_steps += 1
         return self._step(forwards, device)
 
-    def _aside(self, work: Callable[[], Losses], device: torch.device) -> Losses:
+    def _aside(self, work: Callable[[], Any], device: torch.device) -> Any:
         """On the stream that will capture: work done before a capture must not have been on the default stream."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
@@ -231,6 +231,8 @@ class TrainingStep:
             held.extend(passed.anchors)
             return self.model._losses(passed)
 
+        # In mixed precision the kernel has not been launched for this dtype, and loading one may end a capture.
+        self._aside(lambda: launch_image_batch(table, batch, image_dtype, *constants), device)
         graph = torch.cuda.CUDAGraph()
         try:  # thread_local: threads that load data may go on pinning memory
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
@@ -269,7 +271,10 @@ class TrainingStep:
             and model._trains_fast()
             and is_stock_transform(model.transform)
             and is_stock_generator(model.anchor_generator)
-            and all("capturable" in group or isinstance(optimizer, torch.optim.SGD) for group in optimizer.param_groups)
+            and all(
+                "capturable" in group or (isinstance(optimizer, torch.optim.SGD) and not group["dampening"])
+                for group in optimizer.param_groups
+            )
             and not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
             and not any(map(has_hooks, model.modules()))
             and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
@@ -279,8 +284,9 @@ class TrainingStep:
         """Learning rates in tensors that a replay reads, whoever sets them, and whatever they were loaded as."""
         for i, group in enumerate(self.optimizer.param_groups):
             if i == len(self._lrs):
-                self._lrs.append(torch.zeros((), device=device))
+                self._lrs.append(torch.zeros((), dtype=torch.float32, device=device))
             ours, lr = self._lrs[i], group["lr"]
+            self._lay_out_state(group)
             if lr is ours:
                 continue
             ours.fill_(lr.squeeze() if isinstance(lr, Tensor) else lr)
@@ -292,6 +298,19 @@ class TrainingStep:
             for state in map(self.optimizer.state.get, group["params"]):
                 if state and isinstance(state.get("step"), Tensor):
                     state["step"] = to_device(state["step"], device)
+
+    def _lay_out_state(self, group: dict[str, Any]) -> None:
+        """State in the layout of its parameter, and momentum for parameters whose first gradient comes late: fused SGD
+        refuses anything else. Momentum that starts at zero is torch's own where nothing dampens it."""
+        for p in group["params"]:
+            state = self.optimizer.state.get(p, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                    state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+            if isinstance(self.optimizer, torch.optim.SGD) and group["momentum"] and p.requires_grad:
+                state = self.optimizer.state[p]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(p)
 
     def _settings(self, image_dtype: torch.dtype) -> list[Any]:
         """All that a graph holds fast besides the batch's shape, its dtype among it."""

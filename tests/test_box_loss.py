@@ -111,6 +111,17 @@ def test_special_boxes(device, loss_type, shift, log_scale):
     assert (grad - exact_grad).abs().max() <= 1e-5 * exact_grad.abs().max().clamp(min=1e-3)
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("place_of_nan", range(4))
+def test_nan_is_not_hidden(loss_fn, place, loss_type, place_of_nan):
+    anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    deltas = torch.tensor([[[0.1, 0.2, 0.3, 0.4]]])
+    deltas[..., place_of_nan] = float("nan")
+    rest = (anchors, torch.zeros(1, 1, dtype=torch.int32), anchors + 1, torch.tensor([0, 1]), torch.ones(1))
+    deltas = deltas.to(place).requires_grad_()
+    assert loss_fn([deltas], *[x.to(place) for x in rest], loss_type).isnan()
+
+
 def test_images_may_have_their_own_anchors(loss_fn, place):
     deltas, anchors, *rest = case(torch.float32, device=place)
     stacked = torch.stack((anchors, anchors + 2, anchors - 1))

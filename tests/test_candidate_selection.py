@@ -55,7 +55,7 @@ def brute_force(levels, k, threshold, topk):
 def equal(ours, expected):
     for field in ("counts", "anchors", "labels"):
         assert torch.equal(getattr(ours, field).cpu(), getattr(expected, field).cpu()), field
-    torch.testing.assert_close(ours.scores.cpu(), expected.scores.cpu(), rtol=3e-7, atol=0)
+    torch.testing.assert_close(ours.scores.cpu(), expected.scores.cpu(), rtol=2e-6, atol=0)
 
 
 # Matches the reference
@@ -172,7 +172,7 @@ def test_an_empty_batch_and_an_empty_level(select, place, small_tiles):
 def test_scores_are_float32_whatever_the_logits(select, place):
     logits = torch.linspace(-2, 6, 64).reshape(1, 64, 1).bfloat16().to(place)
     ours = select([logits], 1)
-    torch.testing.assert_close(ours.scores[0], torch.sigmoid(logits.float()).flatten().flip(0), rtol=3e-7, atol=0)
+    torch.testing.assert_close(ours.scores[0], torch.sigmoid(logits.float()).flatten().flip(0), rtol=2e-6, atol=0)
 
 
 def test_every_output_is_written_and_the_result_is_deterministic(device, small_tiles):
@@ -193,7 +193,7 @@ def test_errors():
         candidate_selection([torch.zeros(1, 9, 3), torch.zeros(1, 9, 3).half()], 3)
     with pytest.raises(ValueError, match="topk"):
         candidate_selection([torch.zeros(1, 9, 3)], 3, topk=-1)
-    with pytest.raises(ValueError, match=r"2\^31"):
+    with pytest.raises(ValueError, match=r"2\^30"):
         candidate_selection([torch.empty(1, 2**28, 8, device="meta")], 8)
 
 

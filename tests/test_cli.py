@@ -129,17 +129,19 @@ def test_training_goes_on_past_an_unreadable_image(tmp_path):
 def test_errors_say_what_to_do(data, trained, tmp_path):
     model = ("--checkpoint", trained / "model.pt")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "note.txt").write_text("a note")
+    for name in ("note.txt", "note.json"):
+        (tmp_path / name).write_text("a note")
     assert "holds no image" in problem("detect", tmp_path / "empty", "--output", tmp_path, *model)
     assert "not one of the images can be read" in problem("detect", tmp_path / "x.png", "--output", tmp_path, *model)
     assert "is a file" in problem("detect", data[3], "--output", tmp_path / "note.txt", *model)
     assert "no such model file" in problem("detect", data[3], "--checkpoint", tmp_path / "none.pt")
     assert "damaged" in problem("detect", data[3], "--checkpoint", tmp_path / "note.txt")
     assert "cannot be read" in problem("evaluate", "--json", tmp_path / "none.json", "--images", data[3], *model)
-    assert "not a JSON file" in problem("evaluate", "--json", tmp_path / "note.txt", "--images", data[3], *model)
+    assert "not a JSON file" in problem("evaluate", "--json", tmp_path / "note.json", "--images", data[3], *model)
     assert "already holds a run: add --resume" in problem("train", *data, "--output", trained)
     assert "there is no run to resume" in problem("train", *data, "--output", tmp_path / "new", "--resume")
-    assert "belong together" in problem("train", *data, "--val-json", data[1])
+    assert "give the folder of its images, too" in problem("train", *data, "--val-json", data[1])
+    assert "--val-images belongs to --val-json" in problem("train", *data, "--val-images", data[3])
     unknown = problem("train", *data, "--output", tmp_path / "new", "--model", "yolo")
     assert "there is no model 'yolo'; choose one of" in unknown
     assert "retinanet_resnet50_fpn_v2" in unknown

@@ -616,7 +616,7 @@ def test_old_checkpoints_keys():
 class FakeEvent:
     done = False
 
-    def record(self):
+    def record(self, stream=None):
         pass
 
     def query(self):
@@ -626,6 +626,7 @@ class FakeEvent:
 def test_deferred_errors_name_step_and_image(monkeypatch):
     """The answer of the check is read at a later call, once it is there, and says where it belongs."""
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     empty = torch.empty
     monkeypatch.setattr(targets_module.torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
     check = targets_module.TargetCheck()

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.io import write_jpeg, write_png
+from torchvision.transforms.v2 import functional
 
-from retina_fast.data.augment import Flips, RandomTranspose, ScaledCrop, TrainingSet, augmentation, batches
+from retina_fast.data.augment import ColorJitter, Flips, RandomTranspose, ScaledCrop, TrainingSet, augmentation, batches
 from retina_fast.data.coco import CocoDataset, Tried, plain, read_image
 from retina_fast.errors import ImageError, UserError
 from tests.conftest import COLORS
@@ -44,7 +45,7 @@ def test_boxes_without_an_extent_are_left_out_and_named(shapes):
         content["annotations"][3]["bbox"] = [5, 5, float("nan"), 4]
 
     edit(shapes[0], change)
-    with pytest.warns(UserWarning, match=r"2 boxes without an extent are left out: annotations 2, 4"):
+    with pytest.warns(UserWarning, match=r"2 boxes without an extent .* are left out: annotation 2, annotation 4"):
         dataset = CocoDataset(*shapes)
     assert len(dataset[0][1]["boxes"]) == 1
 
@@ -166,6 +167,47 @@ def test_flips_and_transposes_give_all_eight_views():
             view = step(*view)
         views.add(view[0].numpy().tobytes())
     assert len(views) == 8
+
+
+COLOURS = torch.randint(40, 160, (3, 30, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def jittered(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0) -> Tensor:
+    jitter = ColorJitter((brightness, brightness), (contrast, contrast), (saturation, saturation), hue=0)
+    jitter.ranges = (*jitter.ranges[:3], (hue, hue))
+    return jitter(tv_tensors.Image(COLOURS), {})[0].as_subclass(Tensor)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.0, 1.4])
+@pytest.mark.parametrize("what", ["brightness", "contrast", "saturation"])
+def test_colour_factors_are_torchvisions(what, factor):
+    expected = getattr(functional, f"adjust_{what}")(COLOURS, factor)
+    clipped = (expected == 0) | (expected == 255)
+    assert (jittered(**{what: factor}).int() - expected.int())[~clipped].abs().max() <= 1
+
+
+def test_hue_turns_the_chroma_and_keeps_the_luma():
+    yiq = ColorJitter._YIQ
+    before, after = (yiq @ x.flatten(1).float() for x in (COLOURS, jittered(hue=0.08)))
+    assert (after[0] - before[0]).abs().max() <= 1
+    turned = torch.atan2(after[2], after[1]) - torch.atan2(before[2], before[1])
+    strong = before[1:].norm(dim=0) > 30
+    off = (turned - 2 * torch.pi * 0.08 + torch.pi) % (2 * torch.pi) - torch.pi
+    assert off[strong].abs().max() < 0.06
+    assert (jittered(hue=1.0).int() - COLOURS.int()).abs().max() <= 1
+    grey = torch.full((3, 4, 4), 77, dtype=torch.uint8)
+    jitter = ColorJitter((1, 1), (1, 1), (0.3, 1.7), 0.5)
+    assert torch.equal(jitter(grey, {})[0], grey)
+
+
+def test_colours_are_drawn_from_their_ranges():
+    torch.manual_seed(0)
+    jitter = ColorJitter((0.6, 1.4), (1, 1), (1, 1), 0)
+    means = [float(jitter(torch.full((3, 2, 2), 100, dtype=torch.uint8), {})[0].float().mean()) for _ in range(200)]
+    assert 60 <= min(means) < 65
+    assert 135 < max(means) <= 140
+    bright = ColorJitter((9, 9), (1, 1), (1, 1), 0)(COLOURS, {})[0]
+    assert bright.min() == 255
 
 
 def test_an_item_depends_on_seed_epoch_and_index_alone(shapes):

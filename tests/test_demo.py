@@ -14,6 +14,7 @@ from retina_fast import checkpoint
 from retina_fast.checkpoint import Checkpoint
 from retina_fast.commands.evaluate import Evaluation
 from retina_fast.data.coco import CocoDataset
+from retina_fast.metrics import CocoMetrics
 
 BOXES = torch.tensor([[5.0, 5, 25, 25], [60, 10, 78, 30], [66, 40, 90, 60], [95, 70, 99, 79]])
 
@@ -101,7 +102,7 @@ def test_pictures_show_what_was_found_and_what_was_marked(root, tmp_path):
     folder = trees.prepare(root)
     data = CocoDataset(folder / "OSBS_029.json", folder / "OSBS_029")
     results = [{"image_id": 1, "category_id": 1, "bbox": [30.0, 30, 20, 20], "score": score} for score in (0.9, 0.1)]
-    run.draw(data, Evaluation({}, results, 1, 300, [], []), tmp_path)
+    run.draw(data, Evaluation(CocoMetrics({}, {}), results, 1, 300, [], []), tmp_path)
     picture = decode_image(str(tmp_path / "OSBS_029.jpg")).int()
     yellow = (picture[0] > picture[2] + 60) & (picture[1] > picture[2] + 60)
     blue = picture[2] > picture[0] + 60

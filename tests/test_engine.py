@@ -143,7 +143,7 @@ def test_evaluation_within_half_a_point_of_ap50(trees, photograph):
     ]
     truth = {"images": [{"id": 1}], "annotations": annotations, "categories": [{"id": 1, "name": "Tree"}]}
     ap50 = [
-        coco_metrics(truth, as_results(detections, 1, [1]), [1], 300)["AP50"]
+        coco_metrics(truth, as_results(detections, 1, [1]), [1], 300).values["AP50"]
         for detections in (found, *(compile_inference(trees, dtype=d)([photograph])[0] for d in _DTYPES))
     ]
     assert ap50[0] > 0.95
@@ -187,7 +187,7 @@ def test_shapes_that_went_are_freed(with_graphs):
 
 
 def test_a_capture_that_fails_keeps_nothing_half_made(with_graphs, monkeypatch):
-    def fail(run, pool):
+    def fail(run, place):
         raise torch.OutOfMemoryError
 
     with_graphs(images((30, 30)))

@@ -1,6 +1,7 @@
 """The published recipes, their numbers at given steps, and short runs by them."""
 
 import csv
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ from torchvision import tv_tensors
 
 from retina_fast import checkpoint
 from retina_fast.commands import train as module
-from retina_fast.commands.train import Detector, TrainSettings, train
+from retina_fast.commands.detector import Detector
+from retina_fast.commands.processes import ALONE
+from retina_fast.commands.settings import TrainSettings
+from retina_fast.commands.train import train
 from retina_fast.data.augment import Flips, scale_jitter
 from retina_fast.data.coco import CocoDataset
 from retina_fast.errors import UserError
@@ -56,7 +60,7 @@ def test_another_batch_sees_as_many_images():
         recipe.schedule(7900, total=total) < 1 == recipe.schedule(8000, total=total)
     )  # as the ports to PyTorch have it
     default = recipe_named("default")
-    assert (default.lr_at(64), default.steps_for(118_287, 64)) == (2e-3, 6000)
+    assert (default.lr_at(4), default.lr_at(64), default.steps_for(118_287, 64)) == (2e-3, 8e-3, 6000)
 
 
 def test_decay_clipping_crops_and_models():
@@ -82,7 +86,7 @@ def test_the_box_loss_pulls_as_the_published_one_beyond_its_delta():
 
 def test_conv_kernels_alone_decay(data):
     settings = settings_of("spinenet-b", crop=128)
-    optimizer = Detector(module._start(settings, data, None), settings).configure_optimizers()["optimizer"]
+    optimizer = Detector(module._start(settings, data, None), settings, ALONE).configure_optimizers()["optimizer"]
     decayed, free = optimizer.param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (4e-5, 0)
     assert {p.ndim for p in decayed["params"]} == {4}
@@ -134,7 +138,7 @@ def settings_of(recipe: str, crop: int) -> TrainSettings:
 @pytest.mark.parametrize("name", ["spinenet-b", "spinenet-c"])
 def test_a_short_run_by_a_published_recipe(data, tmp_path, monkeypatch, name):
     small = RECIPES[name].kwargs | {"specification": TINY}  # type: ignore[operator]
-    monkeypatch.setitem(RECIPES, name, module.replace(RECIPES[name], kwargs=small))
+    monkeypatch.setitem(RECIPES, name, replace(RECIPES[name], kwargs=small))
     seen: set[tuple[int, ...]] = set()
     original = Detector.training_step
 
@@ -159,6 +163,6 @@ def test_a_short_run_by_a_published_recipe(data, tmp_path, monkeypatch, name):
 def test_a_recipe_that_does_not_fit_is_named(data, tmp_path):
     with pytest.raises(UserError, match=r"there is no recipe 'spinenet-d'; choose one of default, spinenet-b"):
         recipe_named("spinenet-d")
-    settings = module.replace(settings_of("spinenet-c", crop=128), model="retinanet_resnet18_fpn_lite")
+    settings = replace(settings_of("spinenet-c", crop=128), model="retinanet_resnet18_fpn_lite")
     with pytest.raises(UserError, match="spinenet-c is for models retinanet_spinenet"):
         train(settings, data, None, None, tmp_path, False, 0, Console(quiet=True))

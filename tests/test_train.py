@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,27 +11,34 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from retina_fast import checkpoint
+from retina_fast.commands import detector
 from retina_fast.commands import train as module
+from retina_fast.commands.detector import Averaging, Detector
 from retina_fast.commands.late_losses import LateLosses
-from retina_fast.commands.train import Stopped, TrainSettings, train
+from retina_fast.commands.processes import ALONE
+from retina_fast.commands.run_files import Pace, Stopped
+from retina_fast.commands.settings import TrainSettings
+from retina_fast.commands.train import train
+from retina_fast.commands.train_log import TrainLog
 from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.errors import UserError
 from retina_fast.recipes import warmup_cosine
+from retina_fast.training_step import TrainingStep
 from tests.conftest import write_shapes
 from tests.recorded_graph import play_on_cpu
 
-SETTINGS = TrainSettings("retinanet_resnet18_fpn_lite", 9, batch_size=2, lr=1e-3, crop=64, flips=Flips.NONE, seed=3)
-INTERVAL = 3
+SETTINGS = TrainSettings(
+    "retinanet_resnet18_fpn_lite", 9, batch_size=2, lr=1e-3, crop=64, flips=Flips.NONE, seed=3, every=3
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _short_intervals(one_thread):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_INTERVAL", INTERVAL)
-        yield
+def _one_thread(one_thread):
+    pass
 
 
 def run(data, output: Path, resume=False, workers=0, settings=SETTINGS, start_from=None, validation=None) -> Path:
@@ -53,14 +61,14 @@ def whole(data, tmp_path_factory) -> Path:
 
 def interrupt(patch: pytest.MonkeyPatch, step: int, how) -> None:
     """Have `how` called while that step is under way."""
-    original = module.Detector.training_step
+    original = Detector.training_step
 
     def training_step(self, batch, batch_idx):
         if self.global_step == step:
             how()
         return original(self, batch, batch_idx)
 
-    patch.setattr(module.Detector, "training_step", training_step)
+    patch.setattr(Detector, "training_step", training_step)
 
 
 def state(folder: Path) -> dict:
@@ -79,11 +87,13 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-@pytest.mark.parametrize("step", [0, 1, 2, 4, 8])
-def test_a_run_stopped_and_resumed_gives_the_same_weights(data, whole, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(
+    ("step", "number"), [(step, signal.SIGINT) for step in (0, 1, 2, 8)] + [(4, signal.SIGTERM)], ids=str
+)
+def test_a_run_stopped_and_resumed_gives_the_same_weights(data, whole, tmp_path, monkeypatch, step, number):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        interrupt(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        interrupt(patch, step, lambda: os.kill(os.getpid(), number))
         with pytest.raises(Stopped):
             run(data, output)
     assert state(output)["global_step"] == step + 1
@@ -118,7 +128,9 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_what_a_run_writes(whole, data):
-    assert {path.name for path in whole.iterdir()} >= {"last.ckpt", "model.pt", "log.csv", "loss.png"}
+    assert {path.name for path in whole.iterdir()} == {
+        *("last.ckpt", "model.pt", "best.pt", "log.csv", "loss.png", "precision_recall.png", "tensorboard")
+    }
     assert [row["step"] for row in rows(whole) if row["AP50"]] == ["3", "6", "9"]
     model = checkpoint.load(whole / "model.pt")
     assert (model.classes, model.category_ids, model.builder) == (["red", "blue"], [3, 7], SETTINGS.model)
@@ -136,7 +148,7 @@ def test_the_averaged_weights_are_written_and_validated(whole):
 
 def test_the_average_forgets_the_start_and_then_slowly():
     network: Any = torch.nn.BatchNorm1d(3)
-    averaging: Any = module.Averaging(limit=0.998)
+    averaging: Any = Averaging(limit=0.998)
     averaging._average_model = torch.optim.swa_utils.AveragedModel(network)
     expected = torch.zeros(3)
     for step in range(30):
@@ -157,8 +169,9 @@ class OnGPU(torch.Tensor):
 
 def test_losses_on_a_gpu_are_read_when_the_next_step_is_queued(monkeypatch):
     waited: list[str] = []
-    event = SimpleNamespace(record=lambda: None, synchronize=lambda: waited.append("waited"))
+    event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: waited.append("waited"))
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
     late, seen = LateLosses(), list[dict[str, float]]()
@@ -172,17 +185,17 @@ def test_losses_on_a_gpu_are_read_when_the_next_step_is_queued(monkeypatch):
 
 
 def test_crops_of_one_size_are_trained_by_replays(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_has_bf16", lambda: False)  # float32, in which two runs stay together
-    run(data, tmp_path / "plain")
+    settings = replace(SETTINGS, bf16=False)  # float32, in which two runs stay together
+    run(data, tmp_path / "plain", settings=settings)
     play_on_cpu(monkeypatch)
-    original, steps = module.TrainingStep, list[module.TrainingStep]()
+    original, steps = TrainingStep, list[TrainingStep]()
 
     def kept(*args, **kwargs):
         steps.append(original(*args, **kwargs))
         return steps[0]
 
-    monkeypatch.setattr(module, "TrainingStep", kept)
-    run(data, tmp_path / "captured")
+    monkeypatch.setattr(detector, "TrainingStep", kept)
+    run(data, tmp_path / "captured", settings=settings)
     assert (steps[0].replayed_steps, steps[0].uncaptured_steps) == (5, 4)
     assert state(tmp_path / "captured")["global_step"] == SETTINGS.total_steps
     for row, other in zip(rows(tmp_path / "captured"), rows(tmp_path / "plain"), strict=True):
@@ -191,8 +204,7 @@ def test_crops_of_one_size_are_trained_by_replays(data, tmp_path, monkeypatch):
             assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-3)
 
 
-def test_steps_are_split_into_equal_intervals(monkeypatch):
-    monkeypatch.setattr(module, "_INTERVAL", 500)
+def test_steps_are_split_into_equal_intervals():
     for steps, interval, total in ((1, 1, 1), (60, 60, 60), (500, 500, 500), (1001, 334, 1002), (9000, 500, 9000)):
         settings = TrainSettings("", steps, 1, 1.0, 0, Flips.NONE, 0)
         assert (settings.interval, settings.total_steps) == (interval, total)
@@ -200,7 +212,7 @@ def test_steps_are_split_into_equal_intervals(monkeypatch):
 
 def test_norms_and_biases_do_not_decay(data):
     start = module._start(SETTINGS, data, None)
-    optimizer = module.Detector(start, SETTINGS).configure_optimizers()["optimizer"]
+    optimizer = Detector(start, SETTINGS, ALONE).configure_optimizers()["optimizer"]
     decayed, free = optimizer.param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
     assert all(p.ndim == 4 for p in decayed["params"])
@@ -216,14 +228,14 @@ def test_learning_rate_rises_and_falls_to_a_hundredth():
 
 
 def test_a_loss_that_is_not_finite_names_step_and_images(data, tmp_path, monkeypatch):
-    original = module.Detector.training_step
+    original = Detector.training_step
 
     def training_step(self, batch, batch_idx):
         if self.global_step == 4:
             batch[0][0] = torch.full((3, 64, 64), math.nan)
         return original(self, batch, batch_idx)
 
-    monkeypatch.setattr(module.Detector, "training_step", training_step)
+    monkeypatch.setattr(Detector, "training_step", training_step)
     with pytest.raises(UserError, match=r"not finite at step 4 .*images: .*\d\.png, .*\d\.png\. Look at"):
         run(data, tmp_path)
     assert state(tmp_path)["global_step"] == 3
@@ -237,6 +249,81 @@ def test_an_existing_run_is_not_overwritten_and_settings_must_agree(data, whole,
     other = TrainSettings(**vars(SETTINGS) | {"lr": 0.5})
     with pytest.raises(UserError, match=r"has lr 0\.001, not 0\.5"):
         run(data, whole, resume=True, settings=other)
+
+
+def test_a_run_goes_on_with_the_annotations_that_it_was_begun_with(data, whole, shapes):
+    content = json.loads(shapes[0].read_text())
+    assert data.images == content["images"]  # the same pictures
+    content["annotations"][3]["bbox"][2] += 1
+    shapes[0].write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"shapes\.json: is not what the run in .* was begun with"):
+        run(CocoDataset(*shapes), whole, resume=True)
+
+
+def test_the_newest_checkpoints_and_the_best_model_stay(data, tmp_path):
+    settings = replace(SETTINGS, steps=4, every=1)
+    train(settings, data, data, None, tmp_path, False, 0, Console(quiet=True), keep=3)
+    kept = sorted(path.name for path in tmp_path.glob("step-*.ckpt"))
+    assert kept == ["step-00000002.ckpt", "step-00000003.ckpt", "step-00000004.ckpt"]
+    assert [torch.load(tmp_path / name, weights_only=True)["global_step"] for name in kept] == [2, 3, 4]
+    assert (tmp_path / kept[-1]).samefile(tmp_path / "last.ckpt")
+    measured = [float(row["AP50"]) for row in rows(tmp_path) if row["AP50"]]
+    assert checkpoint.load(tmp_path / "best.pt").metrics["AP50"] == max(measured)
+    assert not list(tmp_path.glob("*.partial"))
+    (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last\.ckpt: damaged; copy an older one in its place .*step-00000003\.ckpt"):
+        run(data, tmp_path, resume=True, settings=settings)
+
+
+def test_a_disk_that_fills_up_costs_one_interval(data, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, lambda: (tmp_path / "last.ckpt.partial").symlink_to("/dev/full"))
+        with pytest.raises(UserError, match=r"last\.ckpt: cannot be written .*what it held before is unharmed"):
+            run(data, tmp_path, validation=data)
+    assert state(tmp_path)["global_step"] == 3
+    run(data, tmp_path, resume=True, validation=data)
+    assert_same_run(whole, tmp_path)
+
+
+def test_tensorboard_shows_what_the_log_has(whole):
+    found = EventAccumulator(str(whole / "tensorboard")).Reload()
+    for name in (
+        "classification",
+        "bbox_regression",
+        "lr",
+        "images_per_second",
+        "waiting",
+        "val_classification",
+        "AP50",
+    ):
+        logged = [(int(row["step"]), float(row[name])) for row in rows(whole) if row[name]]
+        shown = [(event.step, event.value) for event in found.Scalars(name)]
+        assert [step for step, _ in shown] == [step for step, _ in logged]
+        assert [value for _, value in shown] == pytest.approx([value for _, value in logged], rel=1e-6)
+        assert logged
+
+
+def test_half_a_row_of_the_log_is_dropped(tmp_path):
+    log = TrainLog(tmp_path)
+    log.resume(0)
+    for step in (20, 40):
+        log.add(step, {"classification": 1.0, "bbox_regression": 2.0}, {"lr": 0.1}, last=False)
+    text = (tmp_path / "log.csv").read_text()
+    (tmp_path / "log.csv").write_text(text.rstrip()[:-8])
+    log = TrainLog(tmp_path)
+    log.resume(40)
+    assert [row["step"] for row in log.rows] == [20]
+    assert (tmp_path / "log.csv").read_text().splitlines() == text.splitlines()[:2]
+
+
+def test_pace_counts_images_and_waiting_and_not_what_came_before():
+    pace = Pace(images=8)
+    for start in (0.0, 100.0):
+        pace.begin(now=start)
+        for step in range(3):
+            pace.step_begins(now=start + step + 0.25)
+            pace.step_ends(now=start + step + 1)
+        assert (pace.images_per_second, pace.waiting) == (8, 0.25)
 
 
 def test_validation_data_must_have_the_same_classes(data, shapes, tmp_path):

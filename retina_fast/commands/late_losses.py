@@ -30,7 +30,7 @@ class LateLosses:
             return
         numbers = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(values.device))
         self.read()
         self._pending = names, numbers, event, note
 

@@ -1,23 +1,29 @@
-"""The written record of a training run: log.csv and loss.png."""
+"""The written record of a training run: log.csv, loss.png, and the same for TensorBoard."""
 
 import csv
 from pathlib import Path
 from statistics import fmean
 
 from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+from retina_fast.files import replacing
 
 _EVERY = 20  # steps a row: single ones are noise
-_COLUMNS = ("step", "classification", "bbox_regression", "lr")
+_COLUMNS = ("step", "classification", "bbox_regression", "lr", "images_per_second", "waiting")
 _VALIDATION_COLUMNS = ("val_classification", "val_bbox_regression", "AP", "AP50")
 
 
 class TrainLog:
     """Rows of log.csv: mean losses of 20 steps, or the validation at a step.
 
+    `images_per_second` is over all processes since the interval began, without validation; `waiting` the part of that
+    time in which the step waited for images.
+
     Example::
 
         >>> log = TrainLog(Path("runs/a"))  # doctest: +SKIP
-        >>> log.add(1, {"classification": 1.1, "bbox_regression": 0.6}, lr=1e-3, last=False)  # doctest: +SKIP
+        >>> log.add(1, {"classification": 1.1, "bbox_regression": 0.6}, {"lr": 1e-3}, last=False)  # doctest: +SKIP
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,23 +35,24 @@ class TrainLog:
         """Start the file, or go on with one, without the rows after `step`, which will come again."""
         file = self.folder / "log.csv"
         if step and file.exists():
-            with file.open(newline="") as lines:
-                rows = [
-                    {k: float(v) for k, v in row.items() if v} | {"step": int(row["step"])}
-                    for row in csv.DictReader(lines)
-                ]
+            whole, _, _ = file.read_text().rpartition("\n")  # a run that was killed may have left half a row
+            rows = [
+                {k: float(v) for k, v in row.items() if v} | {"step": int(row["step"])}
+                for row in csv.DictReader(whole.splitlines())
+            ]
             self.rows = [row for row in rows if row["step"] <= step]
-        with file.open("w", newline="") as lines:
+        with replacing(file) as partial, partial.open("w", newline="") as lines:
             writer = csv.DictWriter(lines, _COLUMNS + _VALIDATION_COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
-    def add(self, step: int, losses: dict[str, float], lr: float, last: bool) -> None:
+    def add(self, step: int, losses: dict[str, float], rates: dict[str, float], last: bool) -> None:
         """Note one step's losses; `last` closes a row before it is full, at the end of an interval."""
         self.window.append(losses)
         if step % _EVERY == 0 or last:
             means = {name: fmean(x[name] for x in self.window) for name in losses}
-            self._write({"step": step, **means, "lr": lr})
+            self._write({"step": step, **means, **rates})
             self.window = []
 
     def add_validation(self, step: int, metrics: dict[str, float]) -> None:
@@ -72,11 +79,16 @@ class TrainLog:
             right = axes.twinx()
             right.set(ylabel="validation AP50", ylim=(0, 1))
             right.plot([row["step"] for row in validated], [row["AP50"] for row in validated], "k.-", label="AP50")
-        if axes.lines:
-            axes.legend()
+        top, lines = (right, [*axes.lines, *right.lines]) if validated else (axes, list(axes.lines))
+        if lines:
+            top.legend(handles=lines)
         figure.savefig(self.folder / "loss.png", dpi=100)
 
     def _write(self, row: dict[str, float]) -> None:
         self.rows.append(row)
         with (self.folder / "log.csv").open("a", newline="") as lines:
             csv.DictWriter(lines, _COLUMNS + _VALIDATION_COLUMNS).writerow(row)
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(name, value, int(row["step"]))
+        self.board.flush()

@@ -1,13 +1,14 @@
 """Detection data in the COCO format: a JSON file and the folder of the images that it names."""
 
 import json
-import math
+import re
 import warnings
-from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
@@ -15,6 +16,7 @@ from torchvision import tv_tensors
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
+from retina_fast.data.faults import LEFT_OUT, REFUSED, Kind, box_fault, corners, entry_faults, place, sizes_of
 from retina_fast.errors import ImageError, UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
@@ -24,6 +26,9 @@ Sample = tuple[Tensor, dict[str, Any]]
 
 def read_image(path: Path) -> Tensor:
     """Decode an image file to RGB, (3, H, W) uint8, turned upright by its EXIF orientation.
+
+    JPEG (grey, RGB, CMYK), PNG (grey, palette, RGB, with or without alpha, 1 to 16 bits), WebP and GIF (its first
+    picture). Alpha is dropped; of 16 bits the upper 8 are kept.
 
     Raises:
         ImageError: if the file is missing or cannot be decoded; the message names it.
@@ -36,9 +41,13 @@ def read_image(path: Path) -> Tensor:
     if not path.is_file():
         raise ImageError(f"{path}: no such image file")
     try:
+        if path.suffix.lower() == ".webp":  # torchvision leaves a WebP lying on its side
+            with Image.open(path) as picture:
+                return F.pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))
         image = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError as error:
-        raise ImageError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from error
+    except (RuntimeError, OSError) as error:
+        reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])
+        raise ImageError(f"{path}: not a readable image ({reason})") from error
     if image.ndim == 4:  # an animated GIF: its first frame
         image = image[0]
     return F.to_dtype(image, torch.uint8, scale=True)  # a 16-bit PNG decodes to uint16
@@ -49,17 +58,18 @@ class CocoDataset(Dataset[Sample]):
 
     An item is an image, uint8 (3, H, W), and its target: `boxes` (G, 4) float32 xyxy in pixels, `labels` (G,) int64,
     `image_id` and the image's `path`. Labels are contiguous, 0 to K-1, in the order of the category ids: 0 is a real
-    class. Crowd regions are left out of the targets. Boxes without an extent are left out with a warning that names
-    them.
+    class. Crowd regions are left out of the targets. Boxes without an extent, and those that lie outside their image,
+    are left out with a warning that names them.
 
     Args:
         json_file: the annotations; `images`, `annotations` and `categories` as in COCO.
         folder: where the images are.
+        content: what `json_file` holds, if it was read already, or stands for in another format.
 
     Attributes:
         classes: K class names.
         category_ids: their K category ids in the file.
-        coco: the file's content, usable for evaluation: without the boxes that have no extent.
+        coco: the file's content, usable for evaluation: without the boxes that are left out, and without masks.
 
     Raises:
         UserError: if the file is missing or not a COCO file; the message names the faulty entry.
@@ -71,17 +81,17 @@ class CocoDataset(Dataset[Sample]):
         >>> image, target = dataset[0]  # doctest: +SKIP
     """
 
-    def __init__(self, json_file: str | Path, folder: str | Path) -> None:
+    def __init__(self, json_file: str | Path, folder: str | Path, content: dict[str, Any] | None = None) -> None:
         self.json_file, self.folder = Path(json_file), Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: no such folder of images")
-        self.coco = _read_json(self.json_file)
+        self.coco = read_json(self.json_file) if content is None else content
         categories = sorted(self.coco["categories"], key=lambda category: category["id"])
         self.classes = [str(category["name"]) for category in categories]
         self.category_ids = [int(category["id"]) for category in categories]
         self.images: list[dict[str, Any]] = self.coco["images"]
-        self.coco["annotations"] = self._checked(self.coco["annotations"])
-        self._boxes, self._labels = self._group(self.coco["annotations"])
+        self.coco["annotations"] = self._usable(self.coco["annotations"])
+        self._boxes, self._labels, self._ends = self._targets(self.coco["annotations"])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -93,10 +103,10 @@ class CocoDataset(Dataset[Sample]):
         if size != tuple(image.shape[1:]):
             given = f"{self.json_file} says {size[1]}x{size[0]}"
             raise ImageError(f"{self.path(index)}: is {image.shape[2]}x{image.shape[1]}, but {given}")
-        boxes = torch.tensor(self._boxes.get(record["id"], []), dtype=torch.float32).reshape(-1, 4)
+        rows = slice(*self._ends[index : index + 2].tolist())
         target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
-            "labels": torch.tensor(self._labels.get(record["id"], []), dtype=torch.int64),
+            "boxes": tv_tensors.BoundingBoxes(self._boxes[rows].clone(), format="XYXY", canvas_size=size),
+            "labels": self._labels[rows].clone(),
             "image_id": record["id"],
             "path": str(self.path(index)),
         }
@@ -106,42 +116,38 @@ class CocoDataset(Dataset[Sample]):
         """The file of image `index`."""
         return self.folder / self.images[index]["file_name"]
 
-    def _checked(self, annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The annotations that have a box with an extent, each with an id, an area and a crowd flag."""
-        image_ids = {record["id"] for record in self.images}
+    def _usable(self, annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The annotations that have a box to learn from, each with an id, an area and a crowd flag."""
+        for broken in entry_faults(self.coco, str(self.json_file)):
+            if broken.kind == Kind.FILE:
+                raise UserError(str(broken))
+        sizes, categories = sizes_of(self.coco), set(self.category_ids)
         kept, skipped = [], []
-        for number, annotation in enumerate(annotations, start=1):
-            annotation.setdefault("id", number)
-            name = f"{self.json_file}: annotation {annotation['id']}"
-            box = annotation.get("bbox")
-            if annotation.get("image_id") not in image_ids:
-                raise UserError(f"{name} belongs to image {annotation.get('image_id')}, which the file does not list")
-            if annotation.get("category_id") not in self.category_ids:
-                raise UserError(f"{name} has category {annotation.get('category_id')}, which the file does not list")
-            if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
-                raise UserError(f"{name} has bbox {box}; four numbers, x, y, width and height, are expected")
-            if all(math.isfinite(x) for x in box) and box[2] > 0 and box[3] > 0:
-                kept.append({"iscrowd": 0, "area": box[2] * box[3]} | annotation)
+        for annotation in annotations:
+            fault = box_fault(annotation, sizes, categories)
+            if fault and fault.kind in REFUSED:
+                raise UserError(f"{place(str(self.json_file), annotation)} {fault.what}")
+            if fault and fault.kind in LEFT_OUT:
+                skipped.append(annotation.get("source", f"annotation {annotation['id']}"))
             else:
-                skipped.append(str(annotation["id"]))
+                kept.append({"iscrowd": 0, "area": annotation["bbox"][2] * annotation["bbox"][3]} | annotation)
         if skipped:
             names = ", ".join(skipped[:10]) + (", ..." if len(skipped) > 10 else "")
-            warnings.warn(
-                f"{self.json_file}: {len(skipped)} boxes without an extent are left out: annotations {names}",
-                stacklevel=3,
-            )
+            what = f"{len(skipped)} boxes without an extent or outside their image are left out"
+            warnings.warn(f"{self.json_file}: {what}: {names}", stacklevel=3)
         return kept
 
-    def _group(self, annotations: list[dict[str, Any]]) -> tuple[dict[Any, list], dict[Any, list]]:
-        """Boxes, xyxy, and labels by image id, without the crowd regions."""
-        boxes, labels = defaultdict(list), defaultdict(list)
+    def _targets(self, annotations: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (G, 4) xyxy and labels (G,) of all images in their order, without crowd regions; image i owns the rows
+        from ends[i] to ends[i + 1]. Tensors, since processes that load images share their memory."""
+        index_of = {record["id"]: index for index, record in enumerate(self.images)}
         label_of = {category_id: label for label, category_id in enumerate(self.category_ids)}
-        for annotation in annotations:
-            if not annotation["iscrowd"]:
-                x, y, width, height = annotation["bbox"]
-                boxes[annotation["image_id"]].append((x, y, x + width, y + height))
-                labels[annotation["image_id"]].append(label_of[annotation["category_id"]])
-        return dict(boxes), dict(labels)
+        counted = [annotation for annotation in annotations if not annotation["iscrowd"]]
+        labels = torch.tensor([label_of[annotation["category_id"]] for annotation in counted], dtype=torch.int64)
+        images = torch.tensor([index_of[annotation["image_id"]] for annotation in counted], dtype=torch.int64)
+        order = images.argsort(stable=True)
+        ends = torch.cat((torch.zeros(1, dtype=torch.int64), images.bincount(minlength=len(self.images)).cumsum(0)))
+        return corners(counted)[order].float(), labels[order], ends
 
 
 class Tried(Dataset[Sample | ImageError]):
@@ -158,9 +164,9 @@ class Tried(Dataset[Sample | ImageError]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Sample | ImageError:
+    def __getitem__(self, key: Any) -> Sample | ImageError:
         try:
-            return self.dataset[index]
+            return self.dataset[key]
         except ImageError as error:
             return error
 
@@ -177,9 +183,28 @@ def plain(sample: Any) -> Any:
     return tuple(tree_map_only(tv_tensors.TVTensor, lambda tensor: tensor.as_subclass(Tensor), sample))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def refuse(problem: str) -> None:
+    """What to do about a broken entry, where nothing else is asked for."""
+    raise UserError(problem)
+
+
+def read_json(path: Path, problem: Callable[[str], None] = refuse) -> dict[str, Any]:
+    """The content of a COCO detection file, without the masks of its objects, which are most of it.
+
+    Args:
+        path: the file.
+        problem: told of each entry that lacks something; if it returns, the entry is left out.
+
+    Raises:
+        UserError: if the file is missing, or not a COCO detection file.
+
+    Example::
+
+        >>> read_json(Path("instances_val2017.json"))["categories"][0]["name"]  # doctest: +SKIP
+        'person'
+    """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(), object_hook=_without_mask)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -188,10 +213,19 @@ def _read_json(path: Path) -> dict[str, Any]:
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):
             raise UserError(f"{path}: not a COCO detection file: it has no list called {key!r}")
+        whole = []
         for entry in entries:
-            missing = [field for field in needed if field not in entry]
+            missing = [field for field in needed if field not in entry] if isinstance(entry, dict) else ["fields"]
             if missing:
-                raise UserError(f"{path}: an entry of {key!r} has no {missing[0]!r}: {entry}")
+                problem(f"{path}: an entry of {key!r} has no {missing[0]!r}: {entry}")
+            else:
+                whole.append(entry)
+        content[key] = whole
     if not content["images"] or not content["categories"]:
         raise UserError(f"{path}: lists no {'categories' if content['images'] else 'images'}")
     return content
+
+
+def _without_mask(entry: dict[str, Any]) -> dict[str, Any]:
+    entry.pop("segmentation", None)
+    return entry

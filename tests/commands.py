@@ -1,0 +1,57 @@
+"""retina-fast as people start it: in a process, or several, of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments: object, processes: int = 1, module: str = "retina_fast.cli") -> list[str]:
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
+    return [sys.executable, "-m", *(several if processes > 1 else [module]), *map(str, arguments)]
+
+
+def start(line: list[str], **variables: object) -> subprocess.Popen[str]:
+    environment = ENVIRONMENT | {name: str(value) for name, value in variables.items()}
+    return subprocess.Popen(line, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(line: list[str]) -> str:
+    """What the command wrote; it must have ended well."""
+    done = subprocess.run(line, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def finish_as_by_srun(line: list[str], processes: int) -> str:
+    """The command in the processes, and with the variables, that SLURM's srun gives it on one machine."""
+    job = {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost", "SLURM_NNODES": 1}
+    job |= {"SLURM_NTASKS": processes, "SLURM_NTASKS_PER_NODE": processes, "SLURM_NODEID": 0}
+    runs = [start(line, SLURM_PROCID=rank, SLURM_LOCALID=rank, **job) for rank in range(processes)]
+    outputs = [run.communicate()[0] for run in runs]
+    assert not any(run.returncode for run in runs), "".join(outputs)
+    return "".join(outputs)
+
+
+def children(process: int) -> list[int]:
+    """The ids of the processes that a process has started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after_the_name = entry.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(after_the_name[1]) == process:
+            found.append(int(entry.parent.name))
+    return sorted(found)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Until the condition holds, or the process ends, which it must not."""
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
