@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.errors import UserError
-from retina_fast.exporter import KEY, OUTPUTS, checksum
+from retina_fast.export_onnx import KEY, OUTPUTS, checksum
 from retina_fast.inference import Detections
 
 Run = Callable[[Tensor], Any]
