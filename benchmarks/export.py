@@ -1,10 +1,10 @@
 """Exported files beside the model that they were written from: the same detections, and how fast.
 
-    python -m benchmarks.export [MODEL...]
+    python -m benchmarks.export [MODEL_FILE...]
 
 On 20 crops of the tree photographs and a grey image, in which nothing is to be found, batches of 1 and 4: boxes to
 1e-3 px, scores to 1e-5, the same labels. Then latency of the eager model, of every format and of torchvision's own
-ONNX export, where that can be written, taking turns on the same batches.
+ONNX exports, where they can be written, taking turns on the same batches.
 """
 
 import json
@@ -21,12 +21,10 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from benchmarks.measure import ROOT, environment
-from retina_fast import Detections, builders, export, load_exported
+from retina_fast import Detections, export, load_exported
 from retina_fast.commands.predict import TREES, load_model
 from retina_fast.convert import to_torchvision
 from retina_fast.exporter import FORMATS
-from retina_fast.kernels.candidate_selection import logit
-from retina_fast.transform import resize_batch
 
 HEIGHT, WIDTH = 180, 240
 GREY = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None]  # ImageNet's mean
@@ -46,32 +44,6 @@ def crops(pictures: list[Tensor], count: int, height: int, width: int) -> Tensor
         )
         images.append(picture[:, y : y + height, x : x + width])
     return torch.stack([*images[:2], GREY.expand(-1, height, width), *images[2:]])
-
-
-@torch.no_grad()
-def spread(model: Any, images: Tensor) -> Any:
-    """Give an untrained model a trained one's kind of scores: few above the threshold and far apart, none on grey."""
-
-    def outputs(batch: Tensor) -> dict[str, list[Tensor]]:
-        return model._head_outputs(model._trunk(resize_batch(model.transform, batch.float() / 255)[0])[1])
-
-    head, boxes = model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg
-    sample, grey = images[[0, 1, 3, 4]], images[2:3]
-    for norm in model.modules():
-        if isinstance(norm, torch.nn.BatchNorm2d):
-            norm.momentum = 1.0
-    model.train()
-    outputs(images[:8])  # sets the norms' statistics
-    model.eval()
-    logits = torch.cat([level.transpose(0, 1).flatten(1) for level in outputs(sample)["cls_logits"]], dim=1)
-    scale = 2 / logits.std(dim=1)  # of each anchor and class
-    head.weight *= scale[:, None, None, None]
-    head.bias *= scale
-    boxes.weight *= 0.5 / torch.cat([level.flatten() for level in outputs(sample)["bbox_regression"]]).std()
-    head.bias -= torch.stack([level.amax(dim=(0, 2, 3)) for level in outputs(grey)["cls_logits"]]).amax(dim=0)
-    logits = torch.cat([level.flatten() for level in outputs(sample)["cls_logits"]])
-    head.bias += logit(model.score_thresh) - max(float(logits.topk(500 * len(sample)).values[-1]), 0.05)
-    return model
 
 
 def apart(ours: Detections, theirs: Detections) -> tuple[float, float, int]:
@@ -126,24 +98,20 @@ def compare(expected: Expected, run: Callable[[Tensor], Detections]) -> dict[str
     return result
 
 
-def torchvision_onnx(model: Any, image: Tensor, folder: Path) -> Callable[[Tensor], Any] | str:
-    """What runs torchvision's own export of the model, or the errors it gives."""
+def torchvision_onnx(model: Any, image: Tensor, path: Path, dynamo: bool) -> Callable[[Tensor], Any] | str:
+    """What runs torchvision's own export of the model for one image, or the error it gives."""
     import onnxruntime
 
-    theirs, path, errors = to_torchvision(model), folder / "torchvision.onnx", []
-    for dynamo in (True, False):
-        try:
-            torch.onnx.export(theirs, ([image.float() / 255],), path, dynamo=dynamo, verbose=False)
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # whatever it is, it is the result
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            errors.append(f"dynamo={dynamo}: {type(error).__name__}: {' '.join(lines[:3])[:300]}")
-            continue
-        name = session.get_inputs()[0].name
-        return lambda images: session.run(None, {name: (images[0].float() / 255).numpy()})
-    return "; ".join(errors)
+    try:
+        torch.onnx.export(to_torchvision(model), ([image.float() / 255],), path, dynamo=dynamo, verbose=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # whatever it is, it is the result
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {' '.join(lines[:4])[:400]}"
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: (images[0].float() / 255).numpy()})
 
 
 def latency(runs: dict[str, Callable[[Tensor], Any]], images: Tensor, rounds: int) -> dict[str, float]:
@@ -158,22 +126,22 @@ def latency(runs: dict[str, Callable[[Tensor], Any]], images: Tensor, rounds: in
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def trees() -> Any:
-    """The embedded detector, at a threshold above what it takes for trees in a grey image."""
-    model = load_model(TREES)[0].cpu()
-    model.score_thresh = 0.45
+def quiet(model: Any, grey: Tensor) -> Any:
+    """The model at a threshold above what it finds in a grey image (3, H, W)."""
+    best = float(eager(model)(grey[None]).scores.max())
+    model.score_thresh = max(model.score_thresh, round(best + 0.01, 2))
     return model
 
 
-def build(name: str, images: Tensor) -> Any:
-    if name == "trees":
-        return trees()
-    torch.manual_seed(0)
-    return spread(builders.MODELS[name](weights_backbone=None, min_size=192, max_size=384).eval(), images)
+def build(path: Path, images: Tensor) -> Any:
+    """The detector of a model file; images of this benchmark's size are enlarged for it."""
+    model = load_model(path)[0].cpu()
+    model.transform.min_size, model.transform.max_size = (192,), 384
+    return quiet(model, images[2])
 
 
-def measure(name: str, images: Tensor, folder: Path, rounds: int = ROUNDS) -> dict[str, Any]:
-    model = build(name, images)
+def measure(file: Path, images: Tensor, folder: Path, rounds: int = ROUNDS) -> dict[str, Any]:
+    model, name = build(file, images), file.parent.name
     result: dict[str, Any] = {"formats": {}}
     runs: dict[str, Callable[[Tensor], Any]] = {"eager": eager(model)}
     expected = expectations(model, images)
@@ -187,28 +155,29 @@ def measure(name: str, images: Tensor, folder: Path, rounds: int = ROUNDS) -> di
         result["formats"][format] |= compare(expected, runs[format])
         print(name, format, json.dumps(result["formats"][format]), flush=True)
     result["latency_ms"] = {4: latency(runs, images[3:7], rounds)}
-    theirs = torchvision_onnx(model, images[3], folder)
-    if isinstance(theirs, str):
-        result["torchvision_onnx"] = theirs
-    else:
-        runs["torchvision's ONNX"] = theirs
+    for dynamo in (False, True):
+        theirs = torchvision_onnx(model, images[3], folder / "torchvision.onnx", dynamo)
+        if isinstance(theirs, str):
+            result[f"torchvision, dynamo={dynamo}"] = theirs
+        else:
+            runs[f"torchvision, dynamo={dynamo}"] = theirs
     result["latency_ms"][1] = latency(runs, images[3:4], rounds)
     print(name, json.dumps({key: value for key, value in result.items() if key != "formats"}), flush=True)
     return result
 
 
-def main(names: list[str]) -> None:
+def main(paths: list[Path]) -> None:
     from demo.trees import prepare
 
     files = sorted((prepare() / "heldout").glob("*.png"))
     images = crops([decode_image(str(file), ImageReadMode.RGB) for file in files], 20, HEIGHT, WIDTH)
     print(f"{torch.get_num_threads()} threads, images of {HEIGHT}x{WIDTH}")
     with tempfile.TemporaryDirectory() as folder:
-        results = {name: measure(name, images, Path(folder)) for name in names}
+        results = {str(path): measure(path, images, Path(folder)) for path in paths}
     content = {"environment": environment(torch.device("cpu")), "models": results}
     (ROOT / "out").mkdir(exist_ok=True)
     (ROOT / "out" / "export.json").write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["retinanet_resnet18_fpn", "retinanet_resnet50_fpn_v2", "retinanet_spinenet49s", "trees"])
+    main([Path(argument) for argument in sys.argv[1:]] or [TREES])

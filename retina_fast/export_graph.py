@@ -184,8 +184,6 @@ class Postprocess(nn.Module):
 
 def _bilinear(size: int, resized: int) -> Tensor:
     """(size, resized): the weights of torch's bilinear resize of one side."""
-    if size == resized:
-        return torch.eye(size)
     return F.interpolate(torch.eye(size)[None], size=resized, mode="linear", align_corners=False)[0]
 
 
@@ -213,6 +211,7 @@ class Graph(nn.Module):
         self.model, self.preprocess = model, preprocess
         self.dtype = next(model.parameters()).dtype
         inside = resized_size(model.transform, *image_size) if preprocess else image_size
+        self.resizes = inside != tuple(image_size)
         # Each runtime has its own rounding of a resize's coordinates, up to 1e-5 of a pixel's value: so its weights are
         # written as numbers.
         self.register_buffer("down", _bilinear(image_size[0], inside[0]).T.contiguous())
@@ -230,7 +229,8 @@ class Graph(nn.Module):
         if self.preprocess:
             mean, std = (torch.tensor(x)[:, None, None] for x in (transform.image_mean, transform.image_std))
             images = (images.float() / 255 - mean.to(images.device)) / std.to(images.device)
-            images = self.down @ images @ self.across
+            if self.resizes:
+                images = self.down @ images @ self.across
         return self.model._trunk(padded(images, transform.size_divisible).to(self.dtype))
 
     def head_outputs(self, images: Tensor) -> dict[str, list[Tensor]]:

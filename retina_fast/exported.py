@@ -91,7 +91,8 @@ def _open_archive(path: Path) -> tuple[str, dict[str, Any], Run]:
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise _Damaged from error
     if compiled:
-        package = torch._inductor.aoti_load_package(str(path))
+        with path.open("rb") as file:
+            package = torch._inductor.aoti_load_package(file)
         described = package.get_metadata()
         if KEY not in described:
             raise _Damaged
@@ -99,7 +100,8 @@ def _open_archive(path: Path) -> tuple[str, dict[str, Any], Run]:
     if not ours:
         raise _Damaged
     extra = {KEY: ""}
-    program = torch.export.load(path, extra_files=extra)
+    with path.open("rb") as file:  # by its name it would have to end in .pt2
+        program = torch.export.load(file, extra_files=extra)
     return "torch-export", json.loads(extra[KEY]), program.module()
 
 
