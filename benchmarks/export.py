@@ -107,9 +107,11 @@ def torchvision_onnx(model: Any, image: Tensor, path: Path, dynamo: bool) -> Cal
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # whatever it is, it is the result
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return f"{type(error).__name__}: {' '.join(lines[:4])[:400]}"
+    except Exception as problem:  # whatever it is, it is the result
+        error: BaseException = problem
+        while error.__cause__:
+            error = error.__cause__
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: (images[0].float() / 255).numpy()})
 

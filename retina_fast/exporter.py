@@ -78,7 +78,8 @@ def export(
         category_ids: K ids of the data set's categories; the labels by default.
 
     Raises:
-        UserError: for an unknown format, sizes, names or thresholds that cannot be, or a missing C++ compiler.
+        UserError: for an unknown format, sizes, names or thresholds that cannot be, a folder that is not there, weights
+            of another dtype than float32 for ``onnx``, or a missing C++ compiler.
         TypeError: for anything but a RetinaNet, or if a part of the user's own would not run: a forward, transform,
             anchor generator, box coder or postprocessing.
 
@@ -97,17 +98,22 @@ def export(
     refuse_own_parts(model, "an exported file")
     if format not in FORMATS:
         raise UserError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder")
     if len(image_size) != 2 or min(image_size) < 1:
         raise UserError(f"image_size must be a height and a width in pixels, got {image_size}")
-    if preprocess and min(resized_size(model.transform, *image_size)) < 1:
-        raise UserError(f"image_size {image_size} would be resized to {resized_size(model.transform, *image_size)}")
     if not 0 <= model.nms_thresh <= 1:
         raise UserError(f"nms_thresh must lie in [0, 1], got {model.nms_thresh}")
     for name in ("topk_candidates", "detections_per_img"):
         if getattr(model, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(model, name)}")
-    device = next(model.parameters()).device
+    device, dtype = (getattr(next(model.parameters()), name) for name in ("device", "dtype"))
+    if format == "onnx" and dtype != torch.float32:  # ONNX Runtime has no convolutions of others on a CPU
+        raise UserError(f"for onnx the model's weights must be float32, got {dtype}: call model.float()")
     own = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", memory_format=torch.contiguous_format)
+    if preprocess and min(resized_size(own.transform, *image_size)) < 1:
+        raise UserError(f"image_size {image_size} would be resized to {resized_size(own.transform, *image_size)}")
     graph = Graph(own, image_size, preprocess, OnnxPostprocess if format == "onnx" else Postprocess)
     labels = range(graph.postprocess.num_classes)
     names = [str(label) for label in labels] if classes is None else classes
@@ -120,7 +126,6 @@ def export(
     images = torch.zeros(2, 3, *image_size, dtype=torch.uint8 if preprocess else torch.float32)
     with torch.no_grad():
         program = torch.export.export(graph.eval(), (images,), dynamic_shapes=SHAPES)
-    path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # what fails half-way leaves an old file whole
         whole = Path(folder) / path.with_suffix(FORMATS[format]).name  # PyTorch insists on its suffix
         if format == "onnx":
