@@ -98,7 +98,7 @@ def compare(expected: Expected, run: Callable[[Tensor], Detections]) -> dict[str
     return result
 
 
-def torchvision_onnx(model: Any, image: Tensor, path: Path, dynamo: bool) -> Callable[[Tensor], Any] | str:
+def torchvision_onnx(model: Any, image: Tensor, path: Path, dynamo: bool) -> Callable[[Tensor], Detections] | str:
     """What runs torchvision's own export of the model for one image, or the error it gives."""
     import onnxruntime
 
@@ -113,7 +113,13 @@ def torchvision_onnx(model: Any, image: Tensor, path: Path, dynamo: bool) -> Cal
             error = error.__cause__
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: (images[0].float() / 255).numpy()})
+
+    def run(images: Tensor) -> Detections:
+        outputs = session.run(None, {name: (images[0].float() / 255).numpy()})
+        found = dict(zip(("boxes", "scores", "labels"), map(torch.from_numpy, outputs), strict=True))
+        return Detections.from_list([found], 0)
+
+    return run
 
 
 def latency(runs: dict[str, Callable[[Tensor], Any]], images: Tensor, rounds: int) -> dict[str, float]:
@@ -163,6 +169,7 @@ def measure(file: Path, images: Tensor, folder: Path, rounds: int = ROUNDS) -> d
             result[f"torchvision, dynamo={dynamo}"] = theirs
         else:
             runs[f"torchvision, dynamo={dynamo}"] = theirs
+            result[f"torchvision, dynamo={dynamo}"] = compare(expected[: len(images)], theirs)
     result["latency_ms"][1] = latency(runs, images[3:4], rounds)
     print(name, json.dumps({key: value for key, value in result.items() if key != "formats"}), flush=True)
     return result

@@ -22,7 +22,7 @@ SHAPES = {"images": {0: torch.export.Dim("batch", min=1)}}
 """Which sizes of the inputs are dynamic."""
 
 MASK = 0x7FFFFFFF
-WINDOW = 128
+WINDOW = 128  # boxes a turn; the quickest of 32 to 512 on a CPU, batch 4, 512x640, one class
 
 
 def best_by_key(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
