@@ -108,6 +108,8 @@ def export(
     for name in ("topk_candidates", "detections_per_img"):
         if getattr(model, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(model, name)}")
+    if format == "aotinductor":
+        _check_compiler()
     device, dtype = (getattr(next(model.parameters()), name) for name in ("device", "dtype"))
     if format == "onnx" and dtype != torch.float32:  # ONNX Runtime has no convolutions of others on a CPU
         raise UserError(f"for onnx the model's weights must be float32, got {dtype}: call model.float()")
@@ -138,19 +140,23 @@ def export(
     return described
 
 
+def _check_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError("aotinductor needs a C++ compiler, and none was found: install g++ or clang++") from error
+
+
 def _write_package(
     program: torch.export.ExportedProgram, path: Path, described: dict[str, Any], device: torch.device
 ) -> None:
     from torch._inductor import aoti_compile_and_package
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
     from torch.export.passes import move_to_device_pass
 
     if device.type != "cpu":
         program = move_to_device_pass(program, str(device))
     held = {KEY: json.dumps(described | {"device": device.type})}
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise UserError("aotinductor needs a C++ compiler, and none was found: install g++ or clang++") from error
     aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": held})
