@@ -105,7 +105,7 @@ def test_the_batches_of_a_step_are_shared_without_overlap_or_loss(data):
 
     def keys(count: int, rank: int) -> list[list[tuple[int, int]]]:
         module = Detector(begin, settings, Processes(rank, count))
-        return list(StepSampler(module, len(dataset)))
+        return list(StepSampler(module, dataset))
 
     whole = keys(1, 0)
     for count in (2, 4, 8):
