@@ -78,6 +78,7 @@ class Recipe:
         epochs: passes over the data.
         lr_power: of the batch size to which the learning rate is proportional: 1 for SGD (https://arxiv.org/abs/1706.02677);
             0.5 for Adam, which divides by the gradient's size (https://arxiv.org/abs/2205.10287).
+        focal_gamma: the focusing exponent of the classification loss.
         box_weight: factor of the box loss.
         kwargs: of the model's builder.
         weights_backbone: torchvision's name of the weights from which the backbone starts.
@@ -100,6 +101,7 @@ class Recipe:
     steps: int = 0
     epochs: int = 0
     lr_power: float = 1.0
+    focal_gamma: float = 2.0
     box_weight: float = 1.0
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     weights_backbone: str | None = None
@@ -142,6 +144,7 @@ def _published(epochs: int, scales: tuple[float, float], **changes: Any) -> Reci
         augmentation=functools.partial(scale_jitter, scales=scales),
         epochs=epochs,
         crops_are_the_size=True,
+        focal_gamma=1.5,
         # Published: 50 times Huber's loss with delta 0.1, over 4 coordinates. Beyond delta its slope is that of L1.
         box_weight=50 * 0.1 / 4,
         **{"kwargs": {"bg_iou_thresh": 0.5, "detections_per_img": 100}} | changes,

@@ -69,7 +69,7 @@ def test_decay_clipping_crops_and_models():
         (optimizer,) = [recipe.optimizer([torch.nn.Parameter(torch.zeros(1))], lr=1.0)]
         assert type(optimizer) is torch.optim.SGD
         assert (optimizer.defaults["momentum"], recipe.weight_decay, recipe.gradient_norm) == (0.9, 4e-5, 10)
-        assert (recipe.average, recipe.kwargs["bg_iou_thresh"]) == (0, 0.5)
+        assert (recipe.average, recipe.focal_gamma, recipe.kwargs["bg_iou_thresh"]) == (0, 1.5, 0.5)
     scales = [recipe_named(name).augmentation.keywords["scales"] for name in SCHEDULES]  # type: ignore[attr-defined]
     assert scales == [(0.5, 2.0), (0.5, 2.0), (0.1, 1.9), (0.1, 1.9)]
     assert [recipe_named(name).kwargs.get("stochastic_depth") for name in SCHEDULES] == [None, 0.2, 0.16, 0.2]

@@ -98,7 +98,7 @@ def settings_of(recipe: str, model: str, batch_size: int, steps: int, **changes:
 
 
 def published_optimizer(recipe: str, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """As torchvision's reference makes it from `--lr 0.01`, its defaults, or `--opt adamw ... --norm-weight-decay 0`."""
+    """As torchvision's reference makes it from `--lr 0.01`, or from `--opt adamw ... --norm-weight-decay 0`."""
     if recipe == V1:
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.SGD(trained, lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -289,7 +289,7 @@ def test_a_run_stopped_within_an_epoch_and_resumed_gives_the_same_weights(data, 
 
 
 def test_two_processes_give_the_weights_of_one_that_pads_as_they_do(files, tmp_path):
-    """From weights in the folder where torchvision looks for its downloads. What is wrong with the data is said once."""
+    """From weights in the folder of torchvision's downloads. What is wrong with the data is said once."""
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     torch.save(imagenet(resnet18), folder / ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2])
@@ -300,15 +300,14 @@ def test_two_processes_give_the_weights_of_one_that_pads_as_they_do(files, tmp_p
     recipe = ("--model", "retinanet_resnet18_fpn", "--recipe", V1, "--image-scale", 0.5, "--batch-size", 4)
     size = ("--steps", 4, "--every", 2, "--workers", 0, "--no-bf16")
 
-    def run(output: Path, processes: int, *more: object) -> str:
+    def run(output: Path, processes: int, *more: object) -> Any:
         line = ("train", "--json", json_file, "--images", files[1], *recipe, *size, "--output", output, *more)
-        begun = start(command(*line, processes=processes, module="tests.double"), TORCH_HOME=tmp_path / "torch")
-        said, _ = begun.communicate()
-        assert begun.returncode == 0, said
-        return " ".join(said.split())
+        return start(command(*line, processes=processes, module="tests.double"), TORCH_HOME=tmp_path / "torch")
 
-    run(tmp_path / "one", 1, "--accumulate", 2)
-    said = run(tmp_path / "two", 2)
+    runs = run(tmp_path / "one", 1, "--accumulate", 2), run(tmp_path / "two", 2)
+    outputs = [process.communicate()[0] for process in runs]
+    assert [process.returncode for process in runs] == [0, 0], outputs
+    said = " ".join(outputs[1].split())
     assert said.count("boxes without an extent or outside their image are left out") == 1
     one, two = state(tmp_path / "one")["state_dict"], state(tmp_path / "two")["state_dict"]
     for name, value in one.items():

@@ -54,6 +54,7 @@ class Detector(L.LightningModule):
         self.recipe = recipe_named(settings.recipe)
         # A tenth faster on a CPU, too, than the default layout.
         self.model: Any = start.build().to(memory_format=torch.channels_last)
+        self.model.focal_gamma = self.recipe.focal_gamma
         if processes.count > 1:
             self.model = synced(self.model)
         self.validated: CocoMetrics | None = None
