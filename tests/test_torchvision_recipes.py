@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
 from torchvision.io import decode_image, write_png
 from torchvision.models import ResNet18_Weights, resnet18, resnet50
 from torchvision.models import detection as torchvision_models
@@ -34,7 +33,7 @@ from retina_fast.data.coco import CocoDataset
 from retina_fast.errors import UserError
 from retina_fast.recipes import RECIPES, recipe_named
 from tests.commands import command, start
-from tests.conftest import write_shapes
+from tests.conftest import imagenet, write_shapes
 
 V1, V2 = "torchvision-v1", "torchvision-v2"
 SIZES: dict[str, Any] = {V1: {"min_size": 96, "max_size": 160}, V2: {"min_size": [64, 80, 96], "max_size": 160}}
@@ -43,13 +42,6 @@ SIZES: dict[str, Any] = {V1: {"min_size": 96, "max_size": 160}, V2: {"min_size":
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread(one_thread):
     pass
-
-
-def imagenet(network: Any) -> dict[str, Tensor]:
-    """Weights in ImageNet's place. With frozen norms that norm nothing, the sums of a random ResNet would grow."""
-    torch.manual_seed(0)
-    state = network().state_dict()
-    return {name: 0.2 * x if name.endswith(("bn2.weight", "bn3.weight")) else x for name, x in state.items()}
 
 
 @pytest.fixture
