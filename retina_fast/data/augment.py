@@ -239,7 +239,7 @@ def batches(
         >>> list(batches(length=3, batch_size=2, seed=0, steps=range(2)))
         [[(0, 2), (0, 1)], [(0, 0), (1, 1)]]
         >>> list(batches(length=4, batch_size=2, seed=0, steps=range(2), kinds=[0, 1, 0, 1], alike=2))
-        [[(0, 2), (0, 0)], [(0, 1), (0, 3)]]
+        [[(0, 3), (0, 1)], [(0, 2), (0, 0)]]
     """
     order: tuple[int, list[int]] = (-1, [])
     for step in steps:
