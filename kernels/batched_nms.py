@@ -308,7 +308,7 @@ def batched_nms(
         boxes: ``(B, M, 4)`` xyxy, M below 2^31. Float64 boxes or scores take the reference's path on a GPU, too.
         scores: ``(B, M)``; a NaN ranks above all. None: the boxes lie best first already.
         labels: ``(B, M)`` integer classes; None suppresses across classes.
-        counts: ``(B,)`` integers: only the first counts[b] boxes of image b count.
+        counts: ``(B,)`` integers up to M: only the first counts[b] boxes of image b count.
         iou_thresh: a box goes when its IoU with a better kept one is strictly above.
         max_detections: D, the most boxes kept of an image.
 
