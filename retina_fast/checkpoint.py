@@ -90,7 +90,8 @@ def build(builder: str, num_classes: int, fetch: bool = False, **kwargs: Any) ->
     except (KeyError, ValueError, ConnectionError) as error:
         if not backbone:
             raise
-        raise UserError(f"{builder} with the backbone's weights {backbone}: {error.args[0]}") from error
+        reason = "there are none of that name" if isinstance(error, KeyError) else error.args[0]
+        raise UserError(f"{builder} with the backbone's weights {backbone}: {reason}") from error
 
 
 def save(checkpoint: Checkpoint, path: str | Path) -> None:

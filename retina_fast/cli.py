@@ -206,8 +206,10 @@ def train(
             data = open_data(json, images)
             warn_of_faults(data)
             validation = open_data(val_json, val_images, data.classes) if val_json else None
+        shown = console if processes.first else silent
         if chosen.only_objects:
-            data = data.with_objects()
+            whole, data = len(data), data.with_objects()
+            shown.print(f"{whole - len(data)} of {whole} images have no object: the recipe leaves them out")
         if crop is None:
             by_scale = model.endswith("_lite") or image_scale is not None
             crop = chosen.crop if by_scale else 0  # the others resize every image to 800 px or so
@@ -219,7 +221,6 @@ def train(
         settings = TrainSettings(
             model, steps, batch_size, lr, crop, flips, seed, image_scale, recipe, every, accumulate, bf16, backbone
         )
-        shown = console if processes.first else silent
         try:
             file = run(settings, data, validation, checkpoint, output, resume, workers, shown, processes, keep)
         except Stopped:

@@ -28,7 +28,8 @@ def warmup_cosine(step: int, total: int) -> float:
     warmup = max(1, round(total * 0.05))
     if step < warmup:
         return (step + 1) / warmup
-    return 0.01 + 0.99 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
 
 def warmup_drops(step: int, total: int, warmup: float, start: float, drops: Mapping[float, float]) -> float:

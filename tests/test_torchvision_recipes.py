@@ -299,6 +299,7 @@ def test_two_processes_give_the_weights_of_one_that_pads_as_they_do(files, tmp_p
     outputs = [process.communicate()[0] for process in runs]
     assert [process.returncode for process in runs] == [0, 0], outputs
     said = " ".join(outputs[1].split())
+    assert said.count("1 of 12 images have no object: the recipe leaves them out") == 1
     assert said.count("boxes without an extent or outside their image are left out") == 1
     one, two = state(tmp_path / "one")["state_dict"], state(tmp_path / "two")["state_dict"]
     for name, value in one.items():
@@ -323,7 +324,7 @@ def test_what_does_not_go_together_is_named(files, tmp_path, monkeypatch):
 
     v1 = ("--recipe", V1, "--model", "retinanet_resnet18_fpn")
     assert "could not be downloaded (no network): put the file into" in problem(*v1)
-    assert "retinanet_resnet18_fpn with the backbone's weights IMAGENET1K_V2" in problem(
+    assert "resnet18_fpn with the backbone's weights IMAGENET1K_V2: there are none of that name" in problem(
         *v1, "--weights-backbone", "IMAGENET1K_V2"
     )
     assert "--weights-backbone and --checkpoint exclude each other" in problem(
