@@ -144,6 +144,7 @@ def test_a_short_run_by_a_published_recipe(data, tmp_path, monkeypatch, name):
 
     def training_step(self, batch, batch_idx):
         seen.update(tuple(image.shape) for image in batch[0])
+        assert self.model.focal_gamma == 1.5
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(Detector, "training_step", training_step)
