@@ -13,7 +13,6 @@ if not torch.cuda.is_available():
 
 from torchvision.io import write_png
 
-
 _LONGEST = ["test_static", "test_processes", "test_model", "test_inference", "test_spinenet", "test_cli"]
 
 
