@@ -15,7 +15,15 @@ if not torch.cuda.is_available():
 
 from torchvision.io import write_png
 
-_LONGEST = ["test_static", "test_processes", "test_model", "test_inference", "test_spinenet", "test_cli"]
+_LONGEST = [
+    "test_static",
+    "test_processes",
+    "test_model",
+    "test_inference",
+    "test_spinenet",
+    "test_cli",
+    "test_torchvision_recipes",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
