@@ -199,10 +199,11 @@ class TrainingStep:
             self._stream = torch.cuda.Stream(device)
         current = torch.cuda.current_stream(device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            losses = work()
-        current.wait_stream(self._stream)
-        return losses
+        try:
+            with torch.cuda.stream(self._stream):
+                return work()
+        finally:
+            current.wait_stream(self._stream)
 
     def _capture(self, inputs: Inputs, shape: tuple[int, ...], settings: Any, device: torch.device) -> _Graph:
         truths, image_dtype = inputs.truths, inputs.images[0].dtype
@@ -318,7 +319,7 @@ class TrainingStep:
         values: list[Any] = [
             (self.max_boxes, self.max_grad_norm, self.dtype, image_dtype, tuple(self.loss_weights.items())),
             (matcher.high_threshold, matcher.low_threshold, matcher.allow_low_quality_matches),
-            (model.head.regression_head._loss_type, model.head.classification_head.num_classes),
+            (model.head.regression_head._loss_type, model.head.classification_head.num_classes, model.focal_gamma),
             cell_versions(model.anchor_generator),
         ]
         for module in model.modules():
