@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retina_fast.export_graph import SHAPES, Postprocess
+from retina_fast.export_graph import SHAPES
+from retina_fast.export_postprocess import Postprocess
 
 KEY = "retina_fast"
 """Under which a file holds its metadata, as JSON."""

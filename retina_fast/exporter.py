@@ -14,8 +14,9 @@ from torchvision.models.detection import retinanet as tv
 from retina_fast.convert import from_torchvision
 from retina_fast.engine import refuse_own_parts
 from retina_fast.errors import UserError
-from retina_fast.export_graph import SHAPES, Graph, Postprocess
+from retina_fast.export_graph import SHAPES, Graph
 from retina_fast.export_onnx import KEY, OnnxPostprocess, write_onnx
+from retina_fast.export_postprocess import Postprocess
 from retina_fast.model import RetinaNet
 from retina_fast.transform import resized_size
 

@@ -21,8 +21,8 @@ from benchmarks import export as benchmark
 from retina_fast import cli, load_exported
 from retina_fast.commands.predict import TREES, load_model
 from retina_fast.errors import UserError
-from retina_fast.export_graph import Postprocess, best_by_key, suppress
 from retina_fast.export_onnx import KEY, OPSET, OUTPUTS, OnnxPostprocess, translate
+from retina_fast.export_postprocess import Postprocess, best_by_key, suppress
 from retina_fast.exporter import FORMATS
 from retina_fast.kernels.batched_nms import nms_image
 from retina_fast.kernels.candidate_selection import logit
