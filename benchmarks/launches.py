@@ -1,28 +1,17 @@
-"""Every kernel launch of the project, recorded on a machine without a GPU.
+"""Every kernel of the project at a size really used.
 
-CASES is the one place where a kernel is listed: a case calls an op on fake CUDA tensors, at a size really used. What it
+CASES is the one place where a kernel is listed: a case calls an op on fake CUDA tensors (benchmarks.recorder). What it
 launches is compiled for every target (``python -m benchmarks.static``), and its launcher is searched for host reads and
 copies between devices (tests/test_launches.py). A kernel is a ``@triton.jit`` function named ``*_kernel``.
 """
 
-import contextlib
 import functools
-import importlib
-import pkgutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
-from torch._library.custom_ops import CustomOpDef
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.autotuner import Autotuner
-from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
 
-import retina_fast.kernels
 from retina_fast import inference
 from retina_fast.kernels import (
     anchor_matching,
@@ -217,114 +206,3 @@ CASES = {
     "batched_nms class-agnostic": Case(lambda: _batched_nms(by_class=False, best_first=True)),
     "take_kept": Case(_take_kept),
 }
-
-
-@dataclass
-class Launch:
-    kernel: Any  # a JITFunction, or an InterpretedFunction under TRITON_INTERPRET=1
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    grid: Any = field(repr=False)
-
-    @property
-    def variant(self) -> tuple[str, ...]:
-        """Equal for launches of which Triton makes one binary: the kernel, what the arguments are, the constants."""
-
-        def kind(arg: Any) -> str:
-            return str(arg.dtype) if isinstance(arg, torch.Tensor) else type(arg).__name__
-
-        kinds = [str(tuple(map(kind, arg))) if isinstance(arg, tuple) else kind(arg) for arg in self.args]
-        return self.kernel.__name__, *kinds, str(self.kwargs)
-
-
-def modules() -> list[Any]:
-    return [
-        importlib.import_module(f"retina_fast.kernels.{info.name}")
-        for info in pkgutil.iter_modules(retina_fast.kernels.__path__)
-    ]
-
-
-def kernels() -> dict[str, Any]:
-    """Every kernel of the package by name."""
-    return {name: value for module in modules() for name, value in vars(module).items() if name.endswith("_kernel")}
-
-
-def record(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> list[Launch]:
-    """What a call launches on fake CUDA tensors, its ops' bodies run for real.
-
-    Args:
-        run: the call; given what ``prepare`` returned, if there is one.
-        prepare: makes what may be copied to the device beforehand, as a model's weights.
-
-    Raises:
-        RuntimeError: on a copy between devices that makes the host wait, and, from torch, on a read of a device value.
-    """
-    launches: list[Launch] = []
-    with _bodies_as_fakes(), no_launches(launches), _no_device(), FakeTensorMode():
-        prepared = () if prepare is None else (prepare(),)
-        launches.clear()
-        with _NoHostCopies():
-            run(*prepared)
-    return launches
-
-
-@contextlib.contextmanager
-def _bodies_as_fakes() -> Iterator[None]:
-    """torch replaces a custom op by its fake on fake tensors; here the fake is the body."""
-    ops = {value for module in modules() for value in vars(module).values() if isinstance(value, CustomOpDef)}
-    fakes = {op: op._abstract_fn for op in ops}
-    try:
-        for op in ops:
-            op._abstract_fn = op._init_fn
-        yield
-    finally:
-        for op, fake in fakes.items():
-            op._abstract_fn = fake
-
-
-@contextlib.contextmanager
-def no_launches(launches: list[Launch]) -> Iterator[None]:
-    """Kernels are noted, and not run."""
-
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-        launches.append(Launch(kernel, args, kwargs, grid))
-
-    def run_all(tuner: Any, *args: Any, **kwargs: Any) -> None:
-        for config in tuner.configs:
-            tuner.fn.run(*args, **kwargs, **config.all_kwargs())
-
-    with (
-        mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(InterpretedFunction, "run", run),
-        mock.patch.object(Autotuner, "run", run_all),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _no_device() -> Iterator[None]:
-    """Entering a device and pinning memory need a driver, an address needs memory."""
-    with (
-        mock.patch.object(torch.Tensor, "data_ptr", return_value=0),
-        mock.patch.object(torch.Tensor, "pin_memory", torch.Tensor.clone),
-        mock.patch.object(torch.cuda.device, "__enter__"),
-        mock.patch.object(torch.cuda.device, "__exit__", return_value=False),
-    ):
-        yield
-
-
-class _NoHostCopies(TorchDispatchMode):
-    """Refuses ops that move data between devices while the host waits."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        positional = func is torch.ops.aten.copy_.default and args[2:] == (True,)
-        if not (positional or (kwargs or {}).get("non_blocking")):
-            tensors = torch.utils._pytree.tree_leaves((args, kwargs, out))
-            devices = {t.device.type for t in tensors if isinstance(t, torch.Tensor) and (t.dim() or func in _COPIES)}
-            if len(devices) > 1:
-                raise RuntimeError(f"{func} copies between {sorted(devices)} and makes the host wait")
-        return out
-
-
-_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)

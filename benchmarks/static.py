@@ -270,7 +270,8 @@ def main() -> None:
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a cached binary prints no message
     import triton
 
-    from benchmarks.launches import CASES, record
+    from benchmarks.launches import CASES
+    from benchmarks.recorder import record
 
     jobs = [
         (

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.launches import CASES, Launch
+from benchmarks.launches import CASES
+from benchmarks.recorder import Launch
 from benchmarks.static import TARGETS, Row, _compile_all, basic_blocks, report, usual_path
 
 pytest.importorskip("triton")
