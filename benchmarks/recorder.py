@@ -150,17 +150,27 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func is torch.ops.aten.convolution.default and out.is_cuda and any(map(_is_channels_last, args[:2])):
+            out = torch.empty_like(out, memory_format=torch.channels_last)  # as cuDNN's is, and the fake's is not
         positional = func is torch.ops.aten.copy_.default and args[2:] == (True,)
         if not (positional or kwargs.get("non_blocking")):
-            devices = {t.device.type for t in _tensors(args, kwargs, out) if t.dim() or func.overloadpacket.__name__ in _COPIES}
+            devices = {
+                t.device.type for t in _tensors(args, kwargs, out) if t.dim() or func.overloadpacket.__name__ in _COPIES
+            }
             if len(devices) > 1:
                 raise RuntimeError(f"{func} copies between {sorted(devices)} and makes the host wait")
         if _launches(func, _tensors(args, kwargs), _tensors(out)):
             self.steps.append(_torch_op(func, args, kwargs, out))
+            if self.steps[-1].name == "convolution" and args[2] is not None:  # cuDNN's adds none
+                self.steps.append(TorchOp("bias of convolution", 2 * out.nbytes, 0, tuple(out.shape)))
         return out
 
 
 _COPIES = ("_to_copy", "copy_", "to")
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _tensors(*values: Any) -> list[torch.Tensor]:
@@ -179,7 +189,7 @@ def _launches(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
 def _torch_op(func: Any, args: Any, kwargs: Any, out: Any) -> TorchOp:
     packet, outputs = func.overloadpacket, _tensors(out)
     fills = packet.__name__.startswith(("new_", "zero", "full", "ones", "fill"))  # which read nothing
-    touched = {id(tensor): tensor for tensor in (*(() if fills else _tensors(args, kwargs)), *outputs)}
+    read = {} if fills else {id(tensor): tensor for tensor in _tensors(args, kwargs)}
     flop = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
-    size = sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in touched.values())
+    size = sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in (*read.values(), *outputs))
     return TorchOp(packet.__name__, size, flop, tuple(outputs[0].shape))
