@@ -58,7 +58,16 @@ def build(setting: Setting, device: torch.device) -> Built:
     return Built(ours, {"torchvision eager": torchvision_matches}, check, min_bytes)
 
 
-CASES = [Case(setting.name, "float32", functools.partial(build, setting), GOALS.get(setting)) for setting in SETTINGS]
+def _case(setting: Setting, goal: str | None = None) -> Case:
+    return Case(setting.name, "float32", functools.partial(build, setting), goal)
+
+
+CASES = [_case(setting, GOALS.get(setting)) for setting in SETTINGS]
+SMALL = [
+    _case(Setting(2, 30, 128, 160), "K3-g500"),
+    _case(Setting(3, 16, 128, 160), "K3-b16"),
+    _case(Setting(2, 1, 128, 160)),
+]
 
 
 @pytest.mark.parametrize("setting", CPU_SETTINGS if not torch.cuda.is_available() else GOALS, ids=lambda s: s.name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from benchmarks.measure import Built, Case, call_ms
+from benchmarks.measure import Built, Case, run_benchmark
 from retina_fast.kernels.image_batch import batch_shape, image_batch
 from retina_fast.transform import resized_sizes
 
@@ -69,27 +69,15 @@ def build(setting: Setting, device: torch.device) -> Built:
     return Built(ours, {"torchvision eager": torchvision}, check, min_bytes)
 
 
-CASES = [
-    Case(setting.name, setting.dtype, functools.partial(build, setting), "K6" if setting == BASE else None)
-    for setting in SETTINGS
-]
+def _case(setting: Setting, goal: str | None = None) -> Case:
+    return Case(setting.name, setting.dtype, functools.partial(build, setting), goal)
 
 
-_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = [_case(setting, "K6" if setting == BASE else None) for setting in SETTINGS]
+SMALL = [_case(Setting(2, 48, 64, 80), "K6"), _case(Setting(2, 48, 64, 80, "bfloat16"))]
 
 
-@pytest.mark.parametrize("setting", SETTINGS if _DEVICE.type == "cuda" else CPU_SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS if torch.cuda.is_available() else CPU_SETTINGS, ids=str)
 @pytest.mark.parametrize("implementation", ["torchvision eager", "ours"])
 def test_image_batch(implementation: str, setting: Setting, benchmark: Any) -> None:
-    built = build(setting, _DEVICE)
-    built.check()
-    call = built.ours if implementation == "ours" else built.baselines[implementation]
-    benchmark.group = setting.name + ", " + setting.dtype
-    benchmark.extra_info["ms"] = call_ms(call, _DEVICE)["median"]
-
-    def waited_for() -> None:
-        call()
-        if _DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(waited_for, rounds=5, warmup_rounds=1)
+    run_benchmark(build, setting, setting.dtype, implementation, benchmark)

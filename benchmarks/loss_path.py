@@ -8,8 +8,6 @@ start from the heads' outputs as each lays them out: concatenated for torchvisio
 
 import dataclasses
 import functools
-import statistics
-import time
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ import torchvision
 from torch import Tensor
 
 from benchmarks import scenes
-from benchmarks.measure import Built, Case, run_benchmark
+from benchmarks.measure import Built, Case, print_in_turns, run_benchmark
 from retina_fast import RetinaNet
 from retina_fast.kernels.levels import flatten_all
 
@@ -96,9 +94,15 @@ def build(setting: Setting, device: torch.device) -> Built:
     return Built(step_ours, {"torchvision eager": step_torchvision}, check, 2 * joined["cls_logits"].nbytes)
 
 
-CASES = [
-    Case(setting.name, setting.dtype, functools.partial(build, setting), "K2" if setting == GOAL else None)
-    for setting in SETTINGS
+def _case(setting: Setting, goal: str | None = None) -> Case:
+    return Case(setting.name, setting.dtype, functools.partial(build, setting), goal)
+
+
+CASES = [_case(setting, "K2" if setting == GOAL else None) for setting in SETTINGS]
+SMALL = [
+    _case(Setting(2, 4, 160, 7), "K2"),
+    _case(Setting(2, 4, 160, 7, "float32", "giou")),
+    _case(Setting(1, 9, 160, 7)),
 ]
 
 
@@ -108,20 +112,5 @@ def test_loss_path(implementation: str, setting: Setting, benchmark: Any) -> Non
     run_benchmark(build, setting, setting.dtype, implementation, benchmark)
 
 
-def main(repetitions: int = 15) -> None:
-    built = build(CPU_SETTING, torch.device("cpu"))
-    built.check()
-    both = built.baselines["torchvision eager"], built.ours
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repetitions):
-        for step, measured in zip(both, seconds, strict=True):
-            start = time.perf_counter()
-            step()
-            measured.append(time.perf_counter() - start)
-    slow, fast = (1000 * statistics.median(measured) for measured in seconds)
-    print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, medians of {repetitions} runs in turns")
-    print(f"torchvision {slow:.0f} ms, retina_fast {fast:.0f} ms, ratio {slow / fast:.2f}")
-
-
 if __name__ == "__main__":
-    main()
+    print_in_turns(build(CPU_SETTING, torch.device("cpu")), 15)

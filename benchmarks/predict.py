@@ -21,16 +21,14 @@ from benchmarks.cost import Training
 from benchmarks.recorder import Launch, TorchOp, record, timeline
 from benchmarks.roofline import Scene, Step
 from benchmarks.static import Row, report
-from retina_fast import compile_inference, engine, inference, retinanet_resnet50_fpn
+from retina_fast import compile_inference, engine, retinanet_resnet50_fpn
 from retina_fast.kernels import anchor_matching as matching
 from retina_fast.kernels.batched_nms import _GROUPS, nms_image
 from retina_fast.kernels.box_decode import box_decode_reference
 from retina_fast.kernels.candidate_selection import candidate_selection_reference
-from retina_fast.kernels.focal_loss import focal_loss
 from retina_fast.kernels.one_pass import scale_op
 from retina_fast.targets import GroundTruths
 from retina_fast.training import detection_losses
-
 
 PREDICTIONS = Path(__file__).with_name("predictions.json")
 BF16 = torch.bfloat16

@@ -34,7 +34,7 @@ REDUCTION = 100  # cycles over the warps of a program: two barriers, two round t
 # 3.4 us in a graph
 STREAM_GAP, GRAPH_GAP = 0.9e-6, 0.5e-6
 START = 1.0e-6  # of a kernel that does nothing: blocks handed out, code fetched, memory flushed (assumed)
-# of MATMUL, what cuDNN's convs reach in whole waves of tiles of so many outputs; it is taken to choose the best (assumed)
+# of MATMUL, what cuDNN reaches in whole waves of tiles of so many outputs; it chooses the best of them (assumed)
 CONV = {(128, 128): 0.7, (128, 64): 0.6, (64, 64): 0.5}
 
 

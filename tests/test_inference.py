@@ -9,8 +9,8 @@ import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmarks.launches
-from benchmarks.recorder import record
 from benchmarks import agreement
+from benchmarks.recorder import record
 from retina_fast import RetinaNet, retinanet_resnet18_fpn
 from retina_fast.inference import detect
 from retina_fast.kernels import batched_nms, box_decode, candidate_selection, take_kept
