@@ -94,7 +94,7 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
         )
     }
     if with_compile:
-        compiled = torch.compile(focal_loss_reference, fullgraph=True)
+        compiled = torch.compile(focal_loss_reference)
         baselines["torch.compile"] = functools.partial(
             step, lambda: compiled([flat], labels, normalizers, k, ALPHA, GAMMA), flat
         )

@@ -17,8 +17,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass
 class Record:
-    """One comparison. ``ceiling_fraction`` is the share of the device's limit: of the measured bandwidth of a copy, or of
-    the measured rate of a bfloat16 product, whichever is nearer."""
+    """One comparison. ``ceiling_fraction`` is the share of the device's limit: of the measured bandwidth of a copy, or
+    of the measured rate of a bfloat16 product, whichever is nearer."""
 
     goal: str | None
     case: str
