@@ -76,9 +76,9 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
 
     baselines: dict[str, Callable[[], Any]] = {"torchvision eager": functools.partial(run, theirs, False)}
     if dtype != torch.float32:
-        baselines["torchvision autocast"] = functools.partial(run, theirs, True)
+        baselines["torchvision eager AMP"] = functools.partial(run, theirs, True)
     if compiled is not None:
-        baselines["torchvision compiled, autocast"] = functools.partial(run, compiled, True)
+        baselines["torchvision compiled"] = functools.partial(run, compiled, True)
 
     def check() -> None:
         """The float32 engine finds what torchvision finds, but for pairs within rounding of a threshold; the engine's
