@@ -64,15 +64,17 @@ def in_turns(calls: dict[str, Call], device: torch.device, rounds: int = 5, repe
     The calls take turns. On a GPU a turn is several calls, and the first two figures are the device's own time: the
     host first queues the turn behind an idle kernel, so what it takes to launch them does not show; the wall time says
     what it takes. Before each call as much memory is read as leaves nothing else in the L2 cache, as inputs that rotate
-    would. On a CPU a turn is one call, and a slow one has fewer.
+    would. On a CPU a turn is one call, and there are at least three turns.
     """
     for call in calls.values():
-        for _ in range(3):
+        for _ in range(3 if device.type == "cuda" else 1):
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     walls: dict[str, list[float]] = {name: [] for name in calls}
     turn = 0
-    while turn < rounds or (device.type == "cpu" and turn < rounds * repeats and _seconds_of(times) < 2):
+    while turn < (rounds if device.type == "cuda" else 3) or (
+        device.type == "cpu" and turn < rounds * repeats and sum(map(sum, times.values())) < 2000
+    ):
         for name, call in calls.items():
             synchronize(device)
             start = time.perf_counter()
@@ -87,10 +89,6 @@ def in_turns(calls: dict[str, Call], device: torch.device, rounds: int = 5, repe
         name: {"median": statistics.median(of), "min": min(of), "wall": statistics.median(walls[name])}
         for name, of in times.items()
     }
-
-
-def _seconds_of(times: dict[str, list[float]]) -> float:
-    return sum(map(sum, times.values())) / 1e3
 
 
 def _queued(call: Call, device: torch.device, repeats: int, wall: float) -> list[float]:
