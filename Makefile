@@ -13,7 +13,7 @@ demo: .venv/installed
 	$(BIN)/python -m demo.run
 
 test: .venv/installed  # a process a core, of one thread each: threads of several processes wait for each other
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -256,14 +256,18 @@ def _batched_nms_triton(
         keys = None
         if scores is not None:
             keys = boxes.new_empty(batch, width, dtype=torch.int64)
-            _score_keys_kernel[(triton.cdiv(width, _SCAN), batch)](scores.contiguous(), keys, counts, width, TILE=_SCAN)
+            _score_keys_kernel[(triton.cdiv(width, _SCAN), batch)](
+                scores.contiguous(), keys, counts, width, TILE=_SCAN, enable_fp_fusion=False
+            )
             keys = sort_keys(keys, counts)
         _suppress_kernel[(groups, batch)](
             boxes, labels, keys, counts, members, lists, flags, width, max_kept, thresh,
             thresh * (1 - 2**-20) if thresh > 0 else float("-inf"), GROUPS=groups, SCAN=_SCAN, WORD=_WORD.value,
             enable_fp_fusion=False,
         )  # fmt: skip
-        _first_kernel[(batch,)](flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_SCAN)
+        _first_kernel[(batch,)](
+            flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_SCAN, enable_fp_fusion=False
+        )
     return positions, kept_counts
 
 
@@ -304,7 +308,7 @@ def batched_nms(
         boxes: ``(B, M, 4)`` xyxy, M below 2^31. Float64 boxes or scores take the reference's path on a GPU, too.
         scores: ``(B, M)``; a NaN ranks above all. None: the boxes lie best first already.
         labels: ``(B, M)`` integer classes; None suppresses across classes.
-        counts: ``(B,)`` integers: only the first counts[b] boxes of image b count.
+        counts: ``(B,)`` integers up to M: only the first counts[b] boxes of image b count.
         iou_thresh: a box goes when its IoU with a better kept one is strictly above.
         max_detections: D, the most boxes kept of an image.
 

@@ -30,7 +30,7 @@ from retina_fast.kernels.fast_math import atan
 from retina_fast.kernels.levels import count_anchors, flatten_all
 from retina_fast.kernels.one_pass import OnePass, refuse_double_backward
 from retina_fast.kernels.rows import load_rows, store_rows
-from retina_fast.kernels.sizes import codes, size
+from retina_fast.kernels.sizes import codes, level_of, pick, size
 
 _IOU_LOSSES = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}
 LOSS_TYPES = ("l1", "smooth_l1", *_IOU_LOSSES)
@@ -155,14 +155,11 @@ def _box_loss_kernel(
     and its gradients; one of the two may be left out. The gradients are multiplied by factor if there is one."""
     tile = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
-    delta_ptr, grad_ptr, start, stop, first = levels[0], grads[0], starts[0], starts[1], first_tiles[0]
-    for level in tl.static_range(1, len(levels)):
-        if tile >= size(first_tiles[level]):
-            delta_ptr, grad_ptr = levels[level], grads[level]
-            start, stop, first = starts[level], starts[level + 1], first_tiles[level]
-    start = size(start)
-    num_rows = size(stop) - start
-    begin = (tile - size(first)) * TILE
+    level = level_of(first_tiles, tile)
+    delta_ptr, grad_ptr = pick(levels, level), pick(grads, level)
+    start = size(pick(starts, level))
+    num_rows = size(pick(starts[1:], level)) - start
+    begin = (tile - size(pick(first_tiles, level))) * TILE
     row = begin + tl.arange(0, TILE)
     delta_ptr += image * num_rows * 4
     grad_ptr += image * num_rows * 4

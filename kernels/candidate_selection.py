@@ -21,7 +21,7 @@ from torch import Tensor
 from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
 from retina_fast.kernels.key_sort import PADDING, rising, sort_keys
 from retina_fast.kernels.levels import flatten_all
-from retina_fast.kernels.sizes import codes, size
+from retina_fast.kernels.sizes import codes, level_of, pick, size
 
 
 class Candidates(NamedTuple):
@@ -150,23 +150,21 @@ def _list_kernel(
     """Program (t, b): tile t, counted through the levels, of image b. Lists its survivors by segment."""
     tile = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
-    x_ptr, start, stop, first = levels[0], starts[0], starts[1], first_tiles[0]
-    list_start, list_stop, segment = list_starts[0], list_starts[1], image * len(levels)
-    for level in tl.static_range(1, len(levels)):
-        if tile >= size(first_tiles[level]):
-            x_ptr, start, stop, first = levels[level], starts[level], starts[level + 1], first_tiles[level]
-            list_start, list_stop, segment = list_starts[level], list_starts[level + 1], image * len(levels) + level
-    end = size(stop) - size(start)  # logits of an image in this level
+    level = level_of(first_tiles, tile)
+    start, list_start = size(pick(starts, level)), size(pick(list_starts, level))
+    end = size(pick(starts[1:], level)) - start  # logits of an image in this level
     shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries
-    begin = (tile - size(first)) * TILE - shift
-    x_ptr += tl.multiple_of(image * end - shift, 16) + (tile - size(first)) * TILE
+    tile -= size(pick(first_tiles, level))
+    begin = tile * TILE - shift
+    x_ptr = pick(levels, level) + tl.multiple_of(image * end - shift, 16) + tile * TILE
     if (begin >= 0) & (begin + TILE <= end):
         found = _survivors(x_ptr, begin, end, threshold, TILE, RUN, False)
     else:
         found = _survivors(x_ptr, begin, end, threshold, TILE, RUN, True)
     _list(
-        x_ptr, begin, size(start), found, lists_ptr + image * list_width + size(list_start), found_ptr + segment,
-        size(list_stop) - size(list_start), index_bits, DROP, TILE, RUN,
+        x_ptr, begin, start, found, lists_ptr + image * list_width + list_start,
+        found_ptr + image * len(levels) + level, size(pick(list_starts[1:], level)) - list_start, index_bits, DROP,
+        TILE, RUN,
     )  # fmt: skip
 
 
@@ -203,11 +201,8 @@ def _search_kernel(
     of the lowest key that stays; in the LAST pass this key is known, and those from it up are gathered in the rows."""
     segment = tl.program_id(1).to(tl.int64)
     image = segment // len(levels)
-    x_ptr, start, stop, list_start, list_stop = levels[0], starts[0], starts[1], list_starts[0], list_starts[1]
-    for level in tl.static_range(1, len(levels)):
-        if segment - image * len(levels) == level:
-            x_ptr, start, stop = levels[level], starts[level], starts[level + 1]
-            list_start, list_stop = list_starts[level], list_starts[level + 1]
+    level = segment - image * len(levels)
+    start, list_start = size(pick(starts, level)), size(pick(list_starts, level))
     found = tl.load(found_ptr + segment)
     states_ptr += segment * (2 * PASSES)
     histograms_ptr += segment * (PASSES * BINS)
@@ -216,10 +211,10 @@ def _search_kernel(
         tl.store(states_ptr + 2 * digit, lowest)
         tl.store(states_ptr + 2 * digit + 1, staying.to(tl.int64))
 
-    in_level = size(stop) - size(start)
-    listed = found <= size(list_stop) - size(list_start)
-    list_ptr = lists_ptr + image * list_width + size(list_start)
-    x_ptr += image * in_level
+    in_level = size(pick(starts[1:], level)) - start
+    listed = found <= size(pick(list_starts[1:], level)) - list_start
+    list_ptr = lists_ptr + image * list_width + list_start
+    x_ptr = pick(levels, level) + image * in_level
     work = tl.where(listed, found, in_level)
     if not LAST:
         work = tl.where(staying > 0, work, 0)
@@ -231,7 +226,7 @@ def _search_kernel(
             keys = tl.load(list_ptr + i, mask=i < work, other=-1)
         else:
             x = tl.load(x_ptr + i, mask=i < work, other=float("-inf")).to(tl.float32)
-            keys = tl.where(x > threshold, _key(x, size(start) + i, index_bits, DROP), -1)
+            keys = tl.where(x > threshold, _key(x, start + i, index_bits, DROP), -1)
         if LAST:
             chosen = keys >= lowest
             total = tl.sum(chosen.to(tl.int64), axis=0)
@@ -297,13 +292,14 @@ def _candidate_selection_triton(
         _list_kernel[(first_tiles[-1], batch)](
             tuple(levels), codes(starts), codes(first_tiles), codes(list_starts), lists, found, list_starts[-1],
             index_bits, logit(score_thresh), DROP=drop, TILE=tile, RUN=run,
+            enable_fp_fusion=False,
         )  # fmt: skip
         for digit in range(passes + 1):
             _search_kernel[(programs, segments)](
                 tuple(levels), codes(starts), codes(list_starts), lists, found, states, histograms, rows, counts,
                 width, list_starts[-1], index_bits, logit(score_thresh), min(topk, 2**31 - 1), digit,
                 8 * (passes - 1 - digit), DROP=drop, PASSES=passes, TILE=_SEARCH_TILE, BINS=_BINS.value,
-                LAST=digit == passes,
+                LAST=digit == passes, enable_fp_fusion=False,
             )  # fmt: skip
         keys = sort_keys(rows, counts)
         _emit_kernel[(triton.cdiv(rows.numel(), 256),)](

@@ -26,7 +26,7 @@ from retina_fast.kernels.fast_math import LOG2E, exp2, reciprocal, sigmoid
 from retina_fast.kernels.focal_loss_cpu import at_least_float32, focal_loss_cpu, weights
 from retina_fast.kernels.levels import count_anchors, flatten_all
 from retina_fast.kernels.one_pass import OnePass, refuse_double_backward
-from retina_fast.kernels.sizes import codes, size
+from retina_fast.kernels.sizes import codes, level_of, pick, size
 
 BACKGROUND = -1
 IGNORED = -2
@@ -122,14 +122,11 @@ def _focal_loss_kernel(
     and its gradients; one of the two may be left out. The gradients are multiplied by factor if there is one."""
     tile = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
-    x_ptr, grad_ptr, start, stop, first = levels[0], grads[0], starts[0], starts[1], first_tiles[0]
-    for level in tl.static_range(1, len(levels)):
-        if tile >= size(first_tiles[level]):
-            x_ptr, grad_ptr = levels[level], grads[level]
-            start, stop, first = starts[level], starts[level + 1], first_tiles[level]
-    start = size(start)
-    tile_of_level = tile - size(first)
-    end = (size(stop) - start) * K  # logits of an image in this level
+    level = level_of(first_tiles, tile)
+    x_ptr, grad_ptr = pick(levels, level), pick(grads, level)
+    start = size(pick(starts, level))
+    end = (size(pick(starts[1:], level)) - start) * K  # logits of an image in this level
+    tile_of_level = tile - size(pick(first_tiles, level))
     shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries
     begin = tile_of_level * TILE - shift
     offset = tl.multiple_of(image * end - shift, 16) + tile_of_level * TILE

@@ -83,8 +83,10 @@ def sort_keys(keys: Tensor, counts: Tensor) -> Tensor:
         return keys.sort(dim=1, descending=True).values
     runs, out = torch.empty_like(keys), torch.empty_like(keys)
     with torch.cuda.device_of(keys):
-        _sort_runs_kernel[(triton.cdiv(width, _RUN), batch)](keys, runs, counts, width, RUN=_RUN, CHUNK=32)
+        _sort_runs_kernel[(triton.cdiv(width, _RUN), batch)](
+            keys, runs, counts, width, RUN=_RUN, CHUNK=32, enable_fp_fusion=False
+        )
         _merge_runs_kernel[(triton.cdiv(width, _MERGE), batch)](
-            runs, out, counts, width, RUN=_RUN, MAX_RUNS=_MAX_RUNS, KEYS=_MERGE
+            runs, out, counts, width, RUN=_RUN, MAX_RUNS=_MAX_RUNS, KEYS=_MERGE, enable_fp_fusion=False
         )
     return out

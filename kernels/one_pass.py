@@ -42,7 +42,7 @@ def scale_op(tensors: list[Tensor], factor: Tensor) -> None:
     sizes = [tensor.numel() for tensor in tensors]
     with torch.cuda.device_of(factor):
         programs = min(_PROGRAMS, triton.cdiv(max(sizes), _TILE))
-        _scale_kernel[(programs,)](tuple(tensors), codes(sizes), factor, TILE=_TILE)
+        _scale_kernel[(programs,)](tuple(tensors), codes(sizes), factor, TILE=_TILE, enable_fp_fusion=False)
 
 
 @scale_op.register_fake

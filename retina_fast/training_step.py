@@ -199,10 +199,11 @@ class TrainingStep:
             self._stream = torch.cuda.Stream(device)
         current = torch.cuda.current_stream(device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            losses = work()
-        current.wait_stream(self._stream)
-        return losses
+        try:
+            with torch.cuda.stream(self._stream):
+                return work()
+        finally:
+            current.wait_stream(self._stream)
 
     def _capture(self, inputs: Inputs, shape: tuple[int, ...], settings: Any, device: torch.device) -> _Graph:
         truths, image_dtype = inputs.truths, inputs.images[0].dtype

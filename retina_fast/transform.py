@@ -43,7 +43,7 @@ def check_images(images: Sequence[Tensor] | Tensor, channels: int, take_uint8: b
 
     Args:
         images: what the model was given.
-        channels: of the mean and the standard deviation; 1 serves images of any number of channels.
+        channels: of the mean and the standard deviation; 1 serves any number, the same for all images.
         take_uint8: whether uint8 images in [0, 255] are taken, too.
 
     Raises:
@@ -65,9 +65,12 @@ def check_images(images: Sequence[Tensor] | Tensor, channels: int, take_uint8: b
                 f"Expected input images to be of floating type (in range [0, 1]), images[{i}] is {image.dtype}; "
                 "convert with image.float() / 255"
             )
-        if (channels > 1 and image.shape[0] not in (1, channels)) or not image.numel():
-            wanted = channels if channels > 1 else "C"
-            raise ValueError(f"images[{i}] must be ({wanted}, H, W) with at least one pixel, got {image.shape}")
+        if not image.numel():
+            raise ValueError(f"images[{i}] must have at least one pixel, got {image.shape}")
+        if channels == 1:
+            channels = image.shape[0]  # those after it have as many, or one
+        if image.shape[0] not in (1, channels):
+            raise ValueError(f"images[{i}] must be ({channels}, H, W), got {image.shape}")
     return list(images)
 
 

@@ -13,6 +13,13 @@ if not torch.cuda.is_available():
 
 from torchvision.io import write_png
 
+_LONGEST = ["test_static", "test_processes", "test_model", "test_inference", "test_spinenet", "test_cli"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that in the end no process is left alone with one of them."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+
 
 @pytest.fixture
 def device() -> torch.device:

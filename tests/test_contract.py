@@ -128,6 +128,8 @@ def test_bad_images_are_refused(model):
         model([torch.zeros(3, 8, 8, dtype=torch.uint8)])
     with pytest.raises(ValueError, match=r"images\[0\] must be \(3, H, W\)"):
         model([torch.rand(4, 8, 8)])
+    with pytest.raises(ValueError, match=r"images\[1\] must have at least one pixel"):
+        model([IMAGES[0], torch.rand(3, 0, 8)])
     with pytest.raises(ValueError, match="batch must be"):
         model.detect(IMAGES[0])
     with pytest.raises(RuntimeError, match=r"model.eval\(\)"):
@@ -249,6 +251,8 @@ def test_images_of_any_channels(channels):
         models.append(changed)
     images = [image[:1].expand(channels, -1, -1) + torch.arange(channels)[:, None, None] / 9 for image in IMAGES]
     assert_same(models[1], models[0], images=images)
+    with pytest.raises(ValueError, match=rf"images\[2\] must be \({max(2, channels)}, H, W\)"):
+        models[1]([IMAGES[0][:1], torch.rand(max(2, channels), 64, 64), torch.rand(7, 64, 64)])
 
 
 @pytest.mark.parametrize("limit", [0, 1, 10**9])
