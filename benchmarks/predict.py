@@ -1,8 +1,9 @@
 """What each goal will take on an H200, predicted before it was measured: ``python -m benchmarks.predict``.
 
-Writes benchmarks/predictions.json: of each goal of one GPU, every launch with its time and what bounds it
-(benchmarks.roofline), from the launches themselves, recorded on fake tensors, and their machine code for sm_90. ``make
-report`` draws them beside what is measured. Predictions are of this project's own side; ratios follow from a record.
+Writes benchmarks/predictions.json and the table of benchmarks/NOTES.md: of each goal of one GPU, every launch with its
+time and what bounds it (benchmarks.roofline), from the launches themselves, recorded on fake tensors, and their machine
+code for sm_90. ``make report`` draws them beside what is measured. Predictions are of this project's own side; ratios
+follow from a record.
 """
 
 import functools
@@ -19,6 +20,7 @@ from torchvision.models.detection._utils import Matcher
 from benchmarks import batched_nms, launches, postprocess, roofline, scenes, training_step
 from benchmarks.cost import Training
 from benchmarks.recorder import Launch, TorchOp, record, timeline
+from benchmarks.report import write_between
 from benchmarks.roofline import Scene, Step
 from benchmarks.static import Row, report
 from retina_fast import compile_inference, engine, retinanet_resnet50_fpn
@@ -30,7 +32,8 @@ from retina_fast.kernels.one_pass import scale_op
 from retina_fast.targets import GroundTruths
 from retina_fast.training import detection_losses
 
-PREDICTIONS = Path(__file__).with_name("predictions.json")
+PREDICTIONS, NOTES = (Path(__file__).with_name(name) for name in ("predictions.json", "NOTES.md"))
+BEGIN, END = "<!-- predictions -->", "<!-- end of predictions -->"
 BF16 = torch.bfloat16
 
 
@@ -137,7 +140,7 @@ def training_forward(batch: int) -> list[Launch | TorchOp]:
     return timeline(forward, prepare)
 
 
-def _to_fake_gpu(model: torch.nn.Module) -> None:
+def _to_fake_gpu(model: Any) -> None:
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, value in tensors.items():
@@ -255,6 +258,7 @@ def main() -> None:
 
     goals = predictions(compiled())
     PREDICTIONS.write_text(json.dumps({"triton": triton.__version__, "goals": goals}, indent=1) + "\n")
+    write_between(NOTES, BEGIN, END, "\n" + "\n".join(table(goals)) + "\n")
     print("\n".join(table(goals)))
 
 

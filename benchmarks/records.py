@@ -74,11 +74,13 @@ class Results:
                 self.failures = [Failure(**failure) for failure in stored["failures"]]
 
     def knows(self, case: str, dtype: str) -> bool:
-        return any((entry.case, entry.dtype) == (case, dtype) for entry in (*self.records, *self.failures))
+        known: list[Record | Failure] = [*self.records, *self.failures]
+        return any((entry.case, entry.dtype) == (case, dtype) for entry in known)
 
     def add(self, records: list[Record], failures: list[Failure]) -> None:
         """What came of a case, in place of what was known of it."""
-        new = {(entry.case, entry.dtype) for entry in (*records, *failures)}
+        added: list[Record | Failure] = [*records, *failures]
+        new = {(entry.case, entry.dtype) for entry in added}
         self.records = [record for record in self.records if (record.case, record.dtype) not in new] + records
         self.failures = [failed for failed in self.failures if (failed.case, failed.dtype) not in new] + failures
         goals = [(record.goal, record.baseline) for record in self.records if record.goal]
@@ -98,9 +100,9 @@ class Results:
 
 
 def environment(
-    device: torch.device, ceilings: dict[str, float], commit: str | None = None, small: bool = False
+    device: torch.device, ceilings: dict[str, float] | None = None, commit: str | None = None, small: bool = False
 ) -> dict[str, Any]:
-    """What a figure depends on, with the ceilings measured now. ``commit`` is for a copy without its .git."""
+    """What a figure depends on, with ceilings measured now. ``commit`` is for a copy without its .git."""
 
     def git(*arguments: str) -> str | None:
         return _output("git", "-C", str(ROOT), *arguments)
@@ -119,7 +121,7 @@ def environment(
         "dirty": None if changes is None else bool(changes),
         "small": small,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **{name: float(f"{value:.4g}") for name, value in ceilings.items()},
+        **{name: float(f"{value:.4g}") for name, value in (ceilings or {}).items()},
     }
 
 

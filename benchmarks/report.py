@@ -94,14 +94,13 @@ def _predicted(predicted: dict[str, Any], goal: str) -> float:
     return predicted[goal]["graph_ms"]
 
 
-def write_table(readme: Path, text: str) -> None:
-    """Between the two markers of a README."""
-    whole = readme.read_text()
-    before, begin, rest = whole.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{readme} lacks the lines {BEGIN} and {END}")
-    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+def write_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replaces what stands between two markers of a page."""
+    before, found, rest = path.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{path} lacks the lines {begin} and {end}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 # Pictures.
@@ -265,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
     pictures = draw(record, predicted, folder)
     shown = os.path.relpath(folder / "ratios.png", options.readme.parent)
     picture = f"![Times as fast, by goal and baseline]({shown})\n\n" if folder / "ratios.png" in pictures else ""
-    write_table(options.readme, f"\n{picture}{table(record, predicted)}\n")
+    write_between(options.readme, BEGIN, END, f"\n{picture}{table(record, predicted)}\n")
     print("\n".join(str(path) for path in (*pictures, options.readme)))
     return 0
 

@@ -102,6 +102,11 @@ def test_every_goal_of_speed_has_a_prediction():
         assert sum(launch["us"] for launch in goal["launches"]) / 1e3 < goal["graph_ms"]
 
 
+def test_the_notes_show_the_predictions():
+    goals = json.loads(predict.PREDICTIONS.read_text())["goals"]
+    assert "\n".join(predict.table(goals)) in predict.NOTES.read_text()
+
+
 def test_scenes_are_those_of_the_benchmarks():
     scene = predict.matching_scene(16, 16)
     assert scene.ground_truths == 16
@@ -135,7 +140,8 @@ def test_what_torch_launches_is_seen_within_ops():
         return y[:10].float()
 
     steps = timeline(run)
-    assert [(step.name, step.bytes) for step in steps] == [("add", 8_000_000), ("add_", 8_000_000)]
+    seen = [(step.name, step.bytes) for step in steps if isinstance(step, TorchOp)]
+    assert seen == [("add", 8_000_000), ("add_", 8_000_000)]
     with pytest.raises(RuntimeError, match="makes the host wait"):
         timeline(lambda: torch.zeros(3).to("cuda"))
 

@@ -101,8 +101,8 @@ def test_small_shapes_never_reach_the_readme(record, capsys):
 def test_the_readme_has_a_place_for_the_table(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text(report.README.read_text())
-    report.write_table(copy, "| measured |")
+    report.write_between(copy, report.BEGIN, report.END, "| measured |")
     assert copy.read_text().count("| measured |") == 1
     copy.write_text("no markers")
     with pytest.raises(ValueError, match="lacks the lines"):
-        report.write_table(copy, "")
+        report.write_between(copy, report.BEGIN, report.END, "")
