@@ -9,6 +9,7 @@ Every step runs, whatever the ones before have found; the last lines say which f
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ _KERNELS = [name for name in BENCHMARKS if name not in ("model", "training_step"
 _CHECKS = [sys.executable, "-m", "benchmarks.gpu", "--small", "--checks"]
 
 
-def test_files() -> list[str]:
+def tested_files() -> list[str]:
     """Those that mirror a kernel, and those of what the kernels are strung together to."""
     names = [*sorted(path.stem for path in (ROOT / "kernels").glob("*.py")), *_WHOLE]
     return [f"tests/test_{name}.py" for name in names if (ROOT / "tests" / f"test_{name}.py").exists()]
@@ -33,8 +34,9 @@ def test_files() -> list[str]:
 
 def steps(sanitizer: str | None) -> dict[str, list[str]]:
     """The command of each step; without the tool those that need it are left out."""
+    in_parallel = ["-n", "8", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
     found = {
-        "tests": [sys.executable, "-m", "pytest", "-q", "-n", "8", "--dist", "worksteal", *test_files()],
+        "tests": [sys.executable, "-m", "pytest", "-q", *in_parallel, *tested_files()],
         "checks": [*_CHECKS],
     }
     if sanitizer is not None:

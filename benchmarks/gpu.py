@@ -9,6 +9,7 @@ is how it is tested, and claims nothing; ``--checks`` only compares results with
 
 import argparse
 import faulthandler
+import gc
 import importlib
 import re
 import subprocess
@@ -67,6 +68,7 @@ def run_cases(cases: Iterable[Case], results: Results, device: torch.device, dea
         faulthandler.dump_traceback_later(min(CASE_LIMIT, deadline - now + GRACE), exit=True)
         try:
             results.add(*compare(case, device, results.environment))
+            gc.collect()  # graphs and tensors of the case, before the next one makes its own
         except Exception as error:
             results.add([], [failure(case, error)])
             synchronize(device)

@@ -184,7 +184,7 @@ def test_goals_come_first_and_are_those_of_the_report():
 
 def test_bringing_up_runs_every_step_whatever_fails(monkeypatch, capsys):
     assert {f"tests/test_{name}.py" for name in ("focal_loss", "image_batch", "engine", "model")} <= set(
-        bring_up.test_files()
+        bring_up.tested_files()
     )
     ran = []
 
