@@ -99,6 +99,8 @@ def measure(arguments: argparse.Namespace, device: torch.device, deadline: float
     """In this process, which a case may take with it."""
     here = environment(device, ceilings(device), arguments.commit, arguments.small)
     print(", ".join(f"{key} {value}" for key, value in here.items()), flush=True)
+    if here["dirty"]:
+        print("The checkout has uncommitted changes: what is measured now is no record for README.md.")
     name = file_name(here["device"], arguments.small)
     results = Results(arguments.output / name, here, earlier=RESULTS / name)
     if not arguments.worker:

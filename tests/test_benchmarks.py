@@ -1,5 +1,6 @@
 """What ``make gpu`` writes, and that its cases compute what they time, on a machine without a GPU."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -8,6 +9,7 @@ import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +100,71 @@ def test_a_baseline_that_fails_takes_nothing_with_it(here, tmp_path):
     assert [(failed.baseline, failed.error.split(":")[0]) for failed in results.failures] == [
         ("broken", "ZeroDivisionError")
     ]
+
+
+class Gpu:
+    """What measure asks of torch.cuda, noted in order; a call takes as many milliseconds as were noted in it."""
+
+    def __init__(self, monkeypatch):
+        self.noted: list[str] = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = len(gpu.noted)
+
+            def elapsed_time(self, end):
+                return float(end.at - self.at)
+
+        class Cold:
+            def sum(self):
+                gpu.noted.append("cold")
+
+        class Graph:
+            def replay(self):
+                gpu.noted.append("replay")
+
+        for name, stand_in in {
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "stream": lambda stream: contextlib.nullcontext(),
+            "graph": lambda graph: contextlib.nullcontext(),
+            "synchronize": lambda device: self.noted.append("wait"),
+            "_sleep": lambda cycles: self.noted.append("sleep"),
+            "reset_peak_memory_stats": lambda device: None,
+            "memory_allocated": lambda device: 1_000_000,
+            "max_memory_allocated": lambda device: 4_000_000,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(measure, "_beyond_l2", lambda device: Cold())
+
+
+def test_on_a_gpu_versions_take_turns_and_find_nothing_in_the_cache(monkeypatch):
+    cuda = Gpu(monkeypatch)
+    times = measure.in_turns({name: functools.partial(cuda.noted.append, name) for name in "ab"}, torch.device("cuda"))
+    turn = ["wait", "a", "wait", "sleep", *["cold", "a"] * 5, "wait"]
+    other = ["b" if note == "a" else note for note in turn]
+    assert cuda.noted == ["a"] * 3 + ["b"] * 3 + [*turn, *other] * 5
+    assert times["a"]["median"] == times["b"]["min"] == 1  # of 25 calls; the reading between them does not count
+
+
+def test_on_a_gpu_ours_is_captured_too(monkeypatch):
+    cuda = Gpu(monkeypatch)
+    built = Built(lambda: cuda.noted.append("ours"), {"theirs": lambda: cuda.noted.append("theirs")}, lambda: None, 9)
+    (record,), failures = measure.compare(Case("a", "float32", lambda device: built), torch.device("cuda"), LIMITS)
+    assert failures == []
+    assert record.raw_ms["ours_graph"] == 1
+    assert cuda.noted.count("replay") == 3 + 5 * 6
+    assert (record.peak_mb, record.baseline_peak_mb) == (3, 3)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: 1 // 0)
+    (record,), (failed,) = measure.compare(Case("a", "float32", lambda device: built), torch.device("cuda"), LIMITS)
+    assert "ours_graph" not in record.raw_ms
+    assert (failed.baseline, failed.error.split(":")[0]) == ("our graph", "ZeroDivisionError")
 
 
 def test_a_goal_is_claimed_once(here, tmp_path):
