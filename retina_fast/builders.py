@@ -62,6 +62,7 @@ def _v1(
     num_classes: int | None,
     weights_backbone: WeightsEnum | None,
     trainable_backbone_layers: int | None,
+    _fetch: bool = True,
     **kwargs: Any,
 ) -> RetinaNet:
     """The paper's model as torchvision trains it: P6 from P5, heads without norm, L1 box loss."""
@@ -70,7 +71,7 @@ def _v1(
     layers = _validate_trainable_layers(pretrained, trainable_backbone_layers, 5, 3)
     norm_layer = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
     with _download(weights_backbone):
-        resnet = trunk(weights=weights_backbone, progress=progress, norm_layer=norm_layer)
+        resnet = trunk(weights=weights_backbone if _fetch else None, progress=progress, norm_layer=norm_layer)
     model = RetinaNet(resnet_fpn(resnet, layers, p6_from_c5=False), num_classes, **kwargs)
     if weights is not None:
         _load(model, weights, progress)
@@ -85,6 +86,7 @@ def _v2(
     num_classes: int | None,
     weights_backbone: WeightsEnum | None,
     trainable_backbone_layers: int | None,
+    _fetch: bool = True,
     **kwargs: Any,
 ) -> RetinaNet:
     """torchvision's improved model: P6 from C5, GroupNorm in the heads, GIoU box loss."""
@@ -92,7 +94,8 @@ def _v2(
     pretrained = weights is not None or weights_backbone is not None
     layers = _validate_trainable_layers(pretrained, trainable_backbone_layers, 5, 3)
     with _download(weights_backbone):
-        backbone = resnet_fpn(trunk(weights=weights_backbone, progress=progress), layers, p6_from_c5=True)
+        resnet = trunk(weights=weights_backbone if _fetch else None, progress=progress)
+    backbone = resnet_fpn(resnet, layers, p6_from_c5=True)
     generator = _default_anchorgen()
     head = RetinaNetHead(256, generator.num_anchors_per_location()[0], num_classes, partial(nn.GroupNorm, 32))
     head.regression_head._loss_type = "giou"
@@ -138,7 +141,8 @@ def retinanet_resnet50_fpn(
         weights_backbone: ImageNet weights of the ResNet.
         trainable_backbone_layers: how many of its five stages are trained: 3 by default, all where nothing is
             pretrained.
-        **kwargs: arguments of :class:`retina_fast.RetinaNet`.
+        **kwargs: arguments of :class:`retina_fast.RetinaNet`; and ``_fetch=False`` for a model that is frozen as with
+            ``weights_backbone``, but without them, where all weights will be loaded anyway.
 
     Raises:
         ValueError: if ``num_classes`` conflicts with ``weights``, or for trainable layers outside [0, 5].
@@ -237,13 +241,14 @@ def _lite(
     num_classes: int | None,
     weights_backbone: WeightsEnum | None,
     trainable_backbone_layers: int | None,
+    _fetch: bool = True,
     **kwargs: Any,
 ) -> RetinaNet:
     """Strides 4 to 32, 64 channels, GroupNorm in the heads; made for objects of 8 to 200 pixels at native size."""
     if trainable_backbone_layers is not None:
         raise ValueError("trainable_backbone_layers: the lite model trains all layers")
     with _download(weights_backbone):
-        backbone = resnet_fpn_lite(trunk(weights=weights_backbone, progress=progress))
+        backbone = resnet_fpn_lite(trunk(weights=weights_backbone if _fetch else None, progress=progress))
     sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (16, 32, 64, 128))
     generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     num_classes = 91 if num_classes is None else num_classes

@@ -62,11 +62,19 @@ class Checkpoint:
         return model
 
 
-def build(builder: str, num_classes: int, **kwargs: Any) -> nn.Module:
-    """The network of that name, with random weights.
+def build(builder: str, num_classes: int, fetch: bool = False, **kwargs: Any) -> nn.Module:
+    """The network of that name.
+
+    Args:
+        builder: its name in `retina_fast.builders.MODELS`.
+        num_classes: K.
+        fetch: whether the weights that `weights_backbone` in `kwargs` names are loaded; torchvision downloads them.
+            Without, all weights are random, and the name decides what is frozen.
+        **kwargs: the builder's.
 
     Raises:
-        UserError: if there is none of that name; the message lists those that there are.
+        UserError: if there is no such network, and the message lists those that there are; or if there are no such
+            weights, or they cannot be downloaded, and the message says where to put them.
 
     Example::
 
@@ -74,7 +82,16 @@ def build(builder: str, num_classes: int, **kwargs: Any) -> nn.Module:
     """
     if builder not in MODELS:
         raise UserError(f"there is no model {builder!r}; choose one of {', '.join(sorted(MODELS))}")
-    return MODELS[builder](weights=None, weights_backbone=None, num_classes=num_classes, **kwargs)
+    backbone = kwargs.pop("weights_backbone", None)
+    if backbone and not fetch:
+        kwargs["_fetch"] = False
+    try:
+        return MODELS[builder](weights=None, weights_backbone=backbone, num_classes=num_classes, **kwargs)
+    except (KeyError, ValueError, ConnectionError) as error:
+        if not backbone:
+            raise
+        reason = "there are none of that name" if isinstance(error, KeyError) else error.args[0]
+        raise UserError(f"{builder} with the backbone's weights {backbone}: {reason}") from error
 
 
 def save(checkpoint: Checkpoint, path: str | Path) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import torch
 
-from retina_fast.commands.processes import joined
+from retina_fast.commands.processes import Processes, joined
 from retina_fast.data.augment import Flips
 from retina_fast.data.voc import open_data
 from retina_fast.errors import UserError
@@ -78,6 +78,15 @@ def _one_sentence() -> Iterator[None]:
     raise typer.Exit(1)
 
 
+@contextlib.contextmanager
+def _said_once(processes: Processes) -> Iterator[None]:
+    """Warnings of what all processes see are the first one's."""
+    with warnings.catch_warnings():
+        if not processes.first:
+            warnings.simplefilter("ignore")
+        yield
+
+
 def _model(checkpoint: Path | None, model: str | None, weights: str | None) -> tuple[Any, Any]:
     """The network that a person chose, and its classes."""
     from retina_fast.commands.predict import TREES, load_model, load_published
@@ -112,7 +121,11 @@ def train(
     output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/train"),
     model: Annotated[str, typer.Option(help="The network.")] = DEFAULT_MODEL,
     recipe: Annotated[
-        str, typer.Option(help="default; or spinenet-b, spinenet-c, spinenet-c-143, spinenet-c-190, as published.")
+        str,
+        typer.Option(
+            help="default; or, as published: torchvision-v1, torchvision-v2, spinenet-b, spinenet-c, spinenet-c-143, "
+            "spinenet-c-190."
+        ),
     ] = "default",
     steps: Annotated[
         int | None,
@@ -139,8 +152,8 @@ def train(
         int | None,
         typer.Option(
             min=0,
-            help="Side of the training crops in pixels, 0: whole images, or by a published recipe crops of the model's "
-            "size. By default 256 for lite models and with --image-scale.",
+            help="Side of the training crops in pixels, 0: whole images, or by SpineNet's recipes crops of the model's "
+            "size. By default 256, by the default recipe, for lite models and with --image-scale.",
         ),
     ] = None,
     flips: Annotated[
@@ -156,11 +169,20 @@ def train(
         float | None,
         typer.Option(
             min=0.1,
-            help="By which the finished model scales images, where it would resize them to a size of its own; crops "
-            "have their own scales.",
+            help="By which the model scales images, where it would resize them to a size of its own; crops have their "
+            "own scales.",
         ),
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="A model file to start from.")] = None,
+    weights_backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="ImageNet weights to start the ResNet from, by torchvision's name, IMAGENET1K_V1 or _V2; torchvision "
+            "downloads them. By default the recipe's, or none."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A model file to start from, in place of the backbone's weights.")
+    ] = None,
     val_json: Annotated[
         Path | None, typer.Option("--val-json", "--val-voc", help="Annotations to validate on.")
     ] = None,
@@ -178,21 +200,27 @@ def train(
         chosen = recipe_named(recipe)
         if val_images and not val_json:
             raise UserError("--val-images belongs to --val-json: give both or neither")
-        data = open_data(json, images)
-        if processes.first:
+        if weights_backbone and checkpoint:
+            raise UserError("--weights-backbone and --checkpoint exclude each other: give one of them")
+        with _said_once(processes):
+            data = open_data(json, images)
             warn_of_faults(data)
-        validation = open_data(val_json, val_images, data.classes) if val_json else None
+            validation = open_data(val_json, val_images, data.classes) if val_json else None
+        shown = console if processes.first else silent
+        if chosen.only_objects:
+            whole, data = len(data), data.with_objects()
+            shown.print(f"{whole - len(data)} of {whole} images have no object: the recipe leaves them out")
         if crop is None:
             by_scale = model.endswith("_lite") or image_scale is not None
-            crop = 256 if by_scale else 0  # the others resize every image to 800 px or so
+            crop = chosen.crop if by_scale else 0  # the others resize every image to 800 px or so
         batch_size = batch_size or chosen.batch_size
         steps = steps or chosen.steps_for(len(data), batch_size)
         lr = chosen.lr_at(batch_size) if lr is None else lr
         bf16 = has_bf16() if bf16 is None else bf16
+        backbone = weights_backbone or chosen.weights_backbone
         settings = TrainSettings(
-            model, steps, batch_size, lr, crop, flips, seed, image_scale, recipe, every, accumulate, bf16
+            model, steps, batch_size, lr, crop, flips, seed, image_scale, recipe, every, accumulate, bf16, backbone
         )
-        shown = console if processes.first else silent
         try:
             file = run(settings, data, validation, checkpoint, output, resume, workers, shown, processes, keep)
         except Stopped:
@@ -220,7 +248,8 @@ def evaluate(
         from retina_fast.commands.evaluate import report
 
         network, content = _model(checkpoint, model, weights)
-        data = open_data(json, images)
+        with _said_once(processes):
+            data = open_data(json, images)
         shown = console if processes.first else silent
         found = run(network, content.classes, data, workers, shown, max_detections, processes)
         if found:

@@ -87,7 +87,7 @@ class RetinaNet(tv.RetinaNet):
     pixels of the image as given. Where a part was replaced by a user's own, that part runs and the fast path steps
     aside. On a GPU weights and activations are kept in channels_last; on a CPU they keep the user's layout, so that
     the convs round exactly as torchvision's. Targets are checked in one batched pass, which
-    ``model.check_targets = False`` switches off.
+    ``model.check_targets = False`` switches off. ``model.focal_gamma`` is the focusing exponent, 2 as in torchvision.
 
     Example::
 
@@ -98,6 +98,7 @@ class RetinaNet(tv.RetinaNet):
     """
 
     check_targets = True
+    focal_gamma = 2.0
 
     def __init__(
         self,
@@ -333,6 +334,7 @@ class RetinaNet(tv.RetinaNet):
             self._num_classes(head_outputs),
             self.proposal_matcher,
             self.head.regression_head._loss_type,
+            self.focal_gamma,
         )
 
     def _trains_fast(self) -> bool:

@@ -28,6 +28,7 @@ def detection_losses(
     num_classes: int,
     matcher: Matcher,
     loss_type: str,
+    gamma: float = 2.0,
 ) -> dict[str, Tensor]:
     """torchvision's two losses of a batch: per image, sum / max(1, foreground anchors); then the mean over images.
 
@@ -39,6 +40,7 @@ def detection_losses(
         num_classes: K.
         matcher: its two thresholds and the low-quality rule are used.
         loss_type: one of l1, smooth_l1, giou, diou, ciou.
+        gamma: of the focal loss.
     """
     matches = anchor_matching(
         anchors,
@@ -51,7 +53,7 @@ def detection_losses(
     )
     normalizers = matches.num_foreground.clamp(min=1) * float(len(truths.counts))  # (B,) float32
     return {
-        "classification": focal_loss(logits, matches.labels, normalizers, num_classes),
+        "classification": focal_loss(logits, matches.labels, normalizers, num_classes, gamma=gamma),
         "bbox_regression": box_loss(
             deltas, anchors, matches.indices, truths.boxes, truths.offsets, normalizers, loss_type
         ),

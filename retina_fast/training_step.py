@@ -319,7 +319,7 @@ class TrainingStep:
         values: list[Any] = [
             (self.max_boxes, self.max_grad_norm, self.dtype, image_dtype, tuple(self.loss_weights.items())),
             (matcher.high_threshold, matcher.low_threshold, matcher.allow_low_quality_matches),
-            (model.head.regression_head._loss_type, model.head.classification_head.num_classes),
+            (model.head.regression_head._loss_type, model.head.classification_head.num_classes, model.focal_gamma),
             cell_versions(model.anchor_generator),
         ]
         for module in model.modules():

@@ -1,6 +1,7 @@
 """retina-fast as people start it: in a process, or several, of its own."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -31,7 +32,19 @@ def finish_as_by_srun(line: list[str], processes: int) -> str:
     """The command in the processes, and with the variables, that SLURM's srun gives it on one machine."""
     job = {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost", "SLURM_NNODES": 1}
     job |= {"SLURM_NTASKS": processes, "SLURM_NTASKS_PER_NODE": processes, "SLURM_NODEID": 0}
-    runs = [start(line, SLURM_PROCID=rank, SLURM_LOCALID=rank, **job) for rank in range(processes)]
+    return _finish_all([start(line, SLURM_PROCID=rank, SLURM_LOCALID=rank, **job) for rank in range(processes)])
+
+
+def finish_on_two_machines(*arguments: object, processes: int, module: str) -> str:
+    """The command by torchrun on each of two machines, with so many processes on each; both machines are this one."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", f"--rdzv-id={os.getpid()}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={processes}", *meeting]
+    return _finish_all([start([*torchrun, "-m", module, *map(str, arguments)]) for _ in range(2)])
+
+
+def _finish_all(runs: list[subprocess.Popen[str]]) -> str:
     outputs = [run.communicate()[0] for run in runs]
     assert not any(run.returncode for run in runs), "".join(outputs)
     return "".join(outputs)

@@ -3,7 +3,9 @@
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,15 @@ if not torch.cuda.is_available():
 
 from torchvision.io import write_png
 
-_LONGEST = ["test_static", "test_processes", "test_model", "test_inference", "test_spinenet", "test_cli"]
+_LONGEST = [
+    "test_static",
+    "test_processes",
+    "test_model",
+    "test_inference",
+    "test_spinenet",
+    "test_cli",
+    "test_torchvision_recipes",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,6 +62,13 @@ def write_shapes(folder: Path, count: int, seed: int = 0, size: int = 96) -> tup
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "shapes.json").write_text(json.dumps(content))
     return folder / "shapes.json", folder / "images"
+
+
+def imagenet(network: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    """Weights in ImageNet's place. With frozen norms that norm nothing, the sums of a random ResNet would grow."""
+    torch.manual_seed(0)
+    state = network().state_dict()
+    return {name: 0.2 * x if name.endswith(("bn2.weight", "bn3.weight")) else x for name, x in state.items()}
 
 
 @pytest.fixture(scope="module")

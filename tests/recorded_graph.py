@@ -64,12 +64,12 @@ _ANOTHER_THREAD = ThreadPoolExecutor(1)
 @torch.library.custom_op("tests::losses", mutates_args=())
 def _losses_op(
     logits: list[Tensor], deltas: list[Tensor], anchors: Tensor, boxes: Tensor, labels: Tensor, offsets: Tensor,
-    num_classes: int, low: float, loss_type: str,
+    num_classes: int, low: float, loss_type: str, gamma: float,
 ) -> list[Tensor]:  # fmt: skip
     def work() -> list[Tensor]:
         leaves = [level.detach().requires_grad_() for level in (*logits, *deltas)]
         levels = leaves[: len(logits)], leaves[len(logits) :]
-        losses = detection_losses(*levels, anchors, truths, num_classes, matcher, loss_type)
+        losses = detection_losses(*levels, anchors, truths, num_classes, matcher, loss_type, gamma)
         grads = torch.autograd.grad(losses["classification"] + losses["bbox_regression"], leaves)
         return [tensor.detach().clone() for tensor in (*losses.values(), *grads)]
 
@@ -80,10 +80,10 @@ def _losses_op(
 
 class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, split, anchors, truths, num_classes, low, loss_type, *levels):
+    def forward(ctx, split, anchors, truths, num_classes, low, loss_type, gamma, *levels):
         logits, deltas = list(levels[:split]), list(levels[split:])
         cls, box, *grads = _losses_op(
-            logits, deltas, anchors, truths.boxes, truths.labels, truths.offsets, num_classes, low, loss_type
+            logits, deltas, anchors, truths.boxes, truths.labels, truths.offsets, num_classes, low, loss_type, gamma
         )
         ctx.split = split
         ctx.save_for_backward(*grads)
@@ -92,12 +92,12 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, cls, box):
         grads = [grad * (cls if i < ctx.split else box) for i, grad in enumerate(ctx.saved_tensors)]
-        return None, None, None, None, None, None, *grads
+        return None, None, None, None, None, None, None, *grads
 
 
-def opaque_losses(logits, deltas, anchors, truths, num_classes, matcher, loss_type):
+def opaque_losses(logits, deltas, anchors, truths, num_classes, matcher, loss_type, gamma):
     cls, box = _Losses.apply(
-        len(logits), anchors, truths, num_classes, matcher.low_threshold, loss_type, *logits, *deltas
+        len(logits), anchors, truths, num_classes, matcher.low_threshold, loss_type, gamma, *logits, *deltas
     )
     return {"classification": cls, "bbox_regression": box}
 

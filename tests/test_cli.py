@@ -203,7 +203,9 @@ def test_a_recipe_sets_what_is_not_given(data, tmp_path, monkeypatch):
         ("spinenet-b", 350 * 16 // 256 + 1, 256, 0.28),
         ("spinenet-b", 7, 64, 0.07),
     ]
-    assert "there is no recipe 'best'; choose one of default, spinenet-b" in problem("train", *data, "--recipe", "best")
+    assert "there is no recipe 'best'; choose one of default, torchvision-v1" in problem(
+        "train", *data, "--recipe", "best"
+    )
 
 
 def test_bench_measures_everyone_on_the_same_images(data, tmp_path):

@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -20,6 +21,8 @@ from typer.testing import CliRunner, Result
 from retina_fast import checkpoint, cli
 from retina_fast.builders import MODELS
 from retina_fast.commands.predict import load_published
+from retina_fast.recipes import RECIPES
+from tests.conftest import imagenet
 
 # Of COCO's 80 categories in 1 to 90, some from either side of each gap.
 COCO = {
@@ -49,7 +52,7 @@ def published(monkeypatch):
 
     def weights(self, *args, **kwargs):
         if isinstance(self, ResNet50_Weights):
-            return resnet50().state_dict() | {"conv1.weight": torch.full((64, 3, 7, 7), IMAGENET_STEM)}
+            return imagenet(resnet50) | {"conv1.weight": torch.full((64, 3, 7, 7), IMAGENET_STEM)}
         name = self.url.rpartition("/")[2].partition("_coco")[0]
         state = MODELS[name](weights=None, weights_backbone=None).state_dict()
         for key, value in state.items():
@@ -61,6 +64,8 @@ def published(monkeypatch):
     monkeypatch.setattr(WeightsEnum, "get_state_dict", weights)
     for name in ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"):
         monkeypatch.setitem(MODELS, name, functools.partial(MODELS[name], min_size=96, max_size=160))
+    small = replace(RECIPES["torchvision-v2"], kwargs={"min_size": [64, 80, 96]})
+    monkeypatch.setitem(RECIPES, "torchvision-v2", small)
 
 
 @pytest.fixture
@@ -127,33 +132,29 @@ def test_both_published_models_load(published):
 
 
 def test_the_commands_of_the_page(published, coco, monkeypatch):
-    """In their order, on the miniature, with one step of two images in place of 192,217 of 16."""
+    """In their order, on the miniature, without torchrun, two steps of two images in place of 190,554 of 16."""
     page = (Path(__file__).parents[1] / "docs" / "coco.md").read_text()
-    blocks = re.findall(r"```(sh|python)\n(.*?)```", page, re.DOTALL)
-    small = {"--steps": "1", "--batch-size": "2"}
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    small = ("--steps", "2", "--batch-size", "2")
     commands = []
     (coco / "coco").symlink_to(coco)
     monkeypatch.chdir(coco)
-    for language, block in blocks:
-        if language == "python":
-            exec(block, {})
-            continue
-        for line in block.replace("\\\n", " ").splitlines():
-            name, *arguments = shlex.split(line)
-            assert name == "retina-fast"
-            for option, value in small.items():
-                if option in arguments:
-                    arguments[arguments.index(option) + 1] = value
-            result = invoke(*arguments, "--workers", 0)
-            assert result.exit_code == 0, result.output
-            commands.append((arguments[0], result.output))
-    assert [command for command, _ in commands] == ["evaluate", "evaluate", "check", "train", "evaluate"]
+    for line in filter(None, "".join(blocks).replace("\\\n", " ").splitlines()):
+        program = "torchrun --nproc-per-node 8 -m retina_fast.cli " if "torchrun" in line else "retina-fast "
+        assert line.startswith(program)
+        arguments = shlex.split(line.removeprefix(program))
+        result = invoke(*arguments, "--workers", 0, *(small if arguments[0] == "train" else ()))
+        assert result.exit_code == 0, result.output
+        commands.append((arguments[0], result.output))
+    names = [command for command, _ in commands]
+    assert names == ["evaluate", "evaluate", "check", "train", "evaluate", "train", "evaluate"]
     assert all("AP50" in output for command, output in commands if command == "evaluate")
     assert "0 faults" in commands[2][1]
-    trained = checkpoint.load("runs/coco/model.pt")
-    assert (trained.classes, trained.category_ids) == (list(COCO.values()), list(COCO))
-    stem = "backbone.body.conv1.weight"  # one warm-up step from ImageNet's
-    assert (trained.state_dict[stem] - IMAGENET_STEM).abs().max() < 0.01
+    for version, weights in (("v1", "IMAGENET1K_V1"), ("v2", "IMAGENET1K_V2")):
+        trained = checkpoint.load(f"runs/coco-{version}/model.pt")
+        assert (trained.classes, trained.category_ids) == (list(COCO.values()), list(COCO))
+        assert trained.kwargs["weights_backbone"] == weights
+        assert (trained.state_dict["backbone.body.conv1.weight"] == IMAGENET_STEM).all()  # frozen
 
 
 def test_errors(monkeypatch, shapes):

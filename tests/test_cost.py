@@ -32,7 +32,7 @@ def test_convolutions_are_counted_right(width, classes):
 def test_hours():
     run = Training(width=800)
     assert run.rate(420) == pytest.approx(420)
-    assert run.hours(420, 1) == pytest.approx(118_287 * 26 / 420 / 3600)
+    assert run.hours(420, 1) == pytest.approx(117_266 * 26 / 420 / 3600)
     assert run.hours(420, 8) == pytest.approx(run.hours(420, 1) / 8)
     assert replace(run, images=10).hours(420, 1) < replace(run, images=20).hours(420, 1)
 

@@ -1,6 +1,8 @@
+import bisect
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,16 @@ from torchvision import tv_tensors
 from torchvision.io import write_jpeg, write_png
 from torchvision.transforms.v2 import functional
 
-from retina_fast.data.augment import ColorJitter, Flips, RandomTranspose, ScaledCrop, TrainingSet, augmentation, batches
+from retina_fast.data.augment import (
+    ColorJitter,
+    Flips,
+    RandomTranspose,
+    ScaledCrop,
+    TrainingSet,
+    augmentation,
+    batches,
+    whole_images,
+)
 from retina_fast.data.coco import CocoDataset, Tried, plain, read_image
 from retina_fast.errors import ImageError, UserError
 from tests.conftest import COLORS
@@ -231,6 +242,80 @@ def test_batches_pass_over_every_image_and_can_start_anywhere():
     keys = [key for batch in whole for key in batch]
     assert sorted(keys) == [(epoch, i) for epoch in range(6) for i in range(5)]
     assert len({tuple(i for _, i in keys[start : start + 5]) for start in range(0, 30, 5)}) > 3  # reshuffled
+
+
+@pytest.mark.parametrize(
+    ("kinds", "alike"), [([0, 1, 2] * 4, 2), ([0, 1] * 5 + [2], 2), ([0, 1, 2] * 4 + [0], 3), ([0, 1] * 3 + [2], 3)]
+)
+def test_batches_of_alike_images_begin_with_a_group_in_every_epoch(kinds, alike):
+    length = len(kinds)
+    arguments: dict = {"length": length, "batch_size": 2 * alike, "seed": 1, "kinds": kinds, "alike": alike}
+    whole = list(batches(**arguments, steps=range(length)))
+    assert list(batches(**arguments, steps=range(2, 4))) == whole[2:4]
+    keys = [key for batch in whole for key in batch]
+    assert sorted(keys) == [(epoch, i) for epoch in range(2 * alike) for i in range(length)]
+    for epoch in range(2 * alike):
+        groups = [keys[start : start + alike] for start in range(0, len(keys), alike)]
+        inside = [[kinds[i] for _, i in group] for group in groups if {e for e, _ in group} == {epoch}]
+        possible = sum(kinds.count(kind) // alike for kind in range(3))
+        assert possible - 1 <= sum(len(set(group)) == 1 for group in inside) <= possible
+    first = [[key for key in keys if key[0] == epoch] for epoch in range(2 * alike)]
+    assert len({tuple(i for _, i in keys) for keys in first}) > alike  # reshuffled
+
+
+def test_aspects_are_torchvisions_groups(shapes):
+    shape_of = {0: (500, 1000), 1: (998, 2000), 2: (400, 400), 3: (630, 500), 4: (625, 500), 5: None}
+
+    def change(content):
+        for record in content["images"]:
+            del record["height"], record["width"]
+            if shape := shape_of[record["id"]]:
+                record["height"], record["width"] = shape
+
+    edit(shapes[0], change)
+    bins = (2 ** np.linspace(-1, 1, 7)).tolist()
+    expected = [bisect.bisect_right(bins, h / w) for h, w in (shape or (1, 1) for shape in shape_of.values())]
+    assert CocoDataset(*shapes).aspects() == expected == [1, 0, 4, 5, 4, 4]
+
+
+def test_images_without_objects_can_be_left_out(shapes):
+    def change(content):
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in (0, 4)]
+        content["annotations"][0]["iscrowd"] = content["annotations"][1]["iscrowd"] = 1  # all of image 1
+
+    edit(shapes[0], change)
+    whole = CocoDataset(*shapes)
+    kept = whole.with_objects()
+    assert [record["id"] for record in kept.images] == [2, 3, 5]
+    assert [record["id"] for record in kept.coco["images"]] == [2, 3, 5]
+    assert len(whole) == len(whole.coco["images"]) == 6
+    for index, original in enumerate((2, 3, 5)):
+        (image, target), (same, expected) = kept[index], whole[original]
+        assert torch.equal(image, same)
+        assert target["path"] == expected["path"]
+        assert torch.equal(target["boxes"], expected["boxes"])
+        assert torch.equal(target["labels"], expected["labels"])
+    edit(shapes[0], lambda content: content.update(annotations=[]))
+    with pytest.raises(UserError, match=r"shapes\.json: not one image has a box to learn from"):
+        CocoDataset(*shapes).with_objects()
+
+
+def test_whole_images_keep_their_pixels_and_boxes_end_with_them():
+    image = tv_tensors.Image(torch.arange(3 * 20 * 30, dtype=torch.uint8).view(3, 20, 30))
+    corners = torch.tensor([[-2.0, 3, 12, 22], [28, 5, 29, 9], [30, 5, 40, 9]])
+    boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(20, 30))
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        target = {"boxes": boxes, "labels": torch.tensor([1, 2, 3])}
+        picture, found = whole_images(0, Flips.HORIZONTAL)(image, target)
+        mirrored = not torch.equal(picture, image)
+        assert torch.equal(picture, image.flip(-1)) == mirrored
+        seen.add(mirrored)
+        expected = [[18, 3, 30, 20], [1, 5, 2, 9]] if mirrored else [[0, 3, 12, 20], [28, 5, 29, 9]]
+        assert found["boxes"].tolist() == expected
+        assert found["labels"].tolist() == [1, 2]
+    assert seen == {True, False}
 
 
 def test_an_unreadable_image_is_replaced_in_training(shapes):

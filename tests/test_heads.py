@@ -235,7 +235,7 @@ def test_a_specification_of_ones_own_survives_a_model_file(tmp_path):
         [3, "residual", [0, 1], True],
         *([level, "residual", [level - 3, level - 2], True] for level in range(4, 8)),
     ]
-    kwargs = {"specification": rows, "activation": "silu", "min_size": None}
+    kwargs: dict[str, Any] = {"specification": rows, "activation": "silu", "min_size": None}
     name = "retinanet_spinenet49s"
     weights = checkpoint.build(name, 2, **kwargs).state_dict()
     checkpoint.save(Checkpoint(name, kwargs, ["a", "b"], [1, 2], weights), tmp_path / "model.pt")

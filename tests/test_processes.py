@@ -20,7 +20,7 @@ from retina_fast.commands.train import StepSampler, _start, train
 from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.errors import UserError
-from tests.commands import children, command, finish, finish_as_by_srun, start, wait_for
+from tests.commands import children, command, finish, finish_as_by_srun, finish_on_two_machines, start, wait_for
 from tests.conftest import write_shapes
 
 STEPS = 20
@@ -48,13 +48,15 @@ def training(data: tuple[Any, ...], output: Path) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory) -> dict[int, Path]:
-    """The folders of the same training by one, two and four processes; the two as SLURM would start them."""
+    """The folders of the same training by one process, by two as SLURM starts them, and by four on two machines."""
     folders = {count: tmp_path_factory.mktemp("runs") / str(count) for count in (1, 2, 4)}
     for count, folder in folders.items():
         if count == 2:
             finish_as_by_srun(command(*training(data, folder), module="tests.double"), processes=2)
+        elif count == 4:
+            finish_on_two_machines(*training(data, folder), processes=2, module="tests.double")
         else:
-            finish(command(*training(data, folder), processes=count, module="tests.double"))
+            finish(command(*training(data, folder), module="tests.double"))
     return folders
 
 
@@ -105,7 +107,7 @@ def test_the_batches_of_a_step_are_shared_without_overlap_or_loss(data):
 
     def keys(count: int, rank: int) -> list[list[tuple[int, int]]]:
         module = Detector(begin, settings, Processes(rank, count))
-        return list(StepSampler(module, len(dataset)))
+        return list(StepSampler(module, dataset))
 
     whole = keys(1, 0)
     for count in (2, 4, 8):

@@ -69,7 +69,7 @@ def test_decay_clipping_crops_and_models():
         (optimizer,) = [recipe.optimizer([torch.nn.Parameter(torch.zeros(1))], lr=1.0)]
         assert type(optimizer) is torch.optim.SGD
         assert (optimizer.defaults["momentum"], recipe.weight_decay, recipe.gradient_norm) == (0.9, 4e-5, 10)
-        assert (recipe.average, recipe.kwargs["bg_iou_thresh"]) == (0, 0.5)
+        assert (recipe.average, recipe.focal_gamma, recipe.kwargs["bg_iou_thresh"]) == (0, 1.5, 0.5)
     scales = [recipe_named(name).augmentation.keywords["scales"] for name in SCHEDULES]  # type: ignore[attr-defined]
     assert scales == [(0.5, 2.0), (0.5, 2.0), (0.1, 1.9), (0.1, 1.9)]
     assert [recipe_named(name).kwargs.get("stochastic_depth") for name in SCHEDULES] == [None, 0.2, 0.16, 0.2]
@@ -144,6 +144,7 @@ def test_a_short_run_by_a_published_recipe(data, tmp_path, monkeypatch, name):
 
     def training_step(self, batch, batch_idx):
         seen.update(tuple(image.shape) for image in batch[0])
+        assert self.model.focal_gamma == 1.5
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(Detector, "training_step", training_step)
@@ -161,8 +162,8 @@ def test_a_short_run_by_a_published_recipe(data, tmp_path, monkeypatch, name):
 
 
 def test_a_recipe_that_does_not_fit_is_named(data, tmp_path):
-    with pytest.raises(UserError, match=r"there is no recipe 'spinenet-d'; choose one of default, spinenet-b"):
+    with pytest.raises(UserError, match=r"there is no recipe 'spinenet-d'; choose one of default, torchvision-v1"):
         recipe_named("spinenet-d")
     settings = replace(settings_of("spinenet-c", crop=128), model="retinanet_resnet18_fpn_lite")
-    with pytest.raises(UserError, match="spinenet-c is for models retinanet_spinenet"):
+    with pytest.raises(UserError, match=r"spinenet-c is for models retinanet_spinenet\*, not"):
         train(settings, data, None, None, tmp_path, False, 0, Console(quiet=True))

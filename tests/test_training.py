@@ -1,14 +1,17 @@
 """The loss path strung together by the kernels: torchvision's losses, few launches, nothing that waits for the GPU."""
 
-from contextlib import contextmanager
+import contextlib
+import functools
 from unittest import mock
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.detection import retinanet
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
+from torchvision.ops import sigmoid_focal_loss
 
 from benchmarks.recorder import Launch, no_launches, record
 from retina_fast import RetinaNet
@@ -22,7 +25,7 @@ SIZE = 64
 LOSSES = ("l1", "giou")
 
 
-@contextmanager
+@contextlib.contextmanager
 def kernels_everywhere():
     """The operations by their kernels, on CPU tensors too."""
     with (
@@ -37,9 +40,9 @@ def _matching(*arguments):
     return anchor_matching.Matches(*anchor_matching._anchor_matching_triton(*arguments))
 
 
-def _focal_loss(levels, labels, normalizers, num_classes):
+def _focal_loss(levels, labels, normalizers, num_classes, gamma):
     flat = focal_loss.flatten_all(levels, num_classes)
-    return focal_loss._focal_loss_triton(flat, labels, normalizers, num_classes, 0.25, 2.0)
+    return focal_loss._focal_loss_triton(flat, labels, normalizers, num_classes, 0.25, gamma)
 
 
 def _box_loss(levels, *arguments):
@@ -90,6 +93,20 @@ def flat(levels, channels):
 
 def relative(value, expected):
     return (value.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_the_focusing_exponent_is_the_models(device, kernels, monkeypatch):
+    outputs, targets, anchors = case((3, 1), device)
+    theirs, ours = models("l1")
+    ours.focal_gamma = 1.5
+    monkeypatch.setattr(retinanet, "sigmoid_focal_loss", functools.partial(sigmoid_focal_loss, gamma=1.5))
+    joined = {"cls_logits": flat(outputs["cls_logits"], K), "bbox_regression": flat(outputs["bbox_regression"], 4)}
+    expected = theirs.compute_loss(targets, joined, anchors)
+    with kernels_everywhere() if kernels else contextlib.nullcontext():
+        losses = ours.compute_loss(targets, outputs, anchors)
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -144,7 +161,7 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
+@contextlib.contextmanager
 def bodies_in_sight():
     """The launchers as plain functions, so that the ops within them count; on CPU tensors, where the kernels do not
     run: the host does as on a GPU."""

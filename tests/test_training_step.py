@@ -180,6 +180,7 @@ def _move_weights(model, optimizer):
 
 CHANGES = {
     "loss type": lambda model, optimizer: setattr(model.head.regression_head, "_loss_type", "giou"),
+    "focusing exponent": lambda model, optimizer: setattr(model, "focal_gamma", 1.5),
     "threshold": lambda model, optimizer: setattr(model.proposal_matcher, "low_threshold", 0.3),
     "a frozen norm": lambda model, optimizer: model.backbone.norm.eval(),
     "a frozen weight": lambda model, optimizer: model.backbone.stem.requires_grad_(False),

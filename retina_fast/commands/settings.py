@@ -29,16 +29,17 @@ class TrainSettings:
         steps: optimizer steps, rounded up to a whole number of equal intervals.
         batch_size: images a step, over all processes.
         lr: peak learning rate.
-        crop: side of the training crops in pixels; 0 trains on whole images, or, with a published recipe, on crops
+        crop: side of the training crops in pixels; 0 trains on whole images, or, where the recipe has it so, on crops
             of the model's own size.
         flips: which mirror images of a picture are as likely as itself.
         seed: of the weights, the order of the images and the augmentations.
-        image_scale: by which the finished model scales images, whatever their size; training crops have scales of
-            their own. None: the model resizes crops and images as its builder says.
+        image_scale: by which the model scales images, whatever their size; training crops have scales of their own.
+            None: the model resizes crops and images as its builder says.
         recipe: its name in `retina_fast.recipes.RECIPES`.
         every: the most steps from one checkpoint, and validation, to the next.
         accumulate: in how many parts a process computes its images of a step, to fit into memory.
         bf16: whether convolutions are computed in bfloat16.
+        weights_backbone: torchvision's name of the weights from which the backbone starts; None for random ones.
     """
 
     model: str
@@ -53,6 +54,7 @@ class TrainSettings:
     every: int = 500
     accumulate: int = 1
     bf16: bool = field(default_factory=has_bf16)
+    weights_backbone: str | None = None
 
     @property
     def interval(self) -> int:

@@ -23,6 +23,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ from retina_fast.recipes import recipe_named
 class StepSampler:
     """The keys of this process's part of an interval's batches, from the step at which the run stands."""
 
-    def __init__(self, module: Detector, length: int) -> None:
-        self.module, self.length = module, length
+    def __init__(self, module: Detector, data: CocoDataset) -> None:
+        self.module, self.length, self.aspects = module, len(data), data.aspects()
 
     def __len__(self) -> int:
         return self.module.settings.interval
@@ -59,8 +60,8 @@ class StepSampler:
         settings, processes = self.module.settings, self.module.processes
         first = self.module.global_step
         end = (first // settings.interval + 1) * settings.interval
-        share = settings.share(processes.count)
-        for keys in batches(self.length, settings.batch_size, settings.seed, range(first, end)):
+        share, alike = settings.share(processes.count), self.module.recipe.alike
+        for keys in batches(self.length, settings.batch_size, settings.seed, range(first, end), self.aspects, alike):
             yield keys[processes.rank * share :][:share]
 
 
@@ -121,13 +122,13 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(settings.seed)
-    module = Detector(_start(settings, data, start_from), settings, processes)
-    crop = settings.crop or (0 if settings.recipe == "default" else module.model.transform.max_size)
+    module = Detector(_start(settings, data, start_from, resume), settings, processes)
+    crop = settings.crop or (module.model.transform.max_size if module.recipe.crops_are_the_size else 0)
     training_set = TrainingSet(data, module.recipe.augmentation(crop, settings.flips), settings.seed)
     training_set[0, 0]  # complains here, and not in a worker, if no image can be read
     loader = DataLoader(
         training_set,
-        batch_sampler=StepSampler(module, len(data)),
+        batch_sampler=StepSampler(module, data),
         collate_fn=_collate,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -170,20 +171,24 @@ def train(
     return output / "model.pt"
 
 
-def _start(settings: TrainSettings, data: CocoDataset, start_from: Path | None) -> Checkpoint:
-    """Random weights, or those of a model file; where its classes are others than the data's, with a new last layer."""
+def _start(settings: TrainSettings, data: CocoDataset, start_from: Path | None, resume: bool = False) -> Checkpoint:
+    """Random weights, with the backbone's published ones if there are; or those of a model file, where its classes are
+    others than the data's with a new last layer. A run that is resumed has its own."""
     other = checkpoint.load(start_from) if start_from else None
     if other and other.builder != settings.model:
         raise UserError(f"{start_from} is a {other.builder}: train it with --model {other.builder}")
     recipe = recipe_named(settings.recipe)
-    if not settings.model.startswith(recipe.model):
-        raise UserError(f"the recipe {settings.recipe} is for models {recipe.model}..., not {settings.model}")
+    if not fnmatchcase(settings.model, recipe.model):
+        raise UserError(f"the recipe {settings.recipe} is for models {recipe.model}, not {settings.model}")
     kwargs = (other.kwargs if other else {}) | dict(recipe.kwargs)
-    if settings.crop and settings.recipe != "default":  # published detectors see images of the size of their crops
-        kwargs = kwargs | {"min_size": settings.crop, "max_size": settings.crop}
+    if settings.crop and recipe.crops_are_the_size:
+        kwargs |= {"min_size": settings.crop, "max_size": settings.crop}
     if settings.image_scale is not None:
-        kwargs = kwargs | {"min_size": None, "image_scale": settings.image_scale, "_skip_resize": True}
-    weights = checkpoint.build(settings.model, len(data.classes), **kwargs).state_dict()
+        kwargs |= {"min_size": None, "image_scale": settings.image_scale, "_skip_resize": settings.crop > 0}
+    if settings.weights_backbone:
+        kwargs |= {"weights_backbone": settings.weights_backbone}
+    fetch = not (other or resume)
+    weights = checkpoint.build(settings.model, len(data.classes), fetch=fetch, **kwargs).state_dict()
     if other:
         same = other.classes == data.classes
         weights |= {name: value for name, value in other.state_dict.items() if same or "cls_logits" not in name}

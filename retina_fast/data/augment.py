@@ -3,7 +3,8 @@
 import math
 import random
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 
 import numpy as np
@@ -137,6 +138,27 @@ def augmentation(crop: int, flips: Flips) -> v2.Compose:
     return v2.Compose([*steps, *_flips(flips), v2.RandomApply([jitter], p=0.9)])
 
 
+def whole_images(crop: int, flips: Flips) -> v2.Compose:
+    """Flips alone, as torchvision trains on COCO. Boxes end where their image ends.
+
+    Raises:
+        UserError: for a `crop` other than 0.
+
+    Example::
+
+        >>> image, target = whole_images(0, Flips.HORIZONTAL)(*dataset[0])  # doctest: +SKIP
+    """
+    if crop:
+        raise UserError(f"the recipe trains on whole images: leave out --crop {crop}")
+    return v2.Compose([_within, *_flips(flips)])
+
+
+def _within(image: tv_tensors.Image, target: dict) -> Sample:
+    boxes = F.clamp_bounding_boxes(target["boxes"])
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    return image, target | {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
+
+
 def _flips(flips: Flips) -> list[nn.Module]:
     horizontal = [v2.RandomHorizontalFlip()]
     return {
@@ -199,13 +221,25 @@ class TrainingSet(Dataset[Sample]):
         raise UserError(f"{self.dataset.folder}: not one of its {len(self.dataset)} images can be read")
 
 
-def batches(length: int, batch_size: int, seed: int, steps: range) -> Iterator[list[tuple[int, int]]]:
+def batches(
+    length: int, batch_size: int, seed: int, steps: range, kinds: Sequence[int] | None = None, alike: int = 1
+) -> Iterator[list[tuple[int, int]]]:
     """The keys of each step's batch: the (epoch, index) pairs of endless reshuffled passes over `length` images.
+
+    Args:
+        length: how many images there are; each is in each pass once.
+        batch_size: images a step.
+        seed: of the order.
+        steps: whose batches are wanted.
+        kinds: of each image, where images of one kind are to lie together.
+        alike: so many. A step begins with such a group; the few images of a pass that fill none lie at its ends.
 
     Example::
 
         >>> list(batches(length=3, batch_size=2, seed=0, steps=range(2)))
         [[(0, 2), (0, 1)], [(0, 0), (1, 1)]]
+        >>> list(batches(length=4, batch_size=2, seed=0, steps=range(2), kinds=[0, 1, 0, 1], alike=2))
+        [[(0, 3), (0, 1)], [(0, 2), (0, 0)]]
     """
     order: tuple[int, list[int]] = (-1, [])
     for step in steps:
@@ -213,9 +247,26 @@ def batches(length: int, batch_size: int, seed: int, steps: range) -> Iterator[l
         for position in range(step * batch_size, (step + 1) * batch_size):
             epoch, place = divmod(position, length)
             if order[0] != epoch:
-                order = (epoch, random.Random(mixed_seed(seed, epoch)).sample(range(length), length))
+                shuffled = random.Random(mixed_seed(seed, epoch)).sample(range(length), length)
+                order = (epoch, _grouped(shuffled, kinds or shuffled, alike, lead=-epoch * length % alike))
             keys.append((epoch, order[1][place]))
         yield keys
+
+
+def _grouped(order: Sequence[int], kinds: Sequence[int], size: int, lead: int) -> list[int]:
+    """The order, changed so that after `lead` images come groups of one kind, by when the last of a group came."""
+    waiting: defaultdict[int, list[int]] = defaultdict(list)
+    grouped: list[int] = []
+    for index in order:
+        group = waiting[kinds[index]]
+        group.append(index)
+        if len(group) == size:
+            grouped += group
+            group.clear()
+    rest = [index for group in waiting.values() for index in group]
+    if len(rest) < lead:
+        grouped, rest = grouped[:-size], rest + grouped[-size:]
+    return rest[:lead] + grouped + rest[lead:]
 
 
 def mixed_seed(*numbers: int) -> int:

@@ -1,8 +1,10 @@
 """Detection data in the COCO format: a JSON file and the folder of the images that it names."""
 
+import copy
 import json
 import re
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,28 @@ class CocoDataset(Dataset[Sample]):
     def path(self, index: int) -> Path:
         """The file of image `index`."""
         return self.folder / self.images[index]["file_name"]
+
+    def with_objects(self) -> "CocoDataset":
+        """The same without the images that have no box to learn from.
+
+        Raises:
+            UserError: if that is all of them.
+        """
+        counts = self._ends.diff()
+        kept = copy.copy(self)
+        kept.images = [record for record, count in zip(self.images, counts.tolist(), strict=True) if count]
+        if not kept.images:
+            raise UserError(f"{self.json_file}: not one image has a box to learn from")
+        kept.coco = self.coco | {"images": kept.images}
+        kept._ends = torch.cat((self._ends[:1], counts[counts > 0].cumsum(0)))
+        return kept
+
+    def aspects(self) -> list[int]:
+        """A number for each image, the same for those of about one height to width: in steps of 2 to the 1/3, as
+        torchvision has it. Where the file gives no size the image counts as a square."""
+        edges = [2 ** (i / 3) for i in range(-3, 4)]
+        sizes = [(record.get("height"), record.get("width")) for record in self.images]
+        return [bisect_right(edges, height / width if height and width else 1.0) for height, width in sizes]
 
     def _usable(self, annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The annotations that have a box to learn from, each with an id, an area and a crowd flag."""
