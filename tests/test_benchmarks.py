@@ -188,15 +188,19 @@ def case(name, build):
 fine = Built(lambda: 0, {"theirs": lambda: 0}, lambda: None, 1)
 cases = [case("crash", lambda: os._exit(7)), case("hang", lambda: time.sleep(1e6)), case("fine", lambda: fine)]
 here = dict.fromkeys(Results.SAME) | {"copy_gb_s": 1.0, "bf16_tflop_s": 1.0}
-gpu.CASE_LIMIT = 0.5
+gpu.CASE_LIMIT = float(sys.argv[2])
 gpu.run_cases(cases, Results(Path(sys.argv[1]), here), torch.device("cpu"), math.inf)
 """
 
 
 def test_a_case_that_takes_the_process_with_it_is_passed_by_next_time(tmp_path):
     path = tmp_path / "gpu.json"
-    for failed, measured in ((["crash"], []), (["crash", "hang"], []), (["crash", "hang"], ["fine"])):
-        done = subprocess.run([sys.executable, "-c", DEADLY, path], cwd=ROOT, capture_output=True, text=True)
+    for limit, failed, measured in (
+        ("600", ["crash"], []),
+        ("0.5", ["crash", "hang"], []),  # which never ends by itself
+        ("600", ["crash", "hang"], ["fine"]),
+    ):
+        done = subprocess.run([sys.executable, "-c", DEADLY, path, limit], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode == 0) == bool(measured), done.stderr
         stored = json.loads(path.read_text())
         assert [entry["case"] for entry in stored["failures"]] == failed
