@@ -19,11 +19,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import retinanet as tv
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 import retina_fast
 from benchmarks.measure import Built, Case, run_benchmark
 from retina_fast import RetinaNet, TrainingStep
+from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d, as_torchvision
 from retina_fast.backbones.resnet_fpn import resnet_fpn
 
 OBJECTS = 16  # an image
@@ -71,6 +71,7 @@ def network(setting: Setting) -> RetinaNet:
 def torchvision_copy(model: RetinaNet, setting: Setting) -> tv.RetinaNet:
     parts = {name: copy.deepcopy(getattr(model, name)) for name in ("anchor_generator", "head")}
     backbone = copy.deepcopy(model.backbone)
+    as_torchvision(backbone)
     return tv.RetinaNet(backbone, setting.num_classes, *setting.image_sizes, **parts).train()
 
 

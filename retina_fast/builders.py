@@ -33,8 +33,8 @@ from torchvision.models.detection.retinanet import (
     _default_anchorgen,
 )
 from torchvision.models.resnet import ResNet
-from torchvision.ops.misc import FrozenBatchNorm2d
 
+from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d
 from retina_fast.backbones.resnet_fpn import resnet_fpn, resnet_fpn_lite
 from retina_fast.backbones.specification import SPINENET
 from retina_fast.backbones.spinenet import ACTIVATIONS, SIZES, SpineNet

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torchvision.models.detection import retinanet as tv
 
+from retina_fast.backbones.frozen_norm import as_torchvision
 from retina_fast.model import RetinaNet, same
 
 
@@ -68,6 +69,7 @@ def to_torchvision(model: RetinaNet) -> tv.RetinaNet:
     """
     twin: Any = copy.deepcopy(model)
     twin.__class__ = tv.RetinaNet
+    as_torchvision(twin)
     return twin.to(memory_format=torch.contiguous_format)
 
 
