@@ -2,7 +2,7 @@
 
 Writes benchmarks/predictions.json and the table of benchmarks/NOTES.md: of each goal of one GPU, every launch with its
 time and what bounds it (benchmarks.roofline), from the launches themselves, recorded on fake tensors, and their machine
-code for sm_90. ``make report`` draws them beside what is measured. Predictions are of this project's own side; ratios
+code for sm_90 by the Triton at hand. ``make report`` draws them beside what is measured. Predictions are of this project's own side; ratios
 follow from a record.
 """
 
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 
-from benchmarks import batched_nms, launches, postprocess, roofline, scenes, training_step
+from benchmarks import batched_nms, launches, postprocess, report, roofline, scenes, static, training_step
 from benchmarks.cost import Training
 from benchmarks.recorder import Launch, TorchOp, record, timeline
 from benchmarks.report import write_between
 from benchmarks.roofline import Scene, Step
-from benchmarks.static import Row, report
+from benchmarks.static import Row
 from retina_fast import compile_inference, engine, retinanet_resnet50_fpn
 from retina_fast.kernels import anchor_matching as matching
 from retina_fast.kernels.batched_nms import _GROUPS, nms_image
@@ -189,7 +189,7 @@ def _row(launch: Launch, rows: dict[tuple[str, ...], Row]) -> Row:
 
 def compiled() -> dict[tuple[str, ...], Row]:
     """The sm_90 code of every launch of benchmarks.launches.CASES, by variant."""
-    return by_variant(report(["sm_90"]))
+    return by_variant(static.report(["sm_90"]))
 
 
 def by_variant(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
@@ -257,8 +257,9 @@ def main() -> None:
     import triton
 
     goals = predictions(compiled())
-    PREDICTIONS.write_text(json.dumps({"triton": triton.__version__, "goals": goals}, indent=1) + "\n")
-    write_between(NOTES, BEGIN, END, "\n" + "\n".join(table(goals)) + "\n")
+    stored = json.loads(PREDICTIONS.read_text()) if PREDICTIONS.exists() else {}
+    PREDICTIONS.write_text(json.dumps(stored | {triton.__version__: goals}, indent=1) + "\n")
+    write_between(NOTES, BEGIN, END, "\n" + "\n".join(table(report.predictions("newest"))) + "\n")
     print("\n".join(table(goals)))
 
 

@@ -32,6 +32,13 @@ def newest() -> Path | None:
     return max(found, key=lambda path: json.loads(path.read_text())["environment"]["date"], default=None)
 
 
+def predictions(triton: str) -> dict[str, Any]:
+    """By goal, from the code that this version of Triton makes; where that was not looked at, the newest."""
+    stored = json.loads(PREDICTIONS.read_text())
+    newest = max(stored, key=lambda version: [int(number) for number in version.split(".")])
+    return stored.get(triton) or stored[newest]
+
+
 def caption(environment: dict[str, Any]) -> str:
     commit = (environment["commit"] or "unknown")[:7] + (", with uncommitted changes" if environment["dirty"] else "")
     names = ("torch", "triton", "torchvision")
@@ -259,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.readme == README and (environment["small"] or environment["dirty"] or not record["records"]):
         print(f"{path} is no record for README.md: small shapes, uncommitted changes, or nothing measured.")
         return 2
-    predicted = json.loads(PREDICTIONS.read_text())["goals"]
+    predicted = predictions(environment["triton"])
     folder = options.pictures or path.with_suffix("")
     pictures = draw(record, predicted, folder)
     shown = os.path.relpath(folder / "ratios.png", options.readme.parent)

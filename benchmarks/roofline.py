@@ -169,7 +169,8 @@ def _box_decode(launch: Launch, row: Row, scene: Scene) -> Work:
 
 def _suppress(launch: Launch, row: Row, scene: Scene) -> Work:
     """One program walks down the boxes of its classes, 32 at a time, each tile past those kept so far."""
-    deal, compare, settle = row.loops
+    deal, compare, *rest = row.loops  # the last one settles the tile; a compiler may make no loop of it
+    settle = sum(rest)
     steps = math.ceil(scene.members / 32)
     compared = sum(math.ceil(scene.kept * step / steps / 32) for step in range(steps))
     dealt = math.ceil(scene.candidates / launch.kwargs["SCAN"])
