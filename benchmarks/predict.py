@@ -2,8 +2,8 @@
 
 Writes benchmarks/predictions.json and the table of benchmarks/NOTES.md: of each goal of one GPU, every launch with its
 time and what bounds it (benchmarks.roofline), from the launches themselves, recorded on fake tensors, and their machine
-code for sm_90 by the Triton at hand. ``make report`` draws them beside what is measured. Predictions are of this project's own side; ratios
-follow from a record.
+code for sm_90 by the Triton at hand. ``make report`` draws them beside what is measured. Predictions are of this
+project's own side; ratios follow from a record.
 """
 
 import functools

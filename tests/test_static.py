@@ -77,13 +77,13 @@ def test_candidate_selection_spends_little_on_what_is_below_the_threshold(rows):
 
 
 def test_what_is_predicted_follows_from_the_code(rows):
-    """benchmarks/predictions.json is what `python -m benchmarks.predict` gives; another Triton compiles differently."""
+    """benchmarks/predictions.json is what `python -m benchmarks.predict` gives, for this Triton."""
     stored = json.loads(predict.PREDICTIONS.read_text())
-    near = 0.05 if stored["triton"] == triton.__version__ else 0.5
+    if triton.__version__ not in stored:
+        pytest.skip(f"predicted for Triton {' and '.join(stored)}")
     for name, goal in predict.predictions(predict.by_variant(rows)).items():
-        assert goal["ms"] == pytest.approx(stored["goals"][name]["ms"], rel=near), (
-            f"{name}: run benchmarks.predict again"
-        )
+        expected = stored[triton.__version__][name]["ms"]
+        assert goal["ms"] == pytest.approx(expected, rel=0.05), f"{name}: run benchmarks.predict again"
 
 
 class Noisy:
