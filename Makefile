@@ -1,8 +1,8 @@
-# make demo · make test · make lint · make bench: each sets up .venv first.
+# make demo · make test · make lint · make bench: each sets up .venv first. With a GPU: make gpu-test · make gpu.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu-test gpu report clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -23,8 +23,16 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-gpu:  # with the packages that the GPU machine has: nothing is installed there
-	$(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
+HERE := $(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON))
+
+gpu-test:  # these with the packages that the GPU machine has: nothing is installed there
+	$(HERE) -m benchmarks.bring_up
+
+gpu:
+	$(HERE) -m benchmarks.gpu
+
+report:
+	$(HERE) -m benchmarks.report
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -16,8 +16,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from benchmarks.measure import Built, Case, call_ms
-from benchmarks.postprocess import in_turns
+from benchmarks.measure import Built, Case, print_in_turns, run_benchmark
 from retina_fast.kernels.batched_nms import Kept, batched_nms, batched_nms_reference
 
 IOU, KEPT = 0.5, 300
@@ -115,38 +114,27 @@ def build(setting: Setting, device: torch.device) -> Built:
     return Built(ours, {"torchvision eager": torchvision_eager}, check, min_bytes=boxes.nbytes + scores.nbytes)
 
 
-CASES = [Case(setting.name, "float32", functools.partial(build, setting), GOALS.get(setting)) for setting in SETTINGS]
+def _case(setting: Setting, goal: str | None = None) -> Case:
+    return Case(setting.name, "float32", functools.partial(build, setting), goal)
 
 
-_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = [_case(setting, GOALS.get(setting)) for setting in SETTINGS]
+SMALL = [
+    _case(Setting(boxes=200, classes=11, kept=250), "K5-b1"),
+    _case(Setting(2, 200, 11, kept=250), "K5-b32"),
+    *[_case(Setting(2, 200, 1, kind, 250)) for kind in SETS],
+    _case(Setting(boxes=0)),
+]
 
 
-@pytest.mark.parametrize("setting", SETTINGS if _DEVICE.type == "cuda" else [CPU_SETTING], ids=str)
+@pytest.mark.parametrize("setting", SETTINGS if torch.cuda.is_available() else [CPU_SETTING], ids=str)
 @pytest.mark.parametrize("implementation", ["torchvision eager", "ours"])
 def test_batched_nms(implementation: str, setting: Setting, benchmark: Any) -> None:
-    built = build(setting, _DEVICE)
-    built.check()
-    call = built.ours if implementation == "ours" else built.baselines[implementation]
-    benchmark.group = setting.name
-    benchmark.extra_info.update(ms=call_ms(call, _DEVICE)["median"])
-
-    def waited_for() -> None:
-        call()
-        if _DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(waited_for, rounds=5, warmup_rounds=1)
-
-
-def main() -> None:
-    print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, torchvision {torchvision.__version__}")
-    for kind in ("clustered", "uniform"):
-        setting = dataclasses.replace(CPU_SETTING, kind=kind)
-        built = build(setting, torch.device("cpu"))
-        built.check()
-        print(f"{setting.name}, medians of 15 runs in turns")
-        in_turns(built, 15)
+    run_benchmark(build, setting, "float32", implementation, benchmark)
 
 
 if __name__ == "__main__":
-    main()
+    for kind in ("clustered", "uniform"):
+        setting = dataclasses.replace(CPU_SETTING, kind=kind)
+        print(setting.name)
+        print_in_turns(build(setting, torch.device("cpu")), 15)

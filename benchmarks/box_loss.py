@@ -73,7 +73,12 @@ def build(setting: Setting, device: torch.device) -> Built:
     return Built(ours, {"torchvision eager": torchvision_loss}, check, min_bytes)
 
 
-CASES = [Case(setting.name, setting.dtype, functools.partial(build, setting)) for setting in SETTINGS]
+def _case(setting: Setting) -> Case:
+    return Case(setting.name, setting.dtype, functools.partial(build, setting))
+
+
+CASES = [_case(setting) for setting in SETTINGS]
+SMALL = [_case(Setting(loss_type, 2, 4, 160, "float32")) for loss_type in LOSS_TYPES]
 
 
 @pytest.mark.parametrize("setting", CPU_SETTINGS if not torch.cuda.is_available() else SETTINGS, ids=lambda s: s.name)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Built, Case, call_ms
+from benchmarks.measure import Built, Case, run_benchmark
 from retina_fast.kernels.group_norm_relu import group_norm_relu, group_norm_relu_reference
 
 CHANNELS, GROUPS = 256, 32
@@ -63,7 +63,7 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
 
     baselines: dict[str, Callable[[], Any]] = {"torch eager": functools.partial(step, eager)}
     if with_compile:
-        baselines["torch.compile"] = functools.partial(step, torch.compile(eager, fullgraph=True))
+        baselines["torch.compile"] = functools.partial(step, torch.compile(eager))
 
     def check() -> None:
         tolerance = {"float32": 1e-5, "bfloat16": 2**-8}[setting.dtype]
@@ -77,27 +77,18 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
     return Built(functools.partial(step, group_norm_relu), baselines, check, min_bytes)
 
 
-CASES = [
-    Case(setting.name, setting.dtype, functools.partial(build, setting, with_compile=setting == BASE))
-    for setting in SETTINGS
-]
+def _case(setting: Setting, with_compile: bool = False) -> Case:
+    return Case(setting.name, setting.dtype, functools.partial(build, setting, with_compile=with_compile))
 
 
-_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = [_case(setting, with_compile=setting == BASE) for setting in SETTINGS]
+SMALL = [_case(Setting(2, 64, 64, dtype)) for dtype in ("float32", "bfloat16")]
 
 
-@pytest.mark.parametrize("setting", SETTINGS if _DEVICE.type == "cuda" else CPU_SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS if torch.cuda.is_available() else CPU_SETTINGS, ids=str)
 @pytest.mark.parametrize("implementation", ["torch eager", "torch.compile", "ours"])
 def test_group_norm_relu(implementation: str, setting: Setting, benchmark: Any) -> None:
-    built = build(setting, _DEVICE, with_compile=implementation == "torch.compile")
-    built.check()
-    call = built.ours if implementation == "ours" else built.baselines[implementation]
-    benchmark.group = setting.name + ", " + setting.dtype
-    benchmark.extra_info["ms"] = call_ms(call, _DEVICE)["median"]
-
-    def waited_for() -> None:
-        call()
-        if _DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(waited_for, rounds=5, warmup_rounds=1)
+    with_compile = implementation == "torch.compile"
+    run_benchmark(
+        functools.partial(build, with_compile=with_compile), setting, setting.dtype, implementation, benchmark
+    )

@@ -1,28 +1,17 @@
-"""Every kernel launch of the project, recorded on a machine without a GPU.
+"""Every kernel of the project at a size really used.
 
-CASES is the one place where a kernel is listed: a case calls an op on fake CUDA tensors, at a size really used. What it
+CASES is the one place where a kernel is listed: a case calls an op on fake CUDA tensors (benchmarks.recorder). What it
 launches is compiled for every target (``python -m benchmarks.static``), and its launcher is searched for host reads and
 copies between devices (tests/test_launches.py). A kernel is a ``@triton.jit`` function named ``*_kernel``.
 """
 
-import contextlib
 import functools
-import importlib
-import pkgutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
-from torch._library.custom_ops import CustomOpDef
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.autotuner import Autotuner
-from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
 
-import retina_fast.kernels
 from retina_fast import inference
 from retina_fast.kernels import (
     anchor_matching,
@@ -61,30 +50,30 @@ class Case:
     kernel: str | None = None
 
 
-def _levels(dtype: torch.dtype, channels: int) -> list[torch.Tensor]:
-    """The five levels of 8 images of 800x800 as a head writes them, (B, A*channels, H, W) in channels_last memory."""
+def levels_of(dtype: torch.dtype, channels: int, batch: int = 8) -> list[torch.Tensor]:
+    """The five levels of images of 800x800 as a head writes them, (B, A*channels, H, W) in channels_last memory."""
     layout = torch.channels_last
     return [
-        torch.empty(8, 9 * channels, n, n, dtype=dtype, device="cuda", memory_format=layout).requires_grad_()
+        torch.empty(batch, 9 * channels, n, n, dtype=dtype, device="cuda", memory_format=layout).requires_grad_()
         for n in (100, 50, 25, 13, 7)
     ]
 
 
-def _focal_loss(dtype: torch.dtype, num_classes: int = 91) -> None:
+def call_focal_loss(dtype: torch.dtype, num_classes: int = 91) -> None:
     labels = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
-    focal_loss.focal_loss(_levels(dtype, num_classes), labels, torch.empty(8, device="cuda"), num_classes)
+    focal_loss.focal_loss(levels_of(dtype, num_classes), labels, torch.empty(8, device="cuda"), num_classes)
 
 
 def _focal_loss_backward(dtype: torch.dtype) -> None:
     """Where the gradient was not written in forward. Autograd itself would need a GPU here."""
-    levels = [level.detach() for level in flatten_all(_levels(dtype, 91), 91)]
+    levels = [level.detach() for level in flatten_all(levels_of(dtype, 91), 91)]
     labels = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
     normalizers, factor = torch.empty(8, device="cuda"), torch.empty((), device="cuda")
     focal_loss._focal_loss_op(levels, labels, normalizers, factor, 91, 0.25, 2.0, False, True)
 
 
-def _scale(dtype: torch.dtype) -> None:
-    levels = [level.detach() for level in flatten_all(_levels(dtype, 91), 91)]
+def call_scale(dtype: torch.dtype) -> None:
+    levels = [level.detach() for level in flatten_all(levels_of(dtype, 91), 91)]
     one_pass.scale_op(levels, torch.empty((), device="cuda"))
 
 
@@ -94,7 +83,7 @@ def _sigmoid_focal_loss(dtype: torch.dtype, output: str) -> None:
     sigmoid_focal_loss._op(x, targets, incoming, 0.25, 2.0, output, torch.float32 if output == "sums" else dtype)
 
 
-def _image_batch(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+def call_image_batch(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
     """Eight images of 480x640, resized to 800 as torchvision does."""
     images = [torch.empty(3, 480, 640, dtype=dtype, device="cuda")] * 8
     layout = torch.channels_last
@@ -120,19 +109,19 @@ def _group_norm_relu_backward(dtype: torch.dtype) -> None:
 
 
 def _candidate_selection(dtype: torch.dtype) -> None:
-    levels = [level.detach() for level in _levels(dtype, 91)]
+    levels = [level.detach() for level in levels_of(dtype, 91)]
     candidate_selection.candidate_selection(levels, 91, 0.05, 1000)
 
 
-def _batched_nms(by_class: bool, best_first: bool) -> None:
-    boxes, counts = torch.empty(8, 5000, 4, device="cuda"), torch.empty(8, dtype=torch.int64, device="cuda")
-    scores = None if best_first else torch.empty(8, 5000, device="cuda")
-    labels = torch.empty(8, 5000, dtype=torch.int64, device="cuda") if by_class else None
+def call_batched_nms(by_class: bool, best_first: bool, batch: int = 8) -> None:
+    boxes, counts = torch.empty(batch, 5000, 4, device="cuda"), torch.empty(batch, dtype=torch.int64, device="cuda")
+    scores = None if best_first else torch.empty(batch, 5000, device="cuda")
+    labels = torch.empty(batch, 5000, dtype=torch.int64, device="cuda") if by_class else None
     batched_nms.batched_nms(boxes, scores, labels, counts)
 
 
 def _box_decode(dtype: torch.dtype) -> None:
-    levels = [level.detach() for level in _levels(dtype, 4)]
+    levels = [level.detach() for level in levels_of(dtype, 4)]
     index = torch.empty(8, 5000, dtype=torch.int64, device="cuda")
     sizes = torch.empty(8, 2, dtype=torch.int64, device="cuda")
     box_decode.box_decode(levels, torch.empty(120087, 4, device="cuda"), index, sizes)
@@ -148,48 +137,46 @@ def _take_kept() -> None:
 
 def detect(dtype: torch.dtype, batch: int = 8) -> inference.Detections:
     """From the heads' outputs at 800x800 to detections."""
-    logits = [level.detach()[:1].expand(batch, -1, -1, -1) for level in _levels(dtype, 91)]
-    logits = [torch.empty_like(level) for level in logits]
-    deltas = [level[:, : 9 * 4].contiguous(memory_format=torch.channels_last) for level in logits]
+    logits, deltas = ([level.detach() for level in levels_of(dtype, channels, batch)] for channels in (91, 4))
     anchors = torch.empty(120087, 4, device="cuda")
     sizes = torch.empty(2, batch, 2, dtype=torch.int64, device="cuda")
     return inference.detect(logits, deltas, anchors, sizes[0], sizes[1], 91, 0.05, 1000, 0.5, 300)
 
 
-def _ground_truths(num_boxes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Boxes, labels and offsets of 8 images."""
+def ground_truths(num_boxes: int, batch: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Boxes, labels and offsets of all images."""
     boxes, labels = torch.empty(num_boxes, 4, device="cuda"), torch.empty(num_boxes, dtype=torch.int64, device="cuda")
-    return boxes, labels, torch.empty(9, dtype=torch.int64, device="cuda")
+    return boxes, labels, torch.empty(batch + 1, dtype=torch.int64, device="cuda")
 
 
-def _anchor_matching(low_quality: bool) -> None:
+def call_anchor_matching(low_quality: bool, num_boxes: int = 4000, batch: int = 8) -> None:
     anchors = torch.empty(120087, 4, device="cuda")
-    anchor_matching.anchor_matching(anchors, *_ground_truths(4000), allow_low_quality_matches=low_quality)
+    anchor_matching.anchor_matching(anchors, *ground_truths(num_boxes, batch), allow_low_quality_matches=low_quality)
 
 
 def _box_loss(dtype: torch.dtype, loss_type: str) -> None:
-    boxes, _, offsets = _ground_truths(4000)
+    boxes, _, offsets = ground_truths(4000)
     anchors = torch.empty(120087, 4, device="cuda")
     indices = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
     normalizers = torch.empty(8, device="cuda")
-    box_loss.box_loss(_levels(dtype, channels=4), anchors, indices, boxes, offsets, normalizers, loss_type)
+    box_loss.box_loss(levels_of(dtype, channels=4), anchors, indices, boxes, offsets, normalizers, loss_type)
 
 
 _IMAGE_TILE = image_batch._BLOCK * image_batch._ROWS
 
 CASES = {
-    "anchor_matching": Case(lambda: _anchor_matching(True)),
-    "anchor_matching without low quality": Case(lambda: _anchor_matching(False)),
+    "anchor_matching": Case(lambda: call_anchor_matching(True)),
+    "anchor_matching without low quality": Case(lambda: call_anchor_matching(False)),
     **{
         f"box_loss bf16 {name}": Case(functools.partial(_box_loss, torch.bfloat16, name))
         for name in box_loss.LOSS_TYPES
     },
-    "focal_loss bf16": Case(lambda: _focal_loss(torch.bfloat16), focal_loss._TILE, 4, 28, 3),
-    "focal_loss fp32": Case(lambda: _focal_loss(torch.float32), focal_loss._TILE, 8, 28, 3),
-    "focal_loss fp16 forward": Case(lambda: _focal_loss(torch.float16), focal_loss._TILE, 2, 28, 3),
+    "focal_loss bf16": Case(lambda: call_focal_loss(torch.bfloat16), focal_loss._TILE, 4, 28, 3),
+    "focal_loss fp32": Case(lambda: call_focal_loss(torch.float32), focal_loss._TILE, 8, 28, 3),
+    "focal_loss fp16 forward": Case(lambda: call_focal_loss(torch.float16), focal_loss._TILE, 2, 28, 3),
     "focal_loss fp16 backward": Case(lambda: _focal_loss_backward(torch.float16), focal_loss._TILE, 4, 28, 3),
-    "focal_loss bf16 K=1": Case(lambda: _focal_loss(torch.bfloat16, 1), focal_loss._TILE, 4),
-    "one_pass scale bf16": Case(lambda: _scale(torch.bfloat16)),
+    "focal_loss bf16 K=1": Case(lambda: call_focal_loss(torch.bfloat16, 1), focal_loss._TILE, 4),
+    "one_pass scale bf16": Case(lambda: call_scale(torch.bfloat16)),
     "sigmoid_focal_loss bf16 losses": Case(
         lambda: _sigmoid_focal_loss(torch.bfloat16, "losses"), sigmoid_focal_loss._TILE, 6
     ),
@@ -199,8 +186,8 @@ CASES = {
     "sigmoid_focal_loss bf16 backward": Case(
         lambda: _sigmoid_focal_loss(torch.bfloat16, "gradients"), sigmoid_focal_loss._TILE, 8
     ),
-    "image_batch uint8 to bf16": Case(lambda: _image_batch(torch.uint8, torch.bfloat16), _IMAGE_TILE, 2),
-    "image_batch fp32": Case(lambda: _image_batch(torch.float32, torch.float32), _IMAGE_TILE, 4),
+    "image_batch uint8 to bf16": Case(lambda: call_image_batch(torch.uint8, torch.bfloat16), _IMAGE_TILE, 2),
+    "image_batch fp32": Case(lambda: call_image_batch(torch.float32, torch.float32), _IMAGE_TILE, 4),
     "group_norm_relu bf16": Case(lambda: _group_norm_relu(torch.bfloat16)),
     "group_norm_relu fp32": Case(lambda: _group_norm_relu(torch.float32)),
     "group_norm_relu bf16 backward": Case(lambda: _group_norm_relu_backward(torch.bfloat16)),
@@ -212,119 +199,8 @@ CASES = {
         lambda: _candidate_selection(torch.float32), candidate_selection._TILE_BYTES // 4, 4, 6, 0, "_list_kernel"
     ),
     "box_decode bf16": Case(lambda: _box_decode(torch.bfloat16)),
-    "batched_nms": Case(lambda: _batched_nms(by_class=True, best_first=False)),
-    "batched_nms best first": Case(lambda: _batched_nms(by_class=True, best_first=True)),
-    "batched_nms class-agnostic": Case(lambda: _batched_nms(by_class=False, best_first=True)),
+    "batched_nms": Case(lambda: call_batched_nms(by_class=True, best_first=False)),
+    "batched_nms best first": Case(lambda: call_batched_nms(by_class=True, best_first=True)),
+    "batched_nms class-agnostic": Case(lambda: call_batched_nms(by_class=False, best_first=True)),
     "take_kept": Case(_take_kept),
 }
-
-
-@dataclass
-class Launch:
-    kernel: Any  # a JITFunction, or an InterpretedFunction under TRITON_INTERPRET=1
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    grid: Any = field(repr=False)
-
-    @property
-    def variant(self) -> tuple[str, ...]:
-        """Equal for launches of which Triton makes one binary: the kernel, what the arguments are, the constants."""
-
-        def kind(arg: Any) -> str:
-            return str(arg.dtype) if isinstance(arg, torch.Tensor) else type(arg).__name__
-
-        kinds = [str(tuple(map(kind, arg))) if isinstance(arg, tuple) else kind(arg) for arg in self.args]
-        return self.kernel.__name__, *kinds, str(self.kwargs)
-
-
-def modules() -> list[Any]:
-    return [
-        importlib.import_module(f"retina_fast.kernels.{info.name}")
-        for info in pkgutil.iter_modules(retina_fast.kernels.__path__)
-    ]
-
-
-def kernels() -> dict[str, Any]:
-    """Every kernel of the package by name."""
-    return {name: value for module in modules() for name, value in vars(module).items() if name.endswith("_kernel")}
-
-
-def record(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> list[Launch]:
-    """What a call launches on fake CUDA tensors, its ops' bodies run for real.
-
-    Args:
-        run: the call; given what ``prepare`` returned, if there is one.
-        prepare: makes what may be copied to the device beforehand, as a model's weights.
-
-    Raises:
-        RuntimeError: on a copy between devices that makes the host wait, and, from torch, on a read of a device value.
-    """
-    launches: list[Launch] = []
-    with _bodies_as_fakes(), no_launches(launches), _no_device(), FakeTensorMode():
-        prepared = () if prepare is None else (prepare(),)
-        launches.clear()
-        with _NoHostCopies():
-            run(*prepared)
-    return launches
-
-
-@contextlib.contextmanager
-def _bodies_as_fakes() -> Iterator[None]:
-    """torch replaces a custom op by its fake on fake tensors; here the fake is the body."""
-    ops = {value for module in modules() for value in vars(module).values() if isinstance(value, CustomOpDef)}
-    fakes = {op: op._abstract_fn for op in ops}
-    try:
-        for op in ops:
-            op._abstract_fn = op._init_fn
-        yield
-    finally:
-        for op, fake in fakes.items():
-            op._abstract_fn = fake
-
-
-@contextlib.contextmanager
-def no_launches(launches: list[Launch]) -> Iterator[None]:
-    """Kernels are noted, and not run."""
-
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-        launches.append(Launch(kernel, args, kwargs, grid))
-
-    def run_all(tuner: Any, *args: Any, **kwargs: Any) -> None:
-        for config in tuner.configs:
-            tuner.fn.run(*args, **kwargs, **config.all_kwargs())
-
-    with (
-        mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(InterpretedFunction, "run", run),
-        mock.patch.object(Autotuner, "run", run_all),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _no_device() -> Iterator[None]:
-    """Entering a device and pinning memory need a driver, an address needs memory."""
-    with (
-        mock.patch.object(torch.Tensor, "data_ptr", return_value=0),
-        mock.patch.object(torch.Tensor, "pin_memory", torch.Tensor.clone),
-        mock.patch.object(torch.cuda.device, "__enter__"),
-        mock.patch.object(torch.cuda.device, "__exit__", return_value=False),
-    ):
-        yield
-
-
-class _NoHostCopies(TorchDispatchMode):
-    """Refuses ops that move data between devices while the host waits."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        positional = func is torch.ops.aten.copy_.default and args[2:] == (True,)
-        if not (positional or (kwargs or {}).get("non_blocking")):
-            tensors = torch.utils._pytree.tree_leaves((args, kwargs, out))
-            devices = {t.device.type for t in tensors if isinstance(t, torch.Tensor) and (t.dim() or func in _COPIES)}
-            if len(devices) > 1:
-                raise RuntimeError(f"{func} copies between {sorted(devices)} and makes the host wait")
-        return out
-
-
-_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)

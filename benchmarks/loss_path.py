@@ -8,8 +8,6 @@ start from the heads' outputs as each lays them out: concatenated for torchvisio
 
 import dataclasses
 import functools
-import statistics
-import time
 from typing import Any
 
 import pytest
@@ -18,9 +16,10 @@ import torchvision
 from torch import Tensor
 
 from benchmarks import scenes
-from benchmarks.measure import Built, Case, run_benchmark
+from benchmarks.measure import Built, Case, print_in_turns, run_benchmark
 from retina_fast import RetinaNet
 from retina_fast.kernels.levels import flatten_all
+from retina_fast.training import detection_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ def build(setting: Setting, device: torch.device) -> Built:
     size, k, dtype = setting.size, setting.num_classes, getattr(torch, setting.dtype)
     theirs, ours = models(k, setting.loss_type)
     anchors = [scenes.anchors(size, size, device)] * setting.batch
-    targets = scenes.scene(setting.batch, setting.ground_truths, size, size, k, device).targets
+    targets, truths = scenes.scene(setting.batch, setting.ground_truths, size, size, k, device)
     levels = {
         "cls_logits": scenes.levels(setting.batch, k, size, size, dtype, device, -4.6, 1.0),
         "bbox_regression": scenes.levels(setting.batch, 4, size, size, dtype, device, 0.0, 0.1),
@@ -81,7 +80,14 @@ def build(setting: Setting, device: torch.device) -> Built:
     step_ours = functools.partial(step, ours, levels, leaves)
     step_torchvision = functools.partial(step, theirs, joined, list(joined.values()))
 
+    def captured() -> Any:  # as the training step's graph holds it: the ground truths lie flat in its buffers
+        outputs = levels["cls_logits"], levels["bbox_regression"]
+        losses = detection_losses(*outputs, anchors[0], truths, k, ours.proposal_matcher, setting.loss_type)
+        return torch.autograd.grad(losses["classification"] + losses["bbox_regression"], leaves)
+
     def check() -> None:
+        for grad, same in zip(step_ours()[1], captured(), strict=True):
+            assert torch.equal(grad, same), f"{setting}: flat ground truths"
         (losses, grads), (expected, joined_grads) = step_ours(), step_torchvision()
         # torchvision sums bfloat16 losses in bfloat16
         tolerance = 1e-5 if dtype == torch.float32 else 5e-2
@@ -93,12 +99,19 @@ def build(setting: Setting, device: torch.device) -> Built:
             for image, image_exact in zip(grad.double(), exact.double(), strict=True):
                 assert (image - image_exact).norm() <= 10 * tolerance * image_exact.norm(), f"{setting}: {key}"
 
-    return Built(step_ours, {"torchvision eager": step_torchvision}, check, 2 * joined["cls_logits"].nbytes)
+    min_bytes = 2 * joined["cls_logits"].nbytes
+    return Built(step_ours, {"torchvision eager": step_torchvision}, check, min_bytes, captured=captured)
 
 
-CASES = [
-    Case(setting.name, setting.dtype, functools.partial(build, setting), "K2" if setting == GOAL else None)
-    for setting in SETTINGS
+def _case(setting: Setting, goal: str | None = None) -> Case:
+    return Case(setting.name, setting.dtype, functools.partial(build, setting), goal)
+
+
+CASES = [_case(setting, "K2" if setting == GOAL else None) for setting in SETTINGS]
+SMALL = [
+    _case(Setting(2, 4, 160, 7), "K2"),
+    _case(Setting(2, 4, 160, 7, "float32", "giou")),
+    _case(Setting(1, 9, 160, 7)),
 ]
 
 
@@ -108,20 +121,5 @@ def test_loss_path(implementation: str, setting: Setting, benchmark: Any) -> Non
     run_benchmark(build, setting, setting.dtype, implementation, benchmark)
 
 
-def main(repetitions: int = 15) -> None:
-    built = build(CPU_SETTING, torch.device("cpu"))
-    built.check()
-    both = built.baselines["torchvision eager"], built.ours
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repetitions):
-        for step, measured in zip(both, seconds, strict=True):
-            start = time.perf_counter()
-            step()
-            measured.append(time.perf_counter() - start)
-    slow, fast = (1000 * statistics.median(measured) for measured in seconds)
-    print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, medians of {repetitions} runs in turns")
-    print(f"torchvision {slow:.0f} ms, retina_fast {fast:.0f} ms, ratio {slow / fast:.2f}")
-
-
 if __name__ == "__main__":
-    main()
+    print_in_turns(build(CPU_SETTING, torch.device("cpu")), 15)

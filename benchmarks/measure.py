@@ -1,22 +1,19 @@
-"""How a case is timed and what a record of it holds, the same for every benchmark file."""
+"""How a case is timed, the same for every benchmark file."""
 
-import datetime
 import functools
-import json
-import platform
+import math
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.records import Failure, Record
+
+Call = Callable[[], Any]
 
 
 @dataclass
@@ -29,18 +26,21 @@ class Built:
         min_bytes: the least that any implementation must move, for the share of the copy bandwidth.
         uncaptured: where ``ours`` replays a graph of its own, the same work without it: its peak memory is measured,
             since a replay allocates nothing, and ``ours`` is not captured once more.
+        captured: what is timed as a CUDA graph, where that is not ``ours`` itself: an upload within it would be
+            repeated from host memory that is long in use for something else.
     """
 
-    ours: Callable[[], Any]
-    baselines: dict[str, Callable[[], Any]]
+    ours: Call
+    baselines: dict[str, Call]
     check: Callable[[], None]
     min_bytes: int
-    uncaptured: Callable[[], Any] | None = None
+    uncaptured: Call | None = None
+    captured: Call | None = None
 
 
 @dataclass
 class Case:
-    """One comparison. ``goal`` is set only where performance.md's goals name this very case."""
+    """One comparison. ``goal`` is set only where performance.md's goals name this very case, and on its small twin."""
 
     name: str
     dtype: str
@@ -48,135 +48,76 @@ class Case:
     goal: str | None = None
 
 
-@dataclass
-class Record:
-    goal: str | None
-    case: str
-    dtype: str
-    baseline: str
-    baseline_ms: float
-    ours_ms: float
-    ratio: float
-    ceiling_fraction: float
-    peak_mb: float
-    baseline_peak_mb: float
-    raw_ms: dict[str, float]
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.case, self.dtype, self.baseline
-
-
-class Results:
-    """A file of records, written after each one so that a run that is cut short can be taken up again.
-
-    Records of another commit, device or version of torch or triton are dropped: every ratio in a file comes from one
-    state of the code on one machine.
-    """
-
-    SAME = ("device", "driver", "torch", "triton", "torchvision", "commit", "dirty")
-
-    def __init__(self, path: Path, environment: dict[str, Any]) -> None:
-        self.path, self.environment = path, environment
-        self.records: list[Record] = []
-        if path.exists():
-            stored = json.loads(path.read_text())
-            if all(stored["environment"].get(key) == environment[key] for key in self.SAME):
-                self.records = [Record(**record) for record in stored["records"]]
-
-    def add(self, records: list[Record]) -> None:
-        new = {record.key for record in records}
-        self.records = [record for record in self.records if record.key not in new] + records
-        goals = [(record.goal, record.baseline) for record in self.records if record.goal]
-        assert len(goals) == len(set(goals)), f"a goal is claimed twice: {goals}"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        stored = {"environment": self.environment, "records": [asdict(record) for record in self.records]}
-        partial.write_text(json.dumps(stored, indent=1) + "\n")
-        partial.replace(self.path)
-
-
-def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """What a figure depends on, with the two ceilings measured now. ``commit`` is for a copy without its .git."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    import triton
-
-    changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What no kernel exceeds: bytes read and written a second by a copy far larger than the caches, and the rate of a
+    large product in bfloat16."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device).zero_()
+    target = torch.empty_like(source)
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
+    times = in_turns({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, device)
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "driver": _driver(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "torchvision": torchvision.__version__,
-        "commit": git("rev-parse", "HEAD") or commit,
-        "dirty": None if changes is None else bool(changes),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "copy_gb_s": float(f"{copy_gb_s(device):.4g}"),
-        "bf16_tflop_s": float(f"{bf16_tflop_s(device):.4g}"),
+        "copy_gb_s": 2 * source.nbytes / (times["copy"]["median"] * 1e6),
+        "bf16_tflop_s": 2 * n**3 / (times["product"]["median"] * 1e9),
     }
 
 
-def _driver() -> str | None:
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.check_output(query, text=True).splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
+def in_turns(
+    calls: dict[str, Call], device: torch.device, rounds: int = 5, repeats: int = 5, seconds: float = 2
+) -> dict[str, Any]:
+    """Milliseconds of each call, by name: the median, the minimum, and the wall time of one call that is waited for.
 
-
-def copy_gb_s(device: torch.device) -> float:
-    """Bytes read and written a second by a copy far larger than the caches."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device).zero_()
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (call_ms(lambda: target.copy_(source), device)["median"] * 1e6)
-
-
-def bf16_tflop_s(device: torch.device) -> float:
-    n = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
-    return 2 * n**3 / (call_ms(lambda: a @ b, device)["median"] * 1e9)
-
-
-def call_ms(call: Callable[[], Any], device: torch.device, repeats: int = 20) -> dict[str, float]:
-    """Milliseconds of a call: the median, the minimum, and the wall time of one call that is waited for.
-
-    On a GPU the first two are the device's own time. The host first queues all calls behind an idle kernel, so what it
-    takes to launch them does not show; the wall time says what it takes.
+    The calls take turns. On a GPU a turn is several calls, and the first two figures are the device's own time: the
+    host first queues the turn behind an idle kernel, so what it takes to launch them does not show; the wall time says
+    what it takes. Before each call as much memory is read as leaves nothing else in the L2 cache, as inputs that rotate
+    would. On a CPU a turn is one call, and slow calls have fewer turns, but three at least, within so many seconds.
     """
-    for _ in range(3):
-        call()
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    wall = (time.perf_counter() - start) * 1e3
-    if device.type == "cuda":
-        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        torch.cuda._sleep(int(min(wall * repeats, 100) * 2e6))  # cycles, at about 2 GHz
-        for begin, end in marks:
-            begin.record()
+    for call in calls.values():
+        for _ in range(3 if device.type == "cuda" else 1):
             call()
-            end.record()
-        synchronize(device)
-        times = [begin.elapsed_time(end) for begin, end in marks]
-    else:
-        times = []
-        while len(times) < 3 or (len(times) < repeats and sum(times) < 2000):
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    walls: dict[str, list[float]] = {name: [] for name in calls}
+    turn = 0
+    while turn < (rounds if device.type == "cuda" else 3) or (
+        device.type == "cpu" and turn < rounds * repeats and sum(map(sum, times.values())) < 1e3 * seconds
+    ):
+        for name, call in calls.items():
+            synchronize(device)
             start = time.perf_counter()
             call()
-            times.append((time.perf_counter() - start) * 1e3)
-    return {"median": statistics.median(times), "min": min(times), "wall": wall}
+            synchronize(device)
+            walls[name].append((time.perf_counter() - start) * 1e3)
+            times[name] += (
+                _queued(call, device, repeats, walls[name][-1]) if device.type == "cuda" else walls[name][-1:]
+            )
+        turn += 1
+    return {
+        name: {"median": statistics.median(of), "min": min(of), "wall": statistics.median(walls[name])}
+        for name, of in times.items()
+    }
 
 
-def graph_ms(call: Callable[[], Any], device: torch.device) -> float:
-    """Median milliseconds of the call replayed as a CUDA graph, which also proves that it never waits for the host."""
+def _queued(call: Call, device: torch.device, repeats: int, wall: float) -> list[float]:
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda._sleep(int(min(wall * repeats, 100) * 2e6))  # cycles, at about 2 GHz
+    for begin, end in marks:
+        _beyond_l2(device).sum()
+        begin.record()
+        call()
+        end.record()
+    synchronize(device)
+    return [begin.elapsed_time(end) for begin, end in marks]
+
+
+@functools.cache
+def _beyond_l2(device: torch.device) -> torch.Tensor:
+    return torch.zeros(2**26, dtype=torch.int32, device=device)  # 256 MB; an H200's L2 holds 60
+
+
+def graph_of(call: Call) -> Call:
+    """The call as a CUDA graph, which also proves that it never waits for the host."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             call()
@@ -184,10 +125,10 @@ def graph_ms(call: Callable[[], Any], device: torch.device) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return call_ms(graph.replay, device)["median"]
+    return graph.replay
 
 
-def peak_mb(call: Callable[[], Any], device: torch.device) -> float:
+def peak_mb(call: Call, device: torch.device) -> float:
     """Megabytes (1e6 bytes) allocated at a call's peak, beyond what was there; 0 on a CPU, which keeps no count."""
     if device.type != "cuda":
         return 0.0
@@ -204,39 +145,66 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare(case: Case, device: torch.device, ceiling_gb_s: float) -> list[Record]:
-    """Checks the case, then times it against each of its baselines."""
+def compare(case: Case, device: torch.device, limits: dict[str, float]) -> tuple[list[Record], list[Failure]]:
+    """Checks the case, then times it and its baselines in turns. A baseline, or a capture, that fails is left out, and
+    said."""
     built = case.build(device)
     built.check()
-    ours = call_ms(built.ours, device)
-    raw = {f"ours_{name}": value for name, value in ours.items()}
+    failures, calls = [], {"ours": built.ours}
+    others: dict[str, Callable[[], Call]] = {
+        name: functools.partial(_tried, of) for name, of in built.baselines.items()
+    }
     if device.type == "cuda" and built.uncaptured is None:
-        raw["ours_graph"] = graph_ms(built.ours, device)
+        others["our graph"] = functools.partial(graph_of, built.captured or built.ours)
+    for name, ready in others.items():
+        try:
+            calls[name] = ready()
+        except Exception as error:
+            failures.append(Failure(case.goal, case.name, case.dtype, name, _said(error)))
+    with FlopCounterMode(display=False) as counter:
+        (built.uncaptured or built.ours)()
+    times = in_turns(calls, device)
+    ours, graph = times.pop("ours"), times.pop("our graph", None)
+    raw = {f"ours_{name}": value for name, value in ours.items()}
+    if graph is not None:
+        raw["ours_graph"] = graph["median"]
+    floor_ms = max(
+        built.min_bytes / (limits["copy_gb_s"] * 1e6), counter.get_total_flops() / (limits["bf16_tflop_s"] * 1e9)
+    )
     peak = peak_mb(built.uncaptured or built.ours, device)
-    records = []
-    for name, baseline in built.baselines.items():
-        theirs = call_ms(baseline, device)
-        records.append(
-            Record(
-                goal=case.goal,
-                case=case.name,
-                dtype=case.dtype,
-                baseline=name,
-                baseline_ms=theirs["median"],
-                ours_ms=ours["median"],
-                ratio=theirs["median"] / ours["median"],
-                ceiling_fraction=built.min_bytes / (ours["median"] * 1e6) / ceiling_gb_s,
-                peak_mb=peak,
-                baseline_peak_mb=peak_mb(baseline, device),
-                raw_ms=raw | {f"baseline_{key}": value for key, value in theirs.items()},
-            )
+    records = [
+        Record(
+            goal=case.goal,
+            case=case.name,
+            dtype=case.dtype,
+            baseline=name,
+            baseline_ms=theirs["median"],
+            ours_ms=ours["median"],
+            ratio=theirs["median"] / ours["median"],
+            ceiling_fraction=floor_ms / ours["median"],
+            peak_mb=peak,
+            baseline_peak_mb=peak_mb(built.baselines[name], device),
+            raw_ms=raw | {f"baseline_{key}": value for key, value in theirs.items()},
         )
-    return records
+        for name, theirs in times.items()
+    ]
+    return records, failures
 
 
-@functools.cache
-def _ceiling(device: torch.device) -> float:
-    return copy_gb_s(device)
+def _tried(call: Call) -> Call:
+    call()
+    return call
+
+
+def failure(case: Case, error: BaseException | str) -> Failure:
+    return Failure(case.goal, case.name, case.dtype, None, error if isinstance(error, str) else _said(error))
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]
+
+
+_ceilings = functools.cache(ceilings)
 
 
 def run_benchmark(
@@ -247,11 +215,15 @@ def run_benchmark(
     built = build(setting, device)
     built.check()
     call = built.ours if implementation == "ours" else built.baselines[implementation]
-    times = call_ms(call, device)
-    gb_s = built.min_bytes / (times["median"] * 1e6)
+    ms = in_turns({"it": call}, device)["it"]["median"]
+    gb_s = built.min_bytes / (ms * 1e6)
     benchmark.group = f"{setting.name}, {dtype}"
     benchmark.extra_info.update(
-        ms=times["median"], gb_s=gb_s, ceiling_fraction=gb_s / _ceiling(device), peak_mb=peak_mb(call, device)
+        ms=ms,
+        images_a_second=1e3 * setting.batch / ms,
+        gb_s=gb_s,
+        ceiling_fraction=gb_s / _ceilings(device)["copy_gb_s"],
+        peak_mb=peak_mb((built.uncaptured if implementation == "ours" else None) or call, device),
     )
 
     def waited_for() -> None:
@@ -259,3 +231,13 @@ def run_benchmark(
         synchronize(device)
 
     benchmark.pedantic(waited_for, rounds=5, warmup_rounds=1)
+
+
+def print_in_turns(built: Built, repetitions: int) -> None:
+    """The medians of ours and of the one baseline on a CPU."""
+    built.check()
+    ((name, baseline),) = built.baselines.items()
+    times = in_turns({name: baseline, "retina_fast": built.ours}, torch.device("cpu"), repetitions, 1, math.inf)
+    slow, fast = (of["median"] for of in times.values())
+    print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, medians of {repetitions} runs in turns")
+    print(f"{name} {slow:.1f} ms, retina_fast {fast:.1f} ms, ratio {slow / fast:.2f}")

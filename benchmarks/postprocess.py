@@ -11,18 +11,15 @@ outputs ready-made, and its detections are not rescaled, which ours are.
 import dataclasses
 import functools
 import math
-import statistics
-import time
 from typing import Any
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
 from benchmarks.agreement import models
-from benchmarks.measure import Built, Case, call_ms
+from benchmarks.measure import Built, Case, print_in_turns, run_benchmark
 from retina_fast.inference import Detections, detect
 from retina_fast.kernels.batched_nms import batched_nms, batched_nms_reference
 from retina_fast.kernels.box_decode import box_decode, box_decode_reference
@@ -141,51 +138,23 @@ def build(setting: Setting, device: torch.device) -> Built:
     )
 
 
-CASES = [
-    Case(setting.name, setting.dtype, functools.partial(build, setting), GOALS.get(setting)) for setting in SETTINGS
+def _case(setting: Setting, goal: str | None = None) -> Case:
+    return Case(setting.name, setting.dtype, functools.partial(build, setting), goal)
+
+
+CASES = [_case(setting, GOALS.get(setting)) for setting in SETTINGS]
+SMALL = [
+    *[_case(Setting(batch, 128, 96, 11), f"K4-b{goal}") for batch, goal in ((1, 1), (2, 8), (3, 32))],
+    *[_case(Setting(2, 128, 96, 11, above=above)) for above in (0.0, 1.0)],
 ]
 
 
-_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.mark.parametrize("setting", SETTINGS if _DEVICE.type == "cuda" else [CPU_SETTING], ids=str)
+@pytest.mark.parametrize("setting", SETTINGS if torch.cuda.is_available() else [CPU_SETTING], ids=str)
 @pytest.mark.parametrize("implementation", ["torchvision eager", "ours"])
 def test_postprocess(implementation: str, setting: Setting, benchmark: Any) -> None:
-    built = build(setting, _DEVICE)
-    built.check()
-    call = built.ours if implementation == "ours" else built.baselines[implementation]
-    benchmark.group = setting.name + ", " + setting.dtype
-    benchmark.extra_info.update(ms=call_ms(call, _DEVICE)["median"])
-
-    def waited_for() -> None:
-        call()
-        if _DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(waited_for, rounds=5, warmup_rounds=1)
-
-
-def in_turns(built: Built, repetitions: int) -> None:
-    """Prints the medians of ours and of the one baseline, timed alternately."""
-    ((name, baseline),) = built.baselines.items()
-    seconds: dict[str, list[float]] = {name: [], "retina_fast": []}
-    for _ in range(repetitions):
-        for key, call in ((name, baseline), ("retina_fast", built.ours)):
-            start = time.perf_counter()
-            call()
-            seconds[key].append(time.perf_counter() - start)
-    slow, fast = (1e3 * statistics.median(times) for times in seconds.values())
-    print(f"{name} {slow:.1f} ms, retina_fast {fast:.1f} ms, ratio {slow / fast:.2f}")
-
-
-def main() -> None:
-    built = build(CPU_SETTING, torch.device("cpu"))
-    built.check()
-    print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, torchvision {torchvision.__version__}")
-    print(f"{CPU_SETTING.name}, {CPU_SETTING.dtype}, medians of 9 runs in turns")
-    in_turns(built, 9)
+    run_benchmark(build, setting, setting.dtype, implementation, benchmark)
 
 
 if __name__ == "__main__":
-    main()
+    print(f"{CPU_SETTING.name}, {CPU_SETTING.dtype}")
+    print_in_turns(build(CPU_SETTING, torch.device("cpu")), 9)

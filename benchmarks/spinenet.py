@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Built, Case, call_ms, peak_mb
+from benchmarks.measure import Built, Case, run_benchmark
 from retina_fast.builders import MODELS
 
 BASELINE = "retinanet_resnet50_fpn"
@@ -98,27 +98,15 @@ def build(setting: Setting, device: torch.device) -> Built:
     return Built(ours, {BASELINE: resnet}, check, min_bytes=images + weights * (2 if setting.training else 1))
 
 
-CASES = [Case(setting.name, "bfloat16", functools.partial(build, setting)) for setting in SETTINGS]
+def _case(setting: Setting) -> Case:
+    return Case(setting.name, "bfloat16", functools.partial(build, setting))
 
 
-# pytest-benchmark
+CASES = [_case(setting) for setting in SETTINGS]
+SMALL = [_case(setting) for setting in CPU_SETTINGS]
 
-_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-
-@pytest.mark.parametrize("setting", SETTINGS if _DEVICE.type == "cuda" else CPU_SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS if torch.cuda.is_available() else CPU_SETTINGS, ids=str)
 @pytest.mark.parametrize("implementation", [BASELINE, "ours"])
 def test_spinenet(implementation: str, setting: Setting, benchmark: Any) -> None:
-    built = build(setting, _DEVICE)
-    built.check()
-    call = built.ours if implementation == "ours" else built.baselines[implementation]
-    ms = call_ms(call, _DEVICE)["median"]
-    benchmark.group = setting.name
-    benchmark.extra_info.update(ms=ms, images_s=setting.batch / ms * 1e3, peak_mb=peak_mb(call, _DEVICE))
-
-    def waited_for() -> None:
-        call()
-        if _DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(waited_for, rounds=5, warmup_rounds=1)
+    run_benchmark(build, setting, "bfloat16", implementation, benchmark)

@@ -37,6 +37,12 @@ class Row:
     code: int = 0  # instructions in all
     instructions: float | None = None  # an element
     mufu: float | None = None  # an element
+    warps: int = 0  # of a program
+    path: int = 0  # instructions that a thread executes on the usual path, and in each loop once around
+    path_mufu: int = 0
+    loops: list[int] = field(default_factory=list)  # instructions of one turn of each loop
+    loops_mufu: list[int] = field(default_factory=list)
+    through: list[int] = field(default_factory=list)  # instructions of the cheapest way that takes each loop once
     wide_bytes: float | None = None  # an element, by 16-byte accesses
     load_bits: int = 0  # of the widest global load and store
     store_bits: int = 0
@@ -154,10 +160,15 @@ def _read(compiled: Any, row: Row, tile: int | None) -> None:
     every = [instruction for block in blocks for instruction in block.instructions]
     row.code = len(every)
     row.load_bits, row.store_bits = _widest(path, "LDG"), _widest(path, "STG")
+    row.warps, row.path, row.path_mufu = compiled.metadata.num_warps, len(path), _mufu(path)
+    for loop in loops(blocks):
+        row.loops.append(_length(blocks, loop))
+        row.loops_mufu.append(_mufu([instruction for i in loop for instruction in blocks[i].instructions]))
+        row.through.append(_length(blocks, _cheapest(blocks, 0, loop[0])[:-1] + loop + _cheapest(blocks, loop[-1])[1:]))
     if tile:
-        threads = 32 * compiled.metadata.num_warps
-        row.instructions = len(path) * threads / tile
-        row.mufu = sum(" MUFU" in f" {_opcode(i)}" for i in path) * threads / tile
+        threads = 32 * row.warps
+        row.instructions = row.path * threads / tile
+        row.mufu = row.path_mufu * threads / tile
         row.wide_bytes = sum(map(_is_wide, path)) * 16 * threads / tile
 
 
@@ -232,6 +243,43 @@ def usual_path(blocks: list[Block]) -> list[str]:
     return [instruction for i in ends[max(ends)] for instruction in blocks[i].instructions]
 
 
+def loops(blocks: list[Block]) -> list[tuple[int, ...]]:
+    """The blocks on each loop's cheapest way around, in the order of the loops' first blocks: one loop for each branch
+    back to a block that lies before. Inner loops are passed by."""
+    found = [
+        (first, -last, around)
+        for last, block in enumerate(blocks)
+        for first in block.successors
+        if first <= last and len(around := _cheapest(blocks, first, last)) and _length(blocks, around) > 1
+    ]
+    return [around for _, _, around in sorted(found)]
+
+
+def _cheapest(blocks: list[Block], first: int, last: int | None = None) -> tuple[int, ...]:
+    """The blocks on the way of fewest instructions from one to another, or out, without a branch back."""
+    ways: list[tuple[int, tuple[int, ...]]] = [(len(blocks[first].instructions), (first,))]
+    reached: set[int] = set()
+    while ways:
+        length, path = heapq.heappop(ways)
+        i = path[-1]
+        if i == last or (last is None and "EXIT" in " ".join(blocks[i].instructions[-1:])):
+            return path
+        if i not in reached:
+            reached.add(i)
+            for j in blocks[i].successors:
+                if i < j and (last is None or j <= last):
+                    heapq.heappush(ways, (length + len(blocks[j].instructions), (*path, j)))
+    return ()
+
+
+def _length(blocks: list[Block], path: tuple[int, ...]) -> int:
+    return sum(len(blocks[i].instructions) for i in path)
+
+
+def _mufu(path: list[str]) -> int:
+    return sum(" MUFU" in f" {_opcode(i)}" for i in path)
+
+
 def _opcode(instruction: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
 
@@ -270,7 +318,8 @@ def main() -> None:
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a cached binary prints no message
     import triton
 
-    from benchmarks.launches import CASES, record
+    from benchmarks.launches import CASES
+    from benchmarks.recorder import record
 
     jobs = [
         (

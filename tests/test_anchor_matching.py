@@ -12,7 +12,8 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import box_iou
 
-from benchmarks.launches import CASES, record
+from benchmarks.launches import CASES
+from benchmarks.recorder import record
 from retina_fast.anchors import batch_anchors
 from retina_fast.kernels import anchor_matching as module
 from retina_fast.kernels.anchor_matching import Matches, anchor_matching, anchor_matching_reference

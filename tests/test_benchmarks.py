@@ -1,5 +1,6 @@
 """What ``make gpu`` writes, and that its cases compute what they time, on a machine without a GPU."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -8,32 +9,20 @@ import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import (
-    anchor_matching,
-    batched_nms,
-    box_loss,
-    focal_loss,
-    gpu,
-    group_norm_relu,
-    image_batch,
-    loss_path,
-    measure,
-    model,
-    postprocess,
-    spinenet,
-    training_step,
-)
-from benchmarks.measure import ROOT, Built, Case, Results, environment
-from retina_fast.kernels.box_loss import LOSS_TYPES
+from benchmarks import bring_up, focal_loss, goals, gpu, image_batch, measure, postprocess, spinenet, training_step
+from benchmarks.measure import Built, Case, ceilings
+from benchmarks.records import ROOT, Results, environment
 from retina_fast.kernels.compiler import INTERPRETED
 
-ENVIRONMENT_KEYS = "device driver torch triton torchvision commit dirty date copy_gb_s bf16_tflop_s"
+ENVIRONMENT_KEYS = "device driver torch triton torchvision commit dirty small date copy_gb_s bf16_tflop_s"
 RECORD_KEYS = "goal case dtype baseline baseline_ms ours_ms ratio ceiling_fraction peak_mb baseline_peak_mb raw_ms"
 CPU = torch.device("cpu")
+LIMITS = {"copy_gb_s": 1.0, "bf16_tflop_s": 1.0}
 
 
 def stub(name, goal=None, wrong=False, calls=None):
@@ -52,7 +41,7 @@ def stub(name, goal=None, wrong=False, calls=None):
 
 @pytest.fixture(scope="module")
 def here():
-    return environment(CPU)
+    return environment(CPU, ceilings(CPU))
 
 
 def test_a_file_has_exactly_the_agreed_fields(here, tmp_path):
@@ -60,7 +49,8 @@ def test_a_file_has_exactly_the_agreed_fields(here, tmp_path):
     left = gpu.run_cases([stub("a", "K1-fp32"), stub("b")], results, CPU, math.inf)
     stored = json.loads((tmp_path / "gpu.json").read_text())
     assert left == []
-    assert set(stored) == {"environment", "records"}
+    assert set(stored) == {"environment", "records", "failures"}
+    assert stored["failures"] == []
     assert set(stored["environment"]) == set(ENVIRONMENT_KEYS.split())
     assert here["copy_gb_s"] > 0
     assert here["bf16_tflop_s"] > 0
@@ -76,13 +66,12 @@ def test_a_file_has_exactly_the_agreed_fields(here, tmp_path):
         assert all(isinstance(value, float) for value in record["raw_ms"].values())
 
 
-def test_a_run_is_taken_up_again_goals_first(here, tmp_path):
+def test_a_run_is_taken_up_again(here, tmp_path):
     calls: list[str] = []
     cases = [stub("a", calls=calls), stub("b", "K1-bf16", calls=calls), stub("c", calls=calls)]
     results = Results(tmp_path / "gpu.json", here)
-    assert gpu.run_cases(cases, results, CPU, deadline=time.monotonic() - 1) == [cases[1], cases[0], cases[2]]
+    assert gpu.run_cases(cases, results, CPU, deadline=time.monotonic() - 1) == cases
     assert gpu.run_cases(cases[:2], results, CPU, math.inf) == []
-    assert calls.index("b") < calls.index("a")
     calls.clear()
     again = Results(tmp_path / "gpu.json", here)
     assert gpu.run_cases(cases, again, CPU, math.inf) == []
@@ -92,13 +81,144 @@ def test_a_run_is_taken_up_again_goals_first(here, tmp_path):
     assert other_commit.records == []
 
 
-def test_a_wrong_result_is_not_timed_and_a_goal_is_claimed_once(here, tmp_path):
+def test_what_is_wrong_is_written_down_and_the_rest_goes_on(here, tmp_path):
     results = Results(tmp_path / "gpu.json", here)
-    with pytest.raises(AssertionError):
-        gpu.run_cases([stub("a", wrong=True)], results, CPU, math.inf)
-    assert not results.path.exists()
+    assert gpu.run_cases([stub("a", "K1-fp32", wrong=True), stub("b")], results, CPU, math.inf) == []
+    (failed,) = json.loads(results.path.read_text())["failures"]
+    assert (failed["goal"], failed["case"], failed["baseline"]) == ("K1-fp32", "a", None)
+    assert failed["error"].startswith("AssertionError")
+    assert {record.case for record in results.records} == {"b"}
+
+
+def test_a_baseline_that_fails_takes_nothing_with_it(here, tmp_path):
+    def build(device):
+        return Built(lambda: None, {"theirs": lambda: None, "broken": lambda: 1 // 0}, lambda: None, 1)
+
+    results = Results(tmp_path / "gpu.json", here)
+    gpu.run_cases([Case("a", "float32", build)], results, CPU, math.inf)
+    assert [record.baseline for record in results.records] == ["theirs"]
+    assert [(failed.baseline, failed.error.split(":")[0]) for failed in results.failures] == [
+        ("broken", "ZeroDivisionError")
+    ]
+
+
+class Gpu:
+    """What measure asks of torch.cuda, noted in order; a call takes as many milliseconds as were noted in it."""
+
+    def __init__(self, monkeypatch):
+        self.noted: list[str] = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = len(gpu.noted)
+
+            def elapsed_time(self, end):
+                return float(end.at - self.at)
+
+        class Cold:
+            def sum(self):
+                gpu.noted.append("cold")
+
+        class Graph:
+            def replay(self):
+                gpu.noted.append("replay")
+
+        for name, stand_in in {
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "stream": lambda stream: contextlib.nullcontext(),
+            "graph": lambda graph: contextlib.nullcontext(),
+            "synchronize": lambda device: self.noted.append("wait"),
+            "_sleep": lambda cycles: self.noted.append("sleep"),
+            "reset_peak_memory_stats": lambda device: None,
+            "memory_allocated": lambda device: 1_000_000,
+            "max_memory_allocated": lambda device: 4_000_000,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(measure, "_beyond_l2", lambda device: Cold())
+
+
+def test_on_a_gpu_versions_take_turns_and_find_nothing_in_the_cache(monkeypatch):
+    cuda = Gpu(monkeypatch)
+    times = measure.in_turns({name: functools.partial(cuda.noted.append, name) for name in "ab"}, torch.device("cuda"))
+    turn = ["wait", "a", "wait", "sleep", *["cold", "a"] * 5, "wait"]
+    other = ["b" if note == "a" else note for note in turn]
+    assert cuda.noted == ["a"] * 3 + ["b"] * 3 + [*turn, *other] * 5
+    assert times["a"]["median"] == times["b"]["min"] == 1  # of 25 calls; the reading between them does not count
+
+
+def test_on_a_gpu_ours_is_captured_too(monkeypatch):
+    cuda = Gpu(monkeypatch)
+    built = Built(lambda: cuda.noted.append("ours"), {"theirs": lambda: cuda.noted.append("theirs")}, lambda: None, 9)
+    (record,), failures = measure.compare(Case("a", "float32", lambda device: built), torch.device("cuda"), LIMITS)
+    assert failures == []
+    assert record.raw_ms["ours_graph"] == 1
+    assert cuda.noted.count("replay") == 3 + 5 * 6
+    assert (record.peak_mb, record.baseline_peak_mb) == (3, 3)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: 1 // 0)
+    (record,), (failed,) = measure.compare(Case("a", "float32", lambda device: built), torch.device("cuda"), LIMITS)
+    assert "ours_graph" not in record.raw_ms
+    assert (failed.baseline, failed.error.split(":")[0]) == ("our graph", "ZeroDivisionError")
+
+
+def test_a_goal_is_claimed_once(here, tmp_path):
+    results = Results(tmp_path / "gpu.json", here)
+    results.add(*measure.compare(stub("a", "K1-fp32"), CPU, LIMITS))
+    again = measure.compare(stub("b", "K1-fp32"), CPU, LIMITS)
     with pytest.raises(AssertionError, match="twice"):
-        gpu.run_cases([stub("a", "K1-fp32"), stub("b", "K1-fp32")], results, CPU, math.inf)
+        results.add(*again)
+
+
+DEADLY = """
+import json, math, os, sys, time, torch
+from pathlib import Path
+from benchmarks import gpu
+from benchmarks.measure import Built, Case
+from benchmarks.records import Results
+
+def case(name, build):
+    return Case(name, "float32", lambda device: build())
+
+fine = Built(lambda: 0, {"theirs": lambda: 0}, lambda: None, 1)
+cases = [case("crash", lambda: os._exit(7)), case("hang", lambda: time.sleep(1e6)), case("fine", lambda: fine)]
+here = dict.fromkeys(Results.SAME) | {"copy_gb_s": 1.0, "bf16_tflop_s": 1.0}
+gpu.CASE_LIMIT = float(sys.argv[2])
+gpu.run_cases(cases, Results(Path(sys.argv[1]), here), torch.device("cpu"), math.inf)
+"""
+
+
+def test_a_case_that_takes_the_process_with_it_is_passed_by_next_time(tmp_path):
+    path = tmp_path / "gpu.json"
+    for limit, failed, measured in (
+        ("600", ["crash"], []),
+        ("0.5", ["crash", "hang"], []),  # which never ends by itself
+        ("600", ["crash", "hang"], ["fine"]),
+    ):
+        done = subprocess.run([sys.executable, "-c", DEADLY, path, limit], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode == 0) == bool(measured), done.stderr
+        stored = json.loads(path.read_text())
+        assert [entry["case"] for entry in stored["failures"]] == failed
+        assert [entry["case"] for entry in stored["records"]] == measured
+
+
+def test_a_process_that_dies_is_followed_by_another(monkeypatch, tmp_path):
+    started = []
+
+    def call(command, cwd):
+        started.append(command)
+        return [-11, 7, gpu.FAILURES][len(started) - 1]
+
+    monkeypatch.setattr(subprocess, "call", call)
+    monkeypatch.setattr(sys, "argv", ["gpu", "focal_loss", "--small", "--output", str(tmp_path)])
+    assert gpu.main() == gpu.FAILURES
+    assert [command[-1] for command in started] == ["--worker=0", "--worker=1", "--worker=2"]
+    assert all(command[3:7] == ["focal_loss", "--small", "--output", str(tmp_path)] for command in started)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
@@ -108,9 +228,52 @@ def test_without_a_gpu_it_says_so():
     assert "No CUDA GPU" in result.stdout
 
 
-def test_parts():
-    assert {f"tests/test_{name}.py" for name in ("focal_loss", "image_batch", "engine")} <= set(gpu.kernel_tests())
+def test_small_twins_by_the_same_command(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "anchor_matching", "--small", "--output", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("small-*.json")
+    stored = json.loads(path.read_text())
+    assert stored["environment"]["small"]
+    assert [record["goal"] for record in stored["records"]] == ["K3-g500", "K3-b16", None]
+
+
+def test_every_case_has_a_small_twin():
+    for name in gpu.BENCHMARKS:
+        module = importlib.import_module(f"benchmarks.{name}")
+        assert {case.goal for case in module.SMALL} == {case.goal for case in module.CASES}
     assert gpu.file_name("NVIDIA H200") == "nvidia-h200.json"
+    assert gpu.file_name("cpu", small=True) == "small-cpu.json"
+
+
+def test_goals_come_first_and_are_those_of_the_report():
+    found = [case.goal for case in gpu.cases_of(gpu.BENCHMARKS)]
+    count = sum(goal is not None for goal in found)
+    assert set(found[:count]) == set(goals.GOALS)
+    assert set(found[count:]) == {None}
+
+
+def test_bringing_up_runs_every_step_whatever_fails(monkeypatch, capsys):
+    assert {f"tests/test_{name}.py" for name in ("focal_loss", "image_batch", "engine", "model")} <= set(
+        bring_up.tested_files()
+    )
+    ran = []
+
+    def run(command, env, **_):
+        ran.append((command, env))
+        return subprocess.CompletedProcess(command, int("pytest" in command))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name, path=None: "/bin/compute-sanitizer")
+    assert bring_up.main([]) == 1
+    assert "tests      failed (1)\nchecks     right\nmemcheck   right\nracecheck  right" in capsys.readouterr().out
+    (_, tested), (checks, _), (memcheck, watched), (racecheck, _) = ran
+    assert "TRITON_INTERPRET" not in tested
+    assert memcheck[:5] == ["/bin/compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    assert racecheck[2] == "racecheck"
+    assert memcheck[5 : 5 + len(checks)] == checks
+    assert watched["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
 
 
 def test_goals_stand_on_their_cases_only():
@@ -142,55 +305,22 @@ def test_goals_stand_on_their_cases_only():
     assert {"inference, retinanet_resnet50_fpn_v2, batch 32, 800x800, 91 classes"} <= {name for name, _ in keys}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_focal_loss_cases_agree_with_the_reference(dtype):
-    setting = focal_loss.Setting(batch=2, height=128, width=96, num_classes=11, dtype=dtype)
-    focal_loss.build(setting, CPU, with_compile=False).check()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_image_batch_cases_agree_with_torchvision(dtype):
-    setting = image_batch.Setting(batch=2, height=48, width=64, min_size=80, dtype=dtype)
-    built = image_batch.build(setting, CPU)
-    built.check()
-    assert built.min_bytes == 2 * 3 * (48 * 64 * (4 if dtype == "float32" else 1) + 96 * 128 * built.ours().itemsize)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_group_norm_relu_cases_agree_with_the_reference(dtype):
-    setting = group_norm_relu.Setting(batch=2, height=64, width=64, dtype=dtype)
-    built = group_norm_relu.build(setting, CPU, with_compile=False)
-    built.check()
-    exact = group_norm_relu.build(setting, CPU, with_compile=False).baselines["torch eager"]()
-    torch.testing.assert_close(built.ours(), exact, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_model_cases_agree_with_torchvision(dtype, monkeypatch):
-    """All that `make gpu` does with one, at a small size; torch.compile with its quickest backend."""
+@pytest.mark.parametrize("name", gpu.BENCHMARKS)
+def test_cases_compute_what_they_time(name, one_thread, monkeypatch):
+    """torch.compile with its quickest backend."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    setting = model.Setting("retinanet_resnet18_fpn_v2", batch=2, size=96, num_classes=3, dtype=dtype)
-    built = model.build(setting, CPU, with_compile=dtype == "bfloat16")
-    built.check()
-    counts = built.ours().counts
-    assert counts.shape == (2,)
-    for name, baseline in built.baselines.items():
-        assert len(baseline()) == 2, name
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    for case in gpu.cases_of([name], small=True):
+        built = case.build(CPU)
+        built.check()
+        for baseline in built.baselines.values() if name == "model" else ():  # other checks call them
+            assert len(baseline()) == len(built.ours().counts)
 
 
-@pytest.mark.parametrize("ground_truths", [1, 30])
-def test_matching_cases_agree_with_torchvision(ground_truths):
-    anchor_matching.build(anchor_matching.Setting(2, ground_truths, 128, 160), CPU).check()
-
-
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_box_loss_cases_agree_with_torchvision(loss_type):
-    box_loss.build(box_loss.Setting(loss_type, 2, 4, 160, "float32"), CPU).check()
-
-
-@pytest.mark.parametrize(("dtype", "loss_type"), [("float32", "giou"), ("bfloat16", "l1")])
-def test_loss_path_cases_agree_with_torchvision(dtype, loss_type):
-    loss_path.build(loss_path.Setting(2, 4, 160, 7, dtype, loss_type), CPU).check()
+def test_the_least_an_image_batch_moves():
+    setting = image_batch.Setting(2, 48, 64, 80, "bfloat16")
+    built = image_batch.build(setting, CPU)
+    assert built.min_bytes == 2 * 3 * (48 * 64 + 96 * 128 * built.ours().itemsize)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs as a baseline where there is a GPU")
@@ -211,10 +341,8 @@ def test_settings_vary_one_factor_at_a_time():
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_training_steps_that_are_timed_agree(version, one_thread):
+def test_three_stages_are_trained(version):
     setting = dataclasses.replace(training_step.CPU_SETTING, version=version)
-    built = training_step.build(setting, CPU, ("torchvision eager AMP", "uncaptured"))
-    built.check()
     trained = [name for name, p in training_step.network(setting).backbone.body.named_parameters() if p.requires_grad]
     assert {name.split(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}
 
@@ -228,31 +356,15 @@ def test_the_peak_of_what_replays_is_that_of_its_uncaptured_work(monkeypatch):
 
     monkeypatch.setattr(measure, "peak_mb", peak_mb)
     built = Built(lambda: "ours", {"theirs": lambda: "theirs"}, lambda: None, 1, uncaptured=lambda: "uncaptured")
-    measure.compare(Case("a", "float32", lambda device: built), CPU, 1.0)
+    measure.compare(Case("a", "float32", lambda device: built), CPU, LIMITS)
     assert measured == ["uncaptured", "theirs"]
 
 
 @pytest.mark.parametrize("above", [0.0, 0.01, 1.0])
-def test_postprocess_cases_agree_with_the_references(above):
+def test_as_many_scores_as_said_exceed_the_threshold(above):
     setting = postprocess.Setting(batch=2, height=128, width=96, num_classes=11, above=above)
-    built = postprocess.build(setting, CPU)
-    built.check()
-    assert built.baselines["torchvision eager"]()
     share = torch.cat([level.flatten() for level in postprocess.inputs(setting, CPU)[0]["cls_logits"]])
     assert (torch.sigmoid(share.float()) > 0.05).float().mean().item() == pytest.approx(above, rel=0.2)
-
-
-@pytest.mark.parametrize("kind", batched_nms.SETS)
-def test_nms_cases_agree_with_the_reference(kind):
-    for classes in (1, 11):
-        batched_nms.build(batched_nms.Setting(batch=2, boxes=200, classes=classes, kind=kind, kept=250), CPU).check()
-    batched_nms.build(batched_nms.Setting(boxes=0, kind=kind), CPU).check()
-
-
-@pytest.mark.parametrize("setting", spinenet.CPU_SETTINGS, ids=str)
-def test_spinenet_cases_compute_what_they_time(one_thread, setting):
-    built = spinenet.build(setting, CPU)
-    built.check()
 
 
 def test_spinenet_cases_are_the_sizes_that_were_published():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torchvision.models.detection._utils import BoxCoder, _box_loss
 
-from benchmarks.launches import CASES, record
+from benchmarks.launches import CASES
+from benchmarks.recorder import record
 from retina_fast.kernels import box_loss as module
 from retina_fast.kernels import fast_math
 from retina_fast.kernels.box_loss import LOSS_TYPES, _box_loss_triton, box_loss, box_loss_reference

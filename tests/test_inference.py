@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmarks.launches
 from benchmarks import agreement
+from benchmarks.recorder import record
 from retina_fast import RetinaNet, retinanet_resnet18_fpn
 from retina_fast.inference import detect
 from retina_fast.kernels import batched_nms, box_decode, candidate_selection, take_kept
@@ -122,7 +123,7 @@ def test_launches_do_not_grow_with_the_batch():
     made = {}
     for batch in (1, 8, 64):
         with Calls() as calls:
-            launches = benchmarks.launches.record(lambda batch=batch: benchmarks.launches.detect(torch.bfloat16, batch))
+            launches = record(lambda batch=batch: benchmarks.launches.detect(torch.bfloat16, batch))
         made[batch] = [launch.kernel.__name__ for launch in launches], calls.counts
     assert made[1] == made[8] == made[64]
     assert len(made[1][0]) <= 16
@@ -139,6 +140,6 @@ def test_the_whole_model_never_waits_for_the_gpu(monkeypatch):
             batch = torch.empty(3, 3, 70, 90)
         return model, batch
 
-    launches = benchmarks.launches.record(lambda prepared: prepared[0].detect(prepared[1]), prepare)
+    launches = record(lambda prepared: prepared[0].detect(prepared[1]), prepare)
     names = {launch.kernel.__name__ for launch in launches}
     assert {"_list_kernel", "_box_decode_kernel", "_suppress_kernel", "_take_kept_kernel"} <= names

@@ -5,7 +5,8 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.launches import CASES, kernels, record
+from benchmarks.launches import CASES
+from benchmarks.recorder import kernels, record
 from retina_fast import engine, retinanet_resnet18_fpn_v2
 from retina_fast.engine import Report
 

@@ -1,5 +1,6 @@
 """The limits that compiled kernels must hold on GPUs that are not at hand, and the reading of machine code itself."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -7,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.launches import CASES, Launch
-from benchmarks.static import TARGETS, Row, _compile_all, basic_blocks, report, usual_path
+from benchmarks import predict
+from benchmarks.launches import CASES
+from benchmarks.recorder import Launch
+from benchmarks.static import TARGETS, Row, _compile_all, basic_blocks, loops, report, usual_path
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,16 @@ def test_candidate_selection_spends_little_on_what_is_below_the_threshold(rows):
         assert (row.load_bits, row.spilled) == (128, 0)
 
 
+def test_what_is_predicted_follows_from_the_code(rows):
+    """benchmarks/predictions.json is what `python -m benchmarks.predict` gives, for this Triton."""
+    stored = json.loads(predict.PREDICTIONS.read_text())
+    if triton.__version__ not in stored:
+        pytest.skip(f"predicted for Triton {' and '.join(stored)}")
+    for name, goal in predict.predictions(predict.by_variant(rows)).items():
+        expected = stored[triton.__version__][name]["ms"]
+        assert goal["ms"] == pytest.approx(expected, rel=0.05), f"{name}: run benchmarks.predict again"
+
+
 class Noisy:
     """A kernel whose compiler complains, and yet returns code."""
 
@@ -124,3 +137,10 @@ def test_the_usual_path_is_the_wide_one_with_loops_once():
     assert [re.split(r"[ .]", instruction)[0] for instruction in path] == [
         "LDC", "@P0", "LDG", "MUFU", "STG", "BRA", "@P2", "LDG", "BRA", "@P2", "EXIT",
     ]  # fmt: skip
+
+
+def test_loops_are_found_and_passed_through():
+    """Two, the second around the first's exit; the branch of an instruction to itself is none."""
+    blocks = basic_blocks(SASS)
+    of_blocks = [[re.split(r"[ .]", i)[0] for b in loop for i in blocks[b].instructions] for loop in loops(blocks)]
+    assert of_blocks == [["LDG", "STG", "@P1"], ["@P2", "LDG", "BRA"]]

@@ -13,7 +13,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 from torchvision.ops import sigmoid_focal_loss
 
-from benchmarks.launches import Launch, no_launches, record
+from benchmarks.recorder import Launch, no_launches, record
 from retina_fast import RetinaNet
 from retina_fast.kernels import anchor_matching, box_loss, focal_loss, one_pass
 from retina_fast.targets import GroundTruths, gather_targets

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import retina_fast
-from benchmarks.launches import record
+from benchmarks.recorder import record
 from retina_fast import TrainingStep, training_step
 from tests.recorded_graph import RecordedGraph, play_on_cpu
 

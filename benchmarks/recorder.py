@@ -1,0 +1,195 @@
+"""What a call does on a GPU, recorded on a machine without one: its ops' bodies run on fake CUDA tensors.
+
+Kernels are noted instead of launched, and so is what torch itself would launch. A host read or a copy between devices
+that makes the host wait raises.
+"""
+
+import contextlib
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._library.custom_ops import CustomOpDef
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+import retina_fast.kernels
+
+
+@dataclass
+class Launch:
+    kernel: Any  # a JITFunction, or an InterpretedFunction under TRITON_INTERPRET=1
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grid: Any = field(repr=False)
+
+    @property
+    def variant(self) -> tuple[str, ...]:
+        """Equal for launches of which Triton makes one binary: the kernel, what the arguments are, the constants."""
+
+        def kind(arg: Any) -> str:
+            return str(arg.dtype) if isinstance(arg, torch.Tensor) else type(arg).__name__
+
+        kinds = [str(tuple(map(kind, arg))) if isinstance(arg, tuple) else kind(arg) for arg in self.args]
+        return self.kernel.__name__, *kinds, str(self.kwargs)
+
+
+def modules() -> list[Any]:
+    return [
+        importlib.import_module(f"retina_fast.kernels.{info.name}")
+        for info in pkgutil.iter_modules(retina_fast.kernels.__path__)
+    ]
+
+
+def kernels() -> dict[str, Any]:
+    """Every kernel of the package by name."""
+    return {name: value for module in modules() for name, value in vars(module).items() if name.endswith("_kernel")}
+
+
+@dataclass
+class TorchOp:
+    """What torch itself launches for an op: one kernel that reads its inputs and writes its outputs."""
+
+    name: str
+    bytes: int
+    flop: int
+    shape: tuple[int, ...]  # of the first output
+
+
+def record(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> list[Launch]:
+    """What a call launches on fake CUDA tensors, its ops' bodies run for real.
+
+    Args:
+        run: the call; given what ``prepare`` returned, if there is one.
+        prepare: makes what may be copied to the device beforehand, as a model's weights.
+
+    Raises:
+        RuntimeError: on a copy between devices that makes the host wait, and, from torch, on a read of a device value.
+    """
+    return [step for step in timeline(run, prepare) if isinstance(step, Launch)]
+
+
+def timeline(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> list[Launch | TorchOp]:
+    """The same, and between the launches what torch launches: the GPU's whole work, in order."""
+    steps: list[Launch | TorchOp] = []
+    watch = _Watch(steps)
+    with _bodies_as_fakes(watch), no_launches(steps), _no_device(), FakeTensorMode():
+        prepared = () if prepare is None else (prepare(),)
+        steps.clear()
+        with watch:
+            run(*prepared)
+    return steps
+
+
+@contextlib.contextmanager
+def _bodies_as_fakes(watch: TorchDispatchMode) -> Iterator[None]:
+    """torch replaces a custom op by its fake on fake tensors; here the fake is the body, watched as the call is."""
+
+    def watched(body: Callable[..., Any], *args: Any) -> Any:
+        with watch:
+            return body(*args)
+
+    ops = {value for module in modules() for value in vars(module).values() if isinstance(value, CustomOpDef)}
+    fakes = {op: op._abstract_fn for op in ops}
+    try:
+        for op in ops:
+            op._abstract_fn = functools.partial(watched, op._init_fn)
+        yield
+    finally:
+        for op, fake in fakes.items():
+            op._abstract_fn = fake
+
+
+@contextlib.contextmanager
+def no_launches(launches: list[Any]) -> Iterator[None]:
+    """Kernels are noted, and not run."""
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        launches.append(Launch(kernel, args, kwargs, grid))
+
+    def run_all(tuner: Any, *args: Any, **kwargs: Any) -> None:
+        for config in tuner.configs:
+            tuner.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(InterpretedFunction, "run", run),
+        mock.patch.object(Autotuner, "run", run_all),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _no_device() -> Iterator[None]:
+    """Entering a device and pinning memory need a driver, an address needs memory."""
+    with (
+        mock.patch.object(torch.Tensor, "data_ptr", return_value=0),
+        mock.patch.object(torch.Tensor, "pin_memory", torch.Tensor.clone),
+        mock.patch.object(torch.cuda.device, "__enter__"),
+        mock.patch.object(torch.cuda.device, "__exit__", return_value=False),
+    ):
+        yield
+
+
+class _Watch(TorchDispatchMode):
+    """Notes what torch launches, and refuses ops that move data between devices while the host waits."""
+
+    def __init__(self, steps: list[Any]) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is torch.ops.aten.convolution.default and out.is_cuda and any(map(_is_channels_last, args[:2])):
+            out = torch.empty_like(out, memory_format=torch.channels_last)  # as cuDNN's is, and the fake's is not
+        positional = func is torch.ops.aten.copy_.default and args[2:] == (True,)
+        if not (positional or kwargs.get("non_blocking")):
+            devices = {
+                t.device.type for t in _tensors(args, kwargs, out) if t.dim() or func.overloadpacket.__name__ in _COPIES
+            }
+            if len(devices) > 1:
+                raise RuntimeError(f"{func} copies between {sorted(devices)} and makes the host wait")
+        if _launches(func, _tensors(args, kwargs), _tensors(out)):
+            self.steps.append(_torch_op(func, args, kwargs, out))
+            if self.steps[-1].name == "convolution" and args[2] is not None:  # cuDNN's adds none
+                self.steps.append(TorchOp("bias of convolution", 2 * out.nbytes, 0, tuple(out.shape)))
+        return out
+
+
+_COPIES = ("_to_copy", "copy_", "to")
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _tensors(*values: Any) -> list[torch.Tensor]:
+    return [value for value in torch.utils._pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def _launches(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
+    """Whether torch launches a kernel: not for a view, not to allocate, and not for an op whose body is watched."""
+    own = {tensor.untyped_storage()._cdata for tensor in inputs}
+    writes = func._schema.is_mutable or any(tensor.untyped_storage()._cdata not in own for tensor in outputs)
+    allocates = func.overloadpacket.__name__.removeprefix("new_").startswith("empty")
+    on_gpu = any(tensor.is_cuda and tensor.numel() for tensor in outputs)
+    return on_gpu and writes and not (allocates or func.namespace == "retina_fast")
+
+
+def _torch_op(func: Any, args: Any, kwargs: Any, out: Any) -> TorchOp:
+    packet, outputs = func.overloadpacket, _tensors(out)
+    fills = packet.__name__.startswith(("new_", "zero", "full", "ones", "fill"))  # which read nothing
+    read = {} if fills else {id(tensor): tensor for tensor in _tensors(args, kwargs)}
+    flop = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+    size = sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in (*read.values(), *outputs))
+    return TorchOp(packet.__name__, size, flop, tuple(outputs[0].shape))
