@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from benchmarks.agreement import differing, margin
-from benchmarks.measure import ROOT, environment
+from benchmarks.records import ROOT, environment
 from retina_fast import Detections, export, load_exported
 from retina_fast.commands.predict import TREES, load_model
 from retina_fast.convert import to_torchvision
