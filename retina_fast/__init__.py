@@ -25,6 +25,8 @@ from retina_fast.builders import (
 )
 from retina_fast.convert import from_torchvision
 from retina_fast.engine import compile_inference
+from retina_fast.exported import load_exported
+from retina_fast.exporter import export
 from retina_fast.inference import Detections
 from retina_fast.model import RetinaNet
 from retina_fast.training_step import TrainingStep
@@ -36,7 +38,9 @@ __all__ = [
     "RetinaNet_ResNet50_FPN_Weights",
     "TrainingStep",
     "compile_inference",
+    "export",
     "from_torchvision",
+    "load_exported",
     "ops",
     "retinanet_resnet18_fpn",
     "retinanet_resnet18_fpn_lite",

@@ -1,4 +1,4 @@
-"""The command line: `retina-fast train`, `evaluate`, `detect`, `check` and `bench`."""
+"""The command line: `retina-fast train`, `evaluate`, `detect`, `check`, `export` and `bench`."""
 
 import contextlib
 import errno
@@ -23,7 +23,9 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"retina-fast needs {error.name}: pip install 'retina_fast[all]'") from error
 
 app = typer.Typer(
-    help="RetinaNet, fast: train, evaluate, detect, check and measure.", no_args_is_help=True, add_completion=False
+    help="RetinaNet, fast: train, evaluate, detect, check, export and measure.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 console = Console()
 silent = Console(quiet=True)  # of all processes of a command but the first
@@ -96,6 +98,18 @@ def _model(checkpoint: Path | None, model: str | None, weights: str | None) -> t
     if model or weights:
         raise UserError("--model and --weights belong together, in place of --checkpoint")
     return load_model(checkpoint or TREES)
+
+
+def _exported(file: Path, checkpoint: Path | None) -> Any:
+    """The exported file that a person chose."""
+    from retina_fast.exported import load_exported
+
+    if checkpoint:
+        raise UserError("--model and --checkpoint exclude each other: give one of them")
+    exported = load_exported(file)
+    if exported.metadata["input"] != "uint8":
+        raise UserError(f"{file}: takes prepared images: export it without --no-preprocess")
+    return exported
 
 
 def _version(wanted: bool) -> None:
@@ -269,7 +283,10 @@ def detect(
     output: Annotated[Path, typer.Option(help="The folder for detections.json and pictures.")] = Path("out"),
     score: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
     checkpoint: ModelFile = None,
-    model: Published = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A file that export wrote; or, with --weights, a network. In place of a checkpoint."),
+    ] = None,
     weights: Weights = None,
     workers: Workers = WORKERS,
 ) -> None:
@@ -278,7 +295,12 @@ def detect(
         from retina_fast.commands.detect import detect as run
         from retina_fast.commands.detect import report
 
-        network, content = _model(checkpoint, model, weights)
+        network: Any
+        content: Any
+        if model and not weights:
+            network = content = _exported(Path(model), checkpoint)
+        else:
+            network, content = _model(checkpoint, model, weights)
         shown = console if processes.first else silent
         found = run(network, content, inputs, output, score, workers, shown, processes)
         if found:
@@ -311,6 +333,36 @@ def check(
             console.print(f"Wrote {plot}", soft_wrap=True)
         if checked.faults:
             raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    size: Annotated[str, typer.Option(help="Height and width of the images it is for, in pixels: 512x640.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="The model file that train wrote; without it, the trees that come with the package."),
+    ] = None,
+    format: Annotated[str, typer.Option(help="torch-export, onnx or aotinductor.")] = "onnx",
+    output: Annotated[Path | None, typer.Option(help="The file; by default the checkpoint's name, here.")] = None,
+    preprocess: Annotated[
+        bool, typer.Option(help="Take uint8 images, and scale, normalise and resize them inside.")
+    ] = True,
+) -> None:
+    """Write a detector to one file that runs without this package."""
+    with _one_sentence():
+        from retina_fast.commands.predict import TREES, load_model
+        from retina_fast.exporter import FORMATS
+        from retina_fast.exporter import export as run
+
+        sides = size.split("x")
+        if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+            raise UserError(f"--size must be a height and a width such as 512x640, got {size!r}")
+        path = checkpoint or TREES
+        model, content = load_model(path)
+        file = output or Path(path.stem + FORMATS.get(format, ""))
+        height, width = map(int, sides)
+        run(model, file, format, (height, width), preprocess, content.classes, content.category_ids)
+        console.print(f"Wrote {file}", soft_wrap=True)
 
 
 @app.command()

@@ -301,8 +301,8 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _refuse(model: RetinaNet) -> None:
-    """A part of the user's own that would not run."""
+def refuse_own_parts(model: RetinaNet, what: str) -> None:
+    """A part of the user's own that would not run in ``what``."""
     for part, stock in (
         ("forward", not overrides(model, RetinaNet, "forward") and not has_hooks(model)),
         ("transform", is_stock_transform(model.transform)),
@@ -310,7 +310,7 @@ def _refuse(model: RetinaNet) -> None:
         ("box_coder, or its postprocessing,", model._detects_fast()),
     ):
         if not stock:
-            raise TypeError(f"the model has a {part} of its own, which an engine would not run: call the model itself")
+            raise TypeError(f"the model has a {part} of its own, which {what} would not run: call the model itself")
 
 
 def compile_inference(
@@ -349,7 +349,7 @@ def compile_inference(
         [['boxes', 'labels', 'scores']]
     """
     model = from_torchvision(model)
-    _refuse(model)
+    refuse_own_parts(model, "an engine")
     device = next(model.parameters()).device
     dtype = dtype or best_dtype(device)
     if not dtype.is_floating_point:

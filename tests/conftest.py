@@ -18,6 +18,7 @@ from torchvision.io import write_png
 _LONGEST = [
     "test_static",
     "test_processes",
+    "test_export",
     "test_model",
     "test_inference",
     "test_spinenet",

@@ -27,6 +27,7 @@ from retina_fast.commands.processes import ALONE, Processes
 from retina_fast.data.coco import IMAGE_SUFFIXES, Sample, read_image
 from retina_fast.draw import above, draw_detections
 from retina_fast.errors import ImageError, UserError
+from retina_fast.exported import Exported
 from retina_fast.metrics import as_results
 
 _SHOWN = 50  # rows of the table that is printed; the rest is in the file
@@ -165,7 +166,7 @@ def picture_names(files: Iterable[Path]) -> Iterator[tuple[Path, str]]:
 
 def detect(
     model: Any,
-    content: Checkpoint,
+    content: Checkpoint | Exported,
     inputs: list[Path],
     output: Path,
     score: float,
@@ -176,7 +177,7 @@ def detect(
     """Find objects in images; write detections.json and the drawn pictures into `output`.
 
     Args:
-        model: a RetinaNet in evaluation mode.
+        model: a RetinaNet in evaluation mode, or an exported one that takes uint8 images.
         content: its class names and category ids.
         inputs: image files, folders of them, or lists of them, as for :func:`image_files`.
         output: a folder, the same one for all processes; files of an earlier run in it are replaced.
@@ -224,7 +225,7 @@ def _part(output: Path, rank: int) -> Path:
     return output / f"detections.{rank}.partial"
 
 
-def _merge(output: Path, content: Checkpoint, console: Console, count: int) -> Found:
+def _merge(output: Path, content: Checkpoint | Exported, console: Console, count: int) -> Found:
     """One file of what all processes noted, in the order of the images, line by line."""
     found, parts = Found(), [_part(output, rank) for rank in range(count)]
     named = zip(content.category_ids, content.classes, strict=True)

@@ -1,6 +1,6 @@
 """A model over a data set, image by image: what evaluate and detect share."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from retina_fast.builders import MODELS
 from retina_fast.checkpoint import Checkpoint
 from retina_fast.data.coco import Sample, Tried, plain
 from retina_fast.errors import ImageError, UserError
+from retina_fast.exported import Exported
 
 TREES = Path(__file__).parents[1] / "weights" / "trees.pt"
 """The weights that come with the package: trees in aerial photographs of about 0.1 m a pixel."""
@@ -73,7 +74,7 @@ def predictions(
     """Each item's sample and detections (`boxes` (D, 4), `scores`, `labels`, on the CPU), or why it cannot be read.
 
     Args:
-        model: a RetinaNet in evaluation mode.
+        model: a RetinaNet in evaluation mode, or an exported one that takes uint8 images.
         dataset: gives (image (3, H, W) uint8, target) by key.
         workers: processes that read images, each two ahead at most.
         keys: of the items, taken as they are needed; by default every index.
@@ -82,11 +83,20 @@ def predictions(
 
         >>> for sample, detections in predictions(model, dataset, workers=1): ...  # doctest: +SKIP
     """
-    device = next(model.parameters()).device
+    run = (lambda image: model(image[None]).to_list()) if isinstance(model, Exported) else _by_network(model)
     sampler = range(len(dataset)) if keys is None else keys
     for sample in DataLoader(Tried(dataset), batch_size=None, sampler=sampler, collate_fn=plain, num_workers=workers):
         if isinstance(sample, ImageError):
             yield sample
             continue
-        (detections,) = model([sample[0].to(device).float() / 255])
+        try:
+            (detections,) = run(sample[0].as_subclass(Tensor))
+        except UserError as error:  # an exported model is for images of one size
+            yield ImageError(f"{sample[1]['path']}: {error}")
+            continue
         yield sample, {name: value.cpu() for name, value in detections.items()}
+
+
+def _by_network(model: Any) -> Callable[[Tensor], list[dict[str, Tensor]]]:
+    device = next(model.parameters()).device
+    return lambda image: model([image.to(device).float() / 255])

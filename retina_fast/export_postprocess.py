@@ -1,0 +1,176 @@
+"""The last part of an exported file: from the heads' outputs to padded detections, in ATen operations alone.
+
+Candidates are chosen by a top-k a level, lower index first on a tie; what lies below the score threshold is masked, so
+that every shape but the batch's is static. Suppression is exact per class, the rule of
+:mod:`retina_fast.kernels.batched_nms`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from retina_fast.kernels.box_decode import decode
+from retina_fast.kernels.candidate_selection import logit
+from retina_fast.kernels.levels import flatten_all
+from retina_fast.model import RetinaNet
+
+MASK = 0x7FFFFFFF
+WINDOW = 128  # boxes a turn; the quickest of 32 to 512 on a CPU, batch 4, 512x640, one class
+
+
+def best_by_key(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest of rows (B, n) and where they lie, the lower index first on a tie.
+
+    ATen's top-k leaves ties open, so it is given integers without any: the float's bits, which order as the floats do,
+    above the falling index.
+    """
+    bits = torch.where(values == 0, 0.0, values).view(torch.int32)  # -0 and 0 tie
+    rising = torch.where(bits < 0, bits ^ MASK, bits).long()
+    keys = (rising << 32) + (MASK - torch.arange(values.shape[1], device=values.device))
+    index = MASK - (keys.topk(k).values & 0xFFFFFFFF)
+    return values.gather(1, index), index
+
+
+def _overlaps(above: tuple[Tensor, Tensor], below: tuple[Tensor, Tensor], iou_thresh: Tensor) -> Tensor:
+    """Which boxes (B, R, 4) with labels (B, R) suppress which (B, C, 4) if they come first, (B, R, C)."""
+    (a, a_labels), (b, b_labels) = above, below
+    a, b = a.permute(2, 0, 1)[..., None], b.permute(2, 0, 1)[:, :, None]  # (4, B, R, 1) and (4, B, 1, C)
+    width, height = (torch.minimum(a[i + 2], b[i + 2]) - torch.maximum(a[i], b[i]) for i in (0, 1))
+    intersection = width.clamp(min=0) * height.clamp(min=0)
+    a_area, b_area = ((x[2] - x[0]) * (x[3] - x[1]) for x in (a, b))
+    return (intersection / (a_area + b_area - intersection) > iou_thresh) & (a_labels[..., None] == b_labels[:, None])
+
+
+def suppress(boxes: Tensor, labels: Tensor, valid: Tensor, iou_thresh: float, most: int) -> Tensor:
+    """Which boxes (B, M, 4) are kept, (B, M): a loop over windows of them, which ends when every image has its most.
+
+    A window is tested against what is kept before it, then within itself: a box of it stays unless one that stays
+    suppresses it, which has one solution, and what every box says of it in turn comes to rest there.
+
+    Args:
+        boxes: best first.
+        labels: (B, M).
+        valid: (B, M), which of them count.
+        iou_thresh: float32, above which a box goes.
+        most: boxes of an image that are wanted; which are kept after them is not settled.
+    """
+    count = boxes.shape[1]
+    window, most = min(WINDOW, count), min(most, count)
+    threshold = torch.tensor(iou_thresh, device=boxes.device)  # while_loop makes symbols of numbers that change
+    falling = torch.arange(count, 0, -1, device=boxes.device)
+    places = torch.arange(window, device=boxes.device)
+    earlier = places[:, None] < places
+
+    def rows(of: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        return of.gather(1, index[..., None].expand(-1, -1, 4)), labels.gather(1, index)
+
+    def going(start: Tensor, kept: Tensor) -> Tensor:
+        waiting = valid & (falling <= count - start)
+        return (waiting.any(dim=1) & (kept.sum(dim=1) < most)).any()
+
+    def take_window(start: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        index = (places + start).clamp(max=count - 1).expand(len(boxes), -1)  # (B, W)
+        here = rows(boxes, index)
+        ranks = torch.where(kept, falling, 0).topk(most).values
+        before = rows(boxes, (count - ranks).clamp(max=count - 1))
+        gone = (_overlaps(before, here, threshold) & (ranks > 0)[..., None]).any(dim=1)
+        free = valid.gather(1, index) & (places + start < count) & ~gone
+        inside = _overlaps(here, here, threshold) & earlier  # (B, W, W)
+
+        def unsettled(stays: Tensor, last: Tensor) -> Tensor:
+            return (stays != last).any()
+
+        def settle(stays: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+            return free & ~(inside & stays[..., None]).any(dim=1), stays.clone()
+
+        stays = torch.while_loop(unsettled, settle, (free.clone(), ~free))[0]
+        return start + window, kept.long().scatter_add(1, index, stays.long()) > 0
+
+    start = torch.zeros((), dtype=torch.int64, device=boxes.device)
+    return torch.while_loop(going, take_window, (start, torch.zeros_like(valid)))[1]
+
+
+class Postprocess(nn.Module):
+    """From the heads' outputs, level by level, to the four tensors of ``Detections``.
+
+    Args:
+        model: whose thresholds count.
+        anchors: (N, 4).
+        num_classes: K.
+        image_size: height and width of the images as they are given.
+        inside: their height and width in the batch.
+    """
+
+    anchors: Tensor
+    limits: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        model: RetinaNet,
+        anchors: Tensor,
+        num_classes: int,
+        image_size: tuple[int, int],
+        inside: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.score_thresh, self.topk, self.most = model.score_thresh, model.topk_candidates, model.detections_per_img
+        self.register_buffer("anchors", anchors.clone())
+        height, width = inside
+        self.register_buffer("limits", torch.tensor([width, height, width, height], dtype=torch.float32))
+        scale = torch.tensor(image_size).float() / torch.tensor(inside).float()
+        self.register_buffer("scale", scale.flip(0).repeat(2))
+        # An IoU in float32 is compared with the threshold in float64: with the next one below in float32, here.
+        below = torch.tensor(model.nms_thresh, dtype=torch.float32)
+        if float(below) > model.nms_thresh:
+            below = torch.nextafter(below, torch.tensor(-math.inf))
+        self.iou_thresh = float(below)
+
+    def best(self, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return best_by_key(values, k)
+
+    def suppress(self, boxes: Tensor, labels: Tensor, valid: Tensor, most: int) -> Tensor:
+        return suppress(boxes, labels, valid, self.iou_thresh, most)
+
+    def candidates(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        """The best logits of a level (B, N, K) and where they lie in (B, N*K); -inf is none."""
+        level = level.float()
+        level = torch.where(level > logit(self.score_thresh), level, -math.inf)
+        anchors, classes = level.shape[1:]
+        k = min(self.topk, anchors * classes)
+        if anchors <= k or classes == 1:
+            return self.best(level.flatten(1), k)
+        # Anchors first, which is quicker: one that is not among the k best has k candidates of others before its own.
+        rows = self.best(level.amax(dim=2), k)[1].sort(dim=1).values
+        best, index = self.best(level.gather(1, rows[..., None].expand(-1, -1, classes)).flatten(1), k)
+        return best, rows.gather(1, index // classes) * classes + index % classes
+
+    def forward(self, cls_logits: list[Tensor], bbox_regression: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        values, indices, first = [], [], 0
+        for level in flatten_all(cls_logits, self.num_classes):
+            best, index = self.candidates(level)
+            values.append(best)
+            indices.append(index + first)
+            first += level.shape[1] * level.shape[2]
+        count = sum(level.shape[1] for level in values)
+        logits, order = self.best(torch.cat(values, dim=1), count)  # (B, M), best first
+        chosen = torch.cat(indices, dim=1).gather(1, order)
+        anchors, labels = chosen // self.num_classes, chosen % self.num_classes
+        deltas = torch.cat(flatten_all(bbox_regression, 4), dim=1)
+        deltas = deltas.gather(1, anchors[..., None].expand(-1, -1, 4)).float()
+        boxes = torch.minimum(decode(deltas, self.anchors[anchors]).clamp(min=0), self.limits)
+
+        most = min(self.most, count)
+        kept = self.suppress(boxes, labels, logits > -math.inf, most)
+        falling = torch.arange(count, 0, -1, device=boxes.device)
+        ranks = torch.where(kept, falling, 0).topk(most).values  # (B, D); 0 is padding
+        real, position = ranks > 0, (count - ranks).clamp(max=count - 1)
+        boxes = boxes.gather(1, position[..., None].expand(-1, -1, 4)) * self.scale
+        return (
+            torch.where(real[..., None], boxes, 0.0),
+            torch.where(real, logits.gather(1, position).sigmoid(), 0.0),
+            torch.where(real, labels.gather(1, position), -1),
+            real.sum(dim=1),
+        )
