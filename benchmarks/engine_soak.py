@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from retina_fast import RetinaNet, engine
-from retina_fast.engine import Engine, Report, compile_inference
+from retina_fast.engine import Engine, compile_inference
+from retina_fast.engine_report import Report
 from retina_fast.inference import Detections
 from retina_fast.kernels.image_batch import image_batch
 

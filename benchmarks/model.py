@@ -18,7 +18,8 @@ from benchmarks.measure import Built, Case
 from retina_fast import RetinaNet, compile_inference
 from retina_fast.builders import MODELS
 from retina_fast.convert import to_torchvision
-from retina_fast.engine import Engine, difference, timed_convs
+from retina_fast.engine import Engine, timed_convs
+from retina_fast.engine_report import difference
 
 
 @dataclasses.dataclass(frozen=True)

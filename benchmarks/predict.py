@@ -24,6 +24,7 @@ from benchmarks.report import write_between
 from benchmarks.roofline import Scene, Step
 from benchmarks.static import Row
 from retina_fast import compile_inference, engine, retinanet_resnet50_fpn
+from retina_fast.engine_report import Report
 from retina_fast.kernels import anchor_matching as matching
 from retina_fast.kernels.batched_nms import _GROUPS, nms_image
 from retina_fast.kernels.box_decode import box_decode_reference
@@ -112,7 +113,7 @@ def inference_steps(batch: int) -> list[Launch | TorchOp]:
 
     def prepare() -> Any:
         _to_fake_gpu(model)
-        shown = engine.Report("cuda", BF16, 0, 0, graphs=False, max_shapes=1)
+        shown = Report("cuda", BF16, 0, 0, graphs=False, max_shapes=1)
         plan = engine._Plan(model, engine._trunk, (batch, 3, 800, 800), torch.uint8, shown)
         plan.run()  # makes the anchors
         return plan

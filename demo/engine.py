@@ -22,7 +22,7 @@ from retina_fast.commands.evaluate import evaluate
 from retina_fast.commands.predict import TREES, load_model
 from retina_fast.convert import to_torchvision
 from retina_fast.data.coco import CocoDataset
-from retina_fast.engine import difference
+from retina_fast.engine_report import difference
 
 _SPLITS = ("heldout", "OSBS_029", "SOAP_061")
 _ROUNDS = 7

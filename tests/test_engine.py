@@ -13,7 +13,8 @@ from torchvision.models.detection import retinanet as tv
 from benchmarks.engine_soak import graphs_or_stand_ins, small_model, soak
 from retina_fast import RetinaNet, compile_inference, engine, retinanet_resnet18_fpn_v2, retinanet_spinenet49s
 from retina_fast.commands.predict import TREES, load_model
-from retina_fast.engine import Engine, Report, best_dtype
+from retina_fast.engine import Engine, best_dtype
+from retina_fast.engine_report import Report
 from retina_fast.inference import Detections
 
 PHOTOGRAPH = Path(__file__).parents[1] / "demo" / "heldout.jpg"

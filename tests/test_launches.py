@@ -8,7 +8,7 @@ import torch
 from benchmarks.launches import CASES
 from benchmarks.recorder import kernels, record
 from retina_fast import engine, retinanet_resnet18_fpn_v2
-from retina_fast.engine import Report
+from retina_fast.engine_report import Report
 
 
 @pytest.mark.parametrize("name", CASES)
