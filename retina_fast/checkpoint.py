@@ -91,7 +91,9 @@ def build(builder: str, num_classes: int, fetch: bool = False, **kwargs: Any) ->
         if not backbone:
             raise
         reason = "there are none of that name" if isinstance(error, KeyError) else error.args[0]
-        raise UserError(f"{builder} with the backbone's weights {backbone}: {reason}") from error
+        raise UserError(
+            f"{builder} with the backbone's weights {backbone}: {reason}; or give --weights-backbone others, or none"
+        ) from error
 
 
 def save(checkpoint: Checkpoint, path: str | Path) -> None:

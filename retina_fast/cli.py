@@ -191,7 +191,7 @@ def train(
         str | None,
         typer.Option(
             help="ImageNet weights to start the ResNet from, by torchvision's name, IMAGENET1K_V1 or _V2; torchvision "
-            "downloads them. By default the recipe's, or none."
+            "downloads them. By default the recipe's; `none` for random ones, or, with --checkpoint, to freeze nothing."
         ),
     ] = None,
     checkpoint: Annotated[
@@ -214,7 +214,7 @@ def train(
         chosen = recipe_named(recipe)
         if val_images and not val_json:
             raise UserError("--val-images belongs to --val-json: give both or neither")
-        if weights_backbone and checkpoint:
+        if weights_backbone not in (None, "none") and checkpoint:
             raise UserError("--weights-backbone and --checkpoint exclude each other: give one of them")
         with _said_once(processes):
             data = open_data(json, images)
@@ -231,7 +231,7 @@ def train(
         steps = steps or chosen.steps_for(len(data), batch_size)
         lr = chosen.lr_at(batch_size) if lr is None else lr
         bf16 = has_bf16() if bf16 is None else bf16
-        backbone = weights_backbone or chosen.weights_backbone
+        backbone = None if weights_backbone == "none" else weights_backbone or chosen.weights_backbone
         settings = TrainSettings(
             model, steps, batch_size, lr, crop, flips, seed, image_scale, recipe, every, accumulate, bf16, backbone
         )

@@ -39,6 +39,8 @@ class Exported:
         Raises:
             UserError: for another size or dtype.
         """
+        if not isinstance(images, Tensor):
+            raise UserError(f"images must be a Tensor (B, {', '.join(map(str, self._shape))}), got {type(images)}")
         if images.dim() != 4 or images.shape[1:] != self._shape or not len(images):
             raise UserError(f"images must be (B, {', '.join(map(str, self._shape))}), got {tuple(images.shape)}")
         if images.dtype != self._dtype:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from importlib import metadata
@@ -102,13 +103,17 @@ def export(
     path = Path(path)
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder")
-    if len(image_size) != 2 or min(image_size) < 1:
-        raise UserError(f"image_size must be a height and a width in pixels, got {image_size}")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file")
+    if not isinstance(image_size, Sequence) or [type(side) for side in image_size] != [int, int] or min(image_size) < 1:
+        raise UserError(f"image_size must be a height and a width in whole pixels, got {image_size}")
+    if math.isnan(model.score_thresh):
+        raise UserError(f"score_thresh must be a number, got {model.score_thresh}")
     if not 0 <= model.nms_thresh <= 1:
         raise UserError(f"nms_thresh must lie in [0, 1], got {model.nms_thresh}")
     for name in ("topk_candidates", "detections_per_img"):
-        if getattr(model, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(model, name)}")
+        if type(getattr(model, name)) is not int or getattr(model, name) < 1:
+            raise UserError(f"{name} must be an integer of at least 1, got {getattr(model, name)!r}")
     if format == "aotinductor":
         _check_compiler()
     device, dtype = (getattr(next(model.parameters()), name) for name in ("device", "dtype"))
@@ -119,8 +124,10 @@ def export(
         raise UserError(f"image_size {image_size} would be resized to {resized_size(own.transform, *image_size)}")
     graph = Graph(own, image_size, preprocess, OnnxPostprocess if format == "onnx" else Postprocess)
     labels = range(graph.postprocess.num_classes)
-    names = [str(label) for label in labels] if classes is None else classes
-    ids = labels if category_ids is None else category_ids
+    if isinstance(classes, str):
+        raise UserError(f"classes must be a list of names, got {classes!r}")
+    names = list(map(str, labels if classes is None else classes))
+    ids = list(map(int, labels if category_ids is None else category_ids))
     for argument, values in (("classes", names), ("category_ids", ids)):
         if len(values) != len(labels):
             raise UserError(f"{argument} must be {len(labels)}, one a class, got {len(values)}")

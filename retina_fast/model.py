@@ -190,9 +190,11 @@ class RetinaNet(tv.RetinaNet):
         is more, to the most candidates there can be.
 
         Raises:
-            ValueError: if the batch is not 4-D.
+            TypeError, ValueError: if the batch is no tensor, or not 4-D.
             RuntimeError: in training mode, where a forward pass would move the BatchNorm statistics.
         """
+        if not isinstance(batch, Tensor):
+            raise TypeError(f"batch must be a Tensor (B, C, H, W), got {type(batch)}: a list is for the model itself")
         if batch.dim() != 4:
             raise ValueError(f"batch must be (B, C, H, W), got {tuple(batch.shape)}")
         if self.training:

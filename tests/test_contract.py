@@ -130,6 +130,8 @@ def test_bad_images_are_refused(model):
         model([torch.rand(4, 8, 8)])
     with pytest.raises(ValueError, match=r"images\[1\] must have at least one pixel"):
         model([IMAGES[0], torch.rand(3, 0, 8)])
+    with pytest.raises(TypeError, match=r"batch must be a Tensor .* got <class 'list'>"):
+        model.detect(IMAGES)
     with pytest.raises(ValueError, match="batch must be"):
         model.detect(IMAGES[0])
     with pytest.raises(RuntimeError, match=r"model.eval\(\)"):

@@ -1,6 +1,7 @@
 """Files that run without the package: the same detections as the model's, and clear refusals."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -308,7 +309,10 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
     path = tmp_path / "file"
     wrong: dict[str, dict[str, Any]] = {
         "format must be one of torch-export, onnx, aotinductor, got 'tflite'": {"format": "tflite"},
-        "image_size must be a height and a width in pixels, got": {"image_size": (0, 64)},
+        r"image_size must be .*, got \(0, 64\)": {"image_size": (0, 64)},
+        r"image_size must be .*, got \(64.0, 64\)": {"image_size": (64.0, 64)},
+        "image_size must be .*, got 64": {"image_size": 64},
+        "classes must be a list of names, got 'abc'": {"classes": "abc"},
         "would be resized to": {"image_size": (1, 999)},
         "classes must be 3, one a class, got 1": {"classes": ["tree"]},
         "category_ids must be 3, one a class, got 2": {"category_ids": [1, 2]},
@@ -316,9 +320,12 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
     for message, options in wrong.items():
         with pytest.raises(UserError, match=message):
             retina_fast.export(small(), path, **(defaults | options))
-    for name, value in {"nms_thresh": 1.5, "topk_candidates": 0, "detections_per_img": 0}.items():
+    limits = ("nms_thresh", 1.5), ("score_thresh", math.nan), ("topk_candidates", 0)
+    for name, value in (*limits, ("detections_per_img", 0), ("detections_per_img", 100.0)):
         with pytest.raises(UserError, match=rf"{name} must .*, got {value}"):
             retina_fast.export(small(**{name: value}), path, "torch-export", SIZE)
+    with pytest.raises(UserError, match="is a folder; give the name of a file"):
+        retina_fast.export(small(), tmp_path, "torch-export", SIZE)
 
     with pytest.raises(UserError, match=r"weights must be float32, got torch.bfloat16: call model.float\(\)"):
         retina_fast.export(small().bfloat16(), path, "onnx", SIZE)

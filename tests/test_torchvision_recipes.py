@@ -22,6 +22,7 @@ from torchvision.ops._utils import split_normalization_params
 from typer.testing import CliRunner
 
 from retina_fast import checkpoint, cli
+from retina_fast.checkpoint import Checkpoint
 from retina_fast.commands import train as module
 from retina_fast.commands.detector import Detector
 from retina_fast.commands.processes import ALONE, Processes
@@ -330,6 +331,9 @@ def test_what_does_not_go_together_is_named(files, tmp_path, monkeypatch):
     assert "--weights-backbone and --checkpoint exclude each other" in problem(
         *v1, "--weights-backbone", "IMAGENET1K_V1", "--checkpoint", "model.pt"
     )
+    without = "--recipe", V2, "--model", "retinanet_resnet18_fpn_v2", "--weights-backbone", "none"
+    assert "model.pt: no such model file" in problem(*without, "--checkpoint", "model.pt")
+    assert not (tmp_path / "run").exists()
     assert "is for models retinanet_resn*_fpn, not retinanet_resnet18_fpn_v2" in problem(*v1[:3], v1[3] + "_v2")
     assert "there are no weights of retinanet_spinenet49" in problem(
         "--model", "retinanet_spinenet49", "--weights-backbone", "IMAGENET1K_V1"
@@ -341,3 +345,21 @@ def test_whole_images_alone(data, tmp_path):
     settings = settings_of(V1, "retinanet_resnet18_fpn", 2, steps=1, crop=64)
     with pytest.raises(UserError, match="trains on whole images: leave out --crop 64"):
         train(settings, data, None, None, tmp_path, False, 0, Console(quiet=True))
+
+
+@pytest.mark.usefixtures("_published")
+def test_a_run_from_a_model_file_is_resumed_without_it(data, tmp_path):
+    """What the file says of the model, here that all stages of the ResNet are frozen, is the run's."""
+    frozen: dict[str, Any] = {"trainable_backbone_layers": 0}
+    weights = checkpoint.build("retinanet_resnet18_fpn", 2, weights_backbone="IMAGENET1K_V1", **frozen).state_dict()
+    file = tmp_path / "model.pt"
+    checkpoint.save(Checkpoint("retinanet_resnet18_fpn", frozen, data.classes, data.category_ids, weights), file)
+    settings = settings_of(V1, "retinanet_resnet18_fpn", 2, steps=1)
+    train(settings, data, None, file, tmp_path / "run", False, 0, Console(quiet=True))
+    before = state(tmp_path / "run")["state_dict"]
+    resumed = train(settings, data, None, None, tmp_path / "run", True, 0, Console(quiet=True))
+    content = checkpoint.load(resumed)
+    assert content.kwargs["trainable_backbone_layers"] == 0
+    assert not [p for p in content.build().backbone.body.parameters() if p.requires_grad]
+    after = state(tmp_path / "run")["state_dict"]
+    assert all(torch.equal(value, after[name]) for name, value in before.items())

@@ -139,7 +139,7 @@ class RunFiles(L.Callback):
             values = ", ".join(f"{name} {value}" for name, value in losses.items())
             raise UserError(
                 f"the loss is not finite at step {step - 1} ({values}); its images: {', '.join(files)}. Look at their "
-                "boxes, or lower --lr. The weights of the last interval are in the output folder"
+                "boxes, lower --lr, or try --no-bf16. The weights of the last interval are in the output folder"
             )
         losses = module.processes.mean(losses)
         if module.processes.first:
@@ -173,6 +173,7 @@ class RunFiles(L.Callback):
         assert isinstance(module, Detector)
         # A plain string, since weights_only=True reads no enum.
         state["settings"] = asdict(module.settings) | {"flips": module.settings.flips.value}
+        state["kwargs"] = module.about.kwargs
         state["data"] = self.data
         if not module.processes.first:
             return

@@ -95,8 +95,10 @@ def fingerprint(data: CocoDataset) -> str:
     return digest.hexdigest()
 
 
-def check_resume(last: Path, settings: TrainSettings, data: CocoDataset) -> None:
-    """Refuse to go on with a run of other settings or data.
+def check_resume(last: Path, settings: TrainSettings, data: CocoDataset) -> dict[str, Any] | None:
+    """Refuse to go on with a run of other settings or data; else the arguments of the builder of its model.
+
+    Runs of earlier versions have no such arguments.
 
     Raises:
         UserError: naming what differs; or if there is no run, or its file is damaged.
@@ -114,3 +116,4 @@ def check_resume(last: Path, settings: TrainSettings, data: CocoDataset) -> None
             raise UserError(f"the run in {last.parent} has {name} {before[name]}, not {value}: give it the same")
     if state.get("data") not in (None, fingerprint(data)):
         raise UserError(f"{data.json_file}: is not what the run in {last.parent} was begun with; start a new run")
+    return state.get("kwargs")

@@ -113,19 +113,18 @@ def train(
     """
     settings.share(processes.count)
     last = output / "last.ckpt"
-    if resume:
-        check_resume(last, settings, data)
-    elif last.exists():
+    kwargs = check_resume(last, settings, data) if resume else None
+    if not resume and last.exists():
         raise UserError(f"{output} already holds a run: add --resume to go on with it, or choose another --output")
     if validation and validation.classes != data.classes:
         raise UserError(f"{validation.json_file} has the classes {validation.classes}, {data.json_file} {data.classes}")
-    output.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(settings.seed)
-    module = Detector(_start(settings, data, start_from, resume), settings, processes)
+    module = Detector(_start(settings, data, start_from, resume, kwargs), settings, processes)
     crop = settings.crop or (module.model.transform.max_size if module.recipe.crops_are_the_size else 0)
     training_set = TrainingSet(data, module.recipe.augmentation(crop, settings.flips), settings.seed)
     training_set[0, 0]  # complains here, and not in a worker, if no image can be read
+    output.mkdir(parents=True, exist_ok=True)
     loader = DataLoader(
         training_set,
         batch_sampler=StepSampler(module, data),
@@ -171,9 +170,18 @@ def train(
     return output / "model.pt"
 
 
-def _start(settings: TrainSettings, data: CocoDataset, start_from: Path | None, resume: bool = False) -> Checkpoint:
+def _start(
+    settings: TrainSettings,
+    data: CocoDataset,
+    start_from: Path | None,
+    resume: bool = False,
+    resumed: dict[str, Any] | None = None,
+) -> Checkpoint:
     """Random weights, with the backbone's published ones if there are; or those of a model file, where its classes are
-    others than the data's with a new last layer. A run that is resumed has its own."""
+    others than the data's with a new last layer. A run that is resumed has its own, and its builder's arguments."""
+    if resumed is not None:
+        weights = checkpoint.build(settings.model, len(data.classes), fetch=False, **resumed).state_dict()
+        return Checkpoint(settings.model, resumed, data.classes, data.category_ids, weights)
     other = checkpoint.load(start_from) if start_from else None
     if other and other.builder != settings.model:
         raise UserError(f"{start_from} is a {other.builder}: train it with --model {other.builder}")
