@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torchvision
 
+from retina_fast.files import replacing
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -89,14 +91,13 @@ class Results:
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
         stored = {
             "environment": self.environment,
             "records": [asdict(record) for record in self.records],
             "failures": [asdict(failure) for failure in self.failures],
         }
-        partial.write_text(json.dumps(stored, indent=1) + "\n")
-        partial.replace(self.path)
+        with replacing(self.path) as partial:
+            partial.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 def environment(

@@ -226,7 +226,7 @@ def _first_kernel(
     tl.store(kept_counts_ptr + image, tl.minimum(kept, max_detections).to(tl.int64))
 
 
-def _rounded_down(value: float) -> float:
+def rounded_down(value: float) -> float:
     """The greatest float32 that is not above a float64: float32 numbers exceed either or neither."""
     near = np.float32(value)
     return float(near if float(near) <= value else np.nextafter(near, np.float32(-np.inf)))
@@ -251,7 +251,7 @@ def _batched_nms_triton(
     max_kept = min(max_detections, width)
     members = boxes.new_empty(batch, groups, _SCAN + _WORD.value, dtype=torch.int32)
     lists = boxes.new_empty(batch, groups, max_kept, dtype=torch.int32)
-    thresh = _rounded_down(iou_thresh)
+    thresh = rounded_down(iou_thresh)
     with torch.cuda.device_of(boxes):
         keys = None
         if scores is not None:

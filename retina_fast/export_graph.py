@@ -43,10 +43,11 @@ class Graph(nn.Module):
         self.dtype = next(model.parameters()).dtype
         inside = resized_size(model.transform, *image_size) if preprocess else image_size
         self.resizes = inside != tuple(image_size)
-        # Each runtime has its own rounding of a resize's coordinates, up to 1e-5 of a pixel's value: so its weights are
-        # written as numbers.
-        self.register_buffer("down", _bilinear(image_size[0], inside[0]).T.contiguous())
-        self.register_buffer("across", _bilinear(image_size[1], inside[1]))
+        if self.resizes:
+            # Each runtime has its own rounding of a resize's coordinates, up to 1e-5 of a pixel's value: so its weights
+            # are written as numbers.
+            self.register_buffer("down", _bilinear(image_size[0], inside[0]).T.contiguous())
+            self.register_buffer("across", _bilinear(image_size[1], inside[1]))
         with torch.no_grad():
             batch, features = self._trunk(torch.zeros(1, 3, *image_size))
             anchors = shared_anchors(model.anchor_generator, batch, features)

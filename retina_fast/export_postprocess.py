@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from retina_fast.kernels.batched_nms import rounded_down
 from retina_fast.kernels.box_decode import decode
 from retina_fast.kernels.candidate_selection import logit
 from retina_fast.kernels.levels import flatten_all
@@ -122,11 +123,7 @@ class Postprocess(nn.Module):
         self.register_buffer("limits", torch.tensor([width, height, width, height], dtype=torch.float32))
         scale = torch.tensor(image_size).float() / torch.tensor(inside).float()
         self.register_buffer("scale", scale.flip(0).repeat(2))
-        # An IoU in float32 is compared with the threshold in float64: with the next one below in float32, here.
-        below = torch.tensor(model.nms_thresh, dtype=torch.float32)
-        if float(below) > model.nms_thresh:
-            below = torch.nextafter(below, torch.tensor(-math.inf))
-        self.iou_thresh = float(below)
+        self.iou_thresh = rounded_down(model.nms_thresh)
 
     def best(self, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return best_by_key(values, k)

@@ -120,7 +120,7 @@ def train(
         raise UserError(f"{validation.json_file} has the classes {validation.classes}, {data.json_file} {data.classes}")
 
     torch.manual_seed(settings.seed)
-    module = Detector(_start(settings, data, start_from, resume, kwargs), settings, processes)
+    module = Detector(_start(settings, data, start_from, kwargs), settings, processes)
     crop = settings.crop or (module.model.transform.max_size if module.recipe.crops_are_the_size else 0)
     training_set = TrainingSet(data, module.recipe.augmentation(crop, settings.flips), settings.seed)
     training_set[0, 0]  # complains here, and not in a worker, if no image can be read
@@ -171,11 +171,7 @@ def train(
 
 
 def _start(
-    settings: TrainSettings,
-    data: CocoDataset,
-    start_from: Path | None,
-    resume: bool = False,
-    resumed: dict[str, Any] | None = None,
+    settings: TrainSettings, data: CocoDataset, start_from: Path | None, resumed: dict[str, Any] | None = None
 ) -> Checkpoint:
     """Random weights, with the backbone's published ones if there are; or those of a model file, where its classes are
     others than the data's with a new last layer. A run that is resumed has its own, and its builder's arguments."""
@@ -195,8 +191,7 @@ def _start(
         kwargs |= {"min_size": None, "image_scale": settings.image_scale, "_skip_resize": settings.crop > 0}
     if settings.weights_backbone:
         kwargs |= {"weights_backbone": settings.weights_backbone}
-    fetch = not (other or resume)
-    weights = checkpoint.build(settings.model, len(data.classes), fetch=fetch, **kwargs).state_dict()
+    weights = checkpoint.build(settings.model, len(data.classes), fetch=other is None, **kwargs).state_dict()
     if other:
         same = other.classes == data.classes
         weights |= {name: value for name, value in other.state_dict.items() if same or "cls_logits" not in name}
