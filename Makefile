@@ -26,13 +26,13 @@ bench: .venv/installed
 HERE := $(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON))
 
 gpu-test:  # these with the packages that the GPU machine has: nothing is installed there
-	$(HERE) -m benchmarks.bring_up
+	$(HERE) -m benchmarks.gpu.bring_up
 
 gpu:
 	$(HERE) -m benchmarks.gpu
 
 report:
-	$(HERE) -m benchmarks.report
+	$(HERE) -m benchmarks.gpu.report
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -12,7 +12,7 @@ import torch
 
 from retina_fast import checkpoint
 from retina_fast.checkpoint import Checkpoint
-from retina_fast.errors import UserError
+from retina_fast.data.errors import UserError
 
 
 def average(models: list[Checkpoint]) -> Checkpoint:

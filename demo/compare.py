@@ -14,10 +14,10 @@ from rich.progress import track
 
 from demo.trees import prepare
 from retina_fast import checkpoint
-from retina_fast.commands.predict import TREES
 from retina_fast.convert import to_torchvision
 from retina_fast.data.augment import Flips, TrainingSet, augmentation, batches
 from retina_fast.data.coco import CocoDataset, plain
+from retina_fast.predict.load import TREES
 
 OUTPUT = Path("out")
 _STEPS = 200

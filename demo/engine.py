@@ -17,12 +17,12 @@ from torch import Tensor
 
 from demo.trees import prepare
 from retina_fast import compile_inference
-from retina_fast.commands.bench import machine
-from retina_fast.commands.evaluate import evaluate
-from retina_fast.commands.predict import TREES, load_model
 from retina_fast.convert import to_torchvision
 from retina_fast.data.coco import CocoDataset
-from retina_fast.engine_report import difference
+from retina_fast.deploy.bench import machine
+from retina_fast.deploy.report import difference
+from retina_fast.predict.evaluate import evaluate
+from retina_fast.predict.load import TREES, load_model
 
 _SPLITS = ("heldout", "OSBS_029", "SOAP_061")
 _ROUNDS = 7

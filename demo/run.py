@@ -12,10 +12,10 @@ from torch import Tensor
 from torchvision.io import write_jpeg
 
 from demo.trees import prepare
-from retina_fast.commands.evaluate import Evaluation, evaluate, report
-from retina_fast.commands.predict import TREES, load_model
 from retina_fast.data.coco import CocoDataset
-from retina_fast.draw import draw_boxes
+from retina_fast.predict.draw import draw_boxes
+from retina_fast.predict.evaluate import Evaluation, evaluate, report
+from retina_fast.predict.load import TREES, load_model
 
 OUTPUT = Path("out/demo")
 _SCORE = 0.3

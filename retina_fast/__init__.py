@@ -24,10 +24,10 @@ from retina_fast.builders import (
     retinanet_spinenet190,
 )
 from retina_fast.convert import from_torchvision
-from retina_fast.engine import compile_inference
-from retina_fast.exported import load_exported
-from retina_fast.exporter import export
-from retina_fast.inference import Detections
+from retina_fast.deploy.engine import compile_inference
+from retina_fast.deploy.export import export
+from retina_fast.deploy.exported import load_exported
+from retina_fast.detections import Detections
 from retina_fast.model import RetinaNet
 from retina_fast.training_step import TrainingStep
 

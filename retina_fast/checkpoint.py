@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from retina_fast.builders import MODELS
-from retina_fast.errors import UserError
-from retina_fast.files import replacing
+from retina_fast.data.errors import UserError
+from retina_fast.data.files import replacing
 
 VERSION = 1
 

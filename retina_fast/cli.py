@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import torch
 
-from retina_fast.commands.processes import Processes, joined
 from retina_fast.data.augment import Flips
+from retina_fast.data.errors import UserError
+from retina_fast.data.processes import Processes, joined
 from retina_fast.data.voc import open_data
-from retina_fast.errors import UserError
 
 try:
     import typer
@@ -91,7 +91,7 @@ def _said_once(processes: Processes) -> Iterator[None]:
 
 def _model(checkpoint: Path | None, model: str | None, weights: str | None) -> tuple[Any, Any]:
     """The network that a person chose, and its classes."""
-    from retina_fast.commands.predict import TREES, load_model, load_published
+    from retina_fast.predict.load import TREES, load_model, load_published
 
     if model and weights and not checkpoint:
         return load_published(model, weights)
@@ -102,7 +102,7 @@ def _model(checkpoint: Path | None, model: str | None, weights: str | None) -> t
 
 def _exported(file: Path, checkpoint: Path | None) -> Any:
     """The exported file that a person chose."""
-    from retina_fast.exported import load_exported
+    from retina_fast.deploy.exported import load_exported
 
     if checkpoint:
         raise UserError("--model and --checkpoint exclude each other: give one of them")
@@ -205,11 +205,11 @@ def train(
 ) -> None:
     """Train a detector on a COCO or Pascal VOC data set."""
     with _one_sentence(), joined() as processes:
-        from retina_fast.commands.check import warn_of_faults
-        from retina_fast.commands.run_files import Stopped
-        from retina_fast.commands.settings import TrainSettings, has_bf16
-        from retina_fast.commands.train import train as run
-        from retina_fast.recipes import recipe_named
+        from retina_fast.data.check import warn_of_faults
+        from retina_fast.train.recipes import recipe_named
+        from retina_fast.train.run import train as run
+        from retina_fast.train.run_files import Stopped
+        from retina_fast.train.settings import TrainSettings, has_bf16
 
         chosen = recipe_named(recipe)
         if val_images and not val_json:
@@ -258,8 +258,8 @@ def evaluate(
 ) -> None:
     """Print a model's COCO metrics on a data set."""
     with _one_sentence(), joined() as processes:
-        from retina_fast.commands.evaluate import evaluate as run
-        from retina_fast.commands.evaluate import report
+        from retina_fast.predict.evaluate import evaluate as run
+        from retina_fast.predict.evaluate import report
 
         network, content = _model(checkpoint, model, weights)
         with _said_once(processes):
@@ -269,7 +269,7 @@ def evaluate(
         if found:
             report(found, console)
         if found and plot:
-            from retina_fast.commands.precision_recall import plot_precision_recall
+            from retina_fast.data.precision_recall import plot_precision_recall
 
             plot_precision_recall(found.metrics, plot)
             console.print(f"Wrote {plot}", soft_wrap=True)
@@ -292,8 +292,8 @@ def detect(
 ) -> None:
     """Find objects in images."""
     with _one_sentence(), joined() as processes:
-        from retina_fast.commands.detect import detect as run
-        from retina_fast.commands.detect import report
+        from retina_fast.predict.detect import detect as run
+        from retina_fast.predict.detect import report
 
         network: Any
         content: Any
@@ -321,7 +321,7 @@ def check(
     """Name everything that is wrong with a data set before training on it; the exit code is 1 if something is."""
     with _one_sentence():
         from retina_fast.checkpoint import build
-        from retina_fast.commands import check as command
+        from retina_fast.data import check as command
 
         def show(fault: object) -> None:
             console.print(str(fault), markup=False, soft_wrap=True, highlight=False)
@@ -350,9 +350,9 @@ def export(
 ) -> None:
     """Write a detector to one file that runs without this package."""
     with _one_sentence():
-        from retina_fast.commands.predict import TREES, load_model
-        from retina_fast.exporter import FORMATS
-        from retina_fast.exporter import export as run
+        from retina_fast.deploy.export import FORMATS
+        from retina_fast.deploy.export import export as run
+        from retina_fast.predict.load import TREES, load_model
 
         sides = size.split("x")
         if len(sides) != 2 or not all(side.isdecimal() for side in sides):
@@ -384,10 +384,10 @@ def bench(
     """Measure images a second: torchvision, this package's model, and its engine, with the same weights."""
     with _one_sentence():
         from retina_fast.checkpoint import build
-        from retina_fast.commands.bench import bench as run
-        from retina_fast.commands.detect import image_files
-        from retina_fast.commands.predict import TREES, load_model
         from retina_fast.data.coco import read_image
+        from retina_fast.deploy.bench import bench as run
+        from retina_fast.predict.detect import image_files
+        from retina_fast.predict.load import TREES, load_model
 
         if model is not None and checkpoint is not None:
             raise UserError("--model and --checkpoint exclude each other: give one of them")

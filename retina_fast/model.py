@@ -12,13 +12,13 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from retina_fast.anchors import batch_anchors, is_stock_generator, shared_anchors
+from retina_fast.detections import Detections, detect
 from retina_fast.heads import level_outputs, runs_by_level
-from retina_fast.inference import Detections, detect
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE
 from retina_fast.kernels.levels import flatten_all
+from retina_fast.losses import detection_losses, shared_or_stacked
 from retina_fast.stock import is_stock, overrides
 from retina_fast.targets import GroundTruths, gather_targets, target_check, to_device
-from retina_fast.training import detection_losses, shared_or_stacked
 from retina_fast.transform import (
     RetinaNetTransform,
     batch_images,

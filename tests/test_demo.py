@@ -12,9 +12,9 @@ from demo import compare, engine, run, trees
 from demo.trees import Picture, split_by_place, tiles
 from retina_fast import checkpoint
 from retina_fast.checkpoint import Checkpoint
-from retina_fast.commands.evaluate import Evaluation
 from retina_fast.data.coco import CocoDataset
-from retina_fast.metrics import CocoMetrics
+from retina_fast.data.metrics import CocoMetrics
+from retina_fast.predict.evaluate import Evaluation
 
 BOXES = torch.tensor([[5.0, 5, 25, 25], [60, 10, 78, 30], [66, 40, 90, 60], [95, 70, 99, 79]])
 

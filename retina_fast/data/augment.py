@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from retina_fast.data.coco import CocoDataset, Sample
-from retina_fast.errors import ImageError, UserError
+from retina_fast.data.errors import ImageError, UserError
 
 _MIN_VISIBLE = 0.35  # a box that keeps less of its area in the crop is dropped
 _SCALES = (0.75, 1.35)
@@ -74,7 +74,7 @@ class ColorJitter(nn.Module):
     All four are linear in luma and chroma (YIQ), where they commute, so that together they are one 3x3 matrix and an
     offset. Brightness, contrast and saturation are torchvision's, but for clipping between them; the hue is turned
     about the grey axis, which keeps the luma, where torchvision turns it in HSV, which takes 14 times as long
-    (`python -m benchmarks.loader`).
+    (`python -m benchmarks.models.loader`).
 
     Args:
         brightness, contrast, saturation: ranges of the factors.

@@ -18,8 +18,8 @@ from torchvision import tv_tensors
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
+from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.faults import LEFT_OUT, REFUSED, Kind, box_fault, corners, entry_faults, place, sizes_of
-from retina_fast.errors import ImageError, UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 

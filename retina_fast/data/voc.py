@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from retina_fast.data.coco import IMAGE_SUFFIXES, CocoDataset, read_json, refuse
-from retina_fast.errors import UserError
+from retina_fast.data.errors import UserError
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 

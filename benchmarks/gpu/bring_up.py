@@ -1,0 +1,85 @@
+"""Is everything right on the GPU here: ``make gpu-test``, or ``python -m benchmarks.gpu.bring_up [step ...]``.
+
+    tests       the test files of kernels, models, losses, captured step and engine, on cuda, several at a time
+    checks      every case of make gpu at small shapes, against its reference
+    memcheck    the kernels' checks under compute-sanitizer: accesses out of bounds, where the tool is found
+    racecheck   the same for races in shared memory
+
+Every step runs, whatever the ones before have found; the last lines say which failed. Nothing is timed.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import torch
+
+from benchmarks.gpu.records import ROOT
+from benchmarks.gpu.run import BENCHMARKS
+
+_WHOLE = ("losses", "training_step", "detections", "engine", "model")
+_KERNELS = [name for name in BENCHMARKS if name not in ("models.inference", "models.training_step", "models.spinenet")]
+_CHECKS = [sys.executable, "-m", "benchmarks.gpu", "--small", "--checks"]
+
+
+def tested_files() -> list[str]:
+    """Those that mirror a kernel, and those of what the kernels are strung together to."""
+    names = [*sorted(path.stem for path in (ROOT / "kernels").glob("*.py")), *_WHOLE]
+    return [str(path.relative_to(ROOT)) for name in names for path in (ROOT / "tests").glob(f"*/test_{name}.py")]
+
+
+def steps(sanitizer: str | None) -> dict[str, list[str]]:
+    """The command of each step; without the tool those that need it are left out."""
+    in_parallel = ["-n", "8", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+    found = {
+        "tests": [sys.executable, "-m", "pytest", "-q", *in_parallel, *tested_files()],
+        "checks": [*_CHECKS],
+    }
+    if sanitizer is not None:
+        for tool in ("memcheck", "racecheck"):
+            found[tool] = [sanitizer, "--tool", tool, "--error-exitcode", "9", *_CHECKS, *_KERNELS]
+    return found
+
+
+def run(command: list[str], minutes: float) -> str:
+    """How a step went."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if "pytest" not in command:
+        environment["TORCH_COMPILE_DISABLE"] = "1"  # of the checks' baselines
+    if "--tool" in command:
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # or a tensor's neighbours would be in bounds
+    try:
+        code = subprocess.run(command, cwd=ROOT, env=environment, timeout=60 * minutes).returncode
+    except subprocess.TimeoutExpired:
+        return f"not done after {minutes:.0f} minutes"
+    return "right" if code == 0 else f"failed ({code})"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    commands = steps(sanitizer)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", help=f"among {', '.join(steps(''))}; all by default")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.steps) - set(steps("")):
+        parser.error(f"unknown steps: {', '.join(sorted(unknown))}")
+    if not torch.cuda.is_available():
+        print("No CUDA GPU here: `make test` runs the same tests with the kernels interpreted.")
+        return 2
+    end = time.monotonic() + 60 * options.minutes
+    outcomes = {}
+    for name in options.steps or steps(""):
+        left = max(0.1, (end - time.monotonic()) / 60)
+        print(f"== {name}", flush=True)
+        outcomes[name] = run(commands[name], left) if name in commands else "left out: no compute-sanitizer here"
+    print("\n".join(f"{name:10} {outcome}" for name, outcome in outcomes.items()))
+    return int(any(outcome.startswith(("failed", "not done")) for outcome in outcomes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

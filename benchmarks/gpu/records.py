@@ -1,0 +1,134 @@
+"""What a measurement is written down as: benchmarks/results/<device>.json."""
+
+import datetime
+import json
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from retina_fast.data.files import replacing
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass
+class Record:
+    """One comparison. ``ceiling_fraction`` is the share of the device's limit: of the measured bandwidth of a copy, or
+    of the measured rate of a bfloat16 product, whichever is nearer."""
+
+    goal: str | None
+    case: str
+    dtype: str
+    baseline: str
+    baseline_ms: float
+    ours_ms: float
+    ratio: float
+    ceiling_fraction: float
+    peak_mb: float
+    baseline_peak_mb: float
+    raw_ms: dict[str, float]
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.case, self.dtype, self.baseline
+
+
+@dataclass
+class Failure:
+    """A case, or one of its baselines, of which there is no figure."""
+
+    goal: str | None
+    case: str
+    dtype: str
+    baseline: str | None
+    error: str
+
+
+class Results:
+    """A file of records, written after each case so that a run that is cut short can be taken up again.
+
+    Records of another commit, device or version of torch or triton are dropped: every ratio in a file comes from one
+    state of the code on one machine.
+
+    Args:
+        path: the file.
+        environment: see :func:`environment`.
+        earlier: a file to begin from, where ``path`` does not exist.
+    """
+
+    SAME = ("device", "driver", "torch", "triton", "torchvision", "commit", "dirty", "small")
+
+    def __init__(self, path: Path, environment: dict[str, Any], earlier: Path | None = None) -> None:
+        self.path, self.environment = path, environment
+        self.records: list[Record] = []
+        self.failures: list[Failure] = []
+        source = path if path.exists() or earlier is None else earlier
+        if source.exists():
+            stored = json.loads(source.read_text())
+            if all(stored["environment"].get(key) == environment[key] for key in self.SAME):
+                self.records = [Record(**record) for record in stored["records"]]
+                self.failures = [Failure(**failure) for failure in stored["failures"]]
+
+    def knows(self, case: str, dtype: str) -> bool:
+        known: list[Record | Failure] = [*self.records, *self.failures]
+        return any((entry.case, entry.dtype) == (case, dtype) for entry in known)
+
+    def add(self, records: list[Record], failures: list[Failure]) -> None:
+        """What came of a case, in place of what was known of it."""
+        added: list[Record | Failure] = [*records, *failures]
+        new = {(entry.case, entry.dtype) for entry in added}
+        self.records = [record for record in self.records if (record.case, record.dtype) not in new] + records
+        self.failures = [failed for failed in self.failures if (failed.case, failed.dtype) not in new] + failures
+        goals = [(record.goal, record.baseline) for record in self.records if record.goal]
+        assert len(goals) == len(set(goals)), f"a goal is claimed twice: {goals}"
+        self.write()
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        stored = {
+            "environment": self.environment,
+            "records": [asdict(record) for record in self.records],
+            "failures": [asdict(failure) for failure in self.failures],
+        }
+        with replacing(self.path) as partial:
+            partial.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def environment(
+    device: torch.device, ceilings: dict[str, float] | None = None, commit: str | None = None, small: bool = False
+) -> dict[str, Any]:
+    """What a figure depends on, with ceilings measured now. ``commit`` is for a copy without its .git."""
+
+    def git(*arguments: str) -> str | None:
+        return _output("git", "-C", str(ROOT), *arguments)
+
+    import triton
+
+    changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "driver": driver.splitlines()[0] if driver else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "torchvision": torchvision.__version__,
+        "commit": git("rev-parse", "HEAD") or commit,
+        "dirty": None if changes is None else bool(changes),
+        "small": small,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **{name: float(f"{value:.4g}") for name, value in (ceilings or {}).items()},
+    }
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None where it is missing or fails."""
+    try:
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,140 @@
+"""Batched NMS: torchvision image by image, ours.
+
+    python -m benchmarks.kernels.batched_nms
+
+compares the two on a CPU, in turns, on one image with 5,000 boxes of one class. ``make bench`` runs this file with
+pytest-benchmark on whatever device is there; ``make gpu`` records CASES. torchvision adds offsets by class to boxes,
+which rounds, so its result may differ on borderline pairs; ours is checked against the reference.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+
+from benchmarks.gpu.measure import Built, Case, print_in_turns, run_benchmark
+from retina_fast.kernels.batched_nms import Kept, batched_nms, batched_nms_reference
+
+IOU, KEPT = 0.5, 300
+SETS = ("clustered", "uniform", "all overlapping", "none overlapping", "chain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    batch: int = 1
+    boxes: int = 5000
+    classes: int = 91
+    kind: str = "clustered"
+    kept: int = KEPT
+
+    @property
+    def name(self) -> str:
+        boxes = f"{self.boxes} {self.kind} boxes in {self.classes} classes"
+        return f"NMS, batch {self.batch}, {boxes}, at most {self.kept} kept"
+
+
+BASES = [Setting(), Setting(batch=32)]
+SETTINGS = [
+    *BASES,
+    Setting(batch=8),
+    *[dataclasses.replace(base, kind=kind) for base in BASES for kind in SETS[1:]],
+    *[Setting(classes=1, kind=kind) for kind in SETS],
+    *[Setting(boxes=boxes) for boxes in (0, 1000, 20_000, 100_000)],
+    Setting(kept=5000),
+]
+GOALS = {base: f"K5-b{base.batch}" for base in BASES}
+CPU_SETTING = Setting(classes=1)
+
+
+def boxes_of(setting: Setting, generator: torch.Generator) -> Tensor:
+    """(B, M, 4) on a canvas of 800x800; ``clustered``: about 20 boxes an object, as a detector finds them."""
+    shape = setting.batch, setting.boxes
+
+    def rand(*sides: int) -> Tensor:
+        return torch.rand(setting.batch, *sides, generator=generator)
+
+    if setting.kind == "clustered":
+        objects = max(1, setting.boxes // 20)
+        corner, side = rand(objects, 2) * 700, 20 + rand(objects, 2) * 80
+        of = torch.randint(0, objects, shape, generator=generator)[..., None].expand(-1, -1, 2)
+        corner = corner.gather(1, of) + torch.randn(*shape, 2, generator=generator) * 4
+        return torch.cat((corner, corner + side.gather(1, of) * (0.9 + 0.2 * rand(setting.boxes, 2))), dim=2)
+    if setting.kind == "uniform":
+        corner = rand(setting.boxes, 2) * 700
+        return torch.cat((corner, corner + 10 + rand(setting.boxes, 2) * 90), dim=2)
+    if setting.kind == "all overlapping":
+        return torch.tensor([0.0, 0, 100, 100]) + rand(setting.boxes, 4)
+    step = 2.5 if setting.kind == "chain" else 20.0  # of boxes 10 wide: an IoU of 0.6 with the next
+    x = (torch.arange(setting.boxes) * step).expand(shape)
+    return torch.stack((x, torch.zeros(shape), x + 10, torch.full(shape, 10.0)), dim=2)
+
+
+def inputs(setting: Setting, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes (B, M, 4), scores (B, M), labels (B, M), counts (B,); the neighbours of a chain are of one class."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = boxes_of(setting, generator)
+    shape = setting.batch, setting.boxes
+    if setting.kind == "chain":
+        scores = torch.linspace(1, 0, setting.boxes).expand(shape).contiguous()
+        labels = (torch.arange(setting.boxes) * setting.classes // max(1, setting.boxes)).expand(shape).contiguous()
+    else:
+        scores = torch.rand(shape, generator=generator)
+        labels = torch.randint(0, setting.classes, shape, generator=generator)
+        if setting.kind == "clustered":  # an object is of one class
+            labels = ((boxes[..., 0] + boxes[..., 1]) // 16).long() % setting.classes
+    counts = torch.full((setting.batch,), setting.boxes)
+    return boxes.to(device), scores.to(device), labels.to(device), counts.to(device)
+
+
+def build(setting: Setting, device: torch.device) -> Built:
+    arguments = inputs(setting, device)
+    boxes, scores, labels, counts = arguments
+
+    def ours() -> Kept:
+        return batched_nms(*arguments, IOU, setting.kept)
+
+    def torchvision_eager() -> list[Tensor]:
+        return [
+            torchvision.ops.batched_nms(*image, IOU)[: setting.kept]
+            for image in zip(boxes, scores, labels, strict=True)
+        ]
+
+    def check() -> None:
+        kept = ours()
+        exact = batched_nms_reference(boxes.cpu(), scores.cpu(), labels.cpu(), counts.cpu(), IOU, setting.kept)
+        assert torch.equal(kept.positions.cpu(), exact.positions), setting
+        assert torch.equal(kept.counts.cpu(), exact.counts), setting
+        theirs = sum(len(positions) for positions in torchvision_eager())
+        assert abs(theirs - int(exact.counts.sum())) <= 0.02 * theirs, setting  # they time the same function
+
+    return Built(ours, {"torchvision eager": torchvision_eager}, check, min_bytes=boxes.nbytes + scores.nbytes)
+
+
+def _case(setting: Setting, goal: str | None = None) -> Case:
+    return Case(setting.name, "float32", functools.partial(build, setting), goal)
+
+
+CASES = [_case(setting, GOALS.get(setting)) for setting in SETTINGS]
+SMALL = [
+    _case(Setting(boxes=200, classes=11, kept=250), "K5-b1"),
+    _case(Setting(2, 200, 11, kept=250), "K5-b32"),
+    *[_case(Setting(2, 200, 1, kind, 250)) for kind in SETS],
+    _case(Setting(boxes=0)),
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS if torch.cuda.is_available() else [CPU_SETTING], ids=str)
+@pytest.mark.parametrize("implementation", ["torchvision eager", "ours"])
+def test_batched_nms(implementation: str, setting: Setting, benchmark: Any) -> None:
+    run_benchmark(build, setting, "float32", implementation, benchmark)
+
+
+if __name__ == "__main__":
+    for kind in ("clustered", "uniform"):
+        setting = dataclasses.replace(CPU_SETTING, kind=kind)
+        print(setting.name)
+        print_in_turns(build(setting, torch.device("cpu")), 15)

@@ -1,0 +1,125 @@
+"""The loss path, from the heads' outputs to their gradients: matching, both losses, backward; torchvision beside ours.
+
+    python -m benchmarks.models.loss_path          on the CPU: batch 2, 512x512, 91 classes, 20 ground truths an image
+
+``make bench`` runs this file with pytest-benchmark on whatever device is there; ``make gpu`` records CASES. Both sides
+start from the heads' outputs as each lays them out: concatenated for torchvision, level by level for ours.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+
+from benchmarks.gpu.measure import Built, Case, print_in_turns, run_benchmark
+from benchmarks.models import scenes
+from retina_fast import RetinaNet
+from retina_fast.kernels.levels import flatten_all
+from retina_fast.losses import detection_losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    batch: int = 16
+    ground_truths: int = 16
+    size: int = 800
+    num_classes: int = 91
+    dtype: str = "bfloat16"
+    loss_type: str = "l1"
+
+    @property
+    def name(self) -> str:
+        image = f"{self.size}x{self.size}, {self.num_classes} classes, {self.ground_truths} ground truths an image"
+        return f"loss path with {self.loss_type}, batch {self.batch}, {image}"
+
+
+GOAL = Setting()
+SETTINGS = [
+    GOAL,
+    *[dataclasses.replace(GOAL, ground_truths=count) for count in (1, 100, 500)],
+    *[dataclasses.replace(GOAL, batch=batch) for batch in (1, 4)],
+    dataclasses.replace(GOAL, loss_type="giou"),
+    dataclasses.replace(GOAL, batch=8, dtype="float32"),
+]
+CPU_SETTING = Setting(2, 20, 512, 91, "float32")
+
+
+def models(num_classes: int, loss_type: str) -> tuple[torchvision.models.detection.RetinaNet, RetinaNet]:
+    backbone: Any = torch.nn.Identity()
+    backbone.out_channels = 8
+    both = torchvision.models.detection.RetinaNet(backbone, num_classes), RetinaNet(backbone, num_classes)
+    for model in both:
+        model.head.regression_head._loss_type = loss_type
+    return both
+
+
+def build(setting: Setting, device: torch.device) -> Built:
+    size, k, dtype = setting.size, setting.num_classes, getattr(torch, setting.dtype)
+    theirs, ours = models(k, setting.loss_type)
+    anchors = [scenes.anchors(size, size, device)] * setting.batch
+    targets, truths = scenes.scene(setting.batch, setting.ground_truths, size, size, k, device)
+    levels = {
+        "cls_logits": scenes.levels(setting.batch, k, size, size, dtype, device, -4.6, 1.0),
+        "bbox_regression": scenes.levels(setting.batch, 4, size, size, dtype, device, 0.0, 0.1),
+    }
+    channels = {"cls_logits": k, "bbox_regression": 4}
+    joined = {
+        key: torch.cat([level.detach() for level in flatten_all(outputs, channels[key])], dim=1).requires_grad_()
+        for key, outputs in levels.items()
+    }
+
+    def step(model: Any, outputs: dict[str, Any], leaves: list[Tensor]) -> tuple[dict[str, Tensor], Any]:
+        losses = model.compute_loss(targets, outputs, anchors)
+        return losses, torch.autograd.grad(sum(losses.values()), leaves)
+
+    leaves = [level for outputs in levels.values() for level in outputs]
+    step_ours = functools.partial(step, ours, levels, leaves)
+    step_torchvision = functools.partial(step, theirs, joined, list(joined.values()))
+
+    def captured() -> Any:  # as the training step's graph holds it: the ground truths lie flat in its buffers
+        outputs = levels["cls_logits"], levels["bbox_regression"]
+        losses = detection_losses(*outputs, anchors[0], truths, k, ours.proposal_matcher, setting.loss_type)
+        return torch.autograd.grad(losses["classification"] + losses["bbox_regression"], leaves)
+
+    def check() -> None:
+        for grad, same in zip(step_ours()[1], captured(), strict=True):
+            assert torch.equal(grad, same), f"{setting}: flat ground truths"
+        (losses, grads), (expected, joined_grads) = step_ours(), step_torchvision()
+        # torchvision sums bfloat16 losses in bfloat16
+        tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+        for key, value in losses.items():
+            assert abs(value - expected[key]) <= tolerance * expected[key], f"{setting}: {key}"
+        lists = {"cls_logits": grads[:5], "bbox_regression": grads[5:]}
+        for (key, levels_of_grads), exact in zip(lists.items(), joined_grads, strict=True):
+            grad = torch.cat(flatten_all(levels_of_grads, channels[key]), dim=1)
+            for image, image_exact in zip(grad.double(), exact.double(), strict=True):
+                assert (image - image_exact).norm() <= 10 * tolerance * image_exact.norm(), f"{setting}: {key}"
+
+    min_bytes = 2 * joined["cls_logits"].nbytes
+    return Built(step_ours, {"torchvision eager": step_torchvision}, check, min_bytes, captured=captured)
+
+
+def _case(setting: Setting, goal: str | None = None) -> Case:
+    return Case(setting.name, setting.dtype, functools.partial(build, setting), goal)
+
+
+CASES = [_case(setting, "K2" if setting == GOAL else None) for setting in SETTINGS]
+SMALL = [
+    _case(Setting(2, 4, 160, 7), "K2"),
+    _case(Setting(2, 4, 160, 7, "float32", "giou")),
+    _case(Setting(1, 9, 160, 7)),
+]
+
+
+@pytest.mark.parametrize("setting", [GOAL] if torch.cuda.is_available() else [CPU_SETTING], ids=lambda s: s.name)
+@pytest.mark.parametrize("implementation", ["torchvision eager", "ours"])
+def test_loss_path(implementation: str, setting: Setting, benchmark: Any) -> None:
+    run_benchmark(build, setting, setting.dtype, implementation, benchmark)
+
+
+if __name__ == "__main__":
+    print_in_turns(build(CPU_SETTING, torch.device("cpu")), 15)

@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.predict.predictions.predictions import main
+
+sys.exit(main())

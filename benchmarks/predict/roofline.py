@@ -1,0 +1,269 @@
+"""How long a kernel takes on an H200 that is not at hand: the slowest of memory, issue slots, MUFU and its longest
+program, and what a launch costs by itself.
+
+    seconds = START + max(bytes / bandwidth, instructions / issue rate, MUFU / its rate, longest program * waves)
+
+Instructions and MUFU are those of the machine code for sm_90 (benchmarks.static), bytes those of the tensors that the
+launch is given. How often a loop runs, and which part of a tensor is touched, follows from the scene.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.static.machine_code import Row
+from benchmarks.static.recorder import Launch, TorchOp
+
+# NVIDIA's H200 data sheet: https://www.nvidia.com/en-us/data-center/h200/
+SMS = 132
+CLOCK = 67e12 / (2 * 128 * SMS)  # 1.98 GHz: what 67 TFLOP/s of float32 by fma on 128 lanes an SM mean
+BANDWIDTH = 0.9 * 4.8e12  # a copy reaches about nine tenths of the data sheet's (assumed)
+MATMUL = 0.8 * 989e12  # of dense bf16, what a large product reaches (assumed)
+# CUDA C++ Programming Guide, tables of arithmetic instructions and of technical specifications, capability 9.0
+ISSUE = 4 * SMS * CLOCK  # instructions of a warp a second: four schedulers an SM, one each a cycle
+MUFU = 16 / 32 * SMS * CLOCK  # of a warp: 16 results an SM and cycle
+WARPS, REGISTERS, SHARED, BLOCKS = 64, 65536, 233472, 32  # that an SM holds
+# https://pmc.ncbi.nlm.nih.gov/articles/PMC10448217/, table 3, H100, in cycles: device memory, L2; and 4 from one
+# instruction to the next that needs its result, of which a warp alone on its scheduler is taken to have two under way
+DRAM, L2, ALONE = 400, 200, 2.0
+REDUCTION = 100  # cycles over the warps of a program: two barriers, two round trips to shared memory of 20 (assumed)
+# https://developer.nvidia.com/blog/cuda-graphs/: a kernel of 2.9 us takes 3.8 us in a stream that the host keeps full,
+# 3.4 us in a graph
+STREAM_GAP, GRAPH_GAP = 0.9e-6, 0.5e-6
+START = 1.0e-6  # of a kernel that does nothing: blocks handed out, code fetched, memory flushed (assumed)
+# of MATMUL, what cuDNN reaches in whole waves of tiles of so many outputs; it chooses the best of them (assumed)
+CONV = {(128, 128): 0.7, (128, 64): 0.6, (64, 64): 0.5}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the data decide. Counts are means of an image, or the most of any program, as said."""
+
+    met: float = 0.0  # ground truths that a tile of anchors meets
+    most_met: int = 0  # by any tile
+    ground_truths: int = 0
+    foreground: float = 0.0  # share of the tiles of anchors that hold one
+    survivors: float = 0.0  # share of the logits that exceed the threshold
+    candidates: int = 0  # boxes that NMS is given
+    members: int = 0  # of these, the most that one of its programs decides on
+    kept: int = 0  # and keeps
+    image_bytes: int = 0  # read by address, which no launch shows
+
+
+@dataclass
+class Work:
+    """Of one launch. Instructions are a warp's, summed over the programs."""
+
+    bytes: float
+    instructions: float
+    mufu: float = 0.0
+    longest: float = 0.0  # cycles of the longest program
+    usual: float | None = None  # of the others, where they differ
+
+
+def nbytes(values: Any) -> int:
+    """Of the tensors among a launch's arguments, each once."""
+    found: dict[int, Tensor] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[id(value)] = value
+        elif isinstance(value, tuple):
+            for item in value:
+                visit(item)
+
+    visit(tuple(values))
+    return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in found.values())
+
+
+def _streamed(launch: Launch, row: Row, scene: Scene) -> Work:
+    """Every tensor once, every program the usual path."""
+    programs = math.prod(launch.grid)
+    longest = row.path * ALONE + DRAM + L2
+    return Work(nbytes(launch.args) + scene.image_bytes, programs * row.path, programs * row.path_mufu, longest)
+
+
+def _anchor_matching(launch: Launch, row: Row, scene: Scene) -> Work:
+    """Chunks of 32 ground truths are looked through, and those met are compared with the tile."""
+    programs, chunks = math.prod(launch.grid), math.ceil(scene.ground_truths / 32)
+    chunk, pair = row.loops
+    anchors, _, boxes, labels, offsets, peaks, indices, classes, *_ = launch.args
+    read = nbytes((anchors, boxes, offsets, peaks))
+    written = 0 if launch.kwargs["FIND_PEAKS"] else nbytes((labels, indices, classes))
+    around = row.path + chunks * chunk
+    longest, usual = (
+        ALONE * (around + met * pair) + DRAM + chunks * L2 + met * REDUCTION for met in (scene.most_met, scene.met)
+    )
+    instructions, mufu = programs * (around + scene.met * pair), programs * scene.met * row.loops_mufu[1]
+    return Work(read + written, instructions, mufu, longest, usual)
+
+
+def _scale(launch: Launch, row: Row, scene: Scene) -> Work:
+    """The factor is 1: it is read, and nothing else."""
+    return Work(4 * math.prod(launch.grid), 0, 0, DRAM)
+
+
+def _box_loss(launch: Launch, row: Row, scene: Scene) -> Work:
+    """Background tiles write zeros; those with a foreground anchor take nearly all of the code."""
+    levels, grads, _, _, indices, *_ = launch.args
+    programs = math.prod(launch.grid)
+    instructions = (1 - scene.foreground) * row.path + scene.foreground * row.code
+    size = nbytes((indices, *grads)) + scene.foreground * nbytes(levels)
+    return Work(size, programs * instructions, 0, ALONE * row.code + 3 * DRAM)
+
+
+def _list(launch: Launch, row: Row, scene: Scene) -> Work:
+    """Each run of a thread's logits gives up a survivor a turn, as many turns as the fullest run of the tile has."""
+    levels, programs, run = launch.args[0], math.prod(launch.grid), launch.kwargs["RUN"]
+    turns = _fullest(launch.kwargs["TILE"] // run, run, scene.survivors)
+    path = row.path if turns == 0 else row.through[0] + (turns - 1) * row.loops[0]
+    written = 8 * scene.survivors * sum(level.numel() for level in levels)
+    return Work(nbytes(levels) + written, programs * path, 0, ALONE * path + DRAM + L2 + turns * 2 * L2)
+
+
+def _fullest(runs: int, length: int, share: float) -> float:
+    """Expected survivors of the fullest among runs of logits, each of which survives with a probability."""
+    expected, below = 0.0, 0.0
+    for n in range(length):
+        below += math.comb(length, n) * share**n * (1 - share) ** (length - n)  # P(at most n)
+        expected += 1 - min(1.0, below) ** runs
+    return expected
+
+
+def _search(launch: Launch, row: Row, scene: Scene) -> Work:
+    """The lists are read again in each pass."""
+    levels, (shares, _), tile = launch.args[0], launch.grid, launch.kwargs["TILE"]
+    batch = len(levels[0])
+    turns = [math.ceil(scene.survivors * level[0].numel() / tile) for level in levels]  # an image
+    listed = 8 * scene.survivors * sum(level.numel() for level in levels)
+    instructions = math.prod(launch.grid) * row.path + batch * sum(turns) * row.loops[0]
+    longest = ALONE * (row.through[0] + (math.ceil(max(turns) / shares) - 1) * row.loops[0])
+    return Work(listed, instructions, 0, longest + 6 * L2 + 4 * REDUCTION)
+
+
+def _sort_runs(launch: Launch, row: Row, scene: Scene) -> Work:
+    _, batch = launch.grid
+    turns = launch.kwargs["RUN"] // launch.kwargs["CHUNK"]
+    programs = batch * math.ceil(scene.candidates / launch.kwargs["RUN"])
+    path = row.through[0] + (turns - 1) * row.loops[0]
+    return Work(16 * batch * scene.candidates, programs * path, 0, ALONE * path + 3 * L2)
+
+
+def _merge_runs(launch: Launch, row: Row, scene: Scene) -> Work:
+    """A binary search: each step waits for what the one before has read."""
+    _, batch = launch.grid
+    turns = launch.kwargs["RUN"].bit_length()
+    programs = batch * math.ceil(scene.candidates / launch.kwargs["KEYS"])
+    path = row.through[0] + (turns - 1) * row.loops[0]
+    return Work(16 * batch * scene.candidates, programs * path, 0, ALONE * path + (turns + 2) * L2)
+
+
+def _box_decode(launch: Launch, row: Row, scene: Scene) -> Work:
+    """Gathered: 32 bytes of the deltas and of the anchors a box, an index of 8 and a box of 16."""
+    _, batch = launch.grid
+    return Work(88 * batch * scene.candidates, math.prod(launch.grid) * row.path, 0, ALONE * row.path + 3 * DRAM)
+
+
+def _suppress(launch: Launch, row: Row, scene: Scene) -> Work:
+    """One program walks down the boxes of its classes, 32 at a time, each tile past those kept so far."""
+    deal, compare, *rest = row.loops  # the last one settles the tile; a compiler may make no loop of it
+    settle = sum(rest)
+    steps = math.ceil(scene.members / 32)
+    compared = sum(math.ceil(scene.kept * step / steps / 32) for step in range(steps))
+    dealt = math.ceil(scene.candidates / launch.kwargs["SCAN"])
+    keep = row.code - row.path - deal - compare - settle  # what only a tile's decision executes
+    path = row.path + dealt * deal + steps * (keep + 2 * settle) + compared * compare
+    waits = dealt * (2 * L2 + REDUCTION) + steps * (3 * L2 + 6 * REDUCTION) + compared * (2 * L2 + 2 * REDUCTION)
+    _, batch = launch.grid
+    return Work(32 * batch * scene.candidates, math.prod(launch.grid) * path, 0, ALONE * path + waits)
+
+
+def _first(launch: Launch, row: Row, scene: Scene) -> Work:
+    turns = math.ceil(scene.candidates / launch.kwargs["SCAN"])
+    path = row.path + turns * row.loops[0]
+    return Work(
+        9 * launch.grid[0] * scene.candidates, launch.grid[0] * path, 0, ALONE * path + turns * (L2 + REDUCTION)
+    )
+
+
+def _take_kept(launch: Launch, row: Row, scene: Scene) -> Work:
+    """Gathered, and a few hundred an image."""
+    positions = launch.args[3]
+    return Work(150 * positions.numel(), math.prod(launch.grid) * row.path, 0, ALONE * row.path + 2 * DRAM)
+
+
+WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
+    "_focal_loss_kernel": _streamed,
+    "_image_batch_kernel": _streamed,
+    "_score_keys_kernel": _streamed,
+    "_emit_kernel": _streamed,
+    "_scale_kernel": _scale,
+    "_anchor_matching_kernel": _anchor_matching,
+    "_box_loss_kernel": _box_loss,
+    "_list_kernel": _list,
+    "_search_kernel": _search,
+    "_sort_runs_kernel": _sort_runs,
+    "_merge_runs_kernel": _merge_runs,
+    "_box_decode_kernel": _box_decode,
+    "_suppress_kernel": _suppress,
+    "_first_kernel": _first,
+    "_take_kept_kernel": _take_kept,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel's time without the gap before it, and what bounds it."""
+
+    name: str
+    seconds: float
+    bound: str
+
+
+def kernel_step(launch: Launch, row: Row, scene: Scene) -> Step:
+    work = WORK[row.kernel](launch, row, scene)
+    return Step(row.kernel, *_slowest(bounds(work, row, math.prod(launch.grid))))
+
+
+def bounds(work: Work, row: Row, programs: int) -> dict[str, float]:
+    """Seconds by each of the limits. Programs go to the SMs whole, so the fullest SM counts."""
+    registers = 32 * row.warps * (8 * math.ceil(row.registers / 8))
+    held = min(WARPS // row.warps, REGISTERS // registers, SHARED // (row.shared + 1024), BLOCKS)
+    fullest = math.ceil(programs / SMS) * SMS / programs
+    waves, usual = math.ceil(programs / (SMS * held)), work.longest if work.usual is None else work.usual
+    return {
+        "memory": work.bytes / BANDWIDTH,
+        "issue": fullest * work.instructions * row.warps / ISSUE,
+        "MUFU": fullest * work.mufu * row.warps / MUFU,
+        "dependent chain": (work.longest + (waves - 1) * usual) / CLOCK,
+    }
+
+
+def torch_step(op: TorchOp) -> Step:
+    """What torch launches is bound by memory, but for convs: those by the tensor cores, in whole waves of tiles."""
+    limits = {"memory": op.bytes / BANDWIDTH}
+    if op.flop:
+        batch, channels, *sides = op.shape
+        work = op.flop / (batch * math.prod(sides) * channels)  # an output
+        limits["tensor cores"] = min(
+            work * SMS * rows * columns * _waves(batch * math.prod(sides), rows, channels, columns) / (share * MATMUL)
+            for (rows, columns), share in CONV.items()
+        )
+    return Step(op.name, *_slowest(limits))
+
+
+def _waves(height: int, rows: int, width: int, columns: int) -> int:
+    return math.ceil(math.ceil(height / rows) * math.ceil(width / columns) / SMS)
+
+
+def _slowest(limits: dict[str, float]) -> tuple[float, str]:
+    bound = max(limits, key=lambda name: limits[name])
+    return START + limits[bound], bound if limits[bound] > START else "launch"
+
+
+def total(steps: Sequence[Step], graph: bool) -> float:
+    """Seconds of the kernels one after another."""
+    return sum(step.seconds + (GRAPH_GAP if graph else STREAM_GAP) for step in steps)

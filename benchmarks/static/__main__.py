@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.static.machine_code.machine_code import main
+
+sys.exit(main())

@@ -1,0 +1,206 @@
+"""Every kernel of the project at a size really used.
+
+CASES is the one place where a kernel is listed: a case calls an op on fake CUDA tensors (recorder.py). What it
+launches is compiled for every target (``python -m benchmarks.static``), and its launcher is searched for host reads and
+copies between devices (tests/test_launches.py). A kernel is a ``@triton.jit`` function named ``*_kernel``.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from retina_fast import detections
+from retina_fast.kernels import (
+    anchor_matching,
+    batched_nms,
+    box_decode,
+    box_loss,
+    candidate_selection,
+    focal_loss,
+    group_norm_relu,
+    image_batch,
+    one_pass,
+    sigmoid_focal_loss,
+    take_kept,
+)
+from retina_fast.kernels.levels import flatten_all
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an op on fake CUDA tensors, and what its compiled kernel must hold.
+
+    Args:
+        run: the call.
+        tile: elements that one program handles, if a program handles so many; then counts an element are reported, over
+            the cheapest path of blocks that makes the most 16-byte accesses (the path of a usual tile).
+        kernel: the kernel that this is about, where the call launches several.
+        bytes_per_element: read and written with 16-byte accesses, per element of the tile.
+        instructions, mufu: limits an element, on NVIDIA.
+    """
+
+    run: Callable[[], Any]
+    tile: int | None = None
+    bytes_per_element: int = 0
+    instructions: float = float("inf")
+    mufu: float = float("inf")
+    kernel: str | None = None
+
+
+def levels_of(dtype: torch.dtype, channels: int, batch: int = 8) -> list[torch.Tensor]:
+    """The five levels of images of 800x800 as a head writes them, (B, A*channels, H, W) in channels_last memory."""
+    layout = torch.channels_last
+    return [
+        torch.empty(batch, 9 * channels, n, n, dtype=dtype, device="cuda", memory_format=layout).requires_grad_()
+        for n in (100, 50, 25, 13, 7)
+    ]
+
+
+def call_focal_loss(dtype: torch.dtype, num_classes: int = 91) -> None:
+    labels = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
+    focal_loss.focal_loss(levels_of(dtype, num_classes), labels, torch.empty(8, device="cuda"), num_classes)
+
+
+def _focal_loss_backward(dtype: torch.dtype) -> None:
+    """Where the gradient was not written in forward. Autograd itself would need a GPU here."""
+    levels = [level.detach() for level in flatten_all(levels_of(dtype, 91), 91)]
+    labels = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
+    normalizers, factor = torch.empty(8, device="cuda"), torch.empty((), device="cuda")
+    focal_loss._focal_loss_op(levels, labels, normalizers, factor, 91, 0.25, 2.0, False, True)
+
+
+def call_scale(dtype: torch.dtype) -> None:
+    levels = [level.detach() for level in flatten_all(levels_of(dtype, 91), 91)]
+    one_pass.scale_op(levels, torch.empty((), device="cuda"))
+
+
+def _sigmoid_focal_loss(dtype: torch.dtype, output: str) -> None:
+    x, targets = (torch.empty(8, 120087, 91, dtype=dtype, device="cuda") for _ in range(2))
+    incoming = torch.empty_like(x) if output == "gradients" else None
+    sigmoid_focal_loss._op(x, targets, incoming, 0.25, 2.0, output, torch.float32 if output == "sums" else dtype)
+
+
+def call_image_batch(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    """Eight images of 480x640, resized to 800 as torchvision does."""
+    images = [torch.empty(3, 480, 640, dtype=dtype, device="cuda")] * 8
+    layout = torch.channels_last
+    out = torch.empty(8, 3, 800, 1088, dtype=out_dtype, device="cuda", memory_format=layout)
+    image_batch.image_batch(images, [(800, 1066)] * 8, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), out=out)
+
+
+def _block_levels(dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The five levels of 8 images of 800x800 within a v2 head, and a weight of its 256 channels."""
+    layout = torch.channels_last
+    levels = [torch.empty(8, 256, n, n, dtype=dtype, device="cuda", memory_format=layout) for n in (100, 50, 25, 13, 7)]
+    return levels, torch.empty(256, device="cuda")
+
+
+def _group_norm_relu(dtype: torch.dtype) -> None:
+    levels, weight = _block_levels(dtype)
+    group_norm_relu.group_norm_relu(levels, weight, weight, 32)
+
+
+def _group_norm_relu_backward(dtype: torch.dtype) -> None:
+    levels, weight = _block_levels(dtype)
+    group_norm_relu._backward_op(levels, levels, weight, weight, torch.empty(8, 5, 32, 2, device="cuda"))
+
+
+def _candidate_selection(dtype: torch.dtype) -> None:
+    levels = [level.detach() for level in levels_of(dtype, 91)]
+    candidate_selection.candidate_selection(levels, 91, 0.05, 1000)
+
+
+def call_batched_nms(by_class: bool, best_first: bool, batch: int = 8) -> None:
+    boxes, counts = torch.empty(batch, 5000, 4, device="cuda"), torch.empty(batch, dtype=torch.int64, device="cuda")
+    scores = None if best_first else torch.empty(batch, 5000, device="cuda")
+    labels = torch.empty(batch, 5000, dtype=torch.int64, device="cuda") if by_class else None
+    batched_nms.batched_nms(boxes, scores, labels, counts)
+
+
+def _box_decode(dtype: torch.dtype) -> None:
+    levels = [level.detach() for level in levels_of(dtype, 4)]
+    index = torch.empty(8, 5000, dtype=torch.int64, device="cuda")
+    sizes = torch.empty(8, 2, dtype=torch.int64, device="cuda")
+    box_decode.box_decode(levels, torch.empty(120087, 4, device="cuda"), index, sizes)
+
+
+def _take_kept() -> None:
+    boxes, scores = torch.empty(8, 5000, 4, device="cuda"), torch.empty(8, 5000, device="cuda")
+    labels, positions, counts, sizes = (
+        torch.empty(8, *shape, dtype=torch.int64, device="cuda") for shape in ((5000,), (300,), (), (2,))
+    )
+    take_kept.take_kept(boxes, scores, labels, positions, counts, sizes, sizes)
+
+
+def detect(dtype: torch.dtype, batch: int = 8) -> detections.Detections:
+    """From the heads' outputs at 800x800 to detections."""
+    logits, deltas = ([level.detach() for level in levels_of(dtype, channels, batch)] for channels in (91, 4))
+    anchors = torch.empty(120087, 4, device="cuda")
+    sizes = torch.empty(2, batch, 2, dtype=torch.int64, device="cuda")
+    return detections.detect(logits, deltas, anchors, sizes[0], sizes[1], 91, 0.05, 1000, 0.5, 300)
+
+
+def ground_truths(num_boxes: int, batch: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Boxes, labels and offsets of all images."""
+    boxes, labels = torch.empty(num_boxes, 4, device="cuda"), torch.empty(num_boxes, dtype=torch.int64, device="cuda")
+    return boxes, labels, torch.empty(batch + 1, dtype=torch.int64, device="cuda")
+
+
+def call_anchor_matching(low_quality: bool, num_boxes: int = 4000, batch: int = 8) -> None:
+    anchors = torch.empty(120087, 4, device="cuda")
+    anchor_matching.anchor_matching(anchors, *ground_truths(num_boxes, batch), allow_low_quality_matches=low_quality)
+
+
+def _box_loss(dtype: torch.dtype, loss_type: str) -> None:
+    boxes, _, offsets = ground_truths(4000)
+    anchors = torch.empty(120087, 4, device="cuda")
+    indices = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
+    normalizers = torch.empty(8, device="cuda")
+    box_loss.box_loss(levels_of(dtype, channels=4), anchors, indices, boxes, offsets, normalizers, loss_type)
+
+
+_IMAGE_TILE = image_batch._BLOCK * image_batch._ROWS
+
+CASES = {
+    "anchor_matching": Case(lambda: call_anchor_matching(True)),
+    "anchor_matching without low quality": Case(lambda: call_anchor_matching(False)),
+    **{
+        f"box_loss bf16 {name}": Case(functools.partial(_box_loss, torch.bfloat16, name))
+        for name in box_loss.LOSS_TYPES
+    },
+    "focal_loss bf16": Case(lambda: call_focal_loss(torch.bfloat16), focal_loss._TILE, 4, 28, 3),
+    "focal_loss fp32": Case(lambda: call_focal_loss(torch.float32), focal_loss._TILE, 8, 28, 3),
+    "focal_loss fp16 forward": Case(lambda: call_focal_loss(torch.float16), focal_loss._TILE, 2, 28, 3),
+    "focal_loss fp16 backward": Case(lambda: _focal_loss_backward(torch.float16), focal_loss._TILE, 4, 28, 3),
+    "focal_loss bf16 K=1": Case(lambda: call_focal_loss(torch.bfloat16, 1), focal_loss._TILE, 4),
+    "one_pass scale bf16": Case(lambda: call_scale(torch.bfloat16)),
+    "sigmoid_focal_loss bf16 losses": Case(
+        lambda: _sigmoid_focal_loss(torch.bfloat16, "losses"), sigmoid_focal_loss._TILE, 6
+    ),
+    "sigmoid_focal_loss bf16 sum": Case(
+        lambda: _sigmoid_focal_loss(torch.bfloat16, "sums"), sigmoid_focal_loss._TILE, 4
+    ),
+    "sigmoid_focal_loss bf16 backward": Case(
+        lambda: _sigmoid_focal_loss(torch.bfloat16, "gradients"), sigmoid_focal_loss._TILE, 8
+    ),
+    "image_batch uint8 to bf16": Case(lambda: call_image_batch(torch.uint8, torch.bfloat16), _IMAGE_TILE, 2),
+    "image_batch fp32": Case(lambda: call_image_batch(torch.float32, torch.float32), _IMAGE_TILE, 4),
+    "group_norm_relu bf16": Case(lambda: _group_norm_relu(torch.bfloat16)),
+    "group_norm_relu fp32": Case(lambda: _group_norm_relu(torch.float32)),
+    "group_norm_relu bf16 backward": Case(lambda: _group_norm_relu_backward(torch.bfloat16)),
+    "group_norm_relu fp32 backward": Case(lambda: _group_norm_relu_backward(torch.float32)),
+    "candidate_selection bf16": Case(
+        lambda: _candidate_selection(torch.bfloat16), candidate_selection._TILE_BYTES // 2, 2, 6, 0, "_list_kernel"
+    ),
+    "candidate_selection fp32": Case(
+        lambda: _candidate_selection(torch.float32), candidate_selection._TILE_BYTES // 4, 4, 6, 0, "_list_kernel"
+    ),
+    "box_decode bf16": Case(lambda: _box_decode(torch.bfloat16)),
+    "batched_nms": Case(lambda: call_batched_nms(by_class=True, best_first=False)),
+    "batched_nms best first": Case(lambda: call_batched_nms(by_class=True, best_first=True)),
+    "batched_nms class-agnostic": Case(lambda: call_batched_nms(by_class=False, best_first=True)),
+    "take_kept": Case(_take_kept),
+}

@@ -1,0 +1,233 @@
+"""Everything that is wrong with a data set, before a training run finds it: `retina-fast check`."""
+
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from retina_fast.data.anchor_fit import AnchorFit
+from retina_fast.data.coco import CocoDataset, Tried
+from retina_fast.data.errors import ImageError
+from retina_fast.data.faults import (
+    UNUSABLE,
+    Fault,
+    Kind,
+    Size,
+    box_fault,
+    corners,
+    entry_faults,
+    look_alikes,
+    place,
+    sizes_of,
+    twins,
+)
+from retina_fast.data.voc import read_annotations
+
+_SIDES = (0.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, float("inf"))  # px, the rows of the table of sizes
+
+Annotation = Mapping[str, Any]
+
+
+@dataclass
+class Checked:
+    """What :func:`check` saw.
+
+    Attributes:
+        images: how many images the data set lists.
+        faults: how many faults of each kind.
+        objects: how many boxes of each class, without crowd regions.
+        shapes: (G, 2) width and height of the boxes in the model's pixels.
+        ious: (G,) the highest IoU of each with any anchor.
+        anchors: (A, 2) width and height of the model's anchors.
+    """
+
+    images: int = 0
+    faults: Counter[Kind] = field(default_factory=Counter)
+    objects: Counter[str] = field(default_factory=Counter)
+    shapes: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
+    ious: Tensor = field(default_factory=lambda: torch.zeros(0))
+    anchors: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
+
+
+def check(
+    annotations: Path,
+    images: Path | None,
+    model: Any,
+    workers: int,
+    console: Console,
+    found: Callable[[Fault], None],
+) -> Checked:
+    """Look at every entry, every box and every image of a data set.
+
+    Args:
+        annotations: COCO JSON or Pascal VOC, as for :func:`retina_fast.data.voc.open_data`.
+        images: the folder of the images, if it must be given.
+        model: whose anchors the boxes are held against; it cannot be used any more.
+        workers: processes that read images.
+        console: where the progress bar is shown.
+        found: told of each fault, as soon as it is found.
+
+    Raises:
+        UserError: if the annotations cannot be read at all.
+
+    Example::
+
+        >>> checked = check(Path("val.json"), Path("val"), model, 2, Console(), print)  # doctest: +SKIP
+    """
+    checked = Checked()
+
+    def report(kind: Kind, where: str, what: str) -> None:
+        checked.faults[kind] += 1
+        found(Fault(kind, where, what))
+
+    content, folder = read_annotations(annotations, images, problem=lambda text: report(Kind.FILE, text, ""))
+    source = str(annotations)
+    for fault in [*entry_faults(content, source), *look_alikes(content, source)]:
+        report(*fault)
+    first = {record["id"]: record for record in reversed(content["images"])}  # of those with the same id
+    content["images"] = list(reversed(first.values()))
+    sizes = _read_images(annotations, folder, content, workers, console, report)
+    checked.images = len(sizes)
+
+    files = {record["id"]: record["file_name"] for record in content["images"]}
+    classes = {category["id"]: str(category["name"]) for category in content["categories"]}
+
+    def name(annotation: Annotation) -> str:
+        file = files.get(annotation.get("image_id"))
+        return place(source, annotation) + (f" ({file})" if file else "")
+
+    boxes = []
+    for annotation in content["annotations"]:
+        wrong = box_fault(annotation, sizes, classes)
+        if wrong:
+            report(wrong.kind, name(annotation), wrong.what)
+        if (wrong is None or wrong.kind not in UNUSABLE) and not annotation.get("iscrowd"):
+            boxes.append(annotation)
+    for kind, later, earlier in twins(boxes):
+        other = ", of another class" if kind == Kind.TWO_LABELS else ""
+        report(kind, name(later), f"with bbox {later['bbox']} is the same box as {place(source, earlier)}{other}")
+
+    checked.objects = Counter(classes[box["category_id"]] for box in boxes)
+    by_size = defaultdict(list)
+    for box in boxes:
+        if size := sizes[box["image_id"]]:
+            by_size[size].append(box)
+    fit = AnchorFit(model)
+    shapes, best = [checked.shapes], [checked.ious]
+    for size, group in by_size.items():
+        ious = fit.best_ious(corners(group).float(), size)
+        for row in (ious == 0).nonzero().flatten().tolist():
+            rule = "every anchor that touches no other box would be foreground for it"
+            report(Kind.UNTOUCHED, name(group[row]), f"with bbox {group[row]['bbox']} touches no anchor: {rule}")
+        resized = fit.resized(corners(group).float(), size)
+        shapes.append(resized[:, 2:] - resized[:, :2])
+        best.append(ious)
+        checked.anchors = fit.anchor_shapes(size)
+    checked.shapes, checked.ious = torch.cat(shapes), torch.cat(best)
+    return checked
+
+
+def _read_images(
+    annotations: Path,
+    folder: Path,
+    content: dict[str, Any],
+    workers: int,
+    console: Console,
+    report: Callable[[Kind, str, str], None],
+) -> dict[Any, Size | None]:
+    """The size of each image by its id: what the file says, or else what it has; None if neither is known."""
+    sizes = sizes_of(content)
+    records = content["images"]
+    data = CocoDataset(annotations, folder, {"images": records, "annotations": [], "categories": []})
+    loader: DataLoader = DataLoader(Tried(data), batch_size=None, collate_fn=_size, num_workers=workers)
+    bar = track(loader, "Reading images", total=len(records), console=console, transient=True)
+    for record, size in zip(records, bar, strict=True):
+        if isinstance(size, ImageError):
+            report(Kind.IMAGE, "", str(size))
+        else:
+            sizes[record["id"]] = size
+    return sizes
+
+
+def _size(sample: Any) -> Size | ImageError:
+    return sample if isinstance(sample, ImageError) else (sample[0].shape[1], sample[0].shape[2])
+
+
+def show(checked: Checked, console: Console) -> None:
+    """Print the classes, the sizes of the boxes against the anchors, and how many faults there are.
+
+    Example::
+
+        >>> show(checked, Console())  # doctest: +SKIP
+    """
+    table = Table("class", "boxes", box=None)
+    for name, count in checked.objects.most_common():
+        table.add_row(name, str(count))
+    console.print(table)
+    if len(checked.ious):
+        anchors = checked.anchors.prod(dim=1).sqrt()
+        console.print(
+            "\nBoxes by their side, the root of their area, in the model's pixels; its anchors have sides of "
+            f"{anchors.min():.0f} to {anchors.max():.0f}. "
+            "A box whose best IoU with an anchor is under 0.5 is learnt from that anchor alone."
+        )
+        console.print(_table_of_sizes(checked.shapes.prod(dim=1).sqrt(), checked.ious))
+    console.print(f"\n{checked.images} images, {checked.objects.total()} boxes, {checked.faults.total()} faults")
+    for kind, count in checked.faults.most_common():
+        console.print(f"  {count} x {kind}")
+
+
+def _table_of_sizes(sides: Tensor, ious: Tensor) -> Table:
+    table = Table("side, px", "boxes", "median best IoU", "under 0.5", "under 0.4", box=None)
+    for low, high in pairwise(_SIDES):
+        inside = ious[(sides >= low) & (sides < high)]
+        if len(inside):
+            shares = [f"{(inside < limit).float().mean():.1%}" for limit in (0.5, 0.4)]
+            table.add_row(f"{low:.0f} to {high:.0f}", str(len(inside)), f"{inside.median():.2f}", *shares)
+    return table
+
+
+def plot(checked: Checked, file: Path) -> None:
+    """Draw the width and height of every box, by its best IoU, beside those of the anchors.
+
+    Example::
+
+        >>> plot(checked, Path("boxes.png"))  # doctest: +SKIP
+    """
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.add_subplot(xlabel="width, px as the model sees it", ylabel="height", xscale="log", yscale="log")
+    width, height = checked.shapes.T
+    dots = axes.scatter(width, height, c=checked.ious, s=6, vmin=0, vmax=1, label="boxes")
+    width, height = checked.anchors.T
+    axes.scatter(width, height, marker="+", c="red", label="anchors")
+    figure.colorbar(dots, label="highest IoU with an anchor")
+    axes.legend()
+    figure.savefig(file, dpi=100)
+
+
+def warn_of_faults(data: CocoDataset) -> None:
+    """One warning of what the annotations of a data set show without its images: duplicates, boxes that reach out.
+
+    Example::
+
+        >>> warn_of_faults(dataset)  # doctest: +SKIP
+    """
+    sizes, categories = sizes_of(data.coco), set(data.category_ids)
+    annotations = data.coco["annotations"]
+    kinds = Counter(fault.kind for fault in entry_faults(data.coco, ""))
+    kinds += Counter(fault.kind for box in annotations if (fault := box_fault(box, sizes, categories)))
+    kinds += Counter(kind for kind, *_ in twins(annotations))
+    if kinds:
+        faults = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+        warnings.warn(f"{data.json_file}: {faults}: `retina-fast check` names them", stacklevel=2)

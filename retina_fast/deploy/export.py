@@ -1,0 +1,170 @@
+"""Leaving Python: a detector as one file that runs without this package, from images to padded detections."""
+
+import copy
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.models.detection import retinanet as tv
+
+from retina_fast.convert import from_torchvision
+from retina_fast.data.errors import UserError
+from retina_fast.deploy.engine import refuse_own_parts
+from retina_fast.deploy.export_graph import SHAPES, Graph
+from retina_fast.deploy.export_onnx import KEY, OnnxPostprocess, write_onnx
+from retina_fast.deploy.export_postprocess import Postprocess
+from retina_fast.model import RetinaNet
+from retina_fast.transform import resized_size
+
+FORMATS = {"torch-export": ".pt2", "onnx": ".onnx", "aotinductor": ".pt2"}
+"""Every format with the suffix of its files."""
+
+
+def _version() -> str:
+    try:
+        return metadata.version("retina_fast")
+    except metadata.PackageNotFoundError:
+        return "an uninstalled checkout"
+
+
+def describe(
+    model: RetinaNet, image_size: tuple[int, int], preprocess: bool, classes: Sequence[str], category_ids: Sequence[int]
+) -> dict[str, Any]:
+    """The metadata that every file holds."""
+    transform = model.transform
+    return {
+        "version": _version(),
+        "torch": torch.__version__,
+        "image_size": list(image_size),
+        "input": "uint8" if preprocess else "float32",
+        "image_mean": list(transform.image_mean),
+        "image_std": list(transform.image_std),
+        "classes": list(classes),
+        "category_ids": list(category_ids),
+        "score_thresh": model.score_thresh,
+        "nms_thresh": model.nms_thresh,
+        "detections_per_img": model.detections_per_img,
+        "topk_candidates": model.topk_candidates,
+    }
+
+
+def export(
+    model: tv.RetinaNet,
+    path: str | Path,
+    format: str,
+    image_size: tuple[int, int],
+    preprocess: bool = True,
+    classes: Sequence[str] | None = None,
+    category_ids: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Write a detector to one file that runs without this package; returns the metadata that the file holds.
+
+    The file takes a batch ``(B, 3, H, W)``, any B, and gives the tensors of :class:`retina_fast.Detections`: boxes
+    (B, D, 4), scores (B, D), labels (B, D), counts (B). The model itself is not changed, and is left where it is.
+
+    Args:
+        model: a RetinaNet of this package or of torchvision. Backbone and head may be anything the target can hold.
+        path: the file.
+        format: ``torch-export``, for :func:`torch.export.load`; ``onnx``, opset 18, with no operators but ONNX's own;
+            or ``aotinductor``, machine code for the model's device, for ``torch._inductor.aoti_load_package``. That
+            needs a C++ compiler to write, not to run.
+        image_size: (H, W) of the images.
+        preprocess: whether the file takes uint8 images and scales, normalises and resizes them as the model would. Else
+            it takes float32 images so treated already, and boxes are in their pixels.
+        classes: K class names, by label; the labels themselves by default.
+        category_ids: K ids of the data set's categories; the labels by default.
+
+    Raises:
+        UserError: for an unknown format, sizes, names or thresholds that cannot be, a folder that is not there, weights
+            of another dtype than float32 for ``onnx``, or a missing C++ compiler.
+        TypeError: for anything but a RetinaNet, or if a part of the user's own would not run: a forward, transform,
+            anchor generator, box coder or postprocessing.
+
+    Example::
+
+        >>> import tempfile
+        >>> from retina_fast import load_exported, retinanet_resnet18_fpn_lite
+        >>> model = retinanet_resnet18_fpn_lite(num_classes=2, weights_backbone=None)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     written = export(model, f"{folder}/model.pt2", "torch-export", (64, 96), classes=["cat", "dog"])
+        ...     detect = load_exported(f"{folder}/model.pt2")
+        >>> detect(torch.zeros(3, 3, 64, 96, dtype=torch.uint8)).counts.shape
+        torch.Size([3])
+    """
+    model = from_torchvision(model)
+    refuse_own_parts(model, "an exported file")
+    if format not in FORMATS:
+        raise UserError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file")
+    if not isinstance(image_size, Sequence) or [type(side) for side in image_size] != [int, int] or min(image_size) < 1:
+        raise UserError(f"image_size must be a height and a width in whole pixels, got {image_size}")
+    if math.isnan(model.score_thresh):
+        raise UserError(f"score_thresh must be a number, got {model.score_thresh}")
+    if not 0 <= model.nms_thresh <= 1:
+        raise UserError(f"nms_thresh must lie in [0, 1], got {model.nms_thresh}")
+    for name in ("topk_candidates", "detections_per_img"):
+        if type(getattr(model, name)) is not int or getattr(model, name) < 1:
+            raise UserError(f"{name} must be an integer of at least 1, got {getattr(model, name)!r}")
+    if format == "aotinductor":
+        _check_compiler()
+    device, dtype = (getattr(next(model.parameters()), name) for name in ("device", "dtype"))
+    if format == "onnx" and dtype != torch.float32:  # ONNX Runtime has no convolutions of others on a CPU
+        raise UserError(f"for onnx the model's weights must be float32, got {dtype}: call model.float()")
+    own = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", memory_format=torch.contiguous_format)
+    if preprocess and min(resized_size(own.transform, *image_size)) < 1:
+        raise UserError(f"image_size {image_size} would be resized to {resized_size(own.transform, *image_size)}")
+    graph = Graph(own, image_size, preprocess, OnnxPostprocess if format == "onnx" else Postprocess)
+    labels = range(graph.postprocess.num_classes)
+    if isinstance(classes, str):
+        raise UserError(f"classes must be a list of names, got {classes!r}")
+    names = list(map(str, labels if classes is None else classes))
+    ids = list(map(int, labels if category_ids is None else category_ids))
+    for argument, values in (("classes", names), ("category_ids", ids)):
+        if len(values) != len(labels):
+            raise UserError(f"{argument} must be {len(labels)}, one a class, got {len(values)}")
+    described = describe(own, image_size, preprocess, names, ids)
+
+    images = torch.zeros(2, 3, *image_size, dtype=torch.uint8 if preprocess else torch.float32)
+    with torch.no_grad():
+        program = torch.export.export(graph.eval(), (images,), dynamic_shapes=SHAPES)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # what fails half-way leaves an old file whole
+        whole = Path(folder) / path.with_suffix(FORMATS[format]).name  # PyTorch insists on its suffix
+        if format == "onnx":
+            write_onnx(program, whole, described)
+        elif format == "aotinductor":
+            _write_package(program, whole, described, device)
+        else:
+            torch.export.save(program, whole, extra_files={KEY: json.dumps(described)})
+        whole.replace(path)
+    return described
+
+
+def _check_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError("aotinductor needs a C++ compiler, and none was found: install g++ or clang++") from error
+
+
+def _write_package(
+    program: torch.export.ExportedProgram, path: Path, described: dict[str, Any], device: torch.device
+) -> None:
+    from torch._inductor import aoti_compile_and_package
+    from torch.export.passes import move_to_device_pass
+
+    if device.type != "cpu":
+        program = move_to_device_pass(program, str(device))
+    held = {KEY: json.dumps(described | {"device": device.type})}
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": held})

@@ -1,0 +1,74 @@
+"""What an exported file computes: from a batch of images to padded detections."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retina_fast.anchors import shared_anchors
+from retina_fast.deploy.export_postprocess import Postprocess
+from retina_fast.model import RetinaNet
+from retina_fast.transform import padded, resized_size
+
+SHAPES = {"images": {0: torch.export.Dim("batch", min=1)}}
+"""Which sizes of the inputs are dynamic."""
+
+
+def _bilinear(size: int, resized: int) -> Tensor:
+    """(size, resized): the weights of torch's bilinear resize of one side."""
+    return F.interpolate(torch.eye(size)[None], size=resized, mode="linear", align_corners=False)[0]
+
+
+class Graph(nn.Module):
+    """What is traced: images (B, 3, H, W) to the four tensors of ``Detections``.
+
+    Args:
+        model: on the CPU, where its path has no kernels.
+        image_size: H and W.
+        preprocess: whether it takes uint8 images, else float32 ones as the model's transform makes them.
+        postprocess: the kind of the last part.
+    """
+
+    down: Tensor
+    across: Tensor
+
+    def __init__(
+        self,
+        model: RetinaNet,
+        image_size: tuple[int, int],
+        preprocess: bool,
+        postprocess: type[Postprocess] = Postprocess,
+    ) -> None:
+        super().__init__()
+        self.model, self.preprocess = model, preprocess
+        self.dtype = next(model.parameters()).dtype
+        inside = resized_size(model.transform, *image_size) if preprocess else image_size
+        self.resizes = inside != tuple(image_size)
+        if self.resizes:
+            # Each runtime has its own rounding of a resize's coordinates, up to 1e-5 of a pixel's value: so its weights
+            # are written as numbers.
+            self.register_buffer("down", _bilinear(image_size[0], inside[0]).T.contiguous())
+            self.register_buffer("across", _bilinear(image_size[1], inside[1]))
+        with torch.no_grad():
+            batch, features = self._trunk(torch.zeros(1, 3, *image_size))
+            anchors = shared_anchors(model.anchor_generator, batch, features)
+            self.cells = [level.shape[2] * level.shape[3] for level in features]
+            outputs = model._by_level(model._head_outputs(features), self.cells, anchors)
+        num_classes = model._num_classes(outputs)
+        self.postprocess = postprocess(model, anchors, num_classes, image_size, inside)
+
+    def _trunk(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        transform = self.model.transform
+        if self.preprocess:
+            mean, std = (torch.tensor(x)[:, None, None] for x in (transform.image_mean, transform.image_std))
+            images = (images.float() / 255 - mean.to(images.device)) / std.to(images.device)
+            if self.resizes:
+                images = self.down @ images @ self.across
+        return self.model._trunk(padded(images, transform.size_divisible).to(self.dtype))
+
+    def head_outputs(self, images: Tensor) -> dict[str, list[Tensor]]:
+        """``cls_logits`` and ``bbox_regression``, level by level."""
+        _, features = self._trunk(images)
+        return self.model._by_level(self.model._head_outputs(features), self.cells, self.postprocess.anchors)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.postprocess(**self.head_outputs(images))

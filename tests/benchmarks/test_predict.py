@@ -1,0 +1,159 @@
+"""The model of an H200's time: against figures worked out by hand, and that it moves as a GPU does."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.gpu import report
+from benchmarks.gpu.goals import GOALS
+from benchmarks.predict import predictions as predict
+from benchmarks.predict import roofline
+from benchmarks.predict.roofline import Scene, Work, bounds
+from benchmarks.static import launches
+from benchmarks.static.machine_code import Row
+from benchmarks.static.recorder import Launch, TorchOp, record, timeline
+
+pytest.importorskip("triton")
+ROW = Row("", "", "sm_90", registers=48, shared=16, warps=4, path=1600, path_mufu=129)
+
+
+def test_focal_loss_is_bound_by_memory_at_the_floor_of_10_us_an_image():
+    """performance.md: one read and one write of 120,087 x 91 logits in bfloat16, 10.2 us an image; 20.3 in float32."""
+    for dtype, floor in ((torch.bfloat16, 10.2), (torch.float32, 20.3)):
+        (launch,) = record(lambda dtype=dtype: launches.call_focal_loss(dtype))
+        row = Row("", "_focal_loss_kernel", "sm_90", registers=48, warps=4, path=1600, path_mufu=129)
+        step = roofline.kernel_step(launch, row, Scene())
+        assert step.bound == "memory"
+        assert 1e6 * (step.seconds - roofline.START) / 8 == pytest.approx(floor, rel=0.02)
+
+
+def test_each_limit_by_hand():
+    """1320 programs of 4 warps: ten an SM, as many as 48 registers a thread let it hold."""
+    work = Work(bytes=4.32e9, instructions=1320 * 1000, mufu=1320 * 250, longest=19_800)
+    found = bounds(work, ROW, programs=1320)
+    clock = 67e12 / (2 * 128 * 132)
+    assert found["memory"] == pytest.approx(1e-3)
+    assert found["issue"] == pytest.approx(10 * 1000 / clock)  # four warps a program on four schedulers
+    assert found["MUFU"] == pytest.approx(10 * 4 * 250 * 2 / clock)  # 16 results a cycle: a warp takes two
+    assert found["dependent chain"] == pytest.approx(19_800 / clock)
+    assert bounds(work, ROW, programs=1321)["dependent chain"] == pytest.approx(2 * 19_800 / clock)
+    one_more = Work(work.bytes, 1321 * 1000)
+    assert bounds(one_more, ROW, programs=1321)["issue"] == pytest.approx(11 * 1000 / clock)  # one SM has one more
+
+
+def test_a_conv_goes_in_waves_of_tiles():
+    """132 tiles of 128x128 fill the SMs; a conv of half as much arithmetic in as many rows takes no less."""
+    full = TorchOp("convolution", 1, 2 * 132 * 128 * 128 * 2304, (1, 128, 132, 128))
+    assert roofline.torch_step(full).seconds - roofline.START == pytest.approx(full.flop / (0.7 * roofline.MATMUL))
+    tiny = TorchOp("convolution", 1, 2 * 49 * 256 * 2304, (1, 256, 7, 7))
+    of_one_tile = 2 * 64 * 64 * 2304 * 132 / (0.5 * roofline.MATMUL)
+    assert roofline.torch_step(tiny).seconds - roofline.START == pytest.approx(of_one_tile)
+
+
+def test_the_fullest_run_of_logits():
+    assert roofline._fullest(100, 8, 0.0) == 0
+    assert roofline._fullest(100, 8, 1.0) == 8
+    torch.manual_seed(0)
+    drawn = (torch.rand(2000, 512, 8) < 0.01).sum(2).amax(1).float().mean()
+    assert roofline._fullest(512, 8, 0.01) == pytest.approx(float(drawn), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scene", "more"),
+    [
+        ("_anchor_matching_kernel", Scene(met=4, most_met=16, ground_truths=16), {"met": 8.0}),
+        ("_list_kernel", Scene(survivors=0.01), {"survivors": 0.02}),
+        ("_search_kernel", Scene(survivors=0.01), {"survivors": 0.1}),
+        ("_sort_runs_kernel", Scene(candidates=2000), {"candidates": 4000}),
+        ("_merge_runs_kernel", Scene(candidates=2000), {"candidates": 4000}),
+        ("_box_decode_kernel", Scene(candidates=2000), {"candidates": 4000}),
+        ("_suppress_kernel", Scene(candidates=2000, members=200, kept=50), {"kept": 150}),
+        ("_first_kernel", Scene(candidates=2000), {"candidates": 4000}),
+        ("_box_loss_kernel", Scene(foreground=0.1), {"foreground": 0.5}),
+        ("_image_batch_kernel", Scene(image_bytes=10), {"image_bytes": 10**9}),
+    ],
+)
+def test_more_work_takes_longer(kernel, scene, more):
+    of_kernel = [
+        launch for case in launches.CASES.values() for launch in record(case.run) if launch.kernel.__name__ == kernel
+    ]
+    row = Row(
+        "", kernel, "sm_90", registers=48, warps=4, path=300, code=900, loops=[40, 120, 20], through=[340, 420, 320]
+    )
+    row.loops_mufu = [0, 4, 0]
+    row.loops = row.loops[: {"_anchor_matching_kernel": 2}.get(kernel, 3)]
+    grown = Scene(**(vars(scene) | more))
+    before, after = (roofline.WORK[kernel](of_kernel[0], row, each) for each in (scene, grown))
+    assert (after.bytes, after.instructions, after.longest) > (before.bytes, before.instructions, before.longest)
+    assert max(bounds(after, row, 1000).values()) >= max(bounds(before, row, 1000).values())
+
+
+def test_every_kernel_of_a_goal_is_modelled():
+    """Those that no goal names (group norm, the dense focal loss) have no model."""
+    for goal in predict.GOALS.values():
+        names = {step.kernel.__name__ for step in timeline(goal.run) if isinstance(step, Launch)}
+        assert names
+        assert names <= set(roofline.WORK)
+
+
+def test_every_goal_of_speed_has_a_prediction():
+    of_versions = json.loads(predict.PREDICTIONS.read_text())
+    assert set(of_versions) == {"3.6.0", "3.9.0"}  # a GPU machine's, and the newest
+    for goals in of_versions.values():
+        assert set(goals) == set(GOALS) - {"E4"}  # which is no speed
+    for goal in (goal for goals in of_versions.values() for goal in goals.values()):
+        assert 0 < goal["graph_ms"] < goal["ms"]
+        assert sum(launch["us"] for launch in goal["launches"]) / 1e3 < goal["graph_ms"]
+
+
+def test_the_notes_show_the_predictions():
+    goals = report.predictions("3.9.0")
+    assert goals == report.predictions("none") != report.predictions("3.6.0")
+    assert "\n".join(predict.table(goals)) in predict.NOTES.read_text()
+
+
+def test_scenes_are_those_of_the_benchmarks():
+    scene = predict.matching_scene(16, 16)
+    assert scene.ground_truths == 16
+    assert 1 < scene.met < scene.most_met <= 16
+    assert 0.05 < scene.foreground < 0.5
+    assert predict.nms_scene().candidates == 5000
+    assert 5000 / 16 < predict.nms_scene().members < 500
+    found = predict.postprocess_scene()
+    assert found.survivors == 0.01
+    assert 4000 < found.candidates <= 5000  # a thousand of each level, and fewer of the smallest
+
+
+def test_the_trunk_is_counted_as_it_runs():
+    steps = predict.inference_steps(1)
+    convs = [step for step in steps if isinstance(step, TorchOp) and step.name == "convolution"]
+    assert sum(conv.flop for conv in convs) / 1e9 == pytest.approx(303, rel=0.01)  # performance.md
+    assert len(convs) == 53 + 8 + 50  # ResNet, pyramid, two heads of five convs on five levels
+    forward = predict.training_forward(2)
+    flop = sum(step.flop for step in forward if isinstance(step, TorchOp))
+    assert flop / 2e9 == pytest.approx(303, rel=0.01)
+    casts = [step for step in forward if isinstance(step, TorchOp) and step.name == "_to_copy"]
+    assert len(casts) > 50  # autocast is on
+
+
+def test_what_torch_launches_is_seen_within_ops():
+    def run():
+        x = torch.empty(1000, 1000, device="cuda")
+        y = (x + 1).view(-1)
+        y.add_(1)
+        torch.empty_like(y)
+        return y[:10].float()
+
+    steps = timeline(run)
+    seen = [(step.name, step.bytes) for step in steps if isinstance(step, TorchOp)]
+    assert seen == [("add", 8_000_000), ("add_", 8_000_000)]
+    with pytest.raises(RuntimeError, match="makes the host wait"):
+        timeline(lambda: torch.zeros(3).to("cuda"))
+
+
+def test_the_table():
+    spent = (("a", "memory", 1, 900.0), ("b", "launch", 9, 100.0))
+    listed = [dict(zip(("name", "bound", "times", "us"), launch, strict=True)) for launch in spent]
+    goals = {"K6": {"ms": 2.0, "graph_ms": 1.9, "launches": listed}}
+    assert list(predict.table(goals))[-1] == "| K6 | 2.0 | 1.9 | 10 | a 90% (memory), b 10% (launch) |"

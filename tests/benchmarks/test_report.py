@@ -1,0 +1,109 @@
+"""make report: from a record that the benchmarks themselves have made, at sizes a CPU can bear."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from benchmarks.gpu import report
+from benchmarks.gpu import run as gpu
+from benchmarks.gpu.goals import GOALS
+from benchmarks.gpu.records import Results, environment
+
+CPU = torch.device("cpu")
+README = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe rest.\n"
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """Of the kernels: whole models take seconds, and their records look the same."""
+    path = tmp_path_factory.mktemp("results") / "small-cpu.json"
+    here = environment(CPU, {"copy_gb_s": 9.0, "bf16_tflop_s": 0.5}, small=True)
+    parts = ["anchor_matching", "loss_path", "postprocess", "batched_nms", "image_batch"]
+    assert gpu.run_cases(gpu.cases_of(parts, small=True), Results(path, here), CPU, math.inf) == []
+    return path
+
+
+@pytest.fixture
+def readme(tmp_path):
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path / "README.md"
+
+
+def test_pictures_and_a_table(record, readme, capsys):
+    pytest.importorskip("matplotlib")
+    folder = readme.parent / "pictures"
+    assert report.main([str(record), "--pictures", str(folder), "--readme", str(readme)]) == 0
+    names = ["ratios", "limits", "batches", "memory", "predictions"]
+    assert [f"{folder}/{name}.png" for name in names] == capsys.readouterr().out.split()[:5]
+    for name in names:
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    text = readme.read_text()
+    assert text.startswith("# Title")
+    assert text.endswith(f"{report.END}\n\nThe rest.\n")
+    assert "old" not in text
+    assert "(pictures/ratios.png)" in text
+    stored = json.loads(record.read_text())
+    assert stored["environment"]["commit"][:7] in text
+    assert "Small shapes: a trial of the program, no claim" in text
+    for name in GOALS:
+        (line,) = re.findall(rf"^\| {name} \|.*", text, re.M)
+        rows = [row for row in stored["records"] if row["goal"] == name]
+        assert ("not measured" in line) == (not rows)
+        for row in rows:
+            assert f"{row['ratio']:.3g} {row['baseline']}" in line
+
+
+def test_a_share_a_rate_and_a_failure(tmp_path):
+    row = {
+        "goal": "E2", "baseline": "torchvision eager AMP", "ratio": 6.0, "ours_ms": 16.0, "ceiling_fraction": 0.5,
+        "raw_ms": {},
+    }  # fmt: skip
+    captured = row | {"goal": "K1-bf16", "baseline": "torch.compile", "ratio": 2.0, "raw_ms": {"ours_graph": 0.08}}
+    here = {"device": "X", "driver": "1", "torch": "2", "triton": "3", "torchvision": "0", "commit": "a" * 40,
+            "dirty": False, "small": False, "copy_gb_s": 4300.0, "bf16_tflop_s": 790.0}  # fmt: skip
+    failures = [{"goal": "K2", "case": "", "dtype": "", "baseline": None, "error": ""}]
+    predicted = {"K1-bf16": {"ms": 0.09, "graph_ms": 0.088}}
+    text = report.table({"environment": here, "records": [row, captured], "failures": failures}, predicted)
+    assert "| 16 ms, 2000 images/s (goal 20 ms: met) | 6 torchvision eager AMP (goal 5: met) | 50% | " in text
+    assert "| 0.08 ms | 2 torch.compile (goal 2.5: missed) | 50% (goal 70: missed) | 0.088 ms |" in text
+    assert "| K2 | matching and losses | failed |" in text
+    assert "X, driver 1, torch 2, triton 3, torchvision 0, commit aaaaaaa; copy 4300 GB/s, product 790 TFLOP/s" in text
+
+
+def test_without_a_record_it_says_so_and_draws_nothing(monkeypatch, tmp_path, readme, capsys):
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "small-cpu.json").write_text("{}")
+    assert report.main(["--readme", str(readme)]) == 2
+    assert "There is no record in benchmarks/results/ to draw from" in capsys.readouterr().out
+    assert report.main([str(tmp_path / "none.json"), "--readme", str(readme)]) == 2
+    assert readme.read_text() == README
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_the_newest_record_is_drawn(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    (tmp_path / "results").mkdir()
+    for name, date in (("a", "2026-01-02"), ("b", "2026-01-03"), ("small-cpu", "2026-01-04")):
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps({"environment": {"date": date}}))
+    assert report.newest() == tmp_path / "results" / "b.json"
+
+
+def test_small_shapes_never_reach_the_readme(record, capsys):
+    before = report.README.read_text()
+    assert report.main([str(record)]) == 2
+    assert "is no record for README.md" in capsys.readouterr().out
+    assert report.README.read_text() == before
+
+
+def test_the_readme_has_a_place_for_the_table(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text(report.README.read_text())
+    report.write_between(copy, report.BEGIN, report.END, "| measured |")
+    assert copy.read_text().count("| measured |") == 1
+    copy.write_text("no markers")
+    with pytest.raises(ValueError, match="lacks the lines"):
+        report.write_between(copy, report.BEGIN, report.END, "")

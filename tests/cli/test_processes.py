@@ -1,0 +1,156 @@
+"""Several processes do what one does: train, evaluate, detect. They are started by torchrun and talk by gloo."""
+
+import json
+import os
+import signal
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from retina_fast import cli
+from retina_fast.data.augment import Flips
+from retina_fast.data.coco import CocoDataset
+from retina_fast.data.errors import UserError
+from retina_fast.data.processes import Processes, joined
+from retina_fast.train.detector import Detector
+from retina_fast.train.run import StepSampler, _start, train
+from retina_fast.train.settings import TrainSettings
+from tests.cli.commands import children, command, finish, finish_as_by_srun, finish_on_two_machines, start, wait_for
+from tests.conftest import write_shapes
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    pass
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[Any, ...]:
+    """Images of which every second has no object: with four processes, each has one such image, or more, a step."""
+    json_file, images = write_shapes(tmp_path_factory.mktemp("processes") / "shapes", count=11)
+    content = json.loads(json_file.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] % 2]
+    json_file.write_text(json.dumps(content))
+    return ("--json", json_file, "--images", images)
+
+
+def training(data: tuple[Any, ...], output: Path) -> tuple[Any, ...]:
+    size = ("--crop", 32, "--batch-size", 4, "--steps", STEPS, "--every", 4, "--workers", 0, "--no-bf16")
+    return ("train", *data, *size, "--output", output)
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory) -> dict[int, Path]:
+    """The folders of the same training by one process, by two as SLURM starts them, and by four on two machines."""
+    folders = {count: tmp_path_factory.mktemp("runs") / str(count) for count in (1, 2, 4)}
+    for count, folder in folders.items():
+        if count == 2:
+            finish_as_by_srun(command(*training(data, folder), module="tests.train.double"), processes=2)
+        elif count == 4:
+            finish_on_two_machines(*training(data, folder), processes=2, module="tests.train.double")
+        else:
+            finish(command(*training(data, folder), module="tests.train.double"))
+    return folders
+
+
+def state(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_give_the_weights_of_one(runs, count):
+    one, several = state(runs[1]), state(runs[count])
+    assert one["global_step"] == several["global_step"] == STEPS
+    for key in ("state_dict", "current_model_state"):
+        for name, value in one[key].items():
+            assert value.isfinite().all()
+            torch.testing.assert_close(several[key][name], value, rtol=1e-7, atol=1e-9, msg=f"{key} {name}")
+    rows = [(folder / "log.csv").read_text().splitlines()[1:] for folder in (runs[1], runs[count])]
+    for row, other in zip(*rows, strict=True):
+        assert list(map(float, row.split(",")[:4])) == pytest.approx(list(map(float, other.split(",")[:4])))
+
+
+def test_processes_that_are_killed_or_stopped_are_resumed_to_the_same_weights(data, runs, tmp_path):
+    line = command(*training(data, tmp_path), processes=2, module="tests.train.double")
+    run = start(line)
+    wait_for((tmp_path / "last.ckpt").exists, run)
+    os.kill(children(run.pid)[-1], signal.SIGKILL)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode
+    assert "error: process 0 of 2 lost the others: one of them ended before its time" in " ".join(output.split())
+    assert "Signal 9 (SIGKILL)" in output  # torchrun's own summary
+    saved = state(tmp_path)["global_step"]
+    assert 4 <= saved < STEPS
+
+    run = start([*line, "--resume"])
+    wait_for(lambda: state(tmp_path)["global_step"] > saved, run)
+    run.terminate()
+    output, _ = run.communicate(timeout=120)
+    assert state(tmp_path)["global_step"] > saved
+    finish([*line, "--resume"])
+    one, other = state(runs[2]), state(tmp_path)
+    for key in ("state_dict", "current_model_state"):
+        assert all(torch.equal(value, other[key][name]) for name, value in one[key].items())
+
+
+def test_the_batches_of_a_step_are_shared_without_overlap_or_loss(data):
+    dataset = CocoDataset(data[1], data[3])
+    settings = TrainSettings("retinanet_resnet18_fpn_lite", 6, 8, 1e-3, 64, Flips.NONE, 0)
+    begin = _start(settings, dataset, None)
+
+    def keys(count: int, rank: int) -> list[list[tuple[int, int]]]:
+        module = Detector(begin, settings, Processes(rank, count))
+        return list(StepSampler(module, dataset))
+
+    whole = keys(1, 0)
+    for count in (2, 4, 8):
+        shares = [keys(count, rank) for rank in range(count)]
+        assert [list(chain(*step)) for step in zip(*shares, strict=True)] == whole
+    seen = list(chain(*whole))
+    assert sorted(seen[: len(dataset)]) == [(0, index) for index in range(len(dataset))]
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(data, tmp_path):
+    dataset = CocoDataset(data[1], data[3])
+    settings = TrainSettings("retinanet_resnet18_fpn_lite", 6, 6, 1e-3, 64, Flips.NONE, 0)
+    with pytest.raises(UserError, match=r"--batch-size 6 is of all 4 processes together.*multiple of 4, at least 4"):
+        train(settings, dataset, None, None, tmp_path, False, 0, Console(quiet=True), Processes(0, 4))
+
+
+def test_slurm_must_say_how_many_processes_a_machine_has(monkeypatch):
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"--ntasks-per-node"), joined():
+        pass
+
+
+def test_evaluate_and_detect_by_two_processes_equal_one(data, runs, tmp_path):
+    model = ("--checkpoint", runs[1] / "model.pt")
+    missing = Path(data[3]).parent / "missing.txt"
+    missing.write_text(f"{data[3]}/none.png\n")
+    folders = {count: tmp_path / str(count) for count in (1, 2)}
+    found = ("detect", missing, data[3], *model, "--score", 0.05, "--workers", 0, "--output")
+    measured = ("evaluate", *data, *model, "--workers", 0)
+    here = CliRunner()
+    one = here.invoke(cli.app, list(map(str, measured))).output
+    assert one.splitlines()[-1].startswith("AP50")
+    two = finish(command(*measured, processes=2))
+    assert one in two
+    assert two.count("AP50 ") == one.count("AP50 ")
+    outputs = [here.invoke(cli.app, [*map(str, found), str(folders[1])]).output]
+    outputs += [finish(command(*found, folders[2], processes=2))]
+    assert all("1 of 12 images could not be read" in output for output in outputs)
+    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders.values()]
+    assert files[0] == files[1]
+    assert set(files[0]) == {"detections.json", *(f"{index}.jpg" for index in range(11))}
+    coco = json.loads(files[0]["detections.json"])
+    assert [image["id"] for image in coco["images"]] == list(range(2, 13))
+    assert [a["id"] for a in coco["annotations"]] == list(range(1, len(coco["annotations"]) + 1))
+    assert len(coco["annotations"]) > 11

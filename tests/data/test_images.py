@@ -1,0 +1,111 @@
+"""Every kind of image file is read as Pillow reads it, or named."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from retina_fast.data.coco import read_image
+from retina_fast.data.errors import ImageError
+
+HEIGHT, WIDTH = 20, 30  # neither alike nor symmetric, so that every turn shows
+Y, X = np.mgrid[0:HEIGHT, 0:WIDTH]
+PICTURE = Image.fromarray(np.stack([X * 8, Y * 12, (X + Y) * 5], -1).astype(np.uint8))
+WITH_ALPHA = PICTURE.copy()
+WITH_ALPHA.putalpha(Image.fromarray((X * 8).astype(np.uint8)))
+
+KINDS: dict[str, tuple[Image.Image, dict]] = {
+    "rgb.jpg": (PICTURE, {"quality": 95}),
+    "progressive.jpg": (PICTURE, {"progressive": True}),
+    "grey.jpg": (PICTURE.convert("L"), {}),
+    "cmyk.jpg": (PICTURE.convert("CMYK"), {"quality": 95}),
+    "rgb.png": (PICTURE, {}),
+    "grey.png": (PICTURE.convert("L"), {}),
+    "grey_alpha.png": (PICTURE.convert("LA"), {}),
+    "alpha.png": (WITH_ALPHA, {}),
+    "palette.png": (PICTURE.quantize(16), {}),
+    "palette_alpha.png": (PICTURE.quantize(16), {"transparency": 3}),
+    "1bit.png": (PICTURE.convert("1"), {}),
+    "rgb.webp": (PICTURE, {"lossless": True}),
+    "alpha.webp": (WITH_ALPHA, {"lossless": True}),
+    "palette.gif": (PICTURE.quantize(16), {}),
+}
+
+
+def as_pillow_reads(path: Path) -> torch.Tensor:
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(ImageOps.exif_transpose(picture).convert("RGB"))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds(name, tmp_path):
+    picture, options = KINDS[name]
+    picture.save(tmp_path / name, **options)
+    image = read_image(tmp_path / name)
+    assert (image.dtype, image.shape) == (torch.uint8, (3, HEIGHT, WIDTH))
+    # Two libraries' libjpeg may round differently.
+    assert (image.int() - as_pillow_reads(tmp_path / name).int()).abs().max() <= (2 if name.endswith("jpg") else 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_exif_orientation(suffix, orientation, mode, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    PICTURE.convert(mode).save(path, exif=exif, lossless=suffix == "webp")
+    image = read_image(path)
+    assert image.shape == ((3, HEIGHT, WIDTH) if orientation < 5 else (3, WIDTH, HEIGHT))
+    assert (image.int() - as_pillow_reads(path).int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize(("channels", "color_type"), [(1, 0), (2, 4), (3, 2), (4, 6)])
+def test_16_bits_keep_their_upper_8(channels, color_type, tmp_path):
+    values = np.stack([X * 2100 + Y * 100 + c for c in range(channels)], -1).astype(np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, color_type, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (tmp_path / "deep.png").write_bytes(content)
+    expected = values[:, :, :3] if channels > 2 else values[:, :, [0, 0, 0]]
+    assert read_image(tmp_path / "deep.png").permute(1, 2, 0).tolist() == (expected >> 8).tolist()
+
+
+def test_an_animated_gif_gives_its_first_picture(tmp_path):
+    frames = [PICTURE.quantize(16), ImageOps.flip(PICTURE).quantize(16)]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    assert torch.equal(read_image(tmp_path / "two.gif"), as_pillow_reads(tmp_path / "two.gif"))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cut.jpg", "incomplete or truncated"),
+        ("cut.png", "corrupt"),
+        ("cut.webp", ""),
+        ("picture.bmp", "Only jpeg, png, webp and gif"),
+        ("picture.tiff", "Only jpeg, png, webp and gif"),
+        ("text.webp", "cannot identify image file"),
+        ("empty.png", "non empty"),
+    ],
+)
+def test_what_cannot_be_read_is_named(name, reason, tmp_path):
+    path = tmp_path / name
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8))
+    if name in ("text.webp", "empty.png"):
+        path.write_text("no image" * (name != "empty.png"))
+    else:
+        noise.save(path)
+    if name.startswith("cut"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ImageError) as error:
+        read_image(path)
+    assert str(error.value).startswith(f"{path}: not a readable image (")
+    assert reason in str(error.value)
+    assert ".cpp" not in str(error.value)

@@ -1,0 +1,352 @@
+"""The engine against the model that it was made of; its cache of batch shapes; what it says and refuses."""
+
+import copy
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.io import decode_image
+from torchvision.models.detection import retinanet as tv
+
+from benchmarks.models.engine_soak import graphs_or_stand_ins, small_model, soak
+from retina_fast import RetinaNet, compile_inference, retinanet_resnet18_fpn_v2, retinanet_spinenet49s
+from retina_fast.deploy import engine
+from retina_fast.deploy.engine import Engine, best_dtype
+from retina_fast.deploy.report import Report
+from retina_fast.detections import Detections
+from retina_fast.predict.load import TREES, load_model
+
+PHOTOGRAPH = Path(__file__).parents[2] / "demo" / "heldout.jpg"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def images(*sizes, dtype=torch.uint8):
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for size in sizes]
+    return [image.float() / 255 for image in made] if dtype == torch.float32 else made
+
+
+def floats(images):
+    return [image.float() / 255 for image in images]
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return load_model(TREES)[0]
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    return decode_image(str(PHOTOGRAPH))[:, :300, :260]
+
+
+# Against the model
+
+
+def test_float32_finds_what_the_model_finds(trees, photograph, device):
+    own = compile_inference(trees, dtype=torch.float32)
+    batch = [photograph, photograph[:, 40:200, 20:]]
+    for found, expected in zip(own(batch), trees([image.to(device) for image in floats(batch)]), strict=True):
+        assert len(expected["boxes"]) > 5
+        torch.testing.assert_close(found["boxes"], expected["boxes"], rtol=0, atol=0.01)
+        torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=2e-4)
+        assert torch.equal(found["labels"], expected["labels"])
+
+
+def test_uint8_and_float_images_and_a_batch_give_the_same(trees, photograph):
+    own = compile_inference(trees, dtype=torch.float32)
+    expected = own([photograph, photograph])
+    for given in (floats([photograph] * 2), torch.stack([photograph] * 2), [photograph, photograph.double() / 255]):
+        for found, image in zip(own(given), expected, strict=True):
+            torch.testing.assert_close(found, image, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scores", "boxes"), [(torch.float32, 2e-4, 0.01), (torch.bfloat16, 0.03, 2.0), (torch.float16, 5e-3, 0.3)]
+)
+def test_the_difference_on_a_photograph_is_small_and_said(dtype, scores, boxes, trees, photograph):
+    own = compile_inference(trees, [photograph], dtype=dtype)
+    seen = own.report.difference
+    assert seen is not None
+    assert 0 < seen.scores < scores
+    assert 0 < seen.boxes_mean < seen.boxes < boxes
+    text = str(own)
+    assert "BatchNorm folded into convs: 15 of 15" in text
+    assert f"scores differ by at most {seen.scores:.2g}" in text
+    assert str(dtype).removeprefix("torch.") in text
+    assert "not measured" in str(compile_inference(small_model()))
+
+
+def test_the_model_is_left_as_it_was(photograph):
+    model = retinanet_resnet18_fpn_v2(num_classes=2).train()
+    before = copy.deepcopy(model.state_dict())
+    own = compile_inference(model, [photograph[:, :64, :64]], dtype=torch.bfloat16)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert own.report.folded == own.report.norms == 20
+    own([photograph[:, :64, :64]])
+    with torch.autocast("cpu", dtype=torch.float16):  # the user's autocast does not reach in
+        own([photograph[:, :64, :64]])
+
+
+def test_torchvision_models_and_heads_of_the_users_own():
+    model = small_model()
+    theirs = tv.RetinaNet(model.backbone, 3, anchor_generator=model.anchor_generator, head=model.head).eval()
+    theirs.transform = model.transform
+    batch = images((50, 70))
+    assert compile_inference(theirs, dtype=torch.float32)(batch)[0]["boxes"].shape[0] > 0
+
+    class Head(tv.RetinaNetHead):
+        def forward(self, x):
+            return super().forward(x)
+
+    head = Head(8, 1, 3)
+    head.load_state_dict(model.head.state_dict())
+    own = RetinaNet(model.backbone, 3, anchor_generator=model.anchor_generator, head=head, score_thresh=0.3)
+    own.transform = model.transform
+    found = compile_inference(own.eval(), dtype=torch.float32)(batch)
+    torch.testing.assert_close(found[0]["boxes"], own(floats(batch))[0]["boxes"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("size_divisible", [128, 32])  # the latter is less than the backbone needs
+def test_spinenet(size_divisible):
+    torch.manual_seed(0)
+    model = retinanet_spinenet49s(num_classes=3, min_size=128, max_size=200, size_divisible=size_divisible)
+    model.eval().score_thresh = 0.6
+    for part in (model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg):
+        torch.nn.init.normal_(part.weight, std=50.0)  # an untrained tower gives next to nothing
+        torch.nn.init.zeros_(part.bias)
+    pictures = floats(images((128, 190), (100, 120)))
+    own = compile_inference(model, pictures, dtype=torch.float32)
+    assert own.report.folded == 130  # the heads' norms are a level's, their convs shared
+    assert own.report.difference is not None
+    assert own.report.difference.scores < 1e-4
+    expected, found = (run([pictures[0]])[0] for run in (model, own))
+    assert len(expected["boxes"]) == len(found["boxes"]) > 50
+    torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_within_half_a_point_of_ap50(trees, photograph):
+    """The float32 model's confident detections stand for the truth; python -m demo.engine has the people's own."""
+    pytest.importorskip("faster_coco_eval")
+    from retina_fast.data.metrics import as_results, coco_metrics
+
+    (found,) = trees(floats([photograph]))
+    confident = {key: value[found["scores"] > 0.3] for key, value in found.items()}
+    boxes = as_results(confident, 1, [1])
+    annotations = [
+        {**box, "id": i, "iscrowd": 0, "area": box["bbox"][2] * box["bbox"][3]} for i, box in enumerate(boxes, start=1)
+    ]
+    truth = {"images": [{"id": 1}], "annotations": annotations, "categories": [{"id": 1, "name": "Tree"}]}
+    ap50 = [
+        coco_metrics(truth, as_results(detections, 1, [1]), [1], 300).values["AP50"]
+        for detections in (found, *(compile_inference(trees, dtype=d)([photograph])[0] for d in _DTYPES))
+    ]
+    assert ap50[0] > 0.95
+    assert max(ap50) - min(ap50) < 0.005
+
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+# Batch shapes
+
+
+@pytest.fixture
+def with_graphs():
+    """An engine that captures graphs, on a CPU stand-ins of them."""
+    with graphs_or_stand_ins():
+        made = compile_inference(small_model(), dtype=torch.float32, max_shapes=3)
+        yield Engine(made.model, Report(**{**vars(made.report), "graphs": True}))
+
+
+def shapes(own):
+    return [key[-3:-1] for key in own._plans]
+
+
+def test_the_shape_used_longest_ago_goes(with_graphs):
+    for size in ((30, 30), (60, 30), (30, 60), (30, 30), (90, 90)):
+        with_graphs(images(size))
+    assert shapes(with_graphs) == [(32, 64), (32, 32), (96, 96)]
+    plan = with_graphs._plans[next(iter(with_graphs._plans))]
+    with_graphs(images((20, 50)))  # another size, the same shape: nothing is made anew
+    assert with_graphs._plans[list(with_graphs._plans)[-1]] is plan
+
+
+def test_shapes_that_went_are_freed(with_graphs):
+    gc.collect()
+    before = sum(type(thing) is engine._Plan for thing in gc.get_objects())
+    for n in range(1, 8):
+        with_graphs(images((30, 32 * n)))
+    gc.collect()
+    assert sum(type(thing) is engine._Plan for thing in gc.get_objects()) - before == 3
+
+
+def test_a_capture_that_fails_keeps_nothing_half_made(with_graphs, monkeypatch):
+    def fail(run, place):
+        raise torch.OutOfMemoryError
+
+    with_graphs(images((30, 30)))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "capture", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            with_graphs(images((90, 90)))
+    assert shapes(with_graphs) == [(32, 32)]
+    assert len(with_graphs(images((90, 90)))[0]["boxes"])
+
+
+def test_random_batches_give_right_results_in_bounded_memory():
+    seen = soak(40, max_shapes=4)
+    assert seen["shapes"] > 8
+    assert seen["captures"] >= seen["shapes"]
+    assert seen["detections"] > 40
+
+
+def test_the_graph_reads_images_by_the_kernel(with_graphs, monkeypatch, device):
+    """The kernel itself in place of its stand-in."""
+    from retina_fast.kernels import image_batch
+
+    monkeypatch.setattr(engine, "launch_image_batch", image_batch.launch_image_batch)
+    monkeypatch.setattr(image_batch, "_ROWS", 32)
+    for batch in (images((20, 30), (32, 17)), images((9, 32), (30, 30))):
+        expected = with_graphs.model(floats([image.to(device) for image in batch]))
+        for found, image in zip(with_graphs(batch), expected, strict=True):
+            torch.testing.assert_close(found["boxes"], image["boxes"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_calls_in_and_out_of_inference_mode(graphs, with_graphs):
+    own = with_graphs if graphs else compile_inference(small_model(), dtype=torch.float32)
+    with torch.inference_mode():
+        (inside,) = own([image.clone() for image in images((30, 30))])
+    (outside,) = own(images((30, 30)))
+    torch.testing.assert_close(inside, outside)
+    outside["boxes"].add_(1)  # plain tensors
+    assert not outside["boxes"].is_inference()
+
+
+def test_no_shape_kept():
+    own = compile_inference(small_model(), dtype=torch.float32, max_shapes=0)
+    own(images((30, 30)))
+    assert not own._plans
+    assert not own.report.graphs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graph_replay_equals_eager(dtype):
+    torch.manual_seed(0)
+    for model in (small_model(), retinanet_resnet18_fpn_v2(num_classes=5, min_size=256, score_thresh=0.005).cuda()):
+        graphs = compile_inference(model, dtype=dtype)
+        eager = compile_inference(model, dtype=dtype, max_shapes=0)
+        assert graphs.report.graphs
+        for size in ((100, 120), (110, 115), (60, 90), (100, 120)):
+            batch = [image.cuda() for image in images(size, size)]
+            with engine.timed_convs():  # as capture does
+                expected = eager.detect(batch)
+            assert expected.counts.sum() > 0
+            torch.testing.assert_close(tuple(graphs.detect(batch)), tuple(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_detect_waits_for_nothing():
+    own = compile_inference(small_model())
+    batch = [image.cuda() for image in images((100, 120), (60, 90))]
+    own.detect(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        own.detect(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# torch.compile
+
+
+def test_torch_compile_is_kept_where_it_is_faster(monkeypatch):
+    """Which of the two is chosen and said; compiling itself is tested where there is a compiler."""
+    calls = []
+
+    def slower(model, batch):
+        calls.append("compiled")
+        return trunk(model, batch)
+
+    trunk = engine._trunk
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: slower)
+    for faster in ("eager", "compiled"):
+        monkeypatch.setattr(
+            engine, "_seconds", lambda plan, *_, f=faster: 1.0 if (plan.trunk is slower) == (f == "compiled") else 2.0
+        )
+        own = compile_inference(small_model(), dtype=torch.float32, try_compile=True)
+        own(images((30, 30)))
+        calls.clear()
+        own(images((30, 30)))
+        assert bool(calls) == (faster == "compiled")
+        assert ("not kept" in str(own)) == (faster == "eager")
+        assert "1x3x32x32" in str(own)
+
+
+# What it says and refuses
+
+
+def test_the_default_dtype(monkeypatch):
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert best_dtype(torch.device("cpu")) == dtype
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, dtype in (((9, 0), torch.bfloat16), ((7, 5), torch.float16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert best_dtype(torch.device("cuda")) == dtype
+
+
+def test_parts_that_would_not_run_are_refused():
+    with pytest.raises(TypeError, match="must be a torchvision RetinaNet"):
+        compile_inference(nn.Identity())
+
+    class Own(RetinaNet):
+        def forward(self, images, targets=None):
+            return []
+
+    model = small_model()
+    model.__class__ = Own
+    with pytest.raises(TypeError, match="a forward of its own"):
+        compile_inference(model)
+    for name, change in {
+        "forward": lambda model: model.register_forward_hook(lambda *_: None),
+        "transform": lambda model: setattr(model, "transform", nn.Identity()),
+        "anchor_generator": lambda model: setattr(model.anchor_generator, "grid_anchors", print),
+        "box_coder": lambda model: setattr(model.box_coder, "weights", (10.0, 10, 5, 5)),
+    }.items():
+        model = small_model()
+        change(model)
+        with pytest.raises(TypeError, match=f"the model has a {name}"):
+            compile_inference(model)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match=r"dtype must be floating point, got torch\.int8"):
+        compile_inference(small_model(), dtype=torch.int8)
+    with pytest.raises(ValueError, match="max_shapes must be at least 0, got -1"):
+        compile_inference(small_model(), max_shapes=-1)
+    own = compile_inference(small_model(), dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"images\[0\] is torch\.int32"):
+        own([torch.zeros(3, 9, 9, dtype=torch.int32)])
+    with pytest.raises(IndexError, match="images is empty"):
+        own([])
+
+
+def test_detections_are_padded_and_own_their_memory():
+    own = compile_inference(small_model(), dtype=torch.float32)
+    first = own.detect(images((30, 30), (30, 30)))
+    assert isinstance(first, Detections)
+    assert first.boxes.shape[:1] == (2,)
+    kept = first.boxes.clone()
+    own.detect(images((31, 31), (20, 20)))
+    assert torch.equal(first.boxes, kept)

@@ -1,0 +1,84 @@
+"""Every op's launcher on fake CUDA tensors: no host read, no copy between devices, no kernel forgotten."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks.static.launches import CASES
+from benchmarks.static.recorder import kernels, record
+from retina_fast import retinanet_resnet18_fpn_v2
+from retina_fast.deploy import engine
+from retina_fast.deploy.report import Report
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_launcher_never_waits_for_the_device(name):
+    assert record(CASES[name].run)
+
+
+def test_every_kernel_is_listed():
+    listed = {launch.kernel.__name__ for case in CASES.values() for launch in record(case.run)}
+    assert listed == set(kernels())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_size_within_a_tuple_makes_triton_compile_again(name):
+    """do_not_specialize does not reach into tuples: sizes there must be neither 1 nor a multiple of 16."""
+    for launch in record(CASES[name].run):
+        sizes = [size for arg in launch.args if isinstance(arg, tuple) for size in arg if isinstance(size, int)]
+        assert not [size for size in sizes if size == 1 or size % 16 == 0]
+
+
+def on_gpu(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda: torch.tensor([1, 2], device="cuda"),
+        lambda: torch.tensor(1.0, device="cuda"),
+        lambda: on_gpu(3).cpu(),
+        lambda: on_gpu(3).sum().item(),
+        lambda: on_gpu(3).tolist(),
+        lambda: bool(on_gpu() > 0),
+        lambda: on_gpu(3).nonzero(),
+        lambda: on_gpu(3)[on_gpu(3) > 0],
+        lambda: on_gpu(3)[torch.tensor([1, 2])],
+        lambda: on_gpu(3).copy_(torch.zeros(3)),
+        lambda: torch.cuda.synchronize(),
+    ],
+)
+def test_the_instrument_catches(waits):
+    with pytest.raises(Exception, match=r"."):
+        record(waits)
+
+
+def test_the_instrument_lets_pass():
+    assert record(lambda: on_gpu(3).to("cpu", non_blocking=True) + 1) == []
+    assert record(lambda: on_gpu(3).copy_(torch.zeros(3), non_blocking=True)) == []
+    assert record(lambda: (on_gpu(3) + torch.tensor(3.0)) * torch.full((3,), 2.0, device="cuda")) == []
+
+
+def test_the_engine_never_waits_for_the_device():
+    """From images to detections: what one CUDA graph then holds, and the upload before it."""
+    model = retinanet_resnet18_fpn_v2(num_classes=7).eval().bfloat16()
+    report = Report("cuda", torch.bfloat16, 0, 0, graphs=True, max_shapes=1)
+
+    def run():
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, value in tensors.items():
+                    tensors[name] = None if value is None else on_gpu(value.shape, dtype=value.dtype)
+        cells = model.anchor_generator.cell_anchors
+        model.anchor_generator.cell_anchors = [on_gpu(cell.shape) for cell in cells]
+        images = [on_gpu(3, 80, 100), on_gpu(3, 90, 70)]
+        plan = engine._Plan(model, engine._trunk, (2, 3, 96, 128), torch.float32, report)
+        plan.make(images, [(80, 100), (90, 70)], None)
+        detections = plan(images, [(80, 100), (90, 70)])
+        assert detections.boxes.shape == (2, 300, 4)
+
+    with mock.patch.object(engine, "capture", lambda run, pool: run), torch.no_grad():
+        launched = {launch.kernel.__name__ for launch in record(run)}
+    assert {"_image_batch_kernel", "_group_norm_relu_kernel"} < launched

@@ -1,0 +1,134 @@
+"""CUDA graphs played on a CPU, so that what is captured, replayed and left out can be tested there."""
+
+import contextlib
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from retina_fast import training_step
+from retina_fast.kernels.image_batch import image_batch_reference
+from retina_fast.losses import detection_losses
+from retina_fast.targets import GroundTruths
+
+
+class RecordedGraph(TorchDispatchMode):
+    """CUDA graphs, played on a CPU: a capture records ops and leaves no trace, a replay runs them on the same tensors.
+
+    As with a graph, what Python read while it was captured stays as it was, and results lie where they lay.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.ops, self.before, self.made = [], {}, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for tensor in tensors((args, kwargs)):
+            storage = tensor.untyped_storage()._cdata
+            if storage not in self.made and storage not in self.before:
+                self.before[storage] = tensor, tensor.detach().clone()
+        out = func(*args, **kwargs)
+        self.made |= {tensor.untyped_storage()._cdata for tensor in tensors(out)} - self.before.keys()
+        self.ops.append((func, args, kwargs, out))
+        return out
+
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        with torch.no_grad():
+            for tensor, value in self.before.values():
+                tensor.copy_(value)
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, out in self.ops:
+            for recorded, result in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+                if recorded.untyped_storage()._cdata != result.untyped_storage()._cdata:
+                    recorded.copy_(result)
+
+
+def tensors(tree) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+# The reference operations read values on the host, where the kernels do not: here they are one op.
+_ANOTHER_THREAD = ThreadPoolExecutor(1)
+
+
+@torch.library.custom_op("tests::losses", mutates_args=())
+def _losses_op(
+    logits: list[Tensor], deltas: list[Tensor], anchors: Tensor, boxes: Tensor, labels: Tensor, offsets: Tensor,
+    num_classes: int, low: float, loss_type: str, gamma: float,
+) -> list[Tensor]:  # fmt: skip
+    def work() -> list[Tensor]:
+        leaves = [level.detach().requires_grad_() for level in (*logits, *deltas)]
+        levels = leaves[: len(logits)], leaves[len(logits) :]
+        losses = detection_losses(*levels, anchors, truths, num_classes, matcher, loss_type, gamma)
+        grads = torch.autograd.grad(losses["classification"] + losses["bbox_regression"], leaves)
+        return [tensor.detach().clone() for tensor in (*losses.values(), *grads)]
+
+    matcher: Any = SimpleNamespace(high_threshold=0.5, low_threshold=low, allow_low_quality_matches=True)
+    truths = GroundTruths(boxes, labels, offsets, offsets.diff().tolist())
+    return _ANOTHER_THREAD.submit(work).result()  # in this one autograd is off, below an op
+
+
+class _Losses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, split, anchors, truths, num_classes, low, loss_type, gamma, *levels):
+        logits, deltas = list(levels[:split]), list(levels[split:])
+        cls, box, *grads = _losses_op(
+            logits, deltas, anchors, truths.boxes, truths.labels, truths.offsets, num_classes, low, loss_type, gamma
+        )
+        ctx.split = split
+        ctx.save_for_backward(*grads)
+        return cls, box
+
+    @staticmethod
+    def backward(ctx, cls, box):
+        grads = [grad * (cls if i < ctx.split else box) for i, grad in enumerate(ctx.saved_tensors)]
+        return None, None, None, None, None, None, None, *grads
+
+
+def opaque_losses(logits, deltas, anchors, truths, num_classes, matcher, loss_type, gamma):
+    cls, box = _Losses.apply(
+        len(logits), anchors, truths, num_classes, matcher.low_threshold, loss_type, gamma, *logits, *deltas
+    )
+    return {"classification": cls, "bbox_regression": box}
+
+
+def _image_at(row: list[int], dtype: torch.dtype, channels: int) -> Tensor:
+    address, height, width, _, _, *strides = row
+    sizes = (channels, height, width)
+    length = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    memory = (ctypes.c_char * (length * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(sizes, strides)
+
+
+@torch.library.custom_op("tests::fill_batch", mutates_args=("out",))
+def _fill_batch(table: Tensor, out: Tensor, dtype: torch.dtype, mean: list[float], std: list[float]) -> None:
+    """What the kernel does, by its reference: from the images at the table's addresses."""
+    rows = table.tolist()
+    images = [_image_at(row, dtype, out.shape[1]) for row in rows]
+    image_batch_reference(images, [(row[3], row[4]) for row in rows], mean, std, out)
+
+
+def play_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have TrainingStep capture on a CPU."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(training_step, "_GRAPH_DEVICE", "cpu")
+    monkeypatch.setattr("retina_fast.model.detection_losses", opaque_losses)
+    monkeypatch.setattr(training_step, "launch_image_batch", _fill_batch)
+    for name, value in {
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": RecordedGraph,
+        "graph": lambda graph, stream, capture_error_mode: graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)

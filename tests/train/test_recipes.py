@@ -1,0 +1,169 @@
+"""The published recipes, their numbers at given steps, and short runs by them."""
+
+import csv
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torchvision import tv_tensors
+
+from retina_fast import checkpoint
+from retina_fast.data.augment import Flips, scale_jitter
+from retina_fast.data.coco import CocoDataset
+from retina_fast.data.errors import UserError
+from retina_fast.data.processes import ALONE
+from retina_fast.train import run as module
+from retina_fast.train.detector import Detector
+from retina_fast.train.recipes import RECIPES, recipe_named
+from retina_fast.train.run import train
+from retina_fast.train.settings import TrainSettings
+
+# published: steps, first and second drop, peak rate (tensorflow/tpu, 463 steps an epoch)
+SCHEDULES = {
+    "spinenet-b": (162_050, 148_160, 157_420, 0.28),
+    "spinenet-c": (231_500, 217_610, 226_870, 0.28),
+    "spinenet-c-143": (231_500, 217_610, 226_870, 0.28),
+    "spinenet-c-190": (185_200, 171_310, 180_570, 0.30),
+}
+TINY = [[3, "residual", [0, 1], True], *([level, "residual", [level - 3, level - 2], True] for level in range(4, 8))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    pass
+
+
+@pytest.fixture
+def data(shapes) -> CocoDataset:
+    return CocoDataset(*shapes)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rates_are_the_published_ones(name):
+    recipe, (total, first, second, peak) = recipe_named(name), SCHEDULES[name]
+    assert recipe.lr_at(256) == peak
+    rates = {step: peak * recipe.schedule(step, total=total) for step in
+             (0, 1000, 2000, 100_000, first - 1, first + 1, second - 1, second + 1, total - 1)}  # fmt: skip
+    low = 0.0067 * peak / 0.28
+    expected = [low, (low + peak) / 2, peak, peak, peak, peak / 10, peak / 10, peak / 100, peak / 100]
+    assert list(rates.values()) == pytest.approx(expected)
+
+
+def test_another_batch_sees_as_many_images():
+    recipe = recipe_named("spinenet-b")
+    assert recipe.lr_at(64) == pytest.approx(0.07)
+    total = recipe.steps_for(118_287, 64)
+    assert total == pytest.approx(4 * 162_050, rel=0.003)  # 463 steps of 256 are 118,528 images
+    assert (
+        recipe.schedule(7900, total=total) < 1 == recipe.schedule(8000, total=total)
+    )  # as the ports to PyTorch have it
+    default = recipe_named("default")
+    assert (default.lr_at(4), default.lr_at(64), default.steps_for(118_287, 64)) == (2e-3, 8e-3, 6000)
+
+
+def test_decay_clipping_crops_and_models():
+    for name in SCHEDULES:
+        recipe = recipe_named(name)
+        (optimizer,) = [recipe.optimizer([torch.nn.Parameter(torch.zeros(1))], lr=1.0)]
+        assert type(optimizer) is torch.optim.SGD
+        assert (optimizer.defaults["momentum"], recipe.weight_decay, recipe.gradient_norm) == (0.9, 4e-5, 10)
+        assert (recipe.average, recipe.focal_gamma, recipe.kwargs["bg_iou_thresh"]) == (0, 1.5, 0.5)
+    scales = [recipe_named(name).augmentation.keywords["scales"] for name in SCHEDULES]  # type: ignore[attr-defined]
+    assert scales == [(0.5, 2.0), (0.5, 2.0), (0.1, 1.9), (0.1, 1.9)]
+    assert [recipe_named(name).kwargs.get("stochastic_depth") for name in SCHEDULES] == [None, 0.2, 0.16, 0.2]
+    assert [recipe_named(name).kwargs.get("activation") for name in SCHEDULES] == [None, "silu", "silu", "silu"]
+
+
+def test_the_box_loss_pulls_as_the_published_one_beyond_its_delta():
+    """50 times Huber with delta 0.1, a mean over 4 coordinates, beside the factor of torchvision's L1."""
+    errors = torch.tensor([0.1, 0.3, 2.0], requires_grad=True)
+    published = 50 * torch.nn.functional.huber_loss(errors, torch.zeros(3), reduction="sum", delta=0.1) / 4
+    (slopes,) = torch.autograd.grad(published, errors)
+    assert slopes.tolist() == pytest.approx([recipe_named("spinenet-b").box_weight] * 3)
+
+
+def test_conv_kernels_alone_decay(data):
+    settings = settings_of("spinenet-b", crop=128)
+    optimizer = Detector(module._start(settings, data, None), settings, ALONE).configure_optimizers()["optimizer"]
+    decayed, free = optimizer.param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (4e-5, 0)
+    assert {p.ndim for p in decayed["params"]} == {4}
+    assert {p.ndim for p in free["params"]} == {1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "scales"), [((300, 400), (0.5, 2.0)), ((90, 40), (0.1, 1.9)), ((64, 64), (1.0, 1.0))]
+)
+def test_scale_jitter(shape, scales):
+    image = tv_tensors.Image(torch.full((3, *shape), 200, dtype=torch.uint8))
+    corners = torch.tensor([[0.0, 0, shape[1], shape[0]], [1, 1, 9, 9]])
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=shape),
+        "labels": torch.tensor([4, 5]),
+    }
+    sides = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        picture, found = scale_jitter(64, Flips.HORIZONTAL, scales)(image, target)
+        assert picture.shape == (3, 64, 64)
+        assert len(found["boxes"]) == len(found["labels"])
+        x1, y1, x2, y2 = found["boxes"][0].tolist()
+        assert 0 <= x1 < x2 <= 64
+        assert 0 <= y1 < y2 <= 64
+        inside = picture[:, round(y1) + 1 : round(y2) - 1, round(x1) + 1 : round(x2) - 1]
+        assert (inside == 200).all()  # the whole image is its first box
+        outside = picture.clone()
+        outside[:, int(y1) : int(y2 + 1), int(x1) : int(x2 + 1)] = 0
+        assert not outside.any()
+        sides.add(round(max(x2 - x1, y2 - y1)))
+    least = round(64 * scales[0])
+    assert min(sides) <= least + 12
+    assert max(sides) == 64
+    if scales == (1, 1):
+        assert sides == {64}
+
+
+def settings_of(recipe: str, crop: int) -> TrainSettings:
+    values: dict[str, Any] = {
+        "lr": RECIPES[recipe].lr_at(2),
+        "batch_size": 2,
+        "flips": Flips.HORIZONTAL,
+        "seed": 0,
+    }
+    return TrainSettings("retinanet_spinenet49s", 4, crop=crop, recipe=recipe, **values)
+
+
+@pytest.mark.parametrize("name", ["spinenet-b", "spinenet-c"])
+def test_a_short_run_by_a_published_recipe(data, tmp_path, monkeypatch, name):
+    small = RECIPES[name].kwargs | {"specification": TINY}  # type: ignore[operator]
+    monkeypatch.setitem(RECIPES, name, replace(RECIPES[name], kwargs=small))
+    seen: set[tuple[int, ...]] = set()
+    original = Detector.training_step
+
+    def training_step(self, batch, batch_idx):
+        seen.update(tuple(image.shape) for image in batch[0])
+        assert self.model.focal_gamma == 1.5
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Detector, "training_step", training_step)
+    file = train(settings_of(name, crop=128), data, None, None, tmp_path, False, 0, Console(quiet=True))
+    content = checkpoint.load(file)
+    model = content.build()
+    assert seen == {(3, 128, 128)}
+    assert content.kwargs["min_size"] == content.kwargs["max_size"] == 128
+    assert (model.proposal_matcher.low_threshold, model.detections_per_img) == (0.5, 100)
+    assert type(model.backbone.act).__name__ == {"spinenet-b": "ReLU", "spinenet-c": "SiLU"}[name]
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert all(torch.equal(value, state["current_model_state"][key]) for key, value in state["state_dict"].items())
+    with (tmp_path / "log.csv").open(newline="") as lines:
+        assert all(float(row["classification"]) < 10 for row in csv.DictReader(lines))
+
+
+def test_a_recipe_that_does_not_fit_is_named(data, tmp_path):
+    with pytest.raises(UserError, match=r"there is no recipe 'spinenet-d'; choose one of default, torchvision-v1"):
+        recipe_named("spinenet-d")
+    settings = replace(settings_of("spinenet-c", crop=128), model="retinanet_resnet18_fpn_lite")
+    with pytest.raises(UserError, match=r"spinenet-c is for models retinanet_spinenet\*, not"):
+        train(settings, data, None, None, tmp_path, False, 0, Console(quiet=True))

@@ -1,0 +1,347 @@
+import csv
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from retina_fast import checkpoint
+from retina_fast.data.augment import Flips
+from retina_fast.data.coco import CocoDataset
+from retina_fast.data.errors import UserError
+from retina_fast.data.processes import ALONE
+from retina_fast.train import detector
+from retina_fast.train import run as module
+from retina_fast.train.detector import Averaging, Detector
+from retina_fast.train.late_losses import LateLosses
+from retina_fast.train.log import TrainLog
+from retina_fast.train.recipes import warmup_cosine
+from retina_fast.train.run import train
+from retina_fast.train.run_files import Pace, Stopped
+from retina_fast.train.settings import TrainSettings
+from retina_fast.training_step import TrainingStep
+from tests.conftest import write_shapes
+from tests.model.recorded_graph import play_on_cpu
+
+SETTINGS = TrainSettings(
+    "retinanet_resnet18_fpn_lite", 9, batch_size=2, lr=1e-3, crop=64, flips=Flips.NONE, seed=3, every=3
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    pass
+
+
+def run(data, output: Path, resume=False, workers=0, settings=SETTINGS, start_from=None, validation=None) -> Path:
+    console = Console(quiet=True)
+    return train(settings, data, validation, start_from, output, resume, workers, console)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> CocoDataset:
+    return CocoDataset(*write_shapes(tmp_path_factory.mktemp("train") / "shapes", count=6))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """The folder of a run that was never stopped."""
+    output = tmp_path_factory.mktemp("train") / "whole"
+    run(data, output, validation=data)
+    return output
+
+
+def interrupt(patch: pytest.MonkeyPatch, step: int, how) -> None:
+    """Have `how` called while that step is under way."""
+    original = Detector.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == step:
+            how()
+        return original(self, batch, batch_idx)
+
+    patch.setattr(Detector, "training_step", training_step)
+
+
+def state(folder: Path) -> dict:
+    return torch.load(folder / "last.ckpt", weights_only=True)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    a, b = state(one), state(other)
+    assert a["global_step"] == b["global_step"] == SETTINGS.total_steps
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        assert a[key].keys() == b[key].keys()
+        assert all(torch.equal(value, b[key][name]) for name, value in a[key].items()), key
+    moments = zip(a["optimizer_states"][0]["state"].values(), b["optimizer_states"][0]["state"].values(), strict=True)
+    assert all(torch.equal(x[name], y[name]) for x, y in moments for name in x)
+    weights = checkpoint.load(one / "model.pt").state_dict, checkpoint.load(other / "model.pt").state_dict
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("step", "number"), [(step, signal.SIGINT) for step in (0, 1, 2, 8)] + [(4, signal.SIGTERM)], ids=str
+)
+def test_a_run_stopped_and_resumed_gives_the_same_weights(data, whole, tmp_path, monkeypatch, step, number):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, step, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(Stopped):
+            run(data, output)
+    assert state(output)["global_step"] == step + 1
+    run(data, output, resume=True, workers=1)
+    assert_same_run(whole, output)
+    steps = [row["step"] for row in rows(output)]
+    assert steps == sorted(set(steps))
+
+
+def test_a_run_that_died_goes_on_from_its_last_interval(data, whole, tmp_path, monkeypatch):
+    def die():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7, die)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(data, tmp_path)
+    assert state(tmp_path)["global_step"] == 6
+    run(data, tmp_path, resume=True)
+    assert_same_run(whole, tmp_path)
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(data, whole):
+    before = state(whole)["state_dict"]
+    run(data, whole, resume=True)
+    assert all(torch.equal(value, before[name]) for name, value in state(whole)["state_dict"].items())
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_what_a_run_writes(whole, data):
+    assert {path.name for path in whole.iterdir()} == {
+        *("last.ckpt", "model.pt", "best.pt", "log.csv", "loss.png", "precision_recall.png", "tensorboard")
+    }
+    assert [row["step"] for row in rows(whole) if row["AP50"]] == ["3", "6", "9"]
+    model = checkpoint.load(whole / "model.pt")
+    assert (model.classes, model.category_ids, model.builder) == (["red", "blue"], [3, 7], SETTINGS.model)
+    assert float(rows(whole)[-1]["AP50"]) == model.metrics["AP50"]
+
+
+def test_the_averaged_weights_are_written_and_validated(whole):
+    saved = state(whole)
+    model = checkpoint.load(whole / "model.pt").state_dict
+    name = "backbone.body.conv1.weight"
+    assert torch.equal(model[name], saved["state_dict"][f"model.{name}"].half().float())
+    assert not torch.equal(model[name], saved["current_model_state"][f"model.{name}"].half().float())
+    assert model["backbone.body.bn1.num_batches_tracked"] == SETTINGS.total_steps
+
+
+def test_the_average_forgets_the_start_and_then_slowly():
+    network: Any = torch.nn.BatchNorm1d(3)
+    averaging: Any = Averaging(limit=0.998)
+    averaging._average_model = torch.optim.swa_utils.AveragedModel(network)
+    expected = torch.zeros(3)
+    for step in range(30):
+        with torch.no_grad():
+            network.weight.fill_(step**2)
+            network.num_batches_tracked.fill_(step)
+        averaging.on_train_batch_end(SimpleNamespace(global_step=step + 1), network, None, None, 0)
+        decay = (step + 1) / (step + 20) if step else 0
+        expected = decay * expected + (1 - decay) * step**2
+        torch.testing.assert_close(averaging._average_model.module.weight.detach(), expected)
+        assert averaging._average_model.module.num_batches_tracked == step
+    assert averaging._average_model.n_averaged == 30
+
+
+class OnGPU(torch.Tensor):
+    device = torch.device("cuda")
+
+
+def test_losses_on_a_gpu_are_read_when_the_next_step_is_queued(monkeypatch):
+    waited: list[str] = []
+    event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: waited.append("waited"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    late, seen = LateLosses(), list[dict[str, float]]()
+    for step in (1, 2):
+        late.add({"a": torch.tensor(float(step)).as_subclass(OnGPU)}, seen.append)
+        assert (len(seen), len(waited)) == (step - 1, step - 1)
+    late.read()
+    late.read()
+    assert seen == [{"a": 1.0}, {"a": 2.0}]
+    assert len(waited) == 2
+
+
+def test_crops_of_one_size_are_trained_by_replays(data, tmp_path, monkeypatch):
+    settings = replace(SETTINGS, bf16=False)  # float32, in which two runs stay together
+    run(data, tmp_path / "plain", settings=settings)
+    play_on_cpu(monkeypatch)
+    original, steps = TrainingStep, list[TrainingStep]()
+
+    def kept(*args, **kwargs):
+        steps.append(original(*args, **kwargs))
+        return steps[0]
+
+    monkeypatch.setattr(detector, "TrainingStep", kept)
+    run(data, tmp_path / "captured", settings=settings)
+    assert (steps[0].replayed_steps, steps[0].uncaptured_steps) == (5, 4)
+    assert state(tmp_path / "captured")["global_step"] == SETTINGS.total_steps
+    for row, other in zip(rows(tmp_path / "captured"), rows(tmp_path / "plain"), strict=True):
+        assert (row["step"], row["lr"]) == (other["step"], other["lr"])
+        for name in ("classification", "bbox_regression"):
+            assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-3)
+
+
+def test_steps_are_split_into_equal_intervals():
+    for steps, interval, total in ((1, 1, 1), (60, 60, 60), (500, 500, 500), (1001, 334, 1002), (9000, 500, 9000)):
+        settings = TrainSettings("", steps, 1, 1.0, 0, Flips.NONE, 0)
+        assert (settings.interval, settings.total_steps) == (interval, total)
+
+
+def test_norms_and_biases_do_not_decay(data):
+    start = module._start(SETTINGS, data, None)
+    optimizer = Detector(start, SETTINGS, ALONE).configure_optimizers()["optimizer"]
+    decayed, free = optimizer.param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+    assert all(p.ndim == 4 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in free["params"])
+
+
+def test_learning_rate_rises_and_falls_to_a_hundredth():
+    rates = [warmup_cosine(step, 100) for step in range(100)]
+    assert rates.index(max(rates)) in (4, 5)
+    assert max(rates) == 1
+    assert rates[-1] == pytest.approx(0.01, abs=1e-3)
+    assert [warmup_cosine(0, total) for total in (1, 2)] == [1, 1]
+
+
+def test_a_loss_that_is_not_finite_names_step_and_images(data, tmp_path, monkeypatch):
+    original = Detector.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 4:
+            batch[0][0] = torch.full((3, 64, 64), math.nan)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Detector, "training_step", training_step)
+    with pytest.raises(UserError, match=r"not finite at step 4 .*images: .*\d\.png, .*\d\.png\. Look at"):
+        run(data, tmp_path)
+    assert state(tmp_path)["global_step"] == 3
+
+
+def test_an_existing_run_is_not_overwritten_and_settings_must_agree(data, whole, tmp_path):
+    with pytest.raises(UserError, match="already holds a run: add --resume"):
+        run(data, whole)
+    with pytest.raises(UserError, match="there is no run to resume"):
+        run(data, tmp_path, resume=True)
+    other = TrainSettings(**vars(SETTINGS) | {"lr": 0.5})
+    with pytest.raises(UserError, match=r"has lr 0\.001, not 0\.5"):
+        run(data, whole, resume=True, settings=other)
+
+
+def test_a_run_goes_on_with_the_annotations_that_it_was_begun_with(data, whole, shapes):
+    content = json.loads(shapes[0].read_text())
+    assert data.images == content["images"]  # the same pictures
+    content["annotations"][3]["bbox"][2] += 1
+    shapes[0].write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"shapes\.json: is not what the run in .* was begun with"):
+        run(CocoDataset(*shapes), whole, resume=True)
+
+
+def test_the_newest_checkpoints_and_the_best_model_stay(data, tmp_path):
+    settings = replace(SETTINGS, steps=4, every=1)
+    train(settings, data, data, None, tmp_path, False, 0, Console(quiet=True), keep=3)
+    kept = sorted(path.name for path in tmp_path.glob("step-*.ckpt"))
+    assert kept == ["step-00000002.ckpt", "step-00000003.ckpt", "step-00000004.ckpt"]
+    assert [torch.load(tmp_path / name, weights_only=True)["global_step"] for name in kept] == [2, 3, 4]
+    assert (tmp_path / kept[-1]).samefile(tmp_path / "last.ckpt")
+    measured = [float(row["AP50"]) for row in rows(tmp_path) if row["AP50"]]
+    assert checkpoint.load(tmp_path / "best.pt").metrics["AP50"] == max(measured)
+    assert not list(tmp_path.glob("*.partial"))
+    (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last\.ckpt: damaged; copy an older one in its place .*step-00000003\.ckpt"):
+        run(data, tmp_path, resume=True, settings=settings)
+
+
+def test_a_disk_that_fills_up_costs_one_interval(data, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, lambda: (tmp_path / "last.ckpt.partial").symlink_to("/dev/full"))
+        with pytest.raises(UserError, match=r"last\.ckpt: cannot be written .*what it held before is unharmed"):
+            run(data, tmp_path, validation=data)
+    assert state(tmp_path)["global_step"] == 3
+    run(data, tmp_path, resume=True, validation=data)
+    assert_same_run(whole, tmp_path)
+
+
+def test_tensorboard_shows_what_the_log_has(whole):
+    found = EventAccumulator(str(whole / "tensorboard")).Reload()
+    for name in (
+        "classification",
+        "bbox_regression",
+        "lr",
+        "images_per_second",
+        "waiting",
+        "val_classification",
+        "AP50",
+    ):
+        logged = [(int(row["step"]), float(row[name])) for row in rows(whole) if row[name]]
+        shown = [(event.step, event.value) for event in found.Scalars(name)]
+        assert [step for step, _ in shown] == [step for step, _ in logged]
+        assert [value for _, value in shown] == pytest.approx([value for _, value in logged], rel=1e-6)
+        assert logged
+
+
+def test_half_a_row_of_the_log_is_dropped(tmp_path):
+    log = TrainLog(tmp_path)
+    log.resume(0)
+    for step in (20, 40):
+        log.add(step, {"classification": 1.0, "bbox_regression": 2.0}, {"lr": 0.1}, last=False)
+    text = (tmp_path / "log.csv").read_text()
+    (tmp_path / "log.csv").write_text(text.rstrip()[:-8])
+    log = TrainLog(tmp_path)
+    log.resume(40)
+    assert [row["step"] for row in log.rows] == [20]
+    assert (tmp_path / "log.csv").read_text().splitlines() == text.splitlines()[:2]
+
+
+def test_pace_counts_images_and_waiting_and_not_what_came_before():
+    pace = Pace(images=8)
+    for start in (0.0, 100.0):
+        pace.begin(now=start)
+        for step in range(3):
+            pace.step_begins(now=start + step + 0.25)
+            pace.step_ends(now=start + step + 1)
+        assert (pace.images_per_second, pace.waiting) == (8, 0.25)
+
+
+def test_validation_data_must_have_the_same_classes(data, shapes, tmp_path):
+    content = json.loads(shapes[0].read_text())
+    content["categories"][0]["name"] = "green"
+    shapes[0].write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"has the classes \['red', 'green'\]"):
+        run(data, tmp_path / "run", validation=CocoDataset(*shapes))
+
+
+def test_starting_from_a_model_keeps_its_last_layer_only_for_the_same_classes(data, whole, shapes):
+    weights = checkpoint.load(whole / "model.pt").state_dict
+    same = module._start(SETTINGS, data, whole / "model.pt").state_dict
+    assert all(torch.equal(value, weights[name]) for name, value in same.items())
+    content = json.loads(shapes[0].read_text())
+    content["categories"].append({"id": 9, "name": "green"})
+    shapes[0].write_text(json.dumps(content))
+    start = module._start(SETTINGS, CocoDataset(*shapes), whole / "model.pt")
+    start.build()
+    changed = [name for name, value in start.state_dict.items() if not torch.equal(value, weights[name])]
+    assert changed == [f"head.classification_head.cls_logits.{kind}" for kind in ("weight", "bias")]
