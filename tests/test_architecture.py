@@ -318,9 +318,10 @@ def step_words(step: nn.Module) -> str:
         assert step.mode == "nearest"
         return f"nearest neighbour x{step.scale_factor:g}"
     assert isinstance(step, nn.Sequential)
-    conv, _, *activation = list(step)
+    conv = step[0]
+    assert isinstance(conv, nn.Conv2d)
     stride = f" of stride {conv.stride[0]}" if conv.stride[0] > 1 else ""
-    return f"{conv.kernel_size[0]}x{conv.kernel_size[1]} conv{stride}{'' if activation else ' without activation'}"
+    return f"{conv.kernel_size[0]}x{conv.kernel_size[1]} conv{stride}{'' if len(step) == 3 else ' without activation'}"
 
 
 def test_the_links_of_spinenet():
