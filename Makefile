@@ -1,8 +1,9 @@
-# make demo · make test · make lint · make bench: each sets up .venv first. With a GPU: make gpu-test · make gpu.
+# make demo · make test · make lint · make bench · make docs: each sets up .venv first.
+# With a GPU: make gpu-test · make gpu.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench gpu-test gpu report clean
+.PHONY: demo test lint bench docs gpu-test gpu report clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -22,6 +23,13 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
+docs: .venv/docs-installed  # build/docs/index.html; a warning is an error
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 
 HERE := $(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON))
 
