@@ -1,0 +1,55 @@
+"""The pages point at what is there: links between files, the map of the folders, the commands."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*.md"), *ROOT.glob("benchmarks/**/*.md")])
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which GitHub and MyST link to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not heading or heading in anchors(target), link
+
+
+def test_the_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_map_names_every_folder():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    folders = {str(folder) for file in listed.stdout.splitlines() for folder in Path(file).parents} - {"."}
+    named = set(re.findall(r"^\| `([^`]+?)/?` \|", CONTRIBUTING, re.MULTILINE)) - {"retina_fast/kernels"}
+    assert named == folders
+
+
+def test_the_files_of_the_map_exist():
+    answers = CONTRIBUTING.split("| question |", 1)[1].split("\n\n", 1)[0]
+    for path in re.findall(r"`([\w./]+/[\w./]+)`", answers):
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_that_pages_name_exist(page):
+    for module in re.findall(r"python -m ((?:benchmarks|demo|examples|tests)[\w.]*)", page.read_text()):
+        found = importlib.util.find_spec(module.rstrip("."))
+        assert found, module
