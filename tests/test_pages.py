@@ -48,7 +48,7 @@ def test_the_files_of_the_map_exist():
         assert (ROOT / path).is_file(), path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_commands_that_pages_name_exist(page):
     for module in re.findall(r"python -m ((?:benchmarks|demo|examples|tests)[\w.]*)", page.read_text()):
         found = importlib.util.find_spec(module.rstrip("."))
