@@ -50,4 +50,4 @@ report:
 	$(HERE) -m benchmarks.gpu.report
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist docs/api *.egg-info

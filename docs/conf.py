@@ -1,5 +1,6 @@
 """Settings of Sphinx for `make docs`: the pages of this folder, and the API reference from the docstrings."""
 
+import re
 from typing import Any
 
 project = "retina_fast"
@@ -26,6 +27,7 @@ apidoc_modules = [
     }
 ]
 autodoc_member_order = "bysource"
+autodoc_default_options = {"special-members": "__call__"}
 autodoc_inherit_docstrings = False  # those of torch and Lightning are written for other programs
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -33,20 +35,25 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 
-def mark_code(app: object, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """Turn the indented blocks of a module's docstring into literal blocks, as markdown reads them."""
-    if what == "module":
-        marked: list[str] = []
-        for line in lines:
-            if line.startswith("    ") and marked and not marked[-1].startswith("    "):
-                if marked[-1]:
-                    marked.append("")
-                marked += ["::", ""]
-            elif line and not line.startswith(" ") and marked and marked[-1].startswith("    "):
+def read_as_markdown(app: object, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Change what reStructuredText would read otherwise than its author meant.
+
+    "num_classes: K." is no numbered list, and an indented block of a module's docstring is code.
+    """
+    lines[:] = [re.sub(r"^(\s*(?::.*?:)?\s*)([A-Z])\.(?=\s|$)", r"\1\\\2.", line) for line in lines]
+    if what != "module":
+        return
+    marked: list[str] = []
+    for line in lines:
+        if line.startswith("    ") and marked and not marked[-1].startswith("    "):
+            if marked[-1]:
                 marked.append("")
-            marked.append(line)
-        lines[:] = marked
+            marked += ["::", ""]
+        elif line and not line.startswith(" ") and marked and marked[-1].startswith("    "):
+            marked.append("")
+        marked.append(line)
+    lines[:] = marked
 
 
 def setup(app: Any) -> None:
-    app.connect("autodoc-process-docstring", mark_code)
+    app.connect("autodoc-process-docstring", read_as_markdown, priority=600)  # after napoleon

@@ -9,6 +9,8 @@ It needs `pip install 'retina_fast[all]'`. The command `retina-fast train` has e
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from retina_fast.data.voc import open_data
 from retina_fast.predict.load import load_model
 from retina_fast.train import TrainSettings, train
@@ -20,7 +22,7 @@ def main(annotations: Path, images: Path, output: Path, steps: int = 1000) -> No
     data = open_data(annotations, images)
     print(f"{len(data)} images of {', '.join(data.classes)}")
     settings = TrainSettings(model=MODEL, steps=steps).resolve(data)  # fills in all that was not given
-    weights = train(settings, data, output=output)
+    weights = train(settings, data, output=output, console=Console())  # model.pt; the folder has curves and logs
     model, content = load_model(weights)
     print(f"{weights}: {sum(p.numel() for p in model.parameters()):,} parameters, detects {', '.join(content.classes)}")
 

@@ -1,12 +1,15 @@
-"""Every example in a docstring runs."""
+"""Every example in a docstring runs, and what a user imports has one."""
 
 import doctest
+import enum
 import importlib
+import inspect
 import pkgutil
 
 import pytest
 
 import retina_fast
+from retina_fast import ops
 from retina_fast.kernels import levels
 
 MODULES = [module.name for module in pkgutil.walk_packages(retina_fast.__path__, "retina_fast.")]
@@ -19,3 +22,14 @@ KERNELS = [
 def test_examples(name):
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert failed == 0
+
+
+@pytest.mark.parametrize("module", [retina_fast, ops], ids=lambda module: module.__name__)
+def test_what_a_user_imports_has_an_example(module):
+    """Except results, torchvision's weights, and builders whose docstring refers to another builder's."""
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if inspect.ismodule(thing) or (inspect.isclass(thing) and issubclass(thing, (tuple, enum.Enum))):
+            continue
+        text = inspect.getdoc(thing) or ""
+        assert ">>>" in text or "The arguments are those of" in text, name
