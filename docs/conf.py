@@ -12,6 +12,7 @@ html_title = "retina_fast"
 
 default_role = "code"  # docstrings write `name`, as markdown does
 myst_heading_anchors = 3
+suppress_warnings = ["ref.python"]  # a name that a package passes on has two pages
 
 apidoc_modules = [
     {
