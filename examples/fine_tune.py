@@ -28,4 +28,5 @@ def main(annotations: Path, images: Path, output: Path, steps: int = 1000) -> No
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), *map(int, sys.argv[4:]))
+    annotations, images, output = map(Path, sys.argv[1:4])
+    main(annotations, images, output)

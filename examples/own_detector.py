@@ -17,6 +17,9 @@ SIDE, STRIDE, CLASSES = 64, 8, ("bright", "dark")
 class TinyDetector(nn.Module):
     """Maps images (B, 1, 64, 64) to losses or to detections."""
 
+    anchors: Tensor
+    """(N, 4) xyxy in pixels."""
+
     def __init__(self) -> None:
         super().__init__()
         convs = [nn.Conv2d(inputs, 32, 5, stride=2, padding=2) for inputs in (1, 32, 32)]
@@ -26,7 +29,7 @@ class TinyDetector(nn.Module):
         nn.init.constant_(self.classify.bias, -4.0)  # type: ignore[arg-type]  # nearly all anchors are background
         centres = torch.arange(SIDE // STRIDE) * STRIDE + STRIDE / 2
         y, x = torch.meshgrid(centres, centres, indexing="ij")
-        self.register_buffer("anchors", torch.stack((x - 8, y - 8, x + 8, y + 8), dim=-1).reshape(-1, 4))  # (N, 4)
+        self.register_buffer("anchors", torch.stack((x - 8, y - 8, x + 8, y + 8), dim=-1).reshape(-1, 4))
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The logits (B, K, 8, 8) and the deltas (B, 4, 8, 8) of each level; there is one."""

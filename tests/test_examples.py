@@ -73,6 +73,7 @@ def test_own_detector(capsys):
 def test_fine_tune(shapes, tmp_path, capsys):
     from examples import fine_tune  # imports Lightning
 
-    fine_tune.main(*shapes, tmp_path / "run", steps=2)
+    annotations, images = shapes
+    fine_tune.main(annotations, images, tmp_path / "run", steps=2)
     assert "6 images of red, blue" in capsys.readouterr().out
     assert (tmp_path / "run" / "model.pt").is_file()
