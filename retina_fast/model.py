@@ -124,11 +124,11 @@ class RetinaNet(tv.RetinaNet):
             _skip_resize=plain._skip_resize,
             image_scale=kwargs.get("image_scale", 1.0),
         )
-        self._apply(identity)
+        lay_out(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RetinaNet":
         super()._apply(fn, recurse)
-        super()._apply(_channels_last_on_gpu, recurse)
+        lay_out(self)
         return self
 
     def forward(self, images: Images, targets: Targets | None = None) -> Any:
@@ -195,7 +195,8 @@ class RetinaNet(tv.RetinaNet):
         fresh = tv.RetinaNetClassificationHead(old.in_channels, head.num_anchors, num_classes).cls_logits
         head.cls_logits = fresh.to(old.weight.device, old.weight.dtype)
         head.num_classes = num_classes
-        return self._apply(identity)
+        lay_out(self)
+        return self
 
     def compute_loss(
         self, targets: Targets, head_outputs: Mapping[str, Any], anchors: Sequence[Tensor] | Tensor
@@ -317,14 +318,12 @@ class RetinaNet(tv.RetinaNet):
         return detect(outputs, image_sizes, size_rows(images, *images.shape[2:]), Thresholds.of(self))
 
 
-def identity(tensor: Tensor) -> Tensor:
-    """The tensor itself: ``model._apply(identity)`` lays out the weights again after a part was replaced."""
-    return tensor
-
-
-def _channels_last_on_gpu(tensor: Tensor) -> Tensor:
-    on_gpu = tensor.is_cuda and tensor.dim() == 4
-    return tensor.contiguous(memory_format=torch.channels_last) if on_gpu else tensor
+def lay_out(model: nn.Module) -> None:
+    """Bring the 4-D weights that lie on a GPU, and their gradients, into channels_last memory, in place."""
+    for weight in (*model.parameters(), *model.buffers()):
+        for tensor in (weight, weight.grad):
+            if tensor is not None and tensor.is_cuda and tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 def _with_truths(targets: Targets, truths: GroundTruths) -> list[dict[str, Tensor]]:

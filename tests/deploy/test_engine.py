@@ -293,6 +293,20 @@ def test_torch_compile_is_kept_where_it_is_faster(monkeypatch):
         assert "1x3x32x32" in str(own)
 
 
+def test_where_torch_compile_fails_the_engine_runs_eagerly_and_says_so(monkeypatch):
+    def broken(model, batch):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    own = compile_inference(small_model(), dtype=torch.float32, try_compile=True)
+    with pytest.warns(UserWarning, match=r"torch.compile failed at \(1, 3, 32, 32\).*Failed to find C compiler"):
+        (found,) = own(images((30, 30)))
+    (expected,) = compile_inference(small_model(), dtype=torch.float32)(images((30, 30)))
+    torch.testing.assert_close(found, expected)
+    assert "torch.compile at 1x3x32x32: failed, not kept (RuntimeError: Failed to find C compiler.)" in str(own)
+    own(images((30, 30)))  # without another attempt
+
+
 # What it says and refuses
 
 

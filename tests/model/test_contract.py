@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -628,6 +629,9 @@ class FakeEvent:
     def query(self):
         return FakeEvent.done
 
+    def synchronize(self):
+        assert FakeEvent.done
+
 
 def test_deferred_errors_name_step_and_image(monkeypatch):
     """The answer of the check is read at a later call, once it is there, and says where it belongs."""
@@ -680,3 +684,13 @@ def test_the_first_wrong_row_is_found(row, wrong):
     if wrong[1] < 3:
         assert targets_module.first_error(boxes, labels, None) == (7 if row is None else row)
     assert targets_module.first_error(boxes[:0], labels[:0], 3) == 0
+
+
+@pytest.mark.parametrize("name", ["retinanet_resnet18_fpn", "retinanet_resnet18_fpn_v2"])
+def test_a_model_can_be_built_of_fake_tensors_on_a_gpu(name):
+    """As torchvision's; its weights are laid out all the same."""
+    with FakeTensorMode(), torch.device("cuda"):
+        model = getattr(retina_fast, name)(weights_backbone=None)
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    kernels = [p for p in model.parameters() if p.dim() == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
