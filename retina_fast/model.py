@@ -161,6 +161,9 @@ class RetinaNet(tv.RetinaNet):
         """The detections of ``forward`` for a batch ``(B, 3, H, W)``, padded to ``detections_per_img`` or, where that
         is more, to the most candidates there can be.
 
+        Args:
+            batch: images of one size, values in [0, 1].
+
         Raises:
             TypeError, ValueError: if the batch is no tensor, or not 4-D.
             RuntimeError: in training mode, where a forward pass would move the BatchNorm statistics.
@@ -227,10 +230,14 @@ class RetinaNet(tv.RetinaNet):
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError("retina_fast.RetinaNet cannot be scripted: TorchScript is no longer developed")
 
-    # Steps of the way through, and which path runs. TrainingStep and the engine take them, too.
+    # The steps of a forward pass, which TrainingStep takes as well, and which of the two paths each step runs.
 
     def make_batch(self, images: Images, targets: Targets | None) -> Batch:
-        """Check images and targets, and decide the size of each image in the batch; see forward.py."""
+        """Check images and targets, and decide the size of each image in the batch.
+
+        Raises:
+            What ``forward`` raises for images and targets that cannot be meant.
+        """
         # torchvision's transform resizes masks and keypoints, which a loss of the user's own may read.
         whole = (
             targets is not None and not self.uses_fast_losses() and any({"masks", "keypoints"} & {*t} for t in targets)
@@ -264,11 +271,11 @@ class RetinaNet(tv.RetinaNet):
             self.transform.training = training
 
     def uses_fast_losses(self) -> bool:
-        """Whether the losses are this package's: the user has overridden neither them nor a part that they are."""
+        """Whether this package's losses run: neither ``compute_loss`` nor a part that it uses is a user's own."""
         return not overrides(self, RetinaNet, "compute_loss") and self._has_stock_losses()
 
     def uses_fast_detections(self) -> bool:
-        """Whether the postprocessing is this package's: the user has overridden neither it nor the box coder."""
+        """Whether this package's postprocessing runs: neither it nor the box coder is a user's own."""
         return (
             _is_stock_coder(self.box_coder)
             and not overrides(self, RetinaNet, "postprocess_detections")
@@ -311,7 +318,7 @@ class RetinaNet(tv.RetinaNet):
         return detect(outputs, *sizes, Thresholds.of(self))
 
     def _detect_alike(self, images: Tensor) -> Detections:
-        """The detections of images of one size, which no list holds: one graph for any number of them."""
+        """The detections of a batch of images of one size: no list of images, so that one graph serves any number."""
         check_images(images[:1], max(len(self.transform.image_mean), len(self.transform.image_std)))
         pixels, image_sizes = resize_batch(self.transform, images)
         outputs = network.run_network(self, pixels)

@@ -1,7 +1,8 @@
-"""Whether a part of a model is torchvision's own, so that the fast path may stand in for it.
+"""Whether a part of a model is torchvision's own, so that the fast path may run in its place.
 
-A user may replace or override any part; then their code runs. A part is stock while its class is torchvision's, none of
-the named methods is overridden, on the class or on the object, and no hook waits for it to be called.
+A user may replace or override any part of a model; then the user's code runs. A part counts as torchvision's own
+("stock") while its class is torchvision's, none of the named methods is overridden, neither in a subclass nor on the
+object, and it has no hooks.
 """
 
 from torch import nn

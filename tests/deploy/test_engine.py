@@ -97,7 +97,7 @@ def test_the_model_is_left_as_it_was(photograph):
         own([photograph[:, :64, :64]])
 
 
-def test_torchvision_models_and_heads_of_the_users_own():
+def test_torchvision_models_and_heads_of_the_users_own(device):
     model = small_model()
     theirs = tv.RetinaNet(model.backbone, 3, anchor_generator=model.anchor_generator, head=model.head).eval()
     theirs.transform = model.transform
@@ -108,12 +108,12 @@ def test_torchvision_models_and_heads_of_the_users_own():
         def forward(self, x):
             return super().forward(x)
 
-    head = Head(8, 1, 3)
+    head = Head(8, 1, 3).to(device)
     head.load_state_dict(model.head.state_dict())
     own = RetinaNet(model.backbone, 3, anchor_generator=model.anchor_generator, head=head, score_thresh=0.3)
     own.transform = model.transform
     found = compile_inference(own.eval(), dtype=torch.float32)(batch)
-    torch.testing.assert_close(found[0]["boxes"], own(floats(batch))[0]["boxes"], rtol=0, atol=1e-3)
+    torch.testing.assert_close(found[0]["boxes"], own(floats([image.to(device) for image in batch]))[0]["boxes"], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("size_divisible", [128, 32])  # the latter is less than the backbone needs
@@ -134,12 +134,12 @@ def test_spinenet(size_divisible):
     torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
 
 
-def test_evaluation_within_half_a_point_of_ap50(trees, photograph):
+def test_evaluation_within_half_a_point_of_ap50(trees, photograph, device):
     """The float32 model's confident detections stand for the truth; python -m demo.engine has the people's own."""
     pytest.importorskip("faster_coco_eval")
     from retina_fast.data.metrics import as_results, coco_metrics
 
-    (found,) = trees(floats([photograph]))
+    (found,) = trees(floats([photograph.to(device)]))
     confident = {key: value[found["scores"] > 0.3] for key, value in found.items()}
     boxes = as_results(confident, 1, [1])
     annotations = [
@@ -280,6 +280,7 @@ def test_torch_compile_is_kept_where_it_is_faster(monkeypatch):
         return run_convs(model, batch)
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: slower)
+    monkeypatch.setattr(engine, "HAS_TRITON", False)  # no graphs, whose replay calls nothing
     for faster in ("eager", "compiled"):
         monkeypatch.setattr(
             engine, "_seconds", lambda plan, *_, f=faster: 1.0 if (plan.convs is slower) == (f == "compiled") else 2.0
