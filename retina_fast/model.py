@@ -24,7 +24,7 @@ from retina_fast.forward import Batch, HeadOutputs, Images, Sizes, Targets
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE
 from retina_fast.kernels.levels import count_anchors
 from retina_fast.losses import detection_losses
-from retina_fast.stock import is_stock, overrides
+from retina_fast.stock import has_stock_detection_functions, has_stock_loss_functions, is_stock, overrides
 from retina_fast.targets import GroundTruths, TargetCheck, gather_targets, target_check
 from retina_fast.transform import RetinaNetTransform, check_images, is_stock_transform, resize_batch, size_rows
 
@@ -139,6 +139,7 @@ class RetinaNet(tv.RetinaNet):
             targets: in training, B dicts with ``boxes`` (N, 4) xyxy pixels and ``labels`` (N,) integers in [0, K). In
                 evaluation they are not needed; only the boxes are then checked.
         """
+        _refuse_tracing()
         if self.training and targets is None:
             raise AssertionError("targets should not be none when in training mode")
         if targets is not None and not self.training:
@@ -168,6 +169,7 @@ class RetinaNet(tv.RetinaNet):
             TypeError, ValueError: if the batch is no tensor, or not 4-D.
             RuntimeError: in training mode, where a forward pass would move the BatchNorm statistics.
         """
+        _refuse_tracing()
         if not isinstance(batch, Tensor):
             raise TypeError(f"batch must be a Tensor (B, C, H, W), got {type(batch)}: a list is for the model itself")
         if batch.dim() != 4:
@@ -221,14 +223,16 @@ class RetinaNet(tv.RetinaNet):
         self, head_outputs: Mapping[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: Sizes
     ) -> list[dict[str, Tensor]]:
         """Detections in the pixels of the batch, from lists of levels ``(B, N_l, C)`` and, an image, ``(N_l, 4)``."""
-        if not _is_stock_coder(self.box_coder):
+        if not self._has_stock_postprocessing():
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
         outputs = network.head_outputs(self.head, head_outputs, torch.stack([torch.cat(levels) for levels in anchors]))
         sizes = to_device(torch.tensor(image_shapes), outputs.anchors.device)
         return detect(outputs, sizes, sizes, Thresholds.of(self)).to_list()
 
     def __prepare_scriptable__(self) -> NoReturn:
-        raise NotImplementedError("retina_fast.RetinaNet cannot be scripted: TorchScript is no longer developed")
+        raise NotImplementedError(
+            "retina_fast.RetinaNet cannot be scripted: TorchScript is no longer developed; see retina_fast.export"
+        )
 
     # The steps of a forward pass, which TrainingStep takes as well, and which of the two paths each step runs.
 
@@ -277,7 +281,7 @@ class RetinaNet(tv.RetinaNet):
     def uses_fast_detections(self) -> bool:
         """Whether this package's postprocessing runs: neither it nor the box coder is a user's own."""
         return (
-            _is_stock_coder(self.box_coder)
+            self._has_stock_postprocessing()
             and not overrides(self, RetinaNet, "postprocess_detections")
             and isinstance(self.transform, GeneralizedRCNNTransform)
             and not overrides(self.transform, GeneralizedRCNNTransform, "postprocess")
@@ -298,19 +302,28 @@ class RetinaNet(tv.RetinaNet):
         return super().compute_loss(_with_truths(targets, truths), outputs.joined(), anchors)
 
     def _has_stock_losses(self) -> bool:
-        """Whether the heads' losses, their box coder and the matcher are torchvision's own."""
+        """Whether the heads' losses, their box coder, the matcher and what they call are torchvision's own."""
         head = self.head
-        if not isinstance(head, tv.RetinaNetHead) or overrides(head, tv.RetinaNetHead, "compute_loss"):
+        if (
+            not has_stock_loss_functions()
+            or not isinstance(head, tv.RetinaNetHead)
+            or overrides(head, tv.RetinaNetHead, "compute_loss")
+        ):
             return False
         classification, regression = head.classification_head, head.regression_head
         return (
-            isinstance(classification, tv.RetinaNetClassificationHead)
+            has_stock_loss_functions()
+            and isinstance(classification, tv.RetinaNetClassificationHead)
             and not overrides(classification, tv.RetinaNetClassificationHead, "compute_loss")
             and isinstance(regression, tv.RetinaNetRegressionHead)
             and not overrides(regression, tv.RetinaNetRegressionHead, "compute_loss")
             and _is_stock_coder(regression.box_coder)
             and is_stock(self.proposal_matcher, Matcher, "__call__", "set_low_quality_matches_")
         )
+
+    def _has_stock_postprocessing(self) -> bool:
+        """Whether the box coder, and what the postprocessing calls, are torchvision's own."""
+        return _is_stock_coder(self.box_coder) and has_stock_detection_functions()
 
     def _padded_detections(self, batch: Batch, outputs: HeadOutputs) -> Detections:
         device = outputs.anchors.device
@@ -331,6 +344,15 @@ def lay_out(model: nn.Module) -> None:
         for tensor in (weight, weight.grad):
             if tensor is not None and tensor.is_cuda and tensor.dim() == 4:
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
+def _refuse_tracing() -> None:
+    """Refuse torch.jit.trace and torch.onnx.export(dynamo=False): a trace would hold the count of one image."""
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "retina_fast.RetinaNet cannot be traced by torch.jit.trace or torch.onnx.export(dynamo=False): "
+            "retina_fast.export writes ONNX, torch.export and AOTInductor files"
+        )
 
 
 def _with_truths(targets: Targets, truths: GroundTruths) -> list[dict[str, Tensor]]:

@@ -113,7 +113,9 @@ def test_torchvision_models_and_heads_of_the_users_own(device):
     own = RetinaNet(model.backbone, 3, anchor_generator=model.anchor_generator, head=head, score_thresh=0.3)
     own.transform = model.transform
     found = compile_inference(own.eval(), dtype=torch.float32)(batch)
-    torch.testing.assert_close(found[0]["boxes"], own(floats([image.to(device) for image in batch]))[0]["boxes"], rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        found[0]["boxes"], own(floats([image.to(device) for image in batch]))[0]["boxes"], rtol=0, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("size_divisible", [128, 32])  # the latter is less than the backbone needs
