@@ -84,7 +84,11 @@ def resized_size(transform: GeneralizedRCNNTransform, height: int, width: int) -
     if transform.training and transform._skip_resize:
         return height, width
     sizes = transform.min_size
-    min_size = transform.torch_choice(sizes) if transform.training else sizes[-1]
+    min_size = sizes[-1]
+    if transform.training and len(sizes) > 1:
+        min_size = transform.torch_choice(sizes)
+    elif transform.training:
+        torch.empty(1).uniform_(0.0, 1.0)  # torchvision's draw, whose value decides nothing
     if transform.fixed_size is not None:
         return transform.fixed_size[1], transform.fixed_size[0]
     if min_size is None:
