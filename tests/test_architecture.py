@@ -261,6 +261,12 @@ def test_the_formulas(height, width, anchors, classes):
         return eval(values[what], names | more)
 
     names["S"] = value("cells of an image, S")
+    shapes = {"stem, after its conv": "conv1", "stem, after its max pool": "maxpool"}
+    for what, module in shapes.items():
+        assert "x".join(map(str, value(what))) == traced.calls[f"backbone.body.{module}"][0][1]
+    for stage in range(1, 5):
+        shape = value("output of stage s, 1 to 4", s=stage)
+        assert "x".join(map(str, shape)) == traced.calls[f"backbone.body.layer{stage}"][0][1]
     outputs = {"class": "classification_head.cls_logits", "box": "regression_head.bbox_reg"}
     for i, level in enumerate(LEVELS):
         assert "x".join(map(str, value("feature map of level l", l=level))) == traced.levels[i]
@@ -273,6 +279,8 @@ def test_the_formulas(height, width, anchors, classes):
         assert value(f"parameters of the {what} head") == traced.parameters(f"head.{head}_head.")
         assert value(f"multiply-adds of the {what} head") == traced.macs_under(f"head.{head}_head.")
     assert set(values) == {
+        *shapes,
+        "output of stage s, 1 to 4",
         "feature map of level l",
         "cells of an image, S",
         *(f"{what} output of level l" for what in outputs),
