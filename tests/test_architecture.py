@@ -102,14 +102,15 @@ def expanded(pattern: str) -> list[str]:
     return [name for part in names for name in expanded(part)]
 
 
-def conv_row(traced: Trace, pattern: str) -> list[str]:
-    """What the page must say of a group of equal convs."""
+def conv_row(traced: Trace, part: str, pattern: str) -> list[str]:
+    """What the page must say of a group of equal convs: of the heads' convs, which see five levels, the channels alone."""
     rows = set()
     for name in expanded(pattern):
-        conv = traced.model.get_submodule(f"backbone.{name}")
-        ((before, after),) = traced.calls[f"backbone.{name}"]
-        macs = f"{traced.macs[f'backbone.{name}'] / 1e6:.1f}"
-        rows.add((conv_words(conv), before, after, parameter_count(conv), macs))
+        path = f"{part}.{name}"
+        conv = traced.model.get_submodule(path)
+        calls = traced.calls[path]
+        sizes = [*calls[0]] if len(calls) == 1 else [" to ".join(shape.split("x")[2] for shape in calls[0])]
+        rows.add((conv_words(conv), *sizes, parameter_count(conv), f"{traced.macs[path] / 1e6:.1f}"))
     (row,) = rows
     return [pattern, *row]
 
@@ -117,7 +118,7 @@ def conv_row(traced: Trace, pattern: str) -> list[str]:
 def test_every_conv_of_the_backbone():
     traced = trace("retinanet_resnet50_fpn", 512)
     rows = page_table("The backbone: ResNet-50 with a feature pyramid")
-    assert rows == [conv_row(traced, row[0]) for row in rows]
+    assert rows == [conv_row(traced, "backbone", row[0]) for row in rows]
     named = [f"backbone.{name}" for row in rows for name in expanded(row[0])]
     assert Counter(named) == Counter(["backbone.body.maxpool", *traced.convs("backbone.")])
 
@@ -134,22 +135,11 @@ def test_the_shapes_of_the_picture():
     ]
 
 
-def head_row(traced: Trace, pattern: str) -> list[str]:
-    rows = set()
-    for name in expanded(pattern):
-        conv = traced.convs("head.")[f"head.{name}"]
-        channels = f"{conv.in_channels} to {conv.out_channels}"
-        macs = f"{traced.macs[f'head.{name}'] / 1e6:.1f}"
-        rows.add((conv_words(conv), channels, parameter_count(conv), macs))
-    (row,) = rows
-    return [pattern, *row]
-
-
 def test_every_conv_of_the_heads():
     traced = trace("retinanet_resnet50_fpn", 512)
     rows = page_table("The heads")
     activations = {"conv": "ReLU", "cls_logits": "sigmoid", "bbox_reg": "none"}
-    expected = [head_row(traced, row[0]) for row in rows]
+    expected = [conv_row(traced, "head", row[0]) for row in rows]
     for row in expected:
         row.append(activations[row[0].split(".")[1]])
     assert rows == expected
