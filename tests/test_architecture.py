@@ -103,7 +103,7 @@ def expanded(pattern: str) -> list[str]:
 
 
 def conv_row(traced: Trace, part: str, pattern: str) -> list[str]:
-    """What the page must say of a group of equal convs: of the heads' convs, which see five levels, the channels alone."""
+    """What the page must say of equal convs; for the heads, which see five levels, it names channels, not sizes."""
     rows = set()
     for name in expanded(pattern):
         path = f"{part}.{name}"
