@@ -1,6 +1,5 @@
 """The pages point at what is there: links between files, the map of the folders, the commands."""
 
-import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -60,6 +59,8 @@ def test_files_that_pages_name_exist(page):
 
 @pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
 def test_commands_that_pages_name_exist(page):
-    for module in re.findall(r"python -m ((?:benchmarks|demo|examples|tests)[\w.]*)", page.read_text()):
-        found = importlib.util.find_spec(module.rstrip("."))
-        assert found, module
+    for module in re.findall(r"python -m ((?:benchmarks|demo|examples|tests)(?:\.\w+)*)", page.read_text()):
+        path = ROOT / module.replace(".", "/")
+        program = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert program.is_file(), module
+        assert path.is_dir() or '__name__ == "__main__"' in program.read_text(), module
