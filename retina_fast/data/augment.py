@@ -1,4 +1,4 @@
-"""Detection augmentations, and the training data made by them: the same, item by item, in every run of one seed."""
+"""Detection augmentations, and the training data that they make: every run with the same seed has the same items."""
 
 import math
 import random
@@ -18,8 +18,8 @@ from torchvision.transforms.v2 import functional as F
 from retina_fast.data.coco import CocoDataset, Sample
 from retina_fast.data.errors import ImageError, UserError
 
-_MIN_VISIBLE = 0.35  # a box that keeps less of its area in the crop is dropped
-_SCALES = (0.75, 1.35)
+_MIN_VISIBLE = 0.35  # A box is dropped if the crop shows less of its area.
+_SCALES = (0.75, 1.35)  # factors that are drawn for a crop
 
 
 class ScaledCrop(nn.Module):
@@ -222,23 +222,24 @@ class TrainingSet(Dataset[Sample]):
 
 
 def batches(
-    length: int, batch_size: int, seed: int, steps: range, kinds: Sequence[int] | None = None, alike: int = 1
+    length: int, batch_size: int, seed: int, steps: range, kinds: Sequence[int] | None = None, group_size: int = 1
 ) -> Iterator[list[tuple[int, int]]]:
-    """The keys of each step's batch: the (epoch, index) pairs of endless reshuffled passes over `length` images.
+    """The keys of each step's batch: (epoch, index) pairs from passes over `length` images, each shuffled anew.
 
     Args:
         length: how many images there are; each is in each pass once.
         batch_size: images a step.
         seed: of the order.
         steps: whose batches are wanted.
-        kinds: of each image, where images of one kind are to lie together.
-        alike: so many. A step begins with such a group; the few images of a pass that fill none lie at its ends.
+        kinds: the kind of each image, where images of one kind are to follow each other.
+        group_size: size of the groups of one kind. A step begins with a group; the few images of a pass that fill no
+            group come first and last in the pass.
 
     Example::
 
         >>> list(batches(length=3, batch_size=2, seed=0, steps=range(2)))
         [[(0, 2), (0, 1)], [(0, 0), (1, 1)]]
-        >>> list(batches(length=4, batch_size=2, seed=0, steps=range(2), kinds=[0, 1, 0, 1], alike=2))
+        >>> list(batches(length=4, batch_size=2, seed=0, steps=range(2), kinds=[0, 1, 0, 1], group_size=2))
         [[(0, 3), (0, 1)], [(0, 2), (0, 0)]]
     """
     order: tuple[int, list[int]] = (-1, [])
@@ -248,13 +249,16 @@ def batches(
             epoch, place = divmod(position, length)
             if order[0] != epoch:
                 shuffled = random.Random(mixed_seed(seed, epoch)).sample(range(length), length)
-                order = (epoch, _grouped(shuffled, kinds or shuffled, alike, lead=-epoch * length % alike))
+                order = (epoch, _grouped(shuffled, kinds or shuffled, group_size, lead=-epoch * length % group_size))
             keys.append((epoch, order[1][place]))
         yield keys
 
 
 def _grouped(order: Sequence[int], kinds: Sequence[int], size: int, lead: int) -> list[int]:
-    """The order, changed so that after `lead` images come groups of one kind, by when the last of a group came."""
+    """The order, changed so that groups of `size` images of one kind follow the first `lead` images.
+
+    The groups are in the order in which they become complete.
+    """
     waiting: defaultdict[int, list[int]] = defaultdict(list)
     grouped: list[int] = []
     for index in order:

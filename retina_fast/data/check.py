@@ -4,15 +4,10 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -32,9 +27,12 @@ from retina_fast.data.faults import (
     sizes_of,
     twins,
 )
+from retina_fast.data.processes import WORKERS
+from retina_fast.data.progress import tracked
 from retina_fast.data.voc import read_annotations
 
-_SIDES = (0.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, float("inf"))  # px, the rows of the table of sizes
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Annotation = Mapping[str, Any]
 
@@ -64,9 +62,10 @@ def check(
     annotations: Path,
     images: Path | None,
     model: Any,
-    workers: int,
-    console: Console,
     found: Callable[[Fault], None],
+    *,
+    workers: int = WORKERS,
+    console: "Console | None" = None,
 ) -> Checked:
     """Look at every entry, every box and every image of a data set.
 
@@ -74,16 +73,16 @@ def check(
         annotations: COCO JSON or Pascal VOC, as for :func:`retina_fast.data.voc.open_data`.
         images: the folder of the images, if it must be given.
         model: whose anchors the boxes are held against; it cannot be used any more.
-        workers: processes that read images.
-        console: where the progress bar is shown.
-        found: told of each fault, as soon as it is found.
+        found: called with each fault as soon as it is found.
+        workers: how many processes read images.
+        console: where the progress bar is shown; nowhere by default.
 
     Raises:
         UserError: if the annotations cannot be read at all.
 
     Example::
 
-        >>> checked = check(Path("val.json"), Path("val"), model, 2, Console(), print)  # doctest: +SKIP
+        >>> checked = check(Path("val.json"), Path("val"), model, print)  # doctest: +SKIP
     """
     checked = Checked()
 
@@ -143,7 +142,7 @@ def _read_images(
     folder: Path,
     content: dict[str, Any],
     workers: int,
-    console: Console,
+    console: "Console | None",
     report: Callable[[Kind, str, str], None],
 ) -> dict[Any, Size | None]:
     """The size of each image by its id: what the file says, or else what it has; None if neither is known."""
@@ -151,8 +150,8 @@ def _read_images(
     records = content["images"]
     data = CocoDataset(annotations, folder, {"images": records, "annotations": [], "categories": []})
     loader: DataLoader = DataLoader(Tried(data), batch_size=None, collate_fn=_size, num_workers=workers)
-    bar = track(loader, "Reading images", total=len(records), console=console, transient=True)
-    for record, size in zip(records, bar, strict=True):
+    read = tracked(loader, "Reading images", len(records), console)
+    for record, size in zip(records, read, strict=True):
         if isinstance(size, ImageError):
             report(Kind.IMAGE, "", str(size))
         else:
@@ -164,47 +163,15 @@ def _size(sample: Any) -> Size | ImageError:
     return sample if isinstance(sample, ImageError) else (sample[0].shape[1], sample[0].shape[2])
 
 
-def show(checked: Checked, console: Console) -> None:
-    """Print the classes, the sizes of the boxes against the anchors, and how many faults there are.
-
-    Example::
-
-        >>> show(checked, Console())  # doctest: +SKIP
-    """
-    table = Table("class", "boxes", box=None)
-    for name, count in checked.objects.most_common():
-        table.add_row(name, str(count))
-    console.print(table)
-    if len(checked.ious):
-        anchors = checked.anchors.prod(dim=1).sqrt()
-        console.print(
-            "\nBoxes by their side, the root of their area, in the model's pixels; its anchors have sides of "
-            f"{anchors.min():.0f} to {anchors.max():.0f}. "
-            "A box whose best IoU with an anchor is under 0.5 is learnt from that anchor alone."
-        )
-        console.print(_table_of_sizes(checked.shapes.prod(dim=1).sqrt(), checked.ious))
-    console.print(f"\n{checked.images} images, {checked.objects.total()} boxes, {checked.faults.total()} faults")
-    for kind, count in checked.faults.most_common():
-        console.print(f"  {count} x {kind}")
-
-
-def _table_of_sizes(sides: Tensor, ious: Tensor) -> Table:
-    table = Table("side, px", "boxes", "median best IoU", "under 0.5", "under 0.4", box=None)
-    for low, high in pairwise(_SIDES):
-        inside = ious[(sides >= low) & (sides < high)]
-        if len(inside):
-            shares = [f"{(inside < limit).float().mean():.1%}" for limit in (0.5, 0.4)]
-            table.add_row(f"{low:.0f} to {high:.0f}", str(len(inside)), f"{inside.median():.2f}", *shares)
-    return table
-
-
-def plot(checked: Checked, file: Path) -> None:
+def plot_sizes(checked: Checked, file: Path) -> None:
     """Draw the width and height of every box, by its best IoU, beside those of the anchors.
 
     Example::
 
-        >>> plot(checked, Path("boxes.png"))  # doctest: +SKIP
+        >>> plot_sizes(checked, Path("boxes.png"))  # doctest: +SKIP
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot(xlabel="width, px as the model sees it", ylabel="height", xscale="log", yscale="log")
     width, height = checked.shapes.T

@@ -1,8 +1,9 @@
-"""COCO metrics, computed by faster-coco-eval."""
+"""COCO metrics, computed by faster-coco-eval, and their curves of precision over recall."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from faster_coco_eval import COCO, COCOeval_faster
@@ -82,3 +83,23 @@ def coco_metrics(
     found = found[:, :, (found >= 0).all(axis=(0, 1))]
     curves = {name: found[part].mean(axis=(0, 2)).tolist() for name, part in _CURVES.items()} if found.size else {}
     return CocoMetrics(values, curves)
+
+
+def plot_precision_recall(metrics: CocoMetrics, file: Path) -> None:
+    """Draw precision over recall, a curve for each entry of `metrics.precision`, with its average precision.
+
+    Example::
+
+        >>> plot_precision_recall(evaluation.metrics, Path("precision_recall.png"))  # doctest: +SKIP
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    for name, precision in metrics.precision.items():
+        axes.plot(RECALLS, precision, label=f"{name}, AP {sum(precision) / len(precision):.3f}")
+    if axes.lines:
+        axes.legend()
+    axes.set_title("mean over the classes")
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=100)

@@ -75,6 +75,10 @@ class Processes:
 
 
 ALONE = Processes()
+"""The one process of a command that was not started several times."""
+
+WORKERS = max(1, (os.cpu_count() or 1) // 2)
+"""How many further processes read images, unless a caller says otherwise: half of the cores, the others compute."""
 
 
 @contextlib.contextmanager

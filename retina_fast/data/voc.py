@@ -18,7 +18,9 @@ from retina_fast.data.errors import UserError
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def open_data(annotations: Path, images: Path | None = None, classes: Sequence[str] | None = None) -> CocoDataset:
+def open_data(
+    annotations: str | Path, images: str | Path | None = None, classes: Sequence[str] | None = None
+) -> CocoDataset:
     """The data set of a COCO JSON file or of Pascal VOC files.
 
     Args:
@@ -31,9 +33,10 @@ def open_data(annotations: Path, images: Path | None = None, classes: Sequence[s
 
     Example::
 
-        >>> open_data(Path("val.json"), Path("val/")).classes  # doctest: +SKIP
-        >>> open_data(Path("VOC2012/ImageSets/Main/train.txt")).classes  # doctest: +SKIP
+        >>> open_data("val.json", "val/").classes  # doctest: +SKIP
+        >>> open_data("VOC2012/ImageSets/Main/train.txt").classes  # doctest: +SKIP
     """
+    annotations, images = Path(annotations), Path(images) if images else None
     content, folder = read_annotations(annotations, images, classes)
     return CocoDataset(annotations, folder, content)
 
