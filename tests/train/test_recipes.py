@@ -2,11 +2,9 @@
 
 import csv
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torchvision import tv_tensors
 
 from retina_fast import checkpoint
@@ -14,11 +12,10 @@ from retina_fast.data.augment import Flips, scale_jitter
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
 from retina_fast.data.processes import ALONE
-from retina_fast.train import run as module
+from retina_fast.train import TrainSettings, train
 from retina_fast.train.detector import Detector
 from retina_fast.train.recipes import RECIPES, recipe_named
-from retina_fast.train.run import train
-from retina_fast.train.settings import TrainSettings
+from retina_fast.train.start import starting_network
 
 # published: steps, first and second drop, peak rate (tensorflow/tpu, 463 steps an epoch)
 SCHEDULES = {
@@ -85,8 +82,8 @@ def test_the_box_loss_pulls_as_the_published_one_beyond_its_delta():
 
 
 def test_conv_kernels_alone_decay(data):
-    settings = settings_of("spinenet-b", crop=128)
-    optimizer = Detector(module._start(settings, data, None), settings, ALONE).configure_optimizers()["optimizer"]
+    settings = settings_of("spinenet-b", crop=128).resolve(data)
+    optimizer = Detector(*starting_network(settings, data), settings, ALONE).configure_optimizers()["optimizer"]
     decayed, free = optimizer.param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (4e-5, 0)
     assert {p.ndim for p in decayed["params"]} == {4}
@@ -126,13 +123,7 @@ def test_scale_jitter(shape, scales):
 
 
 def settings_of(recipe: str, crop: int) -> TrainSettings:
-    values: dict[str, Any] = {
-        "lr": RECIPES[recipe].lr_at(2),
-        "batch_size": 2,
-        "flips": Flips.HORIZONTAL,
-        "seed": 0,
-    }
-    return TrainSettings("retinanet_spinenet49s", 4, crop=crop, recipe=recipe, **values)
+    return TrainSettings("retinanet_spinenet49s", steps=4, batch_size=2, crop=crop, recipe=recipe)
 
 
 @pytest.mark.parametrize("name", ["spinenet-b", "spinenet-c"])
@@ -148,7 +139,7 @@ def test_a_short_run_by_a_published_recipe(data, tmp_path, monkeypatch, name):
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(Detector, "training_step", training_step)
-    file = train(settings_of(name, crop=128), data, None, None, tmp_path, False, 0, Console(quiet=True))
+    file = train(settings_of(name, crop=128), data, output=tmp_path, workers=0)
     content = checkpoint.load(file)
     model = content.build()
     assert seen == {(3, 128, 128)}
@@ -161,9 +152,9 @@ def test_a_short_run_by_a_published_recipe(data, tmp_path, monkeypatch, name):
         assert all(float(row["classification"]) < 10 for row in csv.DictReader(lines))
 
 
-def test_a_recipe_that_does_not_fit_is_named(data, tmp_path):
-    with pytest.raises(UserError, match=r"there is no recipe 'spinenet-d'; choose one of default, torchvision-v1"):
-        recipe_named("spinenet-d")
-    settings = replace(settings_of("spinenet-c", crop=128), model="retinanet_resnet18_fpn_lite")
+def test_a_recipe_that_does_not_fit_is_named():
+    for there_is_none in (recipe_named, lambda name: TrainSettings("retinanet_spinenet49", recipe=name)):
+        with pytest.raises(UserError, match=r"there is no recipe 'spinenet-d'; choose one of default, torchvision-v1"):
+            there_is_none("spinenet-d")
     with pytest.raises(UserError, match=r"spinenet-c is for models retinanet_spinenet\*, not"):
-        train(settings, data, None, None, tmp_path, False, 0, Console(quiet=True))
+        TrainSettings("retinanet_resnet18_fpn_lite", recipe="spinenet-c")
