@@ -55,7 +55,7 @@ def main(rounds: int = _ROUNDS) -> None:
 
     table = Table("AP50", *_SPLITS, box=None)
     for name, detector in {"model, float32": model, **engines}.items():
-        found = [evaluate(detector, content.classes, data[split], 0, Console(quiet=True)) for split in _SPLITS]
+        found = [evaluate(detector, content.classes, data[split], workers=0) for split in _SPLITS]
         table.add_row(name, *(f"{evaluation.metrics.values['AP50']:.4f}" for evaluation in found if evaluation))
     console.print(table)
     for name, engine in engines.items():

@@ -12,9 +12,10 @@ from torch import Tensor
 from torchvision.io import write_jpeg
 
 from demo.trees import prepare
+from retina_fast.commands.evaluate import print_evaluation
 from retina_fast.data.coco import CocoDataset
 from retina_fast.predict.draw import draw_boxes
-from retina_fast.predict.evaluate import Evaluation, evaluate, report
+from retina_fast.predict.evaluate import Evaluation, evaluate
 from retina_fast.predict.load import TREES, load_model
 
 OUTPUT = Path("out/demo")
@@ -33,7 +34,7 @@ def main() -> None:
         assert evaluation
         if split == "heldout":
             console.print("The held-out right parts of the two training photographs:")
-            report(evaluation, console)
+            print_evaluation(evaluation, console)
         else:
             console.print(f"{split}, a forest never seen in training: {evaluation.metrics.values['AP50']:.2f} AP50")
         draw(data, evaluation, OUTPUT)

@@ -11,7 +11,6 @@ from torchvision.io import decode_image, write_png
 from typer.testing import CliRunner, Result
 
 from retina_fast import checkpoint, cli
-from retina_fast.train import run as train
 from tests.conftest import write_shapes
 
 
@@ -191,11 +190,11 @@ def test_spinenet_by_the_same_commands(data, tmp_path):
 def test_a_recipe_sets_what_is_not_given(data, tmp_path, monkeypatch):
     seen = []
 
-    def run(settings, *rest):
+    def run(settings, *rest, **more):
         seen.append(settings)
         return tmp_path
 
-    monkeypatch.setattr(train, "train", run)
+    monkeypatch.setattr("retina_fast.train.train", run)
     for options in ((), ("--recipe", "spinenet-b"), ("--recipe", "spinenet-b", "--batch-size", 64, "--steps", 7)):
         assert invoke("train", *data, "--model", "retinanet_spinenet49", *options).exit_code == 0
     assert [(x.recipe, x.steps, x.batch_size, x.lr) for x in seen] == [
