@@ -1,19 +1,26 @@
 # make demo · make test · make lint · make bench: each sets up .venv first. With a GPU: make gpu-test · make gpu.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint bench gpu-test gpu report clean
+.PHONY: demo test test-all lint bench gpu-test gpu report clean
 
-.venv/installed: pyproject.toml
+# The versions of constraints.txt; where the index no longer has one of them, the newest that pyproject.toml allows.
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) --constraint constraints.txt --editable '.[dev]' \
+		|| (echo 'constraints.txt cannot be met here: installing the newest versions' && $(PIP) --editable '.[dev]')
 	touch $@
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run
 
-test: .venv/installed  # a process a core, of one thread each: threads of several processes wait for each other
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+test: .venv/installed  # one process for each core, of one thread: threads of several processes wait for each other
+	$(PYTEST) -m 'not slow'
+
+test-all: .venv/installed  # with the tests that take minutes each
+	$(PYTEST)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

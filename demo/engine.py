@@ -59,7 +59,7 @@ def main(rounds: int = _ROUNDS) -> None:
         table.add_row(name, *(f"{evaluation.metrics.values['AP50']:.4f}" for evaluation in found if evaluation))
     console.print(table)
     for name, engine in engines.items():
-        seen = difference(model, engine, [photo for photos in photographs.values() for photo in photos])
+        seen = difference(model, engine.model, [photo for photos in photographs.values() for photo in photos])
         console.print(
             f"{name}: scores differ from the model's by at most {seen.scores:.2g}, boxes by at most "
             f"{seen.boxes:.2g} px, {seen.boxes_mean:.2g} px in the mean, over {seen.images} photographs",

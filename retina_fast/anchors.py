@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+from retina_fast.device import to_device
 from retina_fast.stock import is_stock
-from retina_fast.targets import to_device
 
 _KEPT = 16  # sizes a generator; 3.2 MB each at 800x1344
 
@@ -85,9 +85,10 @@ def _anchors(cells: list[Tensor], size: Sequence[int], grids: Sequence[tuple[int
 
 
 def batch_anchors(
-    generator: AnchorGenerator, batch: Tensor, image_sizes: list[tuple[int, int]], features: Sequence[Tensor]
-) -> list[Tensor]:
-    """One ``(N, 4)`` float32 xyxy tensor an image, as torchvision's generator returns; a stock one's are shared.
+    generator: AnchorGenerator, batch: Tensor, image_sizes: Sequence[tuple[int, int]], features: Sequence[Tensor]
+) -> Tensor:
+    """The anchors of a batch, xyxy pixels: ``(N, 4)`` float32 that all images share, from torchvision's generator; or
+    ``(B, N, 4)`` from a user's own, which may give every image others.
 
     Args:
         generator: torchvision's ``AnchorGenerator``, or one of the user's own, which is then called as it is.
@@ -98,6 +99,6 @@ def batch_anchors(
     Raises:
         AssertionError: if the generator's sizes are not as many as the levels.
     """
-    if not is_stock_generator(generator):
-        return generator(ImageList(batch, image_sizes), [level.float() for level in features])
-    return [shared_anchors(generator, batch, features)] * len(image_sizes)
+    if is_stock_generator(generator):
+        return shared_anchors(generator, batch, features)
+    return torch.stack(generator(ImageList(batch, list(image_sizes)), [level.float() for level in features]))

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.models.detection import retinanet as tv
 
+from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
 from retina_fast.kernels.batched_nms import batched_nms
 from retina_fast.kernels.box_decode import box_decode
 from retina_fast.kernels.candidate_selection import candidate_selection
@@ -51,35 +53,38 @@ class Detections(NamedTuple):
         return padded
 
 
-def detect(
-    logits: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    anchors: Tensor,
-    image_sizes: Tensor,
-    original_sizes: Tensor,
-    num_classes: int,
-    score_thresh: float,
-    topk_candidates: int,
-    nms_thresh: float,
-    detections_per_img: int,
-) -> Detections:
-    """From the heads' outputs to detections.
+class Thresholds(NamedTuple):
+    """What decides which candidates become detections."""
+
+    score_thresh: float
+    """Scores must exceed it."""
+    topk_candidates: int
+    """The most candidates of one image and level that reach the suppression."""
+    nms_thresh: float
+    """IoU above which the lower of two boxes of one class goes."""
+    detections_per_img: int
+    """D, the most detections of an image."""
+
+    @classmethod
+    def of(cls, model: tv.RetinaNet) -> "Thresholds":
+        """Those that the model has now."""
+        return cls(model.score_thresh, model.topk_candidates, model.nms_thresh, model.detections_per_img)
+
+
+def detect(outputs: HeadOutputs, image_sizes: Tensor, original_sizes: Tensor, thresholds: Thresholds) -> Detections:
+    """From the heads' outputs to padded detections; nothing waits for the GPU.
 
     Args:
-        logits: the levels, each ``(B, A*K, H, W)`` or ``(B, N_l, K)``.
-        deltas: the levels, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``.
-        anchors: ``(N, 4)`` or ``(B, N, 4)`` float32 xyxy pixels.
+        outputs: of the heads, for B images, level by level.
         image_sizes: ``(B, 2)`` height and width of each image inside the batch, to which boxes are clipped.
         original_sizes: ``(B, 2)`` height and width as the image was given, to which boxes are scaled back.
-        num_classes: K.
-        score_thresh: scores must exceed it.
-        topk_candidates: the most candidates of one image and level that reach the suppression.
-        nms_thresh: IoU above which the lower of two boxes of one class goes.
-        detections_per_img: D, the most detections of an image; D is never more than the candidates there can be.
+        thresholds: D is never more than the candidates there can be.
     """
-    candidates = candidate_selection(logits, num_classes, score_thresh, topk_candidates)  # best first
-    boxes = box_decode(deltas, anchors, candidates.anchors, image_sizes)  # (B, M, 4)
-    detections_per_img = min(detections_per_img, boxes.shape[1])  # "no limit" is often a very large number
-    kept = batched_nms(boxes, None, candidates.labels, candidates.counts, nms_thresh, detections_per_img)
+    score_thresh, topk_candidates, nms_thresh, most = thresholds
+    candidates = candidate_selection(outputs.levels[LOGITS], outputs.num_classes, score_thresh, topk_candidates)
+    boxes = box_decode(outputs.levels[DELTAS], outputs.anchors.float(), candidates.anchors, image_sizes)  # (B, M, 4)
+    most = min(most, boxes.shape[1])  # "no limit" is often a very large number
+    # The candidates lie best first, so that the suppression needs no scores.
+    kept = batched_nms(boxes, None, candidates.labels, candidates.counts, nms_thresh, most)
     chosen = candidates.scores, candidates.labels, kept.positions, kept.counts
     return Detections(*take_kept(boxes, *chosen, image_sizes, original_sizes), kept.counts)

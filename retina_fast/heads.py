@@ -4,7 +4,7 @@ They are torchvision's heads but for the tower, so that losses, a new class coun
 them stay the same. ``level_outputs`` runs these and torchvision's, level by level.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -109,6 +109,19 @@ def level_norm_head(
     head.classification_head = LevelNormClassificationHead(tower(), num_anchors, num_classes)
     head.regression_head = LevelNormRegressionHead(tower(), num_anchors)
     return head
+
+
+def run_head(head: Any, features: Sequence[Tensor]) -> Mapping[str, Any]:
+    """``cls_logits`` and ``bbox_regression`` of a head: lists of levels as its convs write them, ``(B, A*C, H, W)``.
+
+    A head, or a part of one, that is the user's own is called as it is, and what it returns is returned.
+    """
+    parts = {"cls_logits": "classification_head", "bbox_regression": "regression_head"}
+    if not is_stock(head, tv.RetinaNetHead, "forward"):
+        return head(features)
+    if not all(runs_by_level(getattr(head, part)) for part in parts.values()):
+        return head(features)
+    return {name: level_outputs(getattr(head, part), features) for name, part in parts.items()}
 
 
 def runs_by_level(part: Any) -> bool:

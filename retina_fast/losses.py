@@ -1,47 +1,31 @@
 """The loss path: match anchors to ground truths, then focal loss and box loss over the levels as they lie."""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 
+from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
 from retina_fast.kernels.anchor_matching import anchor_matching
 from retina_fast.kernels.box_loss import box_loss
 from retina_fast.kernels.focal_loss import focal_loss
 from retina_fast.targets import GroundTruths
 
 
-def shared_or_stacked(anchors: Sequence[Tensor]) -> Tensor:
-    """The anchors of a batch: ``(N, 4)`` where all images share one tensor, else ``(B, N, 4)``."""
-    first = anchors[0]
-    if all(image_anchors is first for image_anchors in anchors):
-        return first.float()
-    return torch.stack(list(anchors)).float()
-
-
 def detection_losses(
-    logits: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    anchors: Tensor,
-    truths: GroundTruths,
-    num_classes: int,
-    matcher: Matcher,
-    loss_type: str,
-    gamma: float = 2.0,
+    outputs: HeadOutputs, truths: GroundTruths, matcher: Matcher, loss_type: str, gamma: float = 2.0
 ) -> dict[str, Tensor]:
     """torchvision's two losses of a batch: per image, sum / max(1, foreground anchors); then the mean over images.
 
     Args:
-        logits: the levels, each ``(B, A*K, H, W)`` or ``(B, N_l, K)``.
-        deltas: the levels, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``.
-        anchors: ``(N, 4)`` or ``(B, N, 4)`` float32 xyxy pixels.
-        truths: the ground truths, in the same pixels.
-        num_classes: K.
-        matcher: its two thresholds and the low-quality rule are used.
-        loss_type: one of l1, smooth_l1, giou, diou, ciou.
-        gamma: of the focal loss.
+        outputs: of the heads, for B images.
+        truths: the ground truths of the B images, in the pixels of the anchors.
+        matcher: its two thresholds and its low-quality rule are used.
+        loss_type: of the box loss, one of l1, smooth_l1, giou, diou, ciou.
+        gamma: focusing exponent of the focal loss.
+
+    Returns:
+        ``classification`` and ``bbox_regression``, scalars.
     """
+    anchors = outputs.anchors.float()
     matches = anchor_matching(
         anchors,
         truths.boxes,
@@ -53,8 +37,10 @@ def detection_losses(
     )
     normalizers = matches.num_foreground.clamp(min=1) * float(len(truths.counts))  # (B,) float32
     return {
-        "classification": focal_loss(logits, matches.labels, normalizers, num_classes, gamma=gamma),
+        "classification": focal_loss(
+            outputs.levels[LOGITS], matches.labels, normalizers, outputs.num_classes, gamma=gamma
+        ),
         "bbox_regression": box_loss(
-            deltas, anchors, matches.indices, truths.boxes, truths.offsets, normalizers, loss_type
+            outputs.levels[DELTAS], anchors, matches.indices, truths.boxes, truths.offsets, normalizers, loss_type
         ),
     }

@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from retina_fast.device import LateRead, to_device
+
 
 class GroundTruths(NamedTuple):
     """The ground truths of B images, concatenated: image b owns rows offsets[b] to offsets[b + 1]."""
@@ -22,13 +24,6 @@ class GroundTruths(NamedTuple):
     """(B + 1,) int64."""
     counts: list[int]
     """B row counts, on the host."""
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Upload a small CPU tensor without waiting for the GPU."""
-    if device.type == "cuda" and values.device.type == "cpu":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
 
 
 def gather_targets(
@@ -97,8 +92,7 @@ def first_error(boxes: Tensor, labels: Tensor, num_classes: int | None) -> Tenso
 
 class _Pending(NamedTuple):
     step: int
-    found: Tensor  # pinned copy of first_error's answer, valid once the event has passed
-    event: torch.cuda.Event
+    found: LateRead  # first_error's answer
     boxes: Tensor
     labels: Tensor
     counts: list[int]
@@ -120,10 +114,7 @@ class TargetCheck:
             self._raise(int(found), boxes, labels, counts, "")
             return
         self.raise_pending()
-        answer = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(found, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(boxes.device))
-        self._pending.append(_Pending(self.step, answer, event, boxes, labels, counts))
+        self._pending.append(_Pending(self.step, LateRead(found), boxes, labels, counts))
 
     @contextmanager
     def same_step(self) -> Iterator[None]:
@@ -136,9 +127,9 @@ class TargetCheck:
 
     def raise_pending(self) -> None:
         """Raise the error of an earlier step whose answer has arrived; never waits."""
-        while self._pending and self._pending[0].event.query():
-            step, answer, _, boxes, labels, counts = self._pending.popleft()
-            self._raise(int(answer), boxes, labels, counts, f" (in the targets of training step {step})")
+        while self._pending and self._pending[0].found.arrived():
+            step, found, boxes, labels, counts = self._pending.popleft()
+            self._raise(int(found.wait()), boxes, labels, counts, f" (in the targets of training step {step})")
 
     def _raise(self, found: int, boxes: Tensor, labels: Tensor, counts: list[int], when: str) -> None:
         if found == len(boxes):
@@ -162,5 +153,5 @@ _CHECKS: WeakKeyDictionary[nn.Module, TargetCheck] = WeakKeyDictionary()
 
 
 def target_check(model: nn.Module) -> TargetCheck:
-    """The check of a model; it lives beside the model, which thus stays plain to copy and to pickle."""
+    """The check of a model. It is kept beside the model, not in it, so that the model can be copied and pickled."""
     return _CHECKS.setdefault(model, TargetCheck())

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from retina_fast import forward as network
 from retina_fast.anchors import cell_versions, is_stock_generator
+from retina_fast.cuda_graph import CaptureStream
+from retina_fast.device import to_device
+from retina_fast.forward import Batch
 from retina_fast.kernels.image_batch import batch_shape, image_table, kernel_serves, launch_image_batch
-from retina_fast.model import Inputs, RetinaNet
+from retina_fast.model import RetinaNet
 from retina_fast.stock import has_hooks, overrides
-from retina_fast.targets import to_device
 from retina_fast.transform import is_stock_transform
 
 _GRAPH_DEVICE = "cuda"
@@ -32,12 +35,12 @@ Losses = dict[str, Tensor]
 
 
 class _Graph(NamedTuple):
-    graph: torch.cuda.CUDAGraph
+    graph: Any
     shape: tuple[int, ...]  # of the batch
     settings: Any
     held: list[Any]  # what settings name by their ids, and the anchors, which the cache may drop
     table: Tensor  # where the images are
-    inputs: Inputs  # the other buffers
+    buffers: Batch  # the padded batch and the ground truths that the graph reads
     names: list[str]
     losses: Tensor  # (len(names),), overwritten by each replay
 
@@ -114,9 +117,9 @@ class TrainingStep:
         self.replayed_steps = self.uncaptured_steps = 0
         self._graph: _Graph | None = None
         self._last: Any = None  # batch shape and settings of the last step
-        self._alike = 0  # steps before that were like it
+        self._repeats = 0  # steps before that had the same
         self._lrs: list[Tensor] = []
-        self._stream: Any = None
+        self._stream: CaptureStream | None = None
 
     def __call__(self, images: Sequence[Tensor] | Tensor, targets: Sequence[Mapping[str, Tensor]]) -> Losses:
         """Train on one batch: ``images`` and ``targets`` as ``model.forward`` takes them."""
@@ -128,31 +131,33 @@ class TrainingStep:
                 "TrainingStep was called under autocast: call it outside, and give it dtype=torch.bfloat16"
             )
         if device.type == "cuda":
-            images = _uploaded(images, device)
+            images = uploaded(images, device)
         if not self._capturable(device):
             return self._uncaptured(self._parts(images, targets), device)
         self._own_learning_rates(device)
-        inputs = self.model._inputs(images, targets)
-        assert inputs.truths is not None
+        batch = self.model.make_batch(images, targets)
+        assert batch.truths is not None
         transform = self.model.transform
         constants = max(len(transform.image_mean), len(transform.image_std))
-        shape = batch_shape(inputs.images, inputs.image_sizes, constants, transform.size_divisible)
-        settings = self._settings(inputs.images[0].dtype)
+        shape = batch_shape(batch.images, batch.image_sizes, constants, transform.size_divisible)
+        settings = self._settings(batch.images[0].dtype)
         if self._graph is not None and self._graph.settings != settings:
             self._graph = None
-        fits = len(inputs.truths.boxes) <= self.max_boxes and kernel_serves(inputs.images, shape[1])
+        fits = len(batch.truths.boxes) <= self.max_boxes and kernel_serves(batch.images, shape[1])
         if self._graph is None:
-            self._alike = self._alike + 1 if self._last == (shape, settings) else 0
+            self._repeats = self._repeats + 1 if self._last == (shape, settings) else 0
             self._last = shape, settings
-            if self._alike < _WARMUP or not fits:
-                return self._aside(lambda: self._uncaptured([lambda: self._forward(inputs)], device), device)
-            self._graph = self._capture(inputs, shape, settings, device)
+            if self._stream is None:
+                self._stream = CaptureStream(device)
+            if self._repeats < _WARMUP or not fits:  # on the stream that will capture, to warm it up
+                return self._stream.run(lambda: self._uncaptured([lambda: self._forward(batch)], device))
+            self._graph = self._capture(batch, shape, settings, self._stream, device)
         if self._graph.shape != shape or not fits:
-            return self._uncaptured([lambda: self._forward(inputs)], device)
-        return self._replay(self._graph, inputs)
+            return self._uncaptured([lambda: self._forward(batch)], device)
+        return self._replay(self._graph, batch)
 
-    def _forward(self, inputs: Inputs) -> Losses:
-        return self.model._losses(self.model._network(inputs))
+    def _forward(self, batch: Batch) -> Losses:
+        return self.model.losses_of(batch, network.run(self.model, batch))
 
     def _parts(self, images: Any, targets: Any) -> list[Callable[[], Losses]]:
         """The forward passes of the batch's parts, each with losses that add up to those of the batch."""
@@ -193,27 +198,17 @@ class TrainingStep:
         self.uncaptured_steps += 1
         return self._step(forwards, device)
 
-    def _aside(self, work: Callable[[], Any], device: torch.device) -> Any:
-        """On the stream that will capture: work done before a capture must not have been on the default stream."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        current = torch.cuda.current_stream(device)
-        self._stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(self._stream):
-                return work()
-        finally:
-            current.wait_stream(self._stream)
-
-    def _capture(self, inputs: Inputs, shape: tuple[int, ...], settings: Any, device: torch.device) -> _Graph:
-        truths, image_dtype = inputs.truths, inputs.images[0].dtype
+    def _capture(
+        self, example: Batch, shape: tuple[int, ...], settings: Any, stream: CaptureStream, device: torch.device
+    ) -> _Graph:
+        truths, image_dtype = example.truths, example.images[0].dtype
         assert truths is not None
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        # In mixed precision the first conv would cast it at once.
-        batch = torch.empty(shape, dtype=self.dtype or image_dtype, device=device, memory_format=layout)
-        buffers = inputs._replace(
+        # In mixed precision the first conv would cast the pixels at once, so they are made in its dtype.
+        pixels = torch.empty(shape, dtype=self.dtype or image_dtype, device=device, memory_format=layout)
+        buffers = example._replace(
             images=[],
-            batch=batch,
+            pixels=pixels,
             targets=[],
             truths=truths._replace(
                 boxes=truths.boxes.new_zeros((self.max_boxes, 4)),
@@ -221,24 +216,25 @@ class TrainingStep:
                 offsets=torch.zeros_like(truths.offsets),
             ),
         )
-        table = to_device(image_table(inputs.images, inputs.image_sizes), device)
+        table = to_device(image_table(example.images, example.image_sizes), device)
         transform = self.model.transform
         constants = transform.image_mean, transform.image_std
         held: list[Any] = []
 
         def forward() -> Losses:
-            launch_image_batch(table, batch, image_dtype, *constants)
-            passed = self.model._network(buffers)
-            held.extend(passed.anchors)
-            return self.model._losses(passed)
+            launch_image_batch(table, pixels, image_dtype, *constants)
+            outputs = network.run(self.model, buffers)
+            held.append(outputs.anchors)
+            return self.model.losses_of(buffers, outputs)
+
+        def step() -> tuple[list[str], Tensor]:
+            losses = self._step([forward], device)
+            return list(losses), torch.stack(list(losses.values()))
 
         # In mixed precision the kernel has not been launched for this dtype, and loading one may end a capture.
-        self._aside(lambda: launch_image_batch(table, batch, image_dtype, *constants), device)
-        graph = torch.cuda.CUDAGraph()
-        try:  # thread_local: threads that load data may go on pinning memory
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                losses = self._step([forward], device)
-                stacked = torch.stack(list(losses.values()))
+        stream.run(lambda: launch_image_batch(table, pixels, image_dtype, *constants))
+        try:
+            graph, (names, losses) = stream.capture(step)
         except RuntimeError as error:
             raise RuntimeError(
                 "the training step could not be captured as a CUDA graph: a part of the model or of the optimizer "
@@ -246,13 +242,13 @@ class TrainingStep:
             ) from error
         held += [*self.model.modules(), *self._lrs, *self.model.anchor_generator.cell_anchors]
         held += [value for state in self.optimizer.state.values() for value in state.values()]
-        return _Graph(graph, shape, settings, held, table, buffers, list(losses), stacked)
+        return _Graph(graph, shape, settings, held, table, buffers, names, losses)
 
-    def _replay(self, graph: _Graph, inputs: Inputs) -> Losses:
-        buffers, truths = graph.inputs.truths, inputs.truths
+    def _replay(self, graph: _Graph, batch: Batch) -> Losses:
+        buffers, truths = graph.buffers.truths, batch.truths
         assert buffers is not None
         assert truths is not None
-        graph.table.copy_(image_table(inputs.images, inputs.image_sizes), non_blocking=True)
+        graph.table.copy_(image_table(batch.images, batch.image_sizes), non_blocking=True)
         count = len(truths.boxes)
         buffers.boxes[:count].copy_(truths.boxes)
         buffers.labels[:count].copy_(truths.labels)
@@ -263,13 +259,13 @@ class TrainingStep:
 
     def _capturable(self, device: torch.device) -> bool:
         model, optimizer = self.model, self.optimizer
-        own = any(overrides(model, RetinaNet, name) for name in ("forward", "compute_loss", "eager_outputs"))
+        own = any(overrides(model, RetinaNet, name) for name in ("forward", "eager_outputs"))
         return (
             device.type == _GRAPH_DEVICE
             and self._parallel is None
             and self.accumulate == 1
             and not own
-            and model._trains_fast()
+            and model.uses_fast_losses()
             and is_stock_transform(model.transform)
             and is_stock_generator(model.anchor_generator)
             and all(
@@ -337,8 +333,8 @@ def _identity(value: Any) -> Any:
     return id(value) if isinstance(value, Tensor) else value
 
 
-def _uploaded(images: Sequence[Tensor] | Tensor, device: torch.device) -> Sequence[Tensor] | Tensor:
-    """Images on the device; what is no image is left for the model to name."""
+def uploaded(images: Sequence[Tensor] | Tensor, device: torch.device) -> Sequence[Tensor] | Tensor:
+    """The images on the device; what is no tensor is left as it is, for the model to name in its error."""
     if isinstance(images, Tensor):
         return to_device(images, device)
     return [to_device(image, device) if isinstance(image, Tensor) else image for image in images]

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from retina_fast.device import to_device
 from retina_fast.kernels.image_batch import image_batch
 from retina_fast.stock import is_stock
-from retina_fast.targets import GroundTruths, to_device
+from retina_fast.targets import GroundTruths
 
 
 class RetinaNetTransform(GeneralizedRCNNTransform):

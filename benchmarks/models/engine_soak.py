@@ -11,6 +11,7 @@ import ctypes
 import gc
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +23,6 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from retina_fast import RetinaNet
 from retina_fast.deploy import engine
 from retina_fast.deploy.engine import Engine, compile_inference
-from retina_fast.deploy.report import Report
 from retina_fast.detections import Detections
 from retina_fast.kernels.image_batch import image_batch
 
@@ -75,7 +75,7 @@ def _launch(table: Tensor, out: Tensor, dtype: torch.dtype, mean: Sequence[float
     image_batch(images, [(row[3], row[4]) for row in rows], mean, std, 32, out)
 
 
-def _capture(run: engine.Run, place: Any) -> engine.Run:
+def _capture(run: engine.Run, stream: Any) -> engine.Run:
     outputs = run()
 
     def replay() -> Detections:
@@ -92,9 +92,9 @@ def graphs_or_stand_ins() -> Iterator[None]:
         yield
         return
     with (
-        mock.patch.object(engine, "capture", _capture),
+        mock.patch.object(engine, "captured", _capture),
         mock.patch.object(engine, "launch_image_batch", _launch),
-        mock.patch.object(engine, "graph_place"),
+        mock.patch.object(engine, "CaptureStream"),
     ):
         yield
 
@@ -118,7 +118,7 @@ def soak(batches: int, max_shapes: int = 8) -> dict[str, Any]:
     plain = compile_inference(model, dtype=torch.float32, max_shapes=0)
     own = compile_inference(model, dtype=torch.float32, max_shapes=max_shapes)
     with graphs_or_stand_ins():
-        tested = Engine(own.model, Report(**{**vars(own.report), "graphs": True}))
+        tested = Engine(own.model, replace(own.settings, graphs=True), own.report)
         generator = torch.Generator().manual_seed(0)
         seen: set[tuple[Any, ...]] = set()
         reserved: list[int] = []
@@ -127,17 +127,17 @@ def soak(batches: int, max_shapes: int = 8) -> dict[str, Any]:
         for i in range(batches):
             dtype = (torch.uint8, torch.float32)[int(torch.randint(2, (), generator=generator))]
             images = random_images(generator, dtype)
-            kept = set(tested._plans)
+            kept = set(tested.shapes())
             detections = tested.detect(images)
             with engine.timed_convs():  # as capture does
                 expected = plain.detect(images)
             for ours, theirs in [(detections, expected), *([previous] if previous else [])]:
                 torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=0, atol=1e-4)
             previous = detections, expected
-            made += len(set(tested._plans) - kept)
-            seen |= set(tested._plans)
+            made += len(set(tested.shapes()) - kept)
+            seen |= set(tested.shapes())
             found += int(expected.counts.sum())
-            assert len(tested._plans) <= max_shapes
+            assert len(tested.shapes()) <= max_shapes
             if (i + 1) % max(1, batches // 10) == 0:
                 reserved.append(memory())
     return {"batches": batches, "shapes": len(seen), "captures": made, "detections": found, "bytes": reserved}

@@ -91,7 +91,7 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
                 assert len(expected["boxes"]) > 0, setting
                 agreeing = _agreeing(found, expected)
                 assert agreeing >= 0.98 * len(expected["boxes"]), (setting, agreeing, len(expected["boxes"]))
-            seen = difference(model, engine, images[:1])
+            seen = difference(model, engine.model, images[:1])
         finally:
             torch.backends.cudnn.allow_tf32 = tf32
         assert seen.scores < 0.05, (setting, seen)

@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.gpu.measure import Built, Case, print_in_turns, run_benchmark
 from benchmarks.models import scenes
 from retina_fast import RetinaNet
+from retina_fast.forward import HeadOutputs
 from retina_fast.kernels.levels import flatten_all
 from retina_fast.losses import detection_losses
 
@@ -81,8 +82,8 @@ def build(setting: Setting, device: torch.device) -> Built:
     step_torchvision = functools.partial(step, theirs, joined, list(joined.values()))
 
     def captured() -> Any:  # as the training step's graph holds it: the ground truths lie flat in its buffers
-        outputs = levels["cls_logits"], levels["bbox_regression"]
-        losses = detection_losses(*outputs, anchors[0], truths, k, ours.proposal_matcher, setting.loss_type)
+        outputs = HeadOutputs(levels, anchors[0], k, {})
+        losses = detection_losses(outputs, truths, ours.proposal_matcher, setting.loss_type)
         return torch.autograd.grad(losses["classification"] + losses["bbox_regression"], leaves)
 
     def check() -> None:

@@ -20,7 +20,8 @@ from torchvision.models.detection.image_list import ImageList
 
 from benchmarks.gpu.measure import Built, Case, print_in_turns, run_benchmark
 from benchmarks.models.agreement import models
-from retina_fast.detections import Detections, detect
+from retina_fast.detections import Detections, Thresholds, detect
+from retina_fast.forward import HeadOutputs
 from retina_fast.kernels.batched_nms import batched_nms, batched_nms_reference
 from retina_fast.kernels.box_decode import box_decode, box_decode_reference
 from retina_fast.kernels.candidate_selection import candidate_selection, candidate_selection_reference, logit
@@ -120,8 +121,7 @@ def build(setting: Setting, device: torch.device) -> Built:
 
     @torch.no_grad()
     def ours() -> Detections:
-        logits, deltas = outputs["cls_logits"], outputs["bbox_regression"]
-        return detect(logits, deltas, anchors, sizes, sizes, k, THRESHOLD, TOPK, IOU, KEPT)
+        return detect(HeadOutputs(outputs, anchors, k, {}), sizes, sizes, Thresholds(THRESHOLD, TOPK, IOU, KEPT))
 
     @torch.no_grad()
     def torchvision_eager() -> Any:

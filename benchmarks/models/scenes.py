@@ -22,7 +22,7 @@ def anchors(height: int, width: int, device: torch.device) -> Tensor:
     """torchvision's default anchors (N, 4)."""
     features = [torch.zeros(1, 1, h, w) for h, w in grids(height, width)]
     batch = torch.zeros(1, 1, height, width)
-    return batch_anchors(_default_anchorgen(), batch, [(height, width)], features)[0].to(device)
+    return batch_anchors(_default_anchorgen(), batch, [(height, width)], features).to(device)
 
 
 class Scene(NamedTuple):

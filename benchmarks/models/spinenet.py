@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.gpu.measure import Built, Case, run_benchmark
 from retina_fast.builders import MODELS
+from retina_fast.forward import run_convs
 
 BASELINE = "retinanet_resnet50_fpn"
 NUM_CLASSES = 91
@@ -43,7 +44,7 @@ CPU_SETTINGS = [Setting("retinanet_spinenet49s", 128, 2, training) for training 
 
 
 def _outputs(model: Any, batch: Tensor) -> list[Tensor]:
-    outputs = model._head_outputs(list(model.backbone(batch).values()))
+    outputs = run_convs(model, batch)[1]
     return [*outputs["cls_logits"], *outputs["bbox_regression"]]
 
 

@@ -29,8 +29,8 @@ from benchmarks.static import machine_code as static
 from benchmarks.static.machine_code import Row
 from benchmarks.static.recorder import Launch, TorchOp, record, timeline
 from retina_fast import compile_inference, retinanet_resnet50_fpn
-from retina_fast.deploy import engine
-from retina_fast.deploy.report import Report
+from retina_fast.deploy.engine import EngineSettings, Plan
+from retina_fast.forward import DELTAS, LOGITS, HeadOutputs, run_convs
 from retina_fast.kernels import anchor_matching as matching
 from retina_fast.kernels.batched_nms import _GROUPS, nms_image
 from retina_fast.kernels.box_decode import box_decode_reference
@@ -105,7 +105,8 @@ def _loss_path() -> None:
     logits, deltas = launches.levels_of(BF16, 91, batch), launches.levels_of(BF16, 4, batch)
     anchors = torch.empty(120087, 4, device="cuda")
     truths = GroundTruths(*launches.ground_truths(16 * batch, batch), [16] * batch)
-    losses = detection_losses(logits, deltas, anchors, truths, 91, Matcher(0.5, 0.4, True), "l1")
+    outputs = HeadOutputs({LOGITS: logits, DELTAS: deltas}, anchors, 91, {})
+    losses = detection_losses(outputs, truths, Matcher(0.5, 0.4, True), "l1")
     sum(loss.detach() for loss in losses.values())
     for levels, channels in ((logits, 91), (deltas, 4)):
         grads = [level.detach() for level in launches.flatten_all(levels, channels)]
@@ -120,8 +121,8 @@ def inference_steps(batch: int) -> list[Launch | TorchOp]:
 
     def prepare() -> Any:
         _to_fake_gpu(model)
-        shown = Report("cuda", BF16, 0, 0, graphs=False, max_shapes=1)
-        plan = engine._Plan(model, engine._trunk, (batch, 3, 800, 800), torch.uint8, shown)
+        settings = EngineSettings(BF16, graphs=False, max_shapes=1)
+        plan = Plan(model, run_convs, (batch, 3, 800, 800), torch.uint8, settings)
         plan.run()  # makes the anchors
         return plan
 
@@ -141,7 +142,7 @@ def training_forward(batch: int) -> list[Launch | TorchOp]:
         torch.set_autocast_enabled("cuda", True)  # torch.autocast would ask for a GPU
         torch.set_autocast_dtype("cuda", BF16)
         try:
-            model._head_outputs(model._trunk(images)[1])
+            run_convs(model, images)
         finally:
             torch.set_autocast_enabled("cuda", False)
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from retina_fast import detections
+from retina_fast.detections import Thresholds
+from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
 from retina_fast.kernels import (
     anchor_matching,
     batched_nms,
@@ -140,7 +142,8 @@ def detect(dtype: torch.dtype, batch: int = 8) -> detections.Detections:
     logits, deltas = ([level.detach() for level in levels_of(dtype, channels, batch)] for channels in (91, 4))
     anchors = torch.empty(120087, 4, device="cuda")
     sizes = torch.empty(2, batch, 2, dtype=torch.int64, device="cuda")
-    return detections.detect(logits, deltas, anchors, sizes[0], sizes[1], 91, 0.05, 1000, 0.5, 300)
+    outputs = HeadOutputs({LOGITS: logits, DELTAS: deltas}, anchors, 91, {})
+    return detections.detect(outputs, sizes[0], sizes[1], Thresholds(0.05, 1000, 0.5, 300))
 
 
 def ground_truths(num_boxes: int, batch: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,26 +13,45 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import retinanet as tv
 
-from retina_fast.anchors import is_stock_generator, shared_anchors
+from retina_fast.anchors import is_stock_generator
 from retina_fast.convert import from_torchvision
+from retina_fast.cuda_graph import CaptureStream
 from retina_fast.deploy.fold import count_norms, fold_batch_norm
 from retina_fast.deploy.report import Report, difference
-from retina_fast.detections import Detections
+from retina_fast.detections import Detections, Thresholds, detect
+from retina_fast.device import best_dtype
+from retina_fast.forward import Convs, Sizes, run_convs, run_network
 from retina_fast.kernels.compiler import HAS_TRITON
 from retina_fast.kernels.image_batch import batch_shape, image_batch, image_table, launch_image_batch
 from retina_fast.model import RetinaNet
 from retina_fast.stock import has_hooks, overrides
 from retina_fast.transform import check_images, is_stock_transform, resized_sizes
 
-Sizes = list[tuple[int, int]]
 Run = Callable[[], Detections]
-Trunk = Callable[[RetinaNet, Tensor], tuple[list[Tensor], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How an engine computes.
+
+    Attributes:
+        dtype: of images, weights and activations; anchors, boxes and scores are float32 always.
+        graphs: whether each batch shape becomes a CUDA graph.
+        max_shapes: how many batch shapes are kept ready.
+        try_compile: whether torch.compile's convs are timed against the eager ones at each new shape.
+    """
+
+    dtype: torch.dtype
+    graphs: bool
+    max_shapes: int = 8
+    try_compile: bool = False
 
 
 class Engine:
@@ -41,14 +60,16 @@ class Engine:
     Not for several threads or CUDA streams at once: calls share their buffers.
     """
 
-    def __init__(self, model: RetinaNet, report: Report, try_compile: bool = False) -> None:
-        self.model, self.report = model, report
+    def __init__(self, model: RetinaNet, settings: EngineSettings, report: Report) -> None:
+        self.model, self.settings, self.report = model, settings, report
         self.detections_per_img = model.detections_per_img
         self._device = next(model.parameters()).device
         self._place = torch.cuda.device_of(next(model.parameters()))  # streams and graphs are the current device's
-        self._trunks: tuple[Trunk, ...] = (_trunk, torch.compile(_trunk, dynamic=False)) if try_compile else (_trunk,)
-        self._plans: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
-        self._captures = graph_place(self._device) if report.graphs else None
+        self._convs: tuple[Convs, ...] = (run_convs,)
+        if settings.try_compile:
+            self._convs += (torch.compile(run_convs, dynamic=False),)
+        self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
+        self._captures = CaptureStream(self._device, share_memory=True) if settings.graphs else None
 
     def __call__(self, images: Sequence[Tensor] | Tensor) -> list[dict[str, Tensor]]:
         """Detections in torchvision's form: a dict of ``boxes``, ``scores`` and ``labels`` an image.
@@ -70,7 +91,7 @@ class Engine:
             self._place,
             torch.autocast(self._device.type, enabled=False),
         ):
-            images = _alike([image.detach().to(self._device, non_blocking=True) for image in images])
+            images = _of_one_dtype([image.detach().to(self._device, non_blocking=True) for image in images])
             sizes = resized_sizes(transform, images)
             shape = batch_shape(images, sizes, constants, transform.size_divisible)
             return self._plan(shape, images, sizes)(images, sizes)
@@ -81,19 +102,24 @@ class Engine:
     def __str__(self) -> str:
         return str(self.report)
 
-    def _plan(self, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> "_Plan":
+    def shapes(self) -> list[tuple[Any, ...]]:
+        """The batch shapes that are kept ready, each with the images' dtype; the one used longest ago first."""
+        return list(self._plans)
+
+    def _plan(self, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> "Plan":
         key = *shape, images[0].dtype
         plan = self._plans.pop(key, None)
         if plan is None:
-            while self._plans and len(self._plans) >= self.report.max_shapes:
+            while self._plans and len(self._plans) >= self.settings.max_shapes:
                 self._plans.popitem(last=False)  # before the new one is made: its memory serves again
-            plan = min(self._tried(shape, images, sizes), key=lambda plan: plan.seconds)
-        if self.report.max_shapes:
+            plan = min(self._candidates(shape, images, sizes), key=lambda plan: plan.seconds)
+        if self.settings.max_shapes:
             self._plans[key] = plan
         return plan
 
-    def _tried(self, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> list["_Plan"]:
-        plans = [_Plan(self.model, trunk, shape, images[0].dtype, self.report) for trunk in self._trunks]
+    def _candidates(self, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> list["Plan"]:
+        """A plan for each way to run the convs, timed where there are several."""
+        plans = [Plan(self.model, convs, shape, images[0].dtype, self.settings) for convs in self._convs]
         for plan in plans:
             plan.make(images, sizes, self._captures)
             if len(plans) > 1:
@@ -103,24 +129,25 @@ class Engine:
         return plans
 
 
-class _Plan:
+class Plan:
     """What one batch shape needs: the batch, the table of its images, the anchors, and the graph, if there are any."""
 
     seconds = 0.0
 
     def __init__(
-        self, model: RetinaNet, trunk: Trunk, shape: tuple[int, ...], image_dtype: torch.dtype, report: Report
+        self, model: RetinaNet, convs: Convs, shape: tuple[int, ...], image_dtype: torch.dtype, settings: EngineSettings
     ) -> None:
         device = next(model.parameters()).device
-        self.model, self.trunk, self.image_dtype, self.graphs = model, trunk, image_dtype, report.graphs
-        self.batch = torch.empty(shape, dtype=report.dtype, device=device, memory_format=torch.channels_last)
+        self.model, self.convs, self.image_dtype, self.graphs = model, convs, image_dtype, settings.graphs
+        self.batch = torch.empty(shape, dtype=settings.dtype, device=device, memory_format=torch.channels_last)
         self.table = torch.empty((shape[0], 8), dtype=torch.int64, device=device)
-        self.anchors: Tensor | None = None
+        self.anchors: Tensor | None = None  # held, since a graph reads them where they lie and the cache may drop them
 
-    def make(self, images: list[Tensor], sizes: Sizes, captures: Any) -> None:
+    def make(self, images: list[Tensor], sizes: Sizes, captures: CaptureStream | None) -> None:
+        """Capture the graph, if there is to be one; ``images`` serve to warm up."""
         if self.graphs:
             self.table.copy_(image_table(images, sizes), non_blocking=True)
-            self.replay = capture(self.run, captures)
+            self.replay = captured(self.run, captures)
 
     def __call__(self, images: list[Tensor], sizes: Sizes) -> Detections:
         self.table.copy_(image_table(images, sizes), non_blocking=True)
@@ -137,11 +164,10 @@ class _Plan:
         return self.detect_in_batch()
 
     def detect_in_batch(self) -> Detections:
-        features, outputs = self.trunk(self.model, self.batch)
-        if self.anchors is None:
-            self.anchors = shared_anchors(self.model.anchor_generator, self.batch, features)
-        outputs = self.model._by_level(outputs, [level.shape[2] * level.shape[3] for level in features], self.anchors)
-        return self.model._detect(outputs, self.anchors, self.table[:, 3:5], self.table[:, 1:3])
+        """From the batch to detections."""
+        outputs = run_network(self.model, self.batch, convs=self.convs)
+        self.anchors = outputs.anchors
+        return detect(outputs, self.table[:, 3:5], self.table[:, 1:3], Thresholds.of(self.model))
 
 
 @contextlib.contextmanager
@@ -154,26 +180,12 @@ def timed_convs() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def graph_place(device: torch.device) -> tuple[Any, Any]:
-    """Where an engine captures all its graphs: a memory pool, which outlives each of them, and a stream. Graphs share
-    memory only within a stream, and torch's own for captures is of the device that captured first."""
-    with torch.cuda.device(device):
-        return torch.cuda.MemPool(), torch.cuda.Stream()
-
-
-def capture(run: Run, place: tuple[Any, Any]) -> Run:
-    """The work as a CUDA graph. Before, it runs on the same stream, where kernels are compiled and convs chosen."""
-    pool, side = place
-    side.wait_stream(torch.cuda.current_stream())
+def captured(run: Run, stream: Any) -> Run:
+    """The work as a CUDA graph of the stream, where it has run before: kernels are compiled and convs chosen then."""
     with timed_convs():
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads may go on allocating and pinning memory
-        with torch.cuda.graph(graph, pool=pool.id, stream=side, capture_error_mode="thread_local"):
-            outputs = run()
+        for _ in range(3):
+            stream.run(run)
+        graph, outputs = stream.capture(run)
 
     def replay() -> Detections:
         graph.replay()
@@ -182,7 +194,7 @@ def capture(run: Run, place: tuple[Any, Any]) -> Run:
     return replay
 
 
-def _seconds(plan: _Plan, images: list[Tensor], sizes: Sizes) -> float:
+def _seconds(plan: Plan, images: list[Tensor], sizes: Sizes) -> float:
     times = []
     for _ in range(8):
         start = time.perf_counter()
@@ -191,36 +203,21 @@ def _seconds(plan: _Plan, images: list[Tensor], sizes: Sizes) -> float:
     return statistics.median(times[3:])
 
 
-def _trunk(model: RetinaNet, batch: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
-    """The levels, and the head's outputs."""
-    _, features = model._trunk(batch)
-    return features, model._head_outputs(features)
-
-
-def _alike(images: list[Tensor]) -> list[Tensor]:
-    """Images of one dtype that the kernel knows."""
+def _of_one_dtype(images: list[Tensor]) -> list[Tensor]:
+    """Images of one dtype that the kernel knows: those of mixed or other dtypes become float32."""
     dtypes = {image.dtype for image in images}
     if len(dtypes) == 1 and dtypes <= {torch.uint8, torch.float32, torch.float16, torch.bfloat16}:
         return images
     return [image.float() / (1 if image.is_floating_point() else 255) for image in images]
 
 
-def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device computes in it natively; else float16 on a GPU and float32 on a CPU."""
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip is not None
-        return torch.bfloat16 if native else torch.float16
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
 def refuse_own_parts(model: RetinaNet, what: str) -> None:
-    """A part of the user's own that would not run in ``what``."""
+    """Raise TypeError if a part of the user's own would be ignored in ``what``."""
     for part, stock in (
         ("forward", not overrides(model, RetinaNet, "forward") and not has_hooks(model)),
         ("transform", is_stock_transform(model.transform)),
         ("anchor_generator", is_stock_generator(model.anchor_generator)),
-        ("box_coder, or its postprocessing,", model._detects_fast()),
+        ("box_coder, or its postprocessing,", model.uses_fast_detections()),
     ):
         if not stock:
             raise TypeError(f"the model has a {part} of its own, which {what} would not run: call the model itself")
@@ -277,15 +274,16 @@ def compile_inference(
     sample = torch.rand(1, channels, 128, 128, device=device, dtype=next(own.parameters()).dtype)
 
     def outputs() -> list[Tensor]:
-        features, outputs = _trunk(own, sample)
-        return [*features, *(level for output in outputs.values() for level in output)]
+        features, returned = run_convs(own, sample)
+        return [*features, *(level for output in returned.values() for level in output)]
 
     with torch.no_grad():
         folded = fold_batch_norm(own, outputs)
     own = own.to(dtype=dtype, memory_format=torch.channels_last)
     graphs = device.type == "cuda" and HAS_TRITON and max_shapes > 0
-    engine = Engine(own, Report(str(device), dtype, norms, folded, graphs, max_shapes), try_compile)
+    settings = EngineSettings(dtype, graphs, max_shapes, try_compile)
+    engine = Engine(own, settings, Report(str(device), dtype, graphs, max_shapes, norms, folded))
     if len(images):
         plain = copy.deepcopy(model).eval() if model.training else model
-        engine.report.difference = difference(plain, engine, images)
+        engine.report.difference = difference(plain, own, images)
     return engine

@@ -1,11 +1,13 @@
 """What an exported file computes: from a batch of images to padded detections."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retina_fast.anchors import shared_anchors
 from retina_fast.deploy.export_postprocess import Postprocess
+from retina_fast.forward import cells_of, head_outputs, run_convs, run_network
 from retina_fast.model import RetinaNet
 from retina_fast.transform import padded, resized_size
 
@@ -49,26 +51,25 @@ class Graph(nn.Module):
             self.register_buffer("down", _bilinear(image_size[0], inside[0]).T.contiguous())
             self.register_buffer("across", _bilinear(image_size[1], inside[1]))
         with torch.no_grad():
-            batch, features = self._trunk(torch.zeros(1, 3, *image_size))
-            anchors = shared_anchors(model.anchor_generator, batch, features)
-            self.cells = [level.shape[2] * level.shape[3] for level in features]
-            outputs = model._by_level(model._head_outputs(features), self.cells, anchors)
-        num_classes = model._num_classes(outputs)
-        self.postprocess = postprocess(model, anchors, num_classes, image_size, inside)
+            outputs = run_network(model, self._pixels(torch.zeros(1, 3, *image_size)))
+        self.postprocess = postprocess(model, outputs.anchors, outputs.num_classes, image_size, inside)
 
-    def _trunk(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _pixels(self, images: Tensor) -> Tensor:
+        """The padded batch that the trunk is given, of the model's dtype."""
         transform = self.model.transform
         if self.preprocess:
             mean, std = (torch.tensor(x)[:, None, None] for x in (transform.image_mean, transform.image_std))
             images = (images.float() / 255 - mean.to(images.device)) / std.to(images.device)
             if self.resizes:
                 images = self.down @ images @ self.across
-        return self.model._trunk(padded(images, transform.size_divisible).to(self.dtype))
+        pixels = padded(images, transform.size_divisible).to(self.dtype)
+        return padded(pixels, getattr(self.model.backbone, "size_divisible", 1))
 
-    def head_outputs(self, images: Tensor) -> dict[str, list[Tensor]]:
+    def levels(self, images: Tensor) -> Mapping[str, list[Tensor]]:
         """``cls_logits`` and ``bbox_regression``, level by level."""
-        _, features = self._trunk(images)
-        return self.model._by_level(self.model._head_outputs(features), self.cells, self.postprocess.anchors)
+        features, returned = run_convs(self.model, self._pixels(images))
+        # The anchors are those of the postprocess, so that the file holds them once, as numbers.
+        return head_outputs(self.model.head, returned, self.postprocess.anchors, cells_of(features)).levels
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.postprocess(**self.head_outputs(images))
+        return self.postprocess(**self.levels(images))

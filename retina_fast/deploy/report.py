@@ -2,20 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from retina_fast.anchors import shared_anchors
+from retina_fast.forward import DELTAS, LOGITS, run_network
 from retina_fast.kernels.box_decode import decode
 from retina_fast.kernels.image_batch import image_batch
 from retina_fast.kernels.levels import flatten_all
 from retina_fast.model import RetinaNet
 from retina_fast.transform import check_images, resized_sizes
-
-if TYPE_CHECKING:
-    from retina_fast.deploy.engine import Engine
 
 
 @dataclass
@@ -37,10 +33,12 @@ class Report:
 
     device: str
     dtype: torch.dtype
-    norms: int
-    folded: int
     graphs: bool
     max_shapes: int
+    norms: int
+    """BatchNorms that the model had."""
+    folded: int
+    """How many of them were folded into convs."""
     difference: Difference | None = None
     compiled: dict[tuple[int, ...], float] = field(default_factory=dict)
     """Of each batch shape on which torch.compile was tried: its time over eager's; it is kept below 1."""
@@ -68,33 +66,32 @@ class Report:
         return "\n".join(lines)
 
 
-def _scores_and_boxes(
-    model: RetinaNet, dtype: torch.dtype, layout: torch.memory_format, image: Tensor
-) -> tuple[Tensor, Tensor]:
+def _scores_and_boxes(model: RetinaNet, layout: torch.memory_format, image: Tensor) -> tuple[Tensor, Tensor]:
     """Of one image, every anchor's scores (N, K) and box (N, 4)."""
-    device = next(model.parameters()).device
-    (image,) = check_images([image.to(device)], 1, take_uint8=True)
+    weights = next(model.parameters())
+    (image,) = check_images([image.to(weights.device)], 1, take_uint8=True)
     transform = model.transform
     constants = transform.image_mean, transform.image_std
-    sizes = resized_sizes(transform, [image])
-    batch = image_batch([image], sizes, *constants, transform.size_divisible).to(dtype, memory_format=layout)
-    batch, features = model._trunk(batch)
-    outputs = model._head_outputs(features)
-    anchors = shared_anchors(model.anchor_generator, batch, features)
-    outputs = model._by_level(outputs, [level.shape[2] * level.shape[3] for level in features], anchors)
-    logits = torch.cat(flatten_all(outputs["cls_logits"], model._num_classes(outputs)), dim=1)[0]
-    deltas = torch.cat(flatten_all(outputs["bbox_regression"], 4), dim=1)[0]
-    return logits.float().sigmoid(), decode(deltas.float(), anchors)
+    pixels = image_batch([image], resized_sizes(transform, [image]), *constants, transform.size_divisible)
+    outputs = run_network(model, pixels.to(weights.dtype, memory_format=layout))
+    logits = torch.cat(flatten_all(outputs.levels[LOGITS], outputs.num_classes), dim=1)[0]
+    deltas = torch.cat(flatten_all(outputs.levels[DELTAS], 4), dim=1)[0]
+    return logits.float().sigmoid(), decode(deltas.float(), outputs.anchors)
 
 
 @torch.no_grad()
-def difference(model: RetinaNet, engine: "Engine", images: Sequence[Tensor]) -> Difference:
-    """How far the engine is from the model it was made of, over images taken one by one."""
+def difference(model: RetinaNet, own: RetinaNet, images: Sequence[Tensor]) -> Difference:
+    """How far the model of an engine is from the model that it was made of, over images taken one by one.
+
+    Args:
+        model: as the user gave it, in evaluation mode.
+        own: the engine's, folded and in the engine's dtype.
+        images: ``(C, H, W)`` each, floating point in [0, 1] or uint8.
+    """
     largest_score, largest_box, moved, coordinates = 0.0, 0.0, 0.0, 0
-    dtype = next(model.parameters()).dtype
     for image in images:
-        scores, boxes = _scores_and_boxes(model, dtype, torch.preserve_format, image)
-        own_scores, own_boxes = _scores_and_boxes(engine.model, engine.report.dtype, torch.channels_last, image)
+        scores, boxes = _scores_and_boxes(model, torch.preserve_format, image)
+        own_scores, own_boxes = _scores_and_boxes(own, torch.channels_last, image)
         counts = scores.amax(dim=1) > model.score_thresh
         away = (own_boxes - boxes)[counts].abs()
         largest_score = max(largest_score, float((own_scores - scores).abs().max()))

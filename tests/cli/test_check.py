@@ -242,7 +242,7 @@ def test_best_ious_are_those_of_all_anchors(model, size):
     with torch.inference_mode():
         batch, _ = network.transform([torch.zeros(3, *size)])
         features = list(network.backbone(batch.tensors).values())
-        (anchors,) = batch_anchors(network.anchor_generator, batch.tensors, batch.image_sizes, features)
+        anchors = batch_anchors(network.anchor_generator, batch.tensors, batch.image_sizes, features)
     fit = AnchorFit(network)
     expected = pairwise_iou(fit.resized(boxes, size), anchors).amax(dim=1)
     found = fit.best_ious(boxes, size)

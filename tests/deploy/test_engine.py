@@ -1,6 +1,7 @@
 """The engine against the model that it was made of; its cache of batch shapes; what it says and refuses."""
 
 import copy
+import dataclasses
 import gc
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from torchvision.models.detection import retinanet as tv
 from benchmarks.models.engine_soak import graphs_or_stand_ins, small_model, soak
 from retina_fast import RetinaNet, compile_inference, retinanet_resnet18_fpn_v2, retinanet_spinenet49s
 from retina_fast.deploy import engine
-from retina_fast.deploy.engine import Engine, best_dtype
-from retina_fast.deploy.report import Report
+from retina_fast.deploy.engine import Engine
 from retina_fast.detections import Detections
+from retina_fast.device import best_dtype
+from retina_fast.forward import run_convs
 from retina_fast.predict.load import TREES, load_model
 
 PHOTOGRAPH = Path(__file__).parents[2] / "demo" / "heldout.jpg"
@@ -163,11 +165,11 @@ def with_graphs():
     """An engine that captures graphs, on a CPU stand-ins of them."""
     with graphs_or_stand_ins():
         made = compile_inference(small_model(), dtype=torch.float32, max_shapes=3)
-        yield Engine(made.model, Report(**{**vars(made.report), "graphs": True}))
+        yield Engine(made.model, dataclasses.replace(made.settings, graphs=True), made.report)
 
 
 def shapes(own):
-    return [key[-3:-1] for key in own._plans]
+    return [key[-3:-1] for key in own.shapes()]
 
 
 def test_the_shape_used_longest_ago_goes(with_graphs):
@@ -181,11 +183,11 @@ def test_the_shape_used_longest_ago_goes(with_graphs):
 
 def test_shapes_that_went_are_freed(with_graphs):
     gc.collect()
-    before = sum(type(thing) is engine._Plan for thing in gc.get_objects())
+    before = sum(type(thing) is engine.Plan for thing in gc.get_objects())
     for n in range(1, 8):
         with_graphs(images((30, 32 * n)))
     gc.collect()
-    assert sum(type(thing) is engine._Plan for thing in gc.get_objects()) - before == 3
+    assert sum(type(thing) is engine.Plan for thing in gc.get_objects()) - before == 3
 
 
 def test_a_capture_that_fails_keeps_nothing_half_made(with_graphs, monkeypatch):
@@ -194,7 +196,7 @@ def test_a_capture_that_fails_keeps_nothing_half_made(with_graphs, monkeypatch):
 
     with_graphs(images((30, 30)))
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "capture", fail)
+        patch.setattr(engine, "captured", fail)
         with pytest.raises(torch.OutOfMemoryError):
             with_graphs(images((90, 90)))
     assert shapes(with_graphs) == [(32, 32)]
@@ -234,8 +236,8 @@ def test_calls_in_and_out_of_inference_mode(graphs, with_graphs):
 def test_no_shape_kept():
     own = compile_inference(small_model(), dtype=torch.float32, max_shapes=0)
     own(images((30, 30)))
-    assert not own._plans
-    assert not own.report.graphs
+    assert not own.shapes()
+    assert not own.settings.graphs
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -245,7 +247,7 @@ def test_graph_replay_equals_eager(dtype):
     for model in (small_model(), retinanet_resnet18_fpn_v2(num_classes=5, min_size=256, score_thresh=0.005).cuda()):
         graphs = compile_inference(model, dtype=dtype)
         eager = compile_inference(model, dtype=dtype, max_shapes=0)
-        assert graphs.report.graphs
+        assert graphs.settings.graphs
         for size in ((100, 120), (110, 115), (60, 90), (100, 120)):
             batch = [image.cuda() for image in images(size, size)]
             with engine.timed_convs():  # as capture does
@@ -275,13 +277,12 @@ def test_torch_compile_is_kept_where_it_is_faster(monkeypatch):
 
     def slower(model, batch):
         calls.append("compiled")
-        return trunk(model, batch)
+        return run_convs(model, batch)
 
-    trunk = engine._trunk
     monkeypatch.setattr(torch, "compile", lambda *_, **__: slower)
     for faster in ("eager", "compiled"):
         monkeypatch.setattr(
-            engine, "_seconds", lambda plan, *_, f=faster: 1.0 if (plan.trunk is slower) == (f == "compiled") else 2.0
+            engine, "_seconds", lambda plan, *_, f=faster: 1.0 if (plan.convs is slower) == (f == "compiled") else 2.0
         )
         own = compile_inference(small_model(), dtype=torch.float32, try_compile=True)
         own(images((30, 30)))

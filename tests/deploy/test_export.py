@@ -24,6 +24,8 @@ from retina_fast.data.errors import UserError
 from retina_fast.deploy.export import FORMATS
 from retina_fast.deploy.export_onnx import KEY, OPSET, OUTPUTS, OnnxPostprocess, translate
 from retina_fast.deploy.export_postprocess import Postprocess, best_by_key, suppress
+from retina_fast.detections import Thresholds, detect
+from retina_fast.forward import HeadOutputs, run_network
 from retina_fast.kernels.batched_nms import nms_image
 from retina_fast.kernels.candidate_selection import logit
 from retina_fast.predict.load import TREES, load_model
@@ -69,7 +71,7 @@ def spread(model, images):
     """The model with scores far apart, as a trained one's are, and none above the threshold on the grey image."""
 
     def outputs(batch, key):
-        levels = model._head_outputs(model._trunk(resize_batch(model.transform, batch / 255)[0])[1])[key]
+        levels = run_network(model, resize_batch(model.transform, batch / 255)[0]).levels[key]
         return torch.cat([level.transpose(0, 1).flatten(1) for level in levels], dim=1)  # (channels, cells)
 
     head, boxes = model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg
@@ -236,7 +238,8 @@ def test_postprocess_is_the_models_given_the_same_head_outputs(kind, head_output
     model = agreement.models()[1]
     anchors = torch.cat(agreement.anchors(model)[0])
     sizes = torch.tensor([agreement.IMAGE] * 8)
-    expected = model._detect(head_outputs, anchors, sizes, 2 * sizes)
+    outputs = HeadOutputs(head_outputs, anchors, agreement.K, {})
+    expected = detect(outputs, sizes, 2 * sizes, Thresholds.of(model))
     assert len(expected.counts.unique()) > 1
 
     graph = kind(model, anchors, agreement.K, tuple(2 * side for side in agreement.IMAGE), agreement.IMAGE).eval()

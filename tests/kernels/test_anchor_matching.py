@@ -73,7 +73,7 @@ def _poisoned(monkeypatch):
 @pytest.fixture
 def anchors():
     grids = [torch.zeros(1, 1, s, s) for s in (13, 7, 4, 2, 1)]
-    return batch_anchors(_default_anchorgen(), torch.zeros(1, 3, 104, 104), [(104, 104)], grids)[0]
+    return batch_anchors(_default_anchorgen(), torch.zeros(1, 3, 104, 104), [(104, 104)], grids)
 
 
 @PATHS

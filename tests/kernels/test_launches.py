@@ -9,7 +9,8 @@ from benchmarks.static.launches import CASES
 from benchmarks.static.recorder import kernels, record
 from retina_fast import retinanet_resnet18_fpn_v2
 from retina_fast.deploy import engine
-from retina_fast.deploy.report import Report
+from retina_fast.deploy.engine import EngineSettings
+from retina_fast.forward import run_convs
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -64,7 +65,7 @@ def test_the_instrument_lets_pass():
 def test_the_engine_never_waits_for_the_device():
     """From images to detections: what one CUDA graph then holds, and the upload before it."""
     model = retinanet_resnet18_fpn_v2(num_classes=7).eval().bfloat16()
-    report = Report("cuda", torch.bfloat16, 0, 0, graphs=True, max_shapes=1)
+    settings = EngineSettings(torch.bfloat16, graphs=True, max_shapes=1)
 
     def run():
         for module in model.modules():
@@ -74,11 +75,11 @@ def test_the_engine_never_waits_for_the_device():
         cells = model.anchor_generator.cell_anchors
         model.anchor_generator.cell_anchors = [on_gpu(cell.shape) for cell in cells]
         images = [on_gpu(3, 80, 100), on_gpu(3, 90, 70)]
-        plan = engine._Plan(model, engine._trunk, (2, 3, 96, 128), torch.float32, report)
+        plan = engine.Plan(model, run_convs, (2, 3, 96, 128), torch.float32, settings)
         plan.make(images, [(80, 100), (90, 70)], None)
         detections = plan(images, [(80, 100), (90, 70)])
         assert detections.boxes.shape == (2, 300, 4)
 
-    with mock.patch.object(engine, "capture", lambda run, pool: run), torch.no_grad():
+    with mock.patch.object(engine, "captured", lambda run, stream: run), torch.no_grad():
         launched = {launch.kernel.__name__ for launch in record(run)}
     assert {"_image_batch_kernel", "_group_norm_relu_kernel"} < launched

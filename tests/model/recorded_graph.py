@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from retina_fast import training_step
+from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
 from retina_fast.kernels.image_batch import image_batch_reference
 from retina_fast.losses import detection_losses
 from retina_fast.targets import GroundTruths
@@ -69,7 +70,8 @@ def _losses_op(
     def work() -> list[Tensor]:
         leaves = [level.detach().requires_grad_() for level in (*logits, *deltas)]
         levels = leaves[: len(logits)], leaves[len(logits) :]
-        losses = detection_losses(*levels, anchors, truths, num_classes, matcher, loss_type, gamma)
+        outputs = HeadOutputs(dict(zip((LOGITS, DELTAS), levels, strict=True)), anchors, num_classes, {})
+        losses = detection_losses(outputs, truths, matcher, loss_type, gamma)
         grads = torch.autograd.grad(losses["classification"] + losses["bbox_regression"], leaves)
         return [tensor.detach().clone() for tensor in (*losses.values(), *grads)]
 
@@ -95,10 +97,10 @@ class _Losses(torch.autograd.Function):
         return None, None, None, None, None, None, None, *grads
 
 
-def opaque_losses(logits, deltas, anchors, truths, num_classes, matcher, loss_type, gamma):
-    cls, box = _Losses.apply(
-        len(logits), anchors, truths, num_classes, matcher.low_threshold, loss_type, gamma, *logits, *deltas
-    )
+def opaque_losses(outputs, truths, matcher, loss_type, gamma):
+    logits, deltas = outputs.levels.values()
+    settings = outputs.num_classes, matcher.low_threshold, loss_type, gamma
+    cls, box = _Losses.apply(len(logits), outputs.anchors, truths, *settings, *logits, *deltas)
     return {"classification": cls, "bbox_regression": box}
 
 
@@ -125,10 +127,11 @@ def play_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retina_fast.model.detection_losses", opaque_losses)
     monkeypatch.setattr(training_step, "launch_image_batch", _fill_batch)
     for name, value in {
+        "device": lambda device: contextlib.nullcontext(),
         "Stream": lambda device: stream,
         "current_stream": lambda device: stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "CUDAGraph": RecordedGraph,
-        "graph": lambda graph, stream, capture_error_mode: graph,
+        "graph": lambda graph, pool, stream, capture_error_mode: graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -33,22 +33,32 @@ def test_equal_torchvisions_and_are_made_once(generator, made, shape):
     expected = generator(ImageList(batch, sizes), features)
     for _ in range(3):
         anchors = batch_anchors(generator, batch, sizes, features)
-        assert anchors[0] is anchors[1]
-        assert torch.equal(anchors[0], expected[0])
+        assert torch.equal(anchors, expected[0])  # one tensor, which all images share
     assert len(made) == 1
 
 
+def test_a_generator_of_the_users_own_may_give_every_image_others(generator):
+    class Own(AnchorGenerator):
+        def forward(self, image_list, feature_maps):
+            first, second = super().forward(image_list, feature_maps)
+            return [first, second + 1]
+
+    own = Own(generator.sizes, generator.aspect_ratios)
+    anchors, shared = (batch_anchors(one, *case()) for one in (own, generator))
+    assert torch.equal(anchors, torch.stack((shared, shared + 1)))
+
+
 def test_changes_are_seen(generator, made):
-    first = batch_anchors(generator, *case())[0].clone()
+    first = batch_anchors(generator, *case()).clone()
     generator.cell_anchors[0].add_(1)
-    moved = batch_anchors(generator, *case())[0]
+    moved = batch_anchors(generator, *case())
     assert not torch.equal(first, moved)
     generator.cell_anchors = [cell - 1 for cell in generator.cell_anchors]
-    assert torch.equal(batch_anchors(generator, *case())[0][: 8 * 13 * 6], first[: 8 * 13 * 6])
-    again = batch_anchors(generator, *case())[0]
+    assert torch.equal(batch_anchors(generator, *case())[: 8 * 13 * 6], first[: 8 * 13 * 6])
+    again = batch_anchors(generator, *case())
     kept = again.clone()
     again.zero_()  # by a caller
-    assert torch.equal(batch_anchors(generator, *case())[0], kept)
+    assert torch.equal(batch_anchors(generator, *case()), kept)
     assert len(made) == 4
 
 
@@ -65,9 +75,9 @@ def test_few_sizes_are_kept(generator, made):
 def test_what_inference_made_serves_training(generator):
     with torch.inference_mode():
         batch_anchors(generator, *case())
-    anchors = batch_anchors(generator, *case())[0]
+    anchors = batch_anchors(generator, *case())
     (anchors * torch.ones(1, requires_grad=True)).sum().backward()
     with torch.inference_mode():  # and a generator whose own tensors are inference's
         generator.cell_anchors = [cell + 1 for cell in generator.cell_anchors]
         batch_anchors(generator, *case())
-    assert not batch_anchors(generator, *case())[0].is_inference()
+    assert not batch_anchors(generator, *case()).is_inference()

@@ -12,7 +12,8 @@ from benchmarks.models import agreement
 from benchmarks.static import launches as gpu_launches
 from benchmarks.static.recorder import record
 from retina_fast import RetinaNet, retinanet_resnet18_fpn
-from retina_fast.detections import detect
+from retina_fast.detections import Thresholds, detect
+from retina_fast.forward import HeadOutputs
 from retina_fast.kernels import batched_nms, box_decode, candidate_selection, take_kept
 
 
@@ -89,7 +90,8 @@ def test_detect_by_the_kernels_matches_torchvisions_exact_path(dtype, device, mo
     sizes = torch.tensor([agreement.IMAGE] * 2, device=device)
     logits, deltas = ([level.to(device) for level in outputs[key]] for key in ("cls_logits", "bbox_regression"))
     joined = torch.cat(split[0]).to(device)
-    ours = detect(logits, deltas, joined, sizes, sizes, agreement.K, 0.05, 60, 0.5, 90)
+    given = HeadOutputs({"cls_logits": logits, "bbox_regression": deltas}, joined, agreement.K, {})
+    ours = detect(given, sizes, sizes, Thresholds(0.05, 60, 0.5, 90))
     outputs = {key: [level.float() for level in levels] for key, levels in outputs.items()}
     with patch.object(torchvision.ops.boxes, "batched_nms", torchvision.ops.boxes._batched_nms_vanilla):
         expected = theirs.postprocess_detections(outputs, split, [agreement.IMAGE] * 2)

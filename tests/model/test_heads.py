@@ -12,11 +12,11 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import retina_fast
 from benchmarks.models.agreement import differing
-from retina_fast import checkpoint
+from retina_fast import checkpoint, forward
 from retina_fast.backbones.spinenet import SpineNet
 from retina_fast.builders import MODELS
 from retina_fast.checkpoint import Checkpoint
-from retina_fast.heads import LevelNormClassificationHead, batch_norm, level_norm_head
+from retina_fast.heads import LevelNormClassificationHead, batch_norm, level_norm_head, run_head
 from retina_fast.model import RetinaNet
 
 SPINENETS = [name for name in MODELS if "spinenet" in name]
@@ -100,12 +100,13 @@ def test_initialisation():
 
 def test_losses_are_those_of_torchvision_and_every_parameter_gets_a_gradient():
     model = detector()
-    assert model._trains_fast()
-    passed = model._forward(images(), TARGETS)
-    assert [level.dim() for level in passed.head_outputs["cls_logits"]] == [4] * 5  # as the convs wrote them
-    losses = model._losses(passed)
-    joined = model._concatenated(passed.head_outputs)
-    torch.testing.assert_close(losses, tv.RetinaNet.compute_loss(model, TARGETS, joined, passed.anchors))
+    assert model.uses_fast_losses()
+    made = model.make_batch(images(), TARGETS)
+    outputs = forward.run(model, made)
+    assert [level.dim() for level in outputs.levels["cls_logits"]] == [4] * 5  # as the convs wrote them
+    losses = model.losses_of(made, outputs)
+    anchors = [outputs.anchors] * len(TARGETS)
+    torch.testing.assert_close(losses, tv.RetinaNet.compute_loss(model, TARGETS, outputs.joined(), anchors))
     sum(model(images(), EVERY_LEVEL).values()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -145,10 +146,11 @@ def test_a_head_of_the_users_own_runs():
             return super().forward(x) + 100
 
     model = detector().eval()
-    quiet = model._forward(images(1), None)
+    quiet = forward.run(model, model.make_batch(images(1), None)).levels["cls_logits"]
     model.head.classification_head.__class__ = Louder
-    loud = model._forward(images(1), None).head_outputs["cls_logits"]
-    assert loud.min() > 50 > quiet.head_outputs["cls_logits"][0].max()
+    loud = forward.run(model, model.make_batch(images(1), None)).levels["cls_logits"]
+    assert [level.dim() for level in loud] == [3] * 5  # what it concatenated is split
+    assert min(level.min() for level in loud) > 50 > max(level.max() for level in quiet)
     assert (model(images(1))[0]["scores"] == 1).all()
 
 
@@ -173,7 +175,7 @@ def test_channels_last_and_bfloat16(dtype):
     features = list(model.eval().backbone(torch.rand(2, 3, 128, 128, dtype=dtype)).values())
     assert all(level.is_contiguous(memory_format=torch.channels_last) for level in features)
     assert all(
-        level.is_contiguous(memory_format=torch.channels_last) for level in model._head_outputs(features)["cls_logits"]
+        level.is_contiguous(memory_format=torch.channels_last) for level in run_head(model.head, features)["cls_logits"]
     )
     assert [len(image) for image in model(pictures)] == [3, 3]
 
@@ -191,9 +193,9 @@ def test_batch_norms_become_synchronised_ones():
     norms = [module for module in model.modules() if "BatchNorm" in type(module).__name__]
     assert {type(norm) for norm in norms} == {nn.SyncBatchNorm}
     assert {(norm.momentum, norm.eps) for norm in norms} == {(0.01, 1e-3)}
-    assert model._trains_fast()
+    assert model.uses_fast_losses()
     assert all(
-        torch.isfinite(level).all() for level in model.eval()._head_outputs([torch.rand(1, 8, 4, 4)] * 5)["cls_logits"]
+        torch.isfinite(level).all() for level in run_head(model.eval().head, [torch.rand(1, 8, 4, 4)] * 5)["cls_logits"]
     )
 
 

@@ -15,6 +15,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from benchmarks.static.recorder import Launch, no_launches, record
 from retina_fast import RetinaNet
+from retina_fast.forward import HeadOutputs
 from retina_fast.kernels import anchor_matching, box_loss, focal_loss, one_pass
 from retina_fast.losses import detection_losses
 from retina_fast.targets import GroundTruths, gather_targets
@@ -183,9 +184,7 @@ def test_launches_of_the_loss_path_do_not_grow_with_the_batch(batch):
     truths = gather_targets(targets, batch, torch.device("cpu"))
     matcher, incoming = Matcher(0.5, 0.4, True), torch.ones(())
     with bodies_in_sight() as (launches, ops):
-        losses = detection_losses(
-            outputs["cls_logits"], outputs["bbox_regression"], anchors[0], truths, K, matcher, "giou"
-        )
+        losses = detection_losses(HeadOutputs(outputs, anchors[0], K, {}), truths, matcher, "giou")
         total = losses["classification"] + losses["bbox_regression"]
         torch.autograd.grad(total, leaves(outputs), incoming)
     assert [launch.kernel.__name__ for launch in launches] == [
@@ -207,6 +206,6 @@ def test_nothing_of_the_loss_path_waits_for_the_gpu():
         fakes = {key: [on_gpu(level).requires_grad_() for level in levels] for key, levels in outputs.items()}
         boxes = GroundTruths(on_gpu(truths.boxes), on_gpu(truths.labels), on_gpu(truths.offsets), truths.counts)
         matcher = Matcher(0.5, 0.4, True)
-        detection_losses(fakes["cls_logits"], fakes["bbox_regression"], on_gpu(anchors[0]), boxes, K, matcher, "l1")
+        detection_losses(HeadOutputs(fakes, on_gpu(anchors[0]), K, {}), boxes, matcher, "l1")
 
     assert len(record(run)) == 4

@@ -8,6 +8,7 @@ import torchvision
 
 import retina_fast
 from benchmarks.models.agreement import differing
+from retina_fast import forward
 
 BUILDERS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
 BATCHES = {  # image sizes, and ground truths an image
@@ -179,13 +180,14 @@ def test_bf16_autocast_keeps_geometry_in_float32():
     model.eval()
     with torch.no_grad():
         exact, _ = model.losses_and_detections(images, targets)
-        exact_pass = model._forward(images, None)
+        made = model.make_batch(images, None)
+        wide = forward.run(model, made)
         with torch.autocast("cpu", torch.bfloat16):
             losses, detections = model.losses_and_detections(images, targets)
-            passed = model._forward(images, None)
-    assert passed.head_outputs["cls_logits"][0].dtype == torch.bfloat16
-    assert passed.anchors[0].dtype == torch.float32
-    assert torch.equal(passed.anchors[0], exact_pass.anchors[0])
+            narrow = forward.run(model, made)
+    assert narrow.levels["cls_logits"][0].dtype == torch.bfloat16
+    assert narrow.anchors.dtype == torch.float32
+    assert torch.equal(narrow.anchors, wide.anchors)
     assert all(image["boxes"].dtype == image["scores"].dtype == torch.float32 for image in detections)
     for key in exact:
         assert abs(losses[key] - exact[key]) <= 1e-2 * abs(exact[key])

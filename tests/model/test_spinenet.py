@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import retina_fast
 from demo import permutation
+from retina_fast import forward
 from retina_fast.backbones.specification import SPINENET, Block, added_raw, checked
 from retina_fast.backbones.spinenet import SIZES, SpineNet
 from retina_fast.builders import MODELS
+from retina_fast.heads import run_head
 
 # The paper's table once more, as (level, kind, parents), blocks 2 to 16; P3..P7 are blocks 13, 12, 14, 16, 15.
 TABLE = """2 bottleneck 0 1; 4 residual 0 1; 3 bottleneck 2 3; 4 bottleneck 2 4; 6 residual 3 5; 4 bottleneck 3 5;
@@ -54,7 +56,7 @@ def test_published_parameters_and_multiply_adds(size):
         assert (trainable(model), trainable(model.backbone)) == PUBLISHED[size][:2]
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             levels = model.backbone(torch.empty(1, 3, side, side))
-            model._head_outputs(list(levels.values()))
+            run_head(model.head, list(levels.values()))
     assert counter.get_total_flops() / 2e9 == pytest.approx(PUBLISHED[size][2], rel=0.003)
 
 
@@ -143,17 +145,18 @@ def test_anchors_keep_exact_strides_where_an_image_is_padded(kwargs):
     model = retina_fast.RetinaNet(tiny(), num_classes=2, **kwargs).eval()
     seen = []
     model.backbone.register_forward_hook(lambda module, x, y: seen.append((x[0].shape, y)))
-    passed = model._forward([torch.rand(3, 300, 200), torch.rand(3, 100, 257)], None)
+    pictures = [torch.rand(3, 300, 200), torch.rand(3, 100, 257)]
+    every = forward.run(model, model.make_batch(pictures, None)).anchors
     ((shape, levels),) = seen
     assert all(side % 128 == 0 for side in shape[2:])
     first = 0
     for level, stride in zip(levels.values(), (8, 16, 32, 64, 128), strict=True):
-        anchors = passed.anchors[0][first : first + 9 * level.shape[2] * level.shape[3]]
+        anchors = every[first : first + 9 * level.shape[2] * level.shape[3]]
         first += len(anchors)
         centres = (anchors[:, :2] + anchors[:, 2:]).view(*level.shape[2:], 9, 2) / 2
         assert torch.equal(centres[1:] - centres[:-1], torch.tensor([0.0, stride]).expand_as(centres[1:]))
         assert torch.equal(centres[:, 1:] - centres[:, :-1], torch.tensor([stride, 0.0]).expand_as(centres[:, 1:]))
-    assert first == len(passed.anchors[0])
+    assert first == len(every)
 
 
 def test_what_is_padded_is_black_at_the_right_and_at_the_bottom():

@@ -39,7 +39,7 @@ def test_levels_and_training(name, p6_from_c5):
     first = next(p for p in backbone.body.parameters() if p.ndim == 4)
     assert first.grad is not None
     assert first.grad.any()
-    assert model._trains_fast()
+    assert model.uses_fast_losses()
     assert len(model.eval()([torch.rand(3, 128, 100)])) == 1
 
 

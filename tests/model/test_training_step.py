@@ -14,7 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import retina_fast
 from benchmarks.static.recorder import record
-from retina_fast import TrainingStep, training_step
+from retina_fast import TrainingStep, forward, training_step
 from tests.model.recorded_graph import RecordedGraph, play_on_cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -466,7 +466,7 @@ def test_a_training_forward_never_waits_for_the_device(monkeypatch, builder, whe
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     model = getattr(retina_fast, builder)(num_classes=K, weights_backbone=None, min_size=128, max_size=256)
 
-    def forward():
+    def step():
         to_fake_gpu(model)
         model.check_targets = where == "cuda"  # on a CPU the check reads values, as it may
         images = [torch.empty(3, 100, 120, device=where) for _ in range(3)]
@@ -474,11 +474,11 @@ def test_a_training_forward_never_waits_for_the_device(monkeypatch, builder, whe
             {"boxes": torch.empty(n, 4, device=where), "labels": torch.empty(n, dtype=torch.int64, device=where)}
             for n in (0, 2, 7)
         ]
-        inputs = model._inputs(training_step._uploaded(images, torch.device("cuda")), targets)
-        losses = model._losses(model._network(inputs))
+        made = model.make_batch(training_step.uploaded(images, torch.device("cuda")), targets)
+        losses = model.losses_of(made, forward.run(model, made))
         assert {loss.device.type for loss in losses.values()} == {"cuda"}
 
-    launched = [launch.kernel.__name__ for launch in record(forward)]
+    launched = [launch.kernel.__name__ for launch in record(step)]
     assert launched.count("_anchor_matching_kernel") == 2
     assert {"_image_batch_kernel", "_focal_loss_kernel", "_box_loss_kernel"} < set(launched)
 
