@@ -15,7 +15,7 @@ from retina_fast.data.coco import CocoDataset, Sample
 from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.metrics import CocoMetrics, as_results, coco_metrics
 from retina_fast.data.processes import Processes
-from retina_fast.targets import to_device
+from retina_fast.device import to_device
 from retina_fast.train.recipes import all_trained, recipe_named
 from retina_fast.train.settings import ResolvedSettings
 from retina_fast.train.synced_norm import synced

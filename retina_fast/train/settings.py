@@ -11,23 +11,11 @@ import torch
 from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
+from retina_fast.device import has_bfloat16
 from retina_fast.train.recipes import recipe_named
 
 RANDOM = "none"
 """In place of the name of weights: the backbone starts from random ones."""
-
-
-def has_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware.
-
-    Example::
-
-        >>> has_bf16()  # doctest: +SKIP
-        True
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
 
 
 @dataclass(frozen=True)
@@ -103,12 +91,13 @@ class TrainSettings:
         recipe = recipe_named(self.recipe)
         batch_size = self.batch_size or recipe.batch_size
         by_scale = self.model.endswith("_lite") or self.image_scale is not None  # the others resize to 800 px or so
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         chosen: dict[str, Any] = {
             "steps": self.steps or recipe.steps_for(len(recipe.images_of(data)), batch_size),
             "batch_size": batch_size,
             "lr": recipe.lr_at(batch_size) if self.lr is None else self.lr,
             "crop": (recipe.crop if by_scale else 0) if self.crop is None else self.crop,
-            "bf16": has_bf16() if self.bf16 is None else self.bf16,
+            "bf16": has_bfloat16(device) if self.bf16 is None else self.bf16,
             "weights_backbone": self.weights_backbone or recipe.weights_backbone or RANDOM,
         }
         return ResolvedSettings(**asdict(self) | chosen)

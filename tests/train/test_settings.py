@@ -1,5 +1,6 @@
 """What the recipe, the data and the machine decide where a person leaves a choice open."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -7,8 +8,8 @@ import pytest
 
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
+from retina_fast.device import has_bfloat16
 from retina_fast.train import TrainSettings
-from retina_fast.train.settings import has_bf16
 
 LITE, OTHER = "retinanet_resnet18_fpn_lite", "retinanet_resnet50_fpn"
 
@@ -16,16 +17,16 @@ LITE, OTHER = "retinanet_resnet18_fpn_lite", "retinanet_resnet50_fpn"
 @pytest.fixture
 def data(shapes) -> CocoDataset:
     """Six images, two of which have no object."""
-    dataset = CocoDataset(*shapes)
-    content = dataset.coco
+    content = json.loads(shapes[0].read_text())
     content["annotations"] = [box for box in content["annotations"] if box["image_id"] < 4]
-    return CocoDataset(*shapes, content)
+    shapes[0].write_text(json.dumps(content))
+    return CocoDataset(*shapes)
 
 
-def test_what_is_left_open_is_the_recipes_and_the_machines(data):
+def test_what_is_left_open_is_the_recipes_and_the_machines(data, device):
     settings = TrainSettings(LITE).resolve(data)
     assert (settings.steps, settings.batch_size, settings.lr, settings.crop) == (6000, 4, 2e-3, 256)
-    assert (settings.bf16, settings.weights_backbone) == (has_bf16(), "none")
+    assert (settings.bf16, settings.weights_backbone) == (has_bfloat16(device), "none")
     settings = TrainSettings(OTHER, recipe="torchvision-v1", batch_size=2).resolve(data)
     assert (settings.steps, settings.lr, settings.crop) == (26 * 2, 0.01 / 8, 0)  # of the four images with objects
     assert settings.weights_backbone == "IMAGENET1K_V1"

@@ -33,7 +33,7 @@ from retina_fast.train.loaders import StepSampler
 from retina_fast.train.recipes import RECIPES, recipe_named
 from retina_fast.train.settings import ResolvedSettings
 from retina_fast.train.start import starting_network
-from tests.cli.commands import command, start
+from tests.cli.commands import Forked, finish, forked_by_srun
 from tests.conftest import imagenet, write_shapes
 
 V1, V2 = "torchvision-v1", "torchvision-v2"
@@ -214,7 +214,7 @@ def test_a_step_is_torchvisions(recipe, data, tmp_path, monkeypatch):
     assert {name for name, p in model.named_parameters() if p.requires_grad} <= moved
 
 
-def keys_of(data: CocoDataset, settings: TrainSettings, processes: Processes = ALONE) -> list[list[tuple[int, int]]]:
+def keys_of(data: CocoDataset, settings: ResolvedSettings, processes: Processes = ALONE) -> list[list[tuple[int, int]]]:
     detector = Detector(*starting_network(settings, data), settings, processes)
     return list(StepSampler(detector, data))
 
@@ -288,14 +288,13 @@ def test_two_processes_give_the_weights_of_one_that_pads_as_they_do(files, tmp_p
     recipe = ("--model", "retinanet_resnet18_fpn", "--recipe", V1, "--image-scale", 0.5, "--batch-size", 4)
     size = ("--steps", 4, "--every", 4, "--workers", 0, "--no-bf16")
 
-    def run(output: Path, processes: int, *more: object) -> Any:
-        line = ("train", "--json", json_file, "--images", files[1], *recipe, *size, "--output", output, *more)
-        return start(command(*line, processes=processes, module="tests.train.double"), TORCH_HOME=tmp_path / "torch")
+    def line(output: Path, *more: object) -> tuple[object, ...]:
+        return ("train", "--json", json_file, "--images", files[1], *recipe, *size, "--output", output, *more)
 
-    runs = run(tmp_path / "one", 1, "--accumulate", 2), run(tmp_path / "two", 2)
-    outputs = [process.communicate()[0] for process in runs]
-    assert [process.returncode for process in runs] == [0, 0], outputs
-    said = " ".join(outputs[1].split())
+    torch_home: dict[str, Any] = {"module": "tests.train.double", "TORCH_HOME": tmp_path / "torch"}
+    finish(Forked(line(tmp_path / "one", "--accumulate", 2), **torch_home))
+    output = finish(*forked_by_srun(*line(tmp_path / "two"), processes=2, **torch_home))
+    said = " ".join(output.split())
     assert said.count("1 of 12 images have no object: the recipe leaves them out") == 1
     assert said.count("boxes without an extent or outside their image are left out") == 1
     one, two = state(tmp_path / "one")["state_dict"], state(tmp_path / "two")["state_dict"]

@@ -86,7 +86,12 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "number"), [(step, signal.SIGINT) for step in (0, 1, 2, 8)] + [(4, signal.SIGTERM)], ids=str
+    ("step", "number"),
+    [
+        (2, signal.SIGINT),  # the last of an interval
+        (4, signal.SIGTERM),
+        *(pytest.param(step, signal.SIGINT, marks=pytest.mark.slow) for step in (0, 1, 8)),
+    ],
 )
 def test_a_run_stopped_and_resumed_gives_the_same_weights(data, whole, tmp_path, monkeypatch, step, number):
     output = tmp_path / "run"
@@ -352,8 +357,13 @@ def test_starting_from_a_model_keeps_its_last_layer_only_for_the_same_classes(da
 
 def test_the_network_is_built_once(data, tmp_path, monkeypatch):
     built = []
-    build = checkpoint.build
-    monkeypatch.setattr(checkpoint, "build", lambda *args, **kwargs: built.append(args) or build(*args, **kwargs))
+    original = checkpoint.build
+
+    def build(*args, **kwargs):
+        built.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "build", build)
     run(data, tmp_path, replace(SETTINGS, steps=1))
     run(data, tmp_path, replace(SETTINGS, steps=1), resume=True)
     assert built == 2 * [(SETTINGS.model, 2)]
