@@ -1,7 +1,7 @@
 """`make demo`: finds trees in photographs that the detector was not trained on, and measures how well.
 
-Prints the COCO metrics of the embedded weights on the held-out parts, and writes pictures to out/demo: what was found
-in yellow, what people had marked in blue.
+It prints the COCO metrics of the embedded weights on the held-out parts, and writes pictures to out/demo with the
+detections in yellow and the annotated boxes in blue.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def draw(data: CocoDataset, evaluation: Evaluation, folder: Path) -> None:
-    """A picture for each image of the data, with its true boxes and its detections."""
+    """Write a picture for each image of the data, with its annotated boxes and its detections, into `folder`."""
     for i, record in enumerate(data.images):
         image, target = data[i]
         found = [r for r in evaluation.results if r["image_id"] == record["id"] and r["score"] >= _SCORE]

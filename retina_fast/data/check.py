@@ -1,8 +1,8 @@
-"""Everything that is wrong with a data set, before a training run finds it: `retina-fast check`."""
+"""Checking a data set before training on it: what is wrong with it, and how the model's anchors fit its boxes."""
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,14 +39,14 @@ Annotation = Mapping[str, Any]
 
 @dataclass
 class Checked:
-    """What :func:`check` saw.
+    """The result of :func:`check`.
 
     Attributes:
         images: how many images the data set lists.
         faults: how many faults of each kind.
         objects: how many boxes of each class, without crowd regions.
-        shapes: (G, 2) width and height of the boxes in the model's pixels.
-        ious: (G,) the highest IoU of each with any anchor.
+        shapes: (G, 2) width and height of the boxes, in pixels of the images as the model resizes them.
+        ious: (G,) the highest IoU of each of these boxes with any anchor.
         anchors: (A, 2) width and height of the model's anchors.
     """
 
@@ -67,12 +67,12 @@ def check(
     workers: int = WORKERS,
     console: "Console | None" = None,
 ) -> Checked:
-    """Look at every entry, every box and every image of a data set.
+    """Check every entry, every box and every image of a data set.
 
     Args:
         annotations: COCO JSON or Pascal VOC, as for :func:`retina_fast.data.voc.open_data`.
-        images: the folder of the images, if it must be given.
-        model: whose anchors the boxes are held against; it cannot be used any more.
+        images: the folder of the images, which a .json file needs.
+        model: the RetinaNet with whose anchors the boxes are compared. It cannot be used any more.
         found: called with each fault as soon as it is found.
         workers: how many processes read images.
         console: where the progress bar is shown; nowhere by default.
@@ -118,23 +118,38 @@ def check(
         report(kind, name(later), f"with bbox {later['bbox']} is the same box as {place(source, earlier)}{other}")
 
     checked.objects = Counter(classes[box["category_id"]] for box in boxes)
+    _compare_with_anchors(
+        checked, AnchorFit(model), boxes, sizes, lambda box, what: report(Kind.UNTOUCHED, name(box), what)
+    )
+    return checked
+
+
+def _compare_with_anchors(
+    checked: Checked,
+    fit: AnchorFit,
+    boxes: Iterable[Annotation],
+    sizes: Mapping[Any, Size | None],
+    untouched: Callable[[Annotation, str], None],
+) -> None:
+    """Fills in `shapes`, `ious` and `anchors`, from the boxes of the images whose size is known.
+
+    Calls `untouched` with each box that touches no anchor.
+    """
     by_size = defaultdict(list)
     for box in boxes:
         if size := sizes[box["image_id"]]:
             by_size[size].append(box)
-    fit = AnchorFit(model)
     shapes, best = [checked.shapes], [checked.ious]
     for size, group in by_size.items():
         ious = fit.best_ious(corners(group).float(), size)
         for row in (ious == 0).nonzero().flatten().tolist():
             rule = "every anchor that touches no other box would be foreground for it"
-            report(Kind.UNTOUCHED, name(group[row]), f"with bbox {group[row]['bbox']} touches no anchor: {rule}")
+            untouched(group[row], f"with bbox {group[row]['bbox']} touches no anchor: {rule}")
         resized = fit.resized(corners(group).float(), size)
         shapes.append(resized[:, 2:] - resized[:, :2])
         best.append(ious)
         checked.anchors = fit.anchor_shapes(size)
     checked.shapes, checked.ious = torch.cat(shapes), torch.cat(best)
-    return checked
 
 
 def _read_images(
@@ -145,7 +160,10 @@ def _read_images(
     console: "Console | None",
     report: Callable[[Kind, str, str], None],
 ) -> dict[Any, Size | None]:
-    """The size of each image by its id: what the file says, or else what it has; None if neither is known."""
+    """The size of each image by its id: the size in the file, or else the image's own; None if both are unknown.
+
+    Images that cannot be read, or have another size, are reported.
+    """
     sizes = sizes_of(content)
     records = content["images"]
     data = CocoDataset(annotations, folder, {"images": records, "annotations": [], "categories": []})
@@ -164,7 +182,7 @@ def _size(sample: Any) -> Size | ImageError:
 
 
 def plot_sizes(checked: Checked, file: Path) -> None:
-    """Draw the width and height of every box, by its best IoU, beside those of the anchors.
+    """Draw the width and height of every box, coloured by its best IoU, and those of the anchors.
 
     Example::
 
@@ -184,7 +202,7 @@ def plot_sizes(checked: Checked, file: Path) -> None:
 
 
 def warn_of_faults(data: CocoDataset) -> None:
-    """One warning of what the annotations of a data set show without its images: duplicates, boxes that reach out.
+    """Warn, once, of the faults in the annotations of a data set that can be seen without reading its images.
 
     Example::
 

@@ -9,21 +9,22 @@ from typing import Any
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-# In the order of COCO's own summary; None is one that is not reported.
+# In the order of COCO's own summary; None stands for a metric that is not reported.
 _SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", None, None, "AR")
 _CURVES = {"IoU 0.50": slice(0, 1), "IoU 0.75": slice(5, 6), "IoU 0.50:0.95": slice(None)}
 
 RECALLS = [step / 100 for step in range(101)]
-"""At which COCO's precision is taken."""
+"""The 101 recalls at which COCO takes the precision."""
 
 
 @dataclass
 class CocoMetrics:
-    """What was measured.
+    """COCO's metrics of a detector on a data set.
 
     Attributes:
-        values: COCO's box metrics by name, each 0 to 1, or NaN where the data has no object of that size.
-        precision: at each of `RECALLS`, mean over the classes; for IoU 0.50, 0.75 and the mean of 0.50:0.95.
+        values: the box metrics by name, each 0 to 1, or NaN where the data has no object of that size.
+        precision: the precision at each of `RECALLS`, mean over the classes: a curve for IoU 0.50, one for 0.75 and the
+            mean curve of 0.50:0.95.
     """
 
     values: dict[str, float]
@@ -36,7 +37,7 @@ def as_results(detections: dict[str, Tensor], image_id: Any, category_ids: list[
     Args:
         detections: `boxes` (D, 4) xyxy in pixels, `scores` (D,), `labels` (D,), as a model returns them.
         image_id: the image's id in the COCO file.
-        category_ids: the category id of each label; detections of a label with None are left out.
+        category_ids: the category id of each label; detections of a label whose id is None are left out.
 
     Example::
 
@@ -56,7 +57,7 @@ def as_results(detections: dict[str, Tensor], image_id: Any, category_ids: list[
 def coco_metrics(
     coco: dict[str, Any], results: list[dict[str, Any]], image_ids: Iterable[Any], max_detections: int
 ) -> CocoMetrics:
-    """COCO's box metrics.
+    """COCO's box metrics (https://cocodataset.org/#detection-eval), computed by faster-coco-eval.
 
     AP is the mean over IoU 0.50:0.95, AP50 and AP75 are those at one IoU; APs, APm and APl count objects under 32x32
     px, up to 96x96 px, and over; AR is the recall, mean over IoU 0.50:0.95.

@@ -36,7 +36,7 @@ _FIRST = 50  # images whose objects are kept apart: as many as a person reads th
 
 @dataclass
 class Found:
-    """What :func:`detect` found.
+    """The result of :func:`detect`.
 
     Attributes:
         images: how many images were read.

@@ -20,10 +20,10 @@ _Seen = tuple[str, int, dict[str, Tensor]]  # an image's path, how many objects 
 
 @dataclass
 class Evaluation:
-    """What :func:`evaluate` found.
+    """The result of :func:`evaluate`.
 
     Attributes:
-        metrics: COCO's, over the images that could be read.
+        metrics: COCO's metrics over the images that could be read.
         results: the detections, as COCO results.
         images: how many images counted.
         max_detections: the most detections that counted in an image.

@@ -16,7 +16,7 @@ TREES = Path(__file__).parents[1] / "weights" / "trees.pt"
 
 
 def load_model(path: Path) -> tuple[Any, Checkpoint]:
-    """Read a model file: the network, ready to detect, on the GPU if there is one; and the file's content.
+    """The network of a model file, ready to detect and on the GPU if there is one, and the file's content.
 
     Raises:
         UserError: if the file cannot be used; the message names it and says why.
@@ -34,7 +34,7 @@ def load_model(path: Path) -> tuple[Any, Checkpoint]:
 
 
 def load_published(builder: str, weights: str) -> tuple[Any, Checkpoint]:
-    """Load torchvision's published weights, which torchvision downloads: the network, ready to detect; and its classes.
+    """A network with torchvision's published weights, ready to detect, and its classes. torchvision downloads them.
 
     The network is on the GPU if there is one. Its labels are COCO's category ids, 1 to 90 with gaps: label 0 and the
     labels in the gaps are never found.
