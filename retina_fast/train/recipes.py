@@ -141,7 +141,8 @@ class Recipe:
 _WARMUP_EPOCHS = 2000 / 463  # 2,000 steps of 256 images, 463 of which are an epoch of COCO
 
 
-def _published(epochs: int, scales: tuple[float, float], **changes: Any) -> Recipe:
+def _spinenet(epochs: int, scales: tuple[float, float], **changes: Any) -> Recipe:
+    """A protocol of SpineNet with so many epochs, and scales between which images are jittered."""
     lr = changes.pop("lr", 0.28)
     drops = {1 - 30 / epochs: 0.1, 1 - 10 / epochs: 0.01}
     return Recipe(
@@ -163,7 +164,7 @@ def _published(epochs: int, scales: tuple[float, float], **changes: Any) -> Reci
 
 
 _SWISH = {"bg_iou_thresh": 0.5, "detections_per_img": 100, "activation": "silu", "stochastic_depth": 0.2}
-_C = functools.partial(_published, epochs=500, scales=(0.5, 2.0), kwargs=_SWISH, model="retinanet_spinenet*")
+_SPINENET_C = functools.partial(_spinenet, epochs=500, scales=(0.5, 2.0), kwargs=_SWISH, model="retinanet_spinenet*")
 
 _TORCHVISION = functools.partial(
     Recipe,
@@ -209,10 +210,10 @@ RECIPES = {
         kwargs={"min_size": list(range(480, 801, 32))},
         model="retinanet_resn*_fpn_v2",
     ),
-    "spinenet-b": _published(350, (0.5, 2.0)),
-    "spinenet-c": _C(),
-    "spinenet-c-143": _C(scales=(0.1, 1.9), kwargs=_SWISH | {"stochastic_depth": 0.16}),
-    "spinenet-c-190": _C(epochs=400, scales=(0.1, 1.9), lr=0.30),
+    "spinenet-b": _spinenet(350, (0.5, 2.0)),
+    "spinenet-c": _SPINENET_C(),
+    "spinenet-c-143": _SPINENET_C(scales=(0.1, 1.9), kwargs=_SWISH | {"stochastic_depth": 0.16}),
+    "spinenet-c-190": _SPINENET_C(epochs=400, scales=(0.1, 1.9), lr=0.30),
 }
 """Every recipe by its name."""
 

@@ -85,7 +85,7 @@ class RunFiles(L.Callback):
         assert isinstance(module, Detector)
         files = [target["path"] for target in batch[1]]
         lr = module.settings.lr * module.recipe.schedule(trainer.global_step, total=module.settings.total_steps)
-        note = functools.partial(self._note, module, trainer.global_step, lr, trainer.is_last_batch, files)
+        note = functools.partial(self._log_losses, module, trainer.global_step, lr, trainer.is_last_batch, files)
         self.late.add(outputs, note)
         stop = module.processes.any(self.stop.asked)
         if stop or trainer.is_last_batch:
@@ -97,9 +97,10 @@ class RunFiles(L.Callback):
             trainer.save_checkpoint(self.folder / "last.ckpt")
             raise Stopped
 
-    def _note(
+    def _log_losses(
         self, module: Detector, step: int, lr: float, last: bool, files: list[str], losses: dict[str, float]
     ) -> None:
+        """Logs a step's losses, means over the processes. Raises a UserError if they are not finite."""
         if not all(map(math.isfinite, losses.values())):
             values = ", ".join(f"{name} {value}" for name, value in losses.items())
             raise UserError(
@@ -118,11 +119,12 @@ class RunFiles(L.Callback):
             self._write_interval(trainer, module)
         trainer.save_checkpoint(self.folder / "last.ckpt")
         if module.processes.first:
-            self._keep_some(trainer.global_step)
+            self._keep_newest(trainer.global_step)
         if stop:
             raise Stopped
 
     def _write_interval(self, trainer: L.Trainer, module: Detector) -> None:
+        """Writes the validation into the log, draws the curves, and prints a line."""
         line = f"step {trainer.global_step}/{module.settings.total_steps}  {self.record.recent()}"
         if module.validated:
             self.record.add_validation(trainer.global_step, module.metrics)
@@ -151,7 +153,7 @@ class RunFiles(L.Callback):
                 shutil.copyfile(model, partial)
             self.improved = False
 
-    def _keep_some(self, step: int) -> None:
+    def _keep_newest(self, step: int) -> None:
         """Gives last.ckpt the second name step-N.ckpt, and removes all but the newest `keep` of these."""
         name = self.folder / f"step-{step:08}.ckpt"
         if self.keep > 1:

@@ -11,6 +11,8 @@ from torchvision.io import decode_image, write_png
 from typer.testing import CliRunner, Result
 
 from retina_fast import checkpoint, cli
+from retina_fast.data.coco import CocoDataset
+from retina_fast.train import TrainSettings
 from tests.conftest import write_shapes
 
 
@@ -196,6 +198,8 @@ def test_a_recipe_sets_what_is_not_given(data, tmp_path, monkeypatch):
         ("spinenet-b", 350 * 16 // 256 + 1, 256, 0.28),
         ("spinenet-b", 7, 64, 0.07),
     ]
+    in_python = TrainSettings("retinanet_spinenet49", recipe="spinenet-b").resolve(CocoDataset(data[1], data[3]))
+    assert seen[1] == in_python
     assert "there is no recipe 'best'; choose one of default, torchvision-v1" in problem(
         "train", *data, "--recipe", "best"
     )
