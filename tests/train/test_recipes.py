@@ -17,13 +17,7 @@ from retina_fast.train.detector import Detector
 from retina_fast.train.recipes import RECIPES, recipe_named
 from retina_fast.train.start import starting_network
 
-# published: steps, first and second drop, peak rate (tensorflow/tpu, 463 steps an epoch)
-SCHEDULES = {
-    "spinenet-b": (162_050, 148_160, 157_420, 0.28),
-    "spinenet-c": (231_500, 217_610, 226_870, 0.28),
-    "spinenet-c-143": (231_500, 217_610, 226_870, 0.28),
-    "spinenet-c-190": (185_200, 171_310, 180_570, 0.30),
-}
+NAMES = ["spinenet-b", "spinenet-c", "spinenet-c-143", "spinenet-c-190"]
 TINY = [[3, "residual", [0, 1], True], *([level, "residual", [level - 3, level - 2], True] for level in range(4, 8))]
 
 
@@ -35,17 +29,6 @@ def _one_thread(one_thread):
 @pytest.fixture
 def data(shapes) -> CocoDataset:
     return CocoDataset(*shapes)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_learning_rates_are_the_published_ones(name):
-    recipe, (total, first, second, peak) = recipe_named(name), SCHEDULES[name]
-    assert recipe.lr_at(256) == peak
-    rates = {step: peak * recipe.schedule(step, total=total) for step in
-             (0, 1000, 2000, 100_000, first - 1, first + 1, second - 1, second + 1, total - 1)}  # fmt: skip
-    low = 0.0067 * peak / 0.28
-    expected = [low, (low + peak) / 2, peak, peak, peak, peak / 10, peak / 10, peak / 100, peak / 100]
-    assert list(rates.values()) == pytest.approx(expected)
 
 
 def test_another_batch_sees_as_many_images():
@@ -61,16 +44,16 @@ def test_another_batch_sees_as_many_images():
 
 
 def test_decay_clipping_crops_and_models():
-    for name in SCHEDULES:
+    for name in NAMES:
         recipe = recipe_named(name)
         (optimizer,) = [recipe.optimizer([torch.nn.Parameter(torch.zeros(1))], lr=1.0)]
         assert type(optimizer) is torch.optim.SGD
         assert (optimizer.defaults["momentum"], recipe.weight_decay, recipe.gradient_norm) == (0.9, 4e-5, 10)
         assert (recipe.average, recipe.focal_gamma, recipe.kwargs["bg_iou_thresh"]) == (0, 1.5, 0.5)
-    scales = [recipe_named(name).augmentation.keywords["scales"] for name in SCHEDULES]  # type: ignore[attr-defined]
+    scales = [recipe_named(name).augmentation.keywords["scales"] for name in NAMES]  # type: ignore[attr-defined]
     assert scales == [(0.5, 2.0), (0.5, 2.0), (0.1, 1.9), (0.1, 1.9)]
-    assert [recipe_named(name).kwargs.get("stochastic_depth") for name in SCHEDULES] == [None, 0.2, 0.16, 0.2]
-    assert [recipe_named(name).kwargs.get("activation") for name in SCHEDULES] == [None, "silu", "silu", "silu"]
+    assert [recipe_named(name).kwargs.get("stochastic_depth") for name in NAMES] == [None, 0.2, 0.16, 0.2]
+    assert [recipe_named(name).kwargs.get("activation") for name in NAMES] == [None, "silu", "silu", "silu"]
 
 
 def test_the_box_loss_pulls_as_the_published_one_beyond_its_delta():

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -35,6 +34,7 @@ from retina_fast.train.settings import ResolvedSettings
 from retina_fast.train.start import starting_network
 from tests.cli.commands import Forked, finish, forked_by_srun
 from tests.conftest import imagenet, write_shapes
+from tests.train.test_schedules import published_rates
 
 V1, V2 = "torchvision-v1", "torchvision-v2"
 SIZES: dict[str, Any] = {V1: {"min_size": 96, "max_size": 160}, V2: {"min_size": [64, 80, 96], "max_size": 160}}
@@ -103,33 +103,6 @@ def published_model(recipe: str, **kwargs: Any) -> Any:
 
 def name_of(recipe: str) -> str:
     return "retinanet_resnet50_fpn" if recipe == V1 else "retinanet_resnet50_fpn_v2"
-
-
-def published_rates(lr: float, epoch_steps: int) -> Iterator[float]:
-    """Of each step, by the schedulers that torchvision's reference makes from `--epochs 26 --lr-steps 16 22`."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    drops = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[16, 22], gamma=0.1)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 1000, total_iters=min(1000, epoch_steps - 1))
-    for epoch in range(26):
-        for _ in range(epoch_steps):
-            yield optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            if epoch == 0:
-                warmup.step()
-        drops.step()
-
-
-@pytest.mark.parametrize("epoch_steps", [1500, 40])
-@pytest.mark.parametrize("recipe", [V1, V2])
-def test_the_rate_of_every_step_is_torchvisions(recipe, epoch_steps):
-    chosen = recipe_named(recipe)
-    lr = chosen.lr_at(16)
-    assert lr == {V1: 0.01, V2: 1e-4}[recipe]
-    total = chosen.steps_for(16 * epoch_steps + 9, 16)
-    rates = [lr * chosen.schedule(step, total=total) for step in range(total)]
-    assert rates == pytest.approx(list(published_rates(lr, epoch_steps)), rel=1e-9)
-    assert rates[0] == lr / 1000
-    assert rates[min(1000, epoch_steps - 1)] == lr
 
 
 @pytest.mark.usefixtures("_published")

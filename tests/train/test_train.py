@@ -5,7 +5,6 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +17,7 @@ from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
 from retina_fast.data.processes import ALONE
 from retina_fast.train import Stopped, TrainSettings, detector, train
-from retina_fast.train.averaging import Averaging
 from retina_fast.train.detector import Detector
-from retina_fast.train.late_losses import LateLosses
-from retina_fast.train.log import TrainLog
-from retina_fast.train.pace import Pace
-from retina_fast.train.schedules import warmup_cosine
 from retina_fast.train.settings import ResolvedSettings
 from retina_fast.train.start import starting_network
 from retina_fast.training_step import TrainingStep
@@ -149,44 +143,6 @@ def test_the_averaged_weights_are_written_and_validated(whole):
     assert model["backbone.body.bn1.num_batches_tracked"] == SETTINGS.steps
 
 
-def test_the_average_forgets_the_start_and_then_slowly():
-    network: Any = torch.nn.BatchNorm1d(3)
-    averaging: Any = Averaging(limit=0.998)
-    averaging._average_model = torch.optim.swa_utils.AveragedModel(network)
-    expected = torch.zeros(3)
-    for step in range(30):
-        with torch.no_grad():
-            network.weight.fill_(step**2)
-            network.num_batches_tracked.fill_(step)
-        averaging.on_train_batch_end(SimpleNamespace(global_step=step + 1), network, None, None, 0)
-        decay = (step + 1) / (step + 20) if step else 0
-        expected = decay * expected + (1 - decay) * step**2
-        torch.testing.assert_close(averaging._average_model.module.weight.detach(), expected)
-        assert averaging._average_model.module.num_batches_tracked == step
-    assert averaging._average_model.n_averaged == 30
-
-
-class OnGPU(torch.Tensor):
-    device = torch.device("cuda")
-
-
-def test_losses_on_a_gpu_are_read_when_the_next_step_is_queued(monkeypatch):
-    waited: list[str] = []
-    event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: waited.append("waited"))
-    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
-    late, seen = LateLosses(), list[dict[str, float]]()
-    for step in (1, 2):
-        late.add({"a": torch.tensor(float(step)).as_subclass(OnGPU)}, seen.append)
-        assert (len(seen), len(waited)) == (step - 1, step - 1)
-    late.read()
-    late.read()
-    assert seen == [{"a": 1.0}, {"a": 2.0}]
-    assert len(waited) == 2
-
-
 def test_crops_of_one_size_are_trained_by_replays(data, tmp_path, monkeypatch):
     settings = replace(SETTINGS, bf16=False)  # float32, in which two runs stay together
     run(data, tmp_path / "plain", settings=settings)
@@ -225,14 +181,6 @@ def test_norms_and_biases_do_not_decay(data):
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
     assert all(p.ndim == 4 for p in decayed["params"])
     assert all(p.ndim == 1 for p in free["params"])
-
-
-def test_learning_rate_rises_and_falls_to_a_hundredth():
-    rates = [warmup_cosine(step, 100) for step in range(100)]
-    assert rates.index(max(rates)) in (4, 5)
-    assert max(rates) == 1
-    assert rates[-1] == pytest.approx(0.01, abs=1e-3)
-    assert [warmup_cosine(0, total) for total in (1, 2)] == [1, 1]
 
 
 def test_a_loss_that_is_not_finite_names_step_and_images(data, tmp_path, monkeypatch):
@@ -308,29 +256,6 @@ def test_tensorboard_shows_what_the_log_has(whole):
         assert [step for step, _ in shown] == [step for step, _ in logged]
         assert [value for _, value in shown] == pytest.approx([value for _, value in logged], rel=1e-6)
         assert logged
-
-
-def test_half_a_row_of_the_log_is_dropped(tmp_path):
-    log = TrainLog(tmp_path)
-    log.resume(0)
-    for step in (20, 40):
-        log.add(step, {"classification": 1.0, "bbox_regression": 2.0}, {"lr": 0.1}, last=False)
-    text = (tmp_path / "log.csv").read_text()
-    (tmp_path / "log.csv").write_text(text.rstrip()[:-8])
-    log = TrainLog(tmp_path)
-    log.resume(40)
-    assert [row["step"] for row in log.rows] == [20]
-    assert (tmp_path / "log.csv").read_text().splitlines() == text.splitlines()[:2]
-
-
-def test_pace_counts_images_and_waiting_and_not_what_came_before():
-    pace = Pace(images=8)
-    for start in (0.0, 100.0):
-        pace.begin(now=start)
-        for step in range(3):
-            pace.step_begins(now=start + step + 0.25)
-            pace.step_ends(now=start + step + 1)
-        assert (pace.images_per_second, pace.waiting) == (8, 0.25)
 
 
 def test_validation_data_must_have_the_same_classes(data, shapes, tmp_path):
