@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from retina_fast.device import to_device
+from retina_fast.device import stream_id, to_device
 from retina_fast.stock import is_stock
 
 _KEPT = 16  # sizes a generator; 3.2 MB each at 800x1344
@@ -62,7 +62,8 @@ def shared_anchors(generator: AnchorGenerator, batch: Tensor, features: Sequence
     device = features[0].device
     if torch.compiler.is_compiling():  # sizes may be symbols there, and the graph is what is kept
         return _anchors([cell.to(device) for cell in cells], batch.shape[-2:], grids)
-    key = (*batch.shape[-2:], grids, device, cell_versions(generator))
+    # A stream must not read what another one may still be writing.
+    key = (*batch.shape[-2:], grids, device, stream_id(device), cell_versions(generator))
     cache = _CACHES.setdefault(generator, OrderedDict())
     kept = cache.pop(key, None)
     if kept is None or kept.version != kept.anchors._version:  # a caller may have changed what it was given

@@ -8,7 +8,7 @@ import torch
 from torchvision.models.detection import retinanet as tv
 
 from retina_fast.backbones.frozen_norm import as_torchvision
-from retina_fast.model import RetinaNet, identity
+from retina_fast.model import RetinaNet, lay_out
 
 
 @functools.cache
@@ -55,7 +55,8 @@ def from_torchvision(model: tv.RetinaNet) -> RetinaNet:
     for name, value in vars(model).items():
         fast.__dict__[name] = value.copy() if isinstance(value, dict) else value
     _rebind_hooks(fast, model)
-    return fast._apply(identity)
+    lay_out(fast)
+    return fast
 
 
 def to_torchvision(model: RetinaNet) -> tv.RetinaNet:

@@ -1,5 +1,7 @@
 """Between the host and the device: uploads that do not wait, reads that come late, and the dtype to compute in."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,41 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+def stream_id(device: torch.device) -> int:
+    """Which stream of the device is the current one; 0 on a CPU, and where CUDA is not in use."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return 0
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+class Uploads:
+    """Copies images to a device so that host memory may be refilled as soon as a call returns.
+
+    Copies out of pinned memory run on a stream of their own: the host waits for them alone, and not for the work that
+    the device was given before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    def to_device(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """The images on the device, ready for the current stream."""
+        if self._device.type != "cuda" or not any(image.device.type == "cpu" and image.is_pinned() for image in images):
+            return [image.to(self._device, non_blocking=True) for image in images]
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            copies = [image.to(self._device, non_blocking=True) for image in images]
+            copied = self._stream.record_event()
+        current.wait_event(copied)
+        for copy in copies:
+            copy.record_stream(current)  # its memory must not serve again while the current stream reads it
+        copied.synchronize()
+        return copies
 
 
 class LateRead:

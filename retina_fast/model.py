@@ -24,7 +24,7 @@ from retina_fast.forward import Batch, HeadOutputs, Images, Sizes, Targets
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE
 from retina_fast.kernels.levels import count_anchors
 from retina_fast.losses import detection_losses
-from retina_fast.stock import is_stock, overrides
+from retina_fast.stock import has_stock_detection_functions, has_stock_loss_functions, is_stock, overrides
 from retina_fast.targets import GroundTruths, TargetCheck, gather_targets, target_check
 from retina_fast.transform import RetinaNetTransform, check_images, is_stock_transform, resize_batch, size_rows
 
@@ -124,11 +124,11 @@ class RetinaNet(tv.RetinaNet):
             _skip_resize=plain._skip_resize,
             image_scale=kwargs.get("image_scale", 1.0),
         )
-        self._apply(identity)
+        lay_out(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RetinaNet":
         super()._apply(fn, recurse)
-        super()._apply(_channels_last_on_gpu, recurse)
+        lay_out(self)
         return self
 
     def forward(self, images: Images, targets: Targets | None = None) -> Any:
@@ -139,6 +139,7 @@ class RetinaNet(tv.RetinaNet):
             targets: in training, B dicts with ``boxes`` (N, 4) xyxy pixels and ``labels`` (N,) integers in [0, K). In
                 evaluation they are not needed; only the boxes are then checked.
         """
+        _refuse_tracing()
         if self.training and targets is None:
             raise AssertionError("targets should not be none when in training mode")
         if targets is not None and not self.training:
@@ -161,10 +162,14 @@ class RetinaNet(tv.RetinaNet):
         """The detections of ``forward`` for a batch ``(B, 3, H, W)``, padded to ``detections_per_img`` or, where that
         is more, to the most candidates there can be.
 
+        Args:
+            batch: images of one size, values in [0, 1].
+
         Raises:
             TypeError, ValueError: if the batch is no tensor, or not 4-D.
             RuntimeError: in training mode, where a forward pass would move the BatchNorm statistics.
         """
+        _refuse_tracing()
         if not isinstance(batch, Tensor):
             raise TypeError(f"batch must be a Tensor (B, C, H, W), got {type(batch)}: a list is for the model itself")
         if batch.dim() != 4:
@@ -195,7 +200,8 @@ class RetinaNet(tv.RetinaNet):
         fresh = tv.RetinaNetClassificationHead(old.in_channels, head.num_anchors, num_classes).cls_logits
         head.cls_logits = fresh.to(old.weight.device, old.weight.dtype)
         head.num_classes = num_classes
-        return self._apply(identity)
+        lay_out(self)
+        return self
 
     def compute_loss(
         self, targets: Targets, head_outputs: Mapping[str, Any], anchors: Sequence[Tensor] | Tensor
@@ -217,19 +223,25 @@ class RetinaNet(tv.RetinaNet):
         self, head_outputs: Mapping[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: Sizes
     ) -> list[dict[str, Tensor]]:
         """Detections in the pixels of the batch, from lists of levels ``(B, N_l, C)`` and, an image, ``(N_l, 4)``."""
-        if not _is_stock_coder(self.box_coder):
+        if not self._has_stock_postprocessing():
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
         outputs = network.head_outputs(self.head, head_outputs, torch.stack([torch.cat(levels) for levels in anchors]))
         sizes = to_device(torch.tensor(image_shapes), outputs.anchors.device)
         return detect(outputs, sizes, sizes, Thresholds.of(self)).to_list()
 
     def __prepare_scriptable__(self) -> NoReturn:
-        raise NotImplementedError("retina_fast.RetinaNet cannot be scripted: TorchScript is no longer developed")
+        raise NotImplementedError(
+            "retina_fast.RetinaNet cannot be scripted: TorchScript is no longer developed; see retina_fast.export"
+        )
 
-    # Steps of the way through, and which path runs. TrainingStep and the engine take them, too.
+    # The steps of a forward pass, which TrainingStep takes as well, and which of the two paths each step runs.
 
     def make_batch(self, images: Images, targets: Targets | None) -> Batch:
-        """Check images and targets, and decide the size of each image in the batch; see forward.py."""
+        """Check images and targets, and decide the size of each image in the batch.
+
+        Raises:
+            What ``forward`` raises for images and targets that cannot be meant.
+        """
         # torchvision's transform resizes masks and keypoints, which a loss of the user's own may read.
         whole = (
             targets is not None and not self.uses_fast_losses() and any({"masks", "keypoints"} & {*t} for t in targets)
@@ -263,13 +275,13 @@ class RetinaNet(tv.RetinaNet):
             self.transform.training = training
 
     def uses_fast_losses(self) -> bool:
-        """Whether the losses are this package's: the user has overridden neither them nor a part that they are."""
+        """Whether this package's losses run: neither ``compute_loss`` nor a part that it uses is a user's own."""
         return not overrides(self, RetinaNet, "compute_loss") and self._has_stock_losses()
 
     def uses_fast_detections(self) -> bool:
-        """Whether the postprocessing is this package's: the user has overridden neither it nor the box coder."""
+        """Whether this package's postprocessing runs: neither it nor the box coder is a user's own."""
         return (
-            _is_stock_coder(self.box_coder)
+            self._has_stock_postprocessing()
             and not overrides(self, RetinaNet, "postprocess_detections")
             and isinstance(self.transform, GeneralizedRCNNTransform)
             and not overrides(self.transform, GeneralizedRCNNTransform, "postprocess")
@@ -290,13 +302,18 @@ class RetinaNet(tv.RetinaNet):
         return super().compute_loss(_with_truths(targets, truths), outputs.joined(), anchors)
 
     def _has_stock_losses(self) -> bool:
-        """Whether the heads' losses, their box coder and the matcher are torchvision's own."""
+        """Whether the heads' losses, their box coder, the matcher and what they call are torchvision's own."""
         head = self.head
-        if not isinstance(head, tv.RetinaNetHead) or overrides(head, tv.RetinaNetHead, "compute_loss"):
+        if (
+            not has_stock_loss_functions()
+            or not isinstance(head, tv.RetinaNetHead)
+            or overrides(head, tv.RetinaNetHead, "compute_loss")
+        ):
             return False
         classification, regression = head.classification_head, head.regression_head
         return (
-            isinstance(classification, tv.RetinaNetClassificationHead)
+            has_stock_loss_functions()
+            and isinstance(classification, tv.RetinaNetClassificationHead)
             and not overrides(classification, tv.RetinaNetClassificationHead, "compute_loss")
             and isinstance(regression, tv.RetinaNetRegressionHead)
             and not overrides(regression, tv.RetinaNetRegressionHead, "compute_loss")
@@ -304,27 +321,38 @@ class RetinaNet(tv.RetinaNet):
             and is_stock(self.proposal_matcher, Matcher, "__call__", "set_low_quality_matches_")
         )
 
+    def _has_stock_postprocessing(self) -> bool:
+        """Whether the box coder, and what the postprocessing calls, are torchvision's own."""
+        return _is_stock_coder(self.box_coder) and has_stock_detection_functions()
+
     def _padded_detections(self, batch: Batch, outputs: HeadOutputs) -> Detections:
         device = outputs.anchors.device
         sizes = (to_device(torch.tensor(sizes), device) for sizes in (batch.image_sizes, batch.original_sizes))
         return detect(outputs, *sizes, Thresholds.of(self))
 
     def _detect_alike(self, images: Tensor) -> Detections:
-        """The detections of images of one size, which no list holds: one graph for any number of them."""
+        """The detections of a batch of images of one size: no list of images, so that one graph serves any number."""
         check_images(images[:1], max(len(self.transform.image_mean), len(self.transform.image_std)))
         pixels, image_sizes = resize_batch(self.transform, images)
         outputs = network.run_network(self, pixels)
         return detect(outputs, image_sizes, size_rows(images, *images.shape[2:]), Thresholds.of(self))
 
 
-def identity(tensor: Tensor) -> Tensor:
-    """The tensor itself: ``model._apply(identity)`` lays out the weights again after a part was replaced."""
-    return tensor
+def lay_out(model: nn.Module) -> None:
+    """Bring the 4-D weights that lie on a GPU, and their gradients, into channels_last memory, in place."""
+    for weight in (*model.parameters(), *model.buffers()):
+        for tensor in (weight, weight.grad):
+            if tensor is not None and tensor.is_cuda and tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
-def _channels_last_on_gpu(tensor: Tensor) -> Tensor:
-    on_gpu = tensor.is_cuda and tensor.dim() == 4
-    return tensor.contiguous(memory_format=torch.channels_last) if on_gpu else tensor
+def _refuse_tracing() -> None:
+    """Refuse torch.jit.trace and torch.onnx.export(dynamo=False): a trace would hold the count of one image."""
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "retina_fast.RetinaNet cannot be traced by torch.jit.trace or torch.onnx.export(dynamo=False): "
+            "retina_fast.export writes ONNX, torch.export and AOTInductor files"
+        )
 
 
 def _with_truths(targets: Targets, truths: GroundTruths) -> list[dict[str, Tensor]]:

@@ -1,11 +1,17 @@
 """The operations for people with a detector of their own.
 
-``sigmoid_focal_loss``, ``nms`` and ``batched_nms`` have torchvision.ops' signatures. The native ones beside them take
-integer labels, levels as the heads wrote them, and padded batches.
+``sigmoid_focal_loss``, ``nms`` and ``batched_nms`` have torchvision.ops' signatures and errors, and may stand in
+torchvision.ops' own place. The native ones beside them take integer labels, levels as the heads wrote them, and padded
+batches.
+
+What torchvision takes and these kernels do not (quantized boxes), and what it refuses, goes to torchvision's own
+function. TorchScript and ONNX export are given torchvision's operator, which they know.
 """
 
 import torch
 from torch import Tensor
+from torchvision.ops.boxes import batched_nms as torchvision_batched_nms
+from torchvision.ops.boxes import nms as torchvision_nms
 
 from retina_fast.kernels.anchor_matching import Matches, anchor_matching
 from retina_fast.kernels.batched_nms import Kept, nms_image
@@ -43,7 +49,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         iou_threshold: a box goes when its IoU with a better kept one is strictly above.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        RuntimeError: if the shapes or dtypes do not fit, as torchvision's.
 
     Example::
 
@@ -51,21 +57,25 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         >>> nms(torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8], [20, 20, 29, 29]]), torch.tensor([0.5, 0.9, 0.1]), 0.5)
         tensor([1, 2])
     """
-    _check_boxes(boxes, scores)
-    return _suppress(boxes, scores, None, iou_threshold)
+    if not torch.jit.is_scripting():
+        return _nms(boxes, scores, iou_threshold)
+    return torch.ops.torchvision.nms(boxes, scores, iou_threshold)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """torchvision.ops.batched_nms, exact per class whatever the boxes' dtype and size.
 
+    In TorchScript and in ONNX files classes are kept apart by offsets, as torchvision has it: only there may two boxes
+    whose IoU lies within a rounding of the threshold go either way.
+
     Args:
         boxes: ``(N, 4)`` xyxy.
         scores: ``(N,)``.
-        idxs: ``(N,)`` integer classes: boxes of different ones do not suppress each other.
+        idxs: ``(N,)`` classes: boxes of different ones do not suppress each other.
         iou_threshold: a box goes when its IoU with a better kept one of its class is strictly above.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        RuntimeError: if the shapes or dtypes do not fit, as torchvision's.
 
     Example::
 
@@ -74,23 +84,58 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         >>> batched_nms(boxes, torch.tensor([0.5, 0.9, 0.1]), torch.tensor([0, 0, 1]), 0.5)
         tensor([1, 2])
     """
-    _check_boxes(boxes, scores)
-    if idxs.shape != scores.shape:
-        raise ValueError(f"idxs must be (N,) = {tuple(scores.shape)}, got {tuple(idxs.shape)}")
-    return _suppress(boxes, scores, idxs, iou_threshold)
+    if not torch.jit.is_scripting():
+        return _batched_nms(boxes, scores, idxs, iou_threshold)
+    return _nms_by_offsets(boxes, scores, idxs, iou_threshold)
 
 
-def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float) -> Tensor:
+def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    if _is_scripted_or_onnx() or not _is_served(boxes, scores, iou_threshold):
+        return torchvision_nms(boxes, scores, iou_threshold)
+    return _nms_op(boxes.detach(), scores.detach(), None, iou_threshold)
+
+
+def _batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    if _is_scripted_or_onnx():
+        return _nms_by_offsets(boxes, scores, idxs, iou_threshold)
+    if not torch.compiler.is_compiling() and not boxes.numel():  # whatever the other arguments are
+        return torch.empty(0, dtype=torch.int64, device=boxes.device)
+    if not _is_served(boxes, scores, iou_threshold) or idxs.shape != scores.shape:
+        return torchvision_batched_nms(boxes, scores, idxs, iou_threshold)
+    return _nms_op(boxes.detach(), scores.detach(), idxs, iou_threshold)
+
+
+def _is_scripted_or_onnx() -> bool:
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+
+
+def _is_served(boxes: Tensor, scores: Tensor, iou_threshold: float) -> bool:
+    """Whether shapes and dtypes are such that this package's suppression takes them."""
+    fits = boxes.dim() == 2 and boxes.shape[1] == 4 and scores.shape == boxes.shape[:1]
+    floats = boxes.is_floating_point() and boxes.dtype == scores.dtype
+    return fits and floats and isinstance(iou_threshold, int | float)
+
+
+@torch.library.custom_op("retina_fast::nms", mutates_args=())
+def _nms_op(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:
+    """Positions (D,) of the kept boxes, best first; how many there are is the shape, which the host must know."""
+    if idxs is not None and (idxs.is_floating_point() or idxs.dtype == torch.bool):
+        idxs = idxs.unique(return_inverse=True)[1]
     if not boxes.is_cuda:
-        return nms_image(boxes, scores, labels, iou_threshold)
+        return nms_image(boxes, scores, idxs, iou_threshold)
     counts = torch.full((1,), len(boxes), device=boxes.device)
-    labels = None if labels is None else labels[None]
-    kept = padded_batched_nms(boxes[None], scores[None], labels, counts, iou_threshold, len(boxes))
-    return kept.positions[0, : int(kept.counts)]  # how many there are is the shape: the host must know
+    idxs = None if idxs is None else idxs[None]
+    kept = padded_batched_nms(boxes[None], scores[None], idxs, counts, iou_threshold, len(boxes))
+    return kept.positions[0, : int(kept.counts)].clone()
 
 
-def _check_boxes(boxes: Tensor, scores: Tensor) -> None:
-    if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes must be (N, 4), got {tuple(boxes.shape)}")
-    if scores.shape != boxes.shape[:1]:
-        raise ValueError(f"scores must be (N,) = ({len(boxes)},), got {tuple(scores.shape)}")
+@_nms_op.register_fake
+def _(boxes, scores, idxs, iou_threshold):
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(min=0), dtype=torch.int64)
+
+
+def _nms_by_offsets(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    """Classes moved apart, so that one suppression serves all of them; also for N = 0."""
+    ends = torch.cat((boxes.reshape(-1), torch.zeros(1, dtype=boxes.dtype, device=boxes.device)))
+    offsets = idxs.to(boxes.dtype).reshape(-1) * (ends.max() - ends.min() + 1.0)
+    return torch.ops.torchvision.nms(boxes.reshape(-1, 4) + offsets[:, None], scores.reshape(-1), iou_threshold)

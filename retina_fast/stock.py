@@ -1,10 +1,17 @@
-"""Whether a part of a model is torchvision's own, so that the fast path may stand in for it.
+"""Whether a part of a model is torchvision's own, so that the fast path may run in its place.
 
-A user may replace or override any part; then their code runs. A part is stock while its class is torchvision's, none of
-the named methods is overridden, on the class or on the object, and no hook waits for it to be called.
+A user may replace or override any part of a model; then the user's code runs. A part counts as torchvision's own
+("stock") while its class is torchvision's, none of the named methods is overridden, neither in a subclass nor on the
+object, and it has no hooks.
 """
 
+from typing import Any
+
+import torchvision
 from torch import nn
+from torchvision.models.detection import retinanet as tv
+
+from retina_fast import ops
 
 
 def is_stock(part: object, cls: type, *methods: str) -> bool:
@@ -30,3 +37,27 @@ def has_hooks(module: nn.Module) -> bool:
 def overrides(model: nn.Module, base: type, method: str) -> bool:
     """Whether ``model``, by its class or by an attribute of its own, has another ``method`` than ``base``."""
     return method in vars(model) or getattr(type(model), method) is not getattr(base, method)
+
+
+# The functions that torchvision's RetinaNet calls, where it looks them up, and what computes the same.
+_LOSS_FUNCTIONS: list[tuple[Any, str, tuple[Any, ...]]] = [
+    (tv, "sigmoid_focal_loss", (tv.sigmoid_focal_loss, ops.sigmoid_focal_loss)),
+    (tv, "_box_loss", (tv._box_loss,)),
+    (tv.box_ops, "box_iou", (tv.box_ops.box_iou,)),
+]
+_NMS = (torchvision.ops.boxes.batched_nms, torchvision.ops.boxes._batched_nms_vanilla, ops.batched_nms)
+_DETECTION_FUNCTIONS: list[tuple[Any, str, tuple[Any, ...]]] = [
+    (tv.box_ops, "batched_nms", _NMS),
+    (tv.box_ops, "nms", (torchvision.ops.boxes.nms, ops.nms)),
+    (tv.box_ops, "clip_boxes_to_image", (torchvision.ops.boxes.clip_boxes_to_image,)),
+]
+
+
+def has_stock_loss_functions() -> bool:
+    """Whether nobody has replaced a function that torchvision's losses call, such as its ``sigmoid_focal_loss``."""
+    return all(getattr(module, name) in same for module, name, same in _LOSS_FUNCTIONS)
+
+
+def has_stock_detection_functions() -> bool:
+    """Whether nobody has replaced a function that torchvision's postprocessing calls, such as its ``batched_nms``."""
+    return all(getattr(module, name) in same for module, name, same in _DETECTION_FUNCTIONS)

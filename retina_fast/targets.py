@@ -48,9 +48,16 @@ def gather_targets(
         error = ValueError if len(targets) > num_images else IndexError
         raise error(f"targets has {len(targets)} entries for {num_images} images")
     for i, target in enumerate(targets):
-        _check_structure(i, target)
+        _check_boxes(i, target)
     counts = [len(target["boxes"]) for target in targets]
     boxes = torch.cat([target["boxes"].detach().float() for target in targets])  # cast first: cat would promote to fp16
+    try:
+        for i, target in enumerate(targets):
+            _check_labels(i, target)
+    except (KeyError, TypeError, IndexError, ValueError):
+        if check is not None:
+            check.refuse_boxes(boxes, counts)  # before any label, as torchvision does
+        raise
     labels = torch.cat([target["labels"] for target in targets])
     offsets = torch.tensor([0, *counts]).cumsum(0)
     if check is not None:
@@ -58,19 +65,24 @@ def gather_targets(
     return GroundTruths(to_device(boxes, device), to_device(labels, device).long(), to_device(offsets, device), counts)
 
 
-def _check_structure(i: int, target: Mapping[str, Tensor]) -> None:
+def _check_boxes(i: int, target: Mapping[str, Tensor]) -> None:
     if not hasattr(target, "keys"):
         raise TypeError(f"targets[{i}] must be a dict of boxes and labels, got a {type(target)}")
-    for key in ("boxes", "labels"):
-        if key not in target:
-            raise KeyError(f"targets[{i}] has no {key!r}; its keys are {sorted(target)}")
-    boxes, labels = target["boxes"], target["labels"]
+    if "boxes" not in target:
+        raise KeyError(f"targets[{i}] has no 'boxes'; its keys are {sorted(target)}")
+    boxes = target["boxes"]
     if not isinstance(boxes, Tensor):
         raise AssertionError(f"Expected target boxes to be of type Tensor: targets[{i}]['boxes'] is a {type(boxes)}.")
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise AssertionError(
             f"Expected target boxes to be a tensor of shape [N, 4]: targets[{i}]['boxes'] is {tuple(boxes.shape)}."
         )
+
+
+def _check_labels(i: int, target: Mapping[str, Tensor]) -> None:
+    if "labels" not in target:
+        raise KeyError(f"targets[{i}] has no 'labels'; its keys are {sorted(target)}")
+    boxes, labels = target["boxes"], target["labels"]
     if not isinstance(labels, Tensor):
         raise TypeError(f"targets[{i}]['labels'] must be a Tensor, got a {type(labels)}")
     integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
@@ -115,6 +127,11 @@ class TargetCheck:
             return
         self.raise_pending()
         self._pending.append(_Pending(self.step, LateRead(found), boxes, labels, counts))
+
+    def refuse_boxes(self, boxes: Tensor, counts: list[int]) -> None:
+        """Raise the error of the first wrong box, at once; labels are not looked at."""
+        labels = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+        self._raise(int(first_error(boxes, labels, None)), boxes, labels, counts, "")
 
     @contextmanager
     def same_step(self) -> Iterator[None]:

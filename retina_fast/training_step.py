@@ -38,7 +38,7 @@ class _Graph(NamedTuple):
     graph: Any
     shape: tuple[int, ...]  # of the batch
     settings: Any
-    held: list[Any]  # what settings name by their ids, and the anchors, which the cache may drop
+    kept_alive: list[Any]  # what settings name by their ids, and the anchors, which the cache may drop
     table: Tensor  # where the images are
     buffers: Batch  # the padded batch and the ground truths that the graph reads
     names: list[str]
@@ -219,12 +219,12 @@ class TrainingStep:
         table = to_device(image_table(example.images, example.image_sizes), device)
         transform = self.model.transform
         constants = transform.image_mean, transform.image_std
-        held: list[Any] = []
+        kept_alive: list[Any] = []
 
         def forward() -> Losses:
             launch_image_batch(table, pixels, image_dtype, *constants)
             outputs = network.run(self.model, buffers)
-            held.append(outputs.anchors)
+            kept_alive.append(outputs.anchors)
             return self.model.losses_of(buffers, outputs)
 
         def step() -> tuple[list[str], Tensor]:
@@ -240,9 +240,9 @@ class TrainingStep:
                 "the training step could not be captured as a CUDA graph: a part of the model or of the optimizer "
                 "reads a value on the host, or copies to or from it"
             ) from error
-        held += [*self.model.modules(), *self._lrs, *self.model.anchor_generator.cell_anchors]
-        held += [value for state in self.optimizer.state.values() for value in state.values()]
-        return _Graph(graph, shape, settings, held, table, buffers, names, losses)
+        kept_alive += [*self.model.modules(), *self._lrs, *self.model.anchor_generator.cell_anchors]
+        kept_alive += [value for state in self.optimizer.state.values() for value in state.values()]
+        return _Graph(graph, shape, settings, kept_alive, table, buffers, names, losses)
 
     def _replay(self, graph: _Graph, batch: Batch) -> Losses:
         buffers, truths = graph.buffers.truths, batch.truths

@@ -76,13 +76,21 @@ def check_images(images: Sequence[Tensor] | Tensor, channels: int, take_uint8: b
 
 
 def resized_size(transform: GeneralizedRCNNTransform, height: int, width: int) -> tuple[int, int]:
-    """The (height, width) an image is resized to; in training with several min_size one is drawn."""
+    """The (height, width) an image is resized to.
+
+    In training one of the ``min_size`` is drawn. As in torchvision the draw comes from torch's CPU generator even where
+    there is one size, so that the same seed leaves the same random numbers to shuffling, augmentation and dropout.
+    """
     if transform.training and transform._skip_resize:
         return height, width
+    sizes = transform.min_size
+    min_size = sizes[-1]
+    if transform.training and len(sizes) > 1:
+        min_size = transform.torch_choice(sizes)
+    elif transform.training:
+        torch.empty(1).uniform_(0.0, 1.0)  # torchvision's draw, whose value decides nothing
     if transform.fixed_size is not None:
         return transform.fixed_size[1], transform.fixed_size[0]
-    sizes = transform.min_size
-    min_size = transform.torch_choice(sizes) if transform.training and len(sizes) > 1 else sizes[-1]
     if min_size is None:
         return round(height * transform.image_scale), round(width * transform.image_scale)
     scale = min(min_size / min(height, width), transform.max_size / max(height, width))

@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 
 from torchvision.io import write_png
 
+torch.backends.cudnn.allow_tf32 = False  # tolerances are those of float32
+
 _LONGEST = [
     "test_static",
     "test_processes",

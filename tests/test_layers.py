@@ -13,12 +13,13 @@ ROOT = Path(__file__).parents[1]
 # From low to high. A module imports only modules of lower rows, and of its own where there is no circle.
 LAYERS = (
     "kernels",
-    "stock device data.errors data.files",
+    "ops device data.errors data.files",
+    "stock",
     "targets transform anchors heads backbones",
     "forward",
     "losses detections",
     "model",
-    "convert builders cuda_graph training_step ops",
+    "convert builders cuda_graph training_step",
     "data",
     "checkpoint",
     "deploy",

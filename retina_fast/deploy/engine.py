@@ -11,6 +11,7 @@ import copy
 import math
 import statistics
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from retina_fast.cuda_graph import CaptureStream
 from retina_fast.deploy.fold import count_norms, fold_batch_norm
 from retina_fast.deploy.report import Report, difference
 from retina_fast.detections import Detections, Thresholds, detect
-from retina_fast.device import best_dtype
+from retina_fast.device import Uploads, best_dtype
 from retina_fast.forward import Convs, Sizes, run_convs, run_network
 from retina_fast.kernels.compiler import HAS_TRITON
 from retina_fast.kernels.image_batch import batch_shape, image_batch, image_table, launch_image_batch
@@ -70,13 +71,15 @@ class Engine:
             self._convs += (torch.compile(run_convs, dynamic=False),)
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
         self._captures = CaptureStream(self._device, share_memory=True) if settings.graphs else None
+        self._uploads = Uploads(self._device)
 
     def __call__(self, images: Sequence[Tensor] | Tensor) -> list[dict[str, Tensor]]:
         """Detections in torchvision's form: a dict of ``boxes``, ``scores`` and ``labels`` an image.
 
         Args:
             images: B tensors ``(C, H, W)``, or one ``(B, C, H, W)``: floating point in [0, 1], or uint8 in [0, 255].
-                Those that lie on another device are copied to the engine's.
+                Those that lie on another device are copied to the engine's. Memory of the host, pinned or not, may be
+                refilled when the call returns; memory of the GPU when the stream has passed the call.
         """
         return self.detect(images).to_list()
 
@@ -91,7 +94,7 @@ class Engine:
             self._place,
             torch.autocast(self._device.type, enabled=False),
         ):
-            images = _of_one_dtype([image.detach().to(self._device, non_blocking=True) for image in images])
+            images = _of_one_dtype(self._uploads.to_device([image.detach() for image in images]))
             sizes = resized_sizes(transform, images)
             shape = batch_shape(images, sizes, constants, transform.size_divisible)
             return self._plan(shape, images, sizes)(images, sizes)
@@ -119,14 +122,22 @@ class Engine:
 
     def _candidates(self, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> list["Plan"]:
         """A plan for each way to run the convs, timed where there are several."""
-        plans = [Plan(self.model, convs, shape, images[0].dtype, self.settings) for convs in self._convs]
-        for plan in plans:
-            plan.make(images, sizes, self._captures)
-            if len(plans) > 1:
+        eager, *compiled = (Plan(self.model, convs, shape, images[0].dtype, self.settings) for convs in self._convs)
+        eager.make(images, sizes, self._captures)
+        if not compiled:
+            return [eager]
+        eager.seconds = _seconds(eager, images, sizes)
+        try:
+            for plan in compiled:
+                plan.make(images, sizes, self._captures)
                 plan.seconds = _seconds(plan, images, sizes)
-        if len(plans) > 1:
-            self.report.compiled[shape] = plans[1].seconds / plans[0].seconds
-        return plans
+                self.report.compiled[shape] = plan.seconds / eager.seconds
+        except Exception as error:  # whatever the compiler raises, the eager plan is there
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            self.report.not_compiled[shape] = f"{type(error).__name__}: {reason}"
+            warnings.warn(f"torch.compile failed at {shape}, the engine runs eagerly: {reason}", stacklevel=2)
+            return [eager]
+        return [eager, *compiled]
 
 
 class Plan:
@@ -277,7 +288,7 @@ def compile_inference(
         features, returned = run_convs(own, sample)
         return [*features, *(level for output in returned.values() for level in output)]
 
-    with torch.no_grad():
+    with torch.no_grad(), timed_convs():  # else cuDNN would keep what its heuristics chose for these shapes
         folded = fold_batch_norm(own, outputs)
     own = own.to(dtype=dtype, memory_format=torch.channels_last)
     graphs = device.type == "cuda" and HAS_TRITON and max_shapes > 0
@@ -285,5 +296,6 @@ def compile_inference(
     engine = Engine(own, settings, Report(str(device), dtype, graphs, max_shapes, norms, folded))
     if len(images):
         plain = copy.deepcopy(model).eval() if model.training else model
-        engine.report.difference = difference(plain, own, images)
+        with timed_convs():
+            engine.report.difference = difference(plain, own, images)
     return engine

@@ -4,17 +4,19 @@ What belongs together is found by running the model, not by names or order of re
 input is, every time, what one conv has just returned, and every output of that conv goes to it. Works for any trunk.
 """
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops.misc import FrozenBatchNorm2d
+from torchvision.ops import misc
 
+from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d
 from retina_fast.stock import has_hooks
 
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, misc.FrozenBatchNorm2d, FrozenBatchNorm2d)
 _LARGEST_CHANGE = 1e-3  # relative norm, of any output of a folded model in float32; rounding alone makes 1e-6
 
 
@@ -41,6 +43,23 @@ def fold_batch_norm(model: nn.Module, run: Callable[[], Sequence[Tensor]]) -> in
         >>> model[1]
         Identity()
     """
+    with without_tf32():
+        return _fold_all(model, run)
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convs and products of float32 are computed in float32: TF32 alone changes an output by more than is allowed."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def _fold_all(model: nn.Module, run: Callable[[], Sequence[Tensor]]) -> int:
     names = {module: name for name, module in model.named_modules()}
     pairs, before = _pairs(model, run)
     old = [(conv.weight, conv.bias) for conv, _ in pairs]

@@ -42,6 +42,8 @@ class Report:
     difference: Difference | None = None
     compiled: dict[tuple[int, ...], float] = field(default_factory=dict)
     """Of each batch shape on which torch.compile was tried: its time over eager's; it is kept below 1."""
+    not_compiled: dict[tuple[int, ...], str] = field(default_factory=dict)
+    """Of each batch shape on which torch.compile failed: the error. The engine runs eagerly there."""
 
     def __str__(self) -> str:
         way = "one CUDA graph a batch shape" if self.graphs else "no CUDA graphs"
@@ -54,6 +56,10 @@ class Report:
             f"torch.compile at {'x'.join(map(str, shape))}: {ratio:.2f} of eager's time, "
             + ("kept" if ratio < 1 else "not kept")
             for shape, ratio in self.compiled.items()
+        ]
+        lines += [
+            f"torch.compile at {'x'.join(map(str, shape))}: failed, not kept ({reason})"
+            for shape, reason in self.not_compiled.items()
         ]
         if self.difference is None:
             lines.append("accuracy: not measured (give compile_inference some images)")

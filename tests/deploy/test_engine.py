@@ -1,8 +1,6 @@
-"""The engine against the model that it was made of; its cache of batch shapes; what it says and refuses."""
+"""The engine against the model that it was made of; what it says and refuses."""
 
 import copy
-import dataclasses
-import gc
 from pathlib import Path
 
 import pytest
@@ -11,28 +9,16 @@ from torch import nn
 from torchvision.io import decode_image
 from torchvision.models.detection import retinanet as tv
 
-from benchmarks.models.engine_soak import graphs_or_stand_ins, small_model, soak
+from benchmarks.models.engine_soak import small_model
 from retina_fast import RetinaNet, compile_inference, retinanet_resnet18_fpn_v2, retinanet_spinenet49s
-from retina_fast.deploy import engine
-from retina_fast.deploy.engine import Engine
 from retina_fast.detections import Detections
 from retina_fast.device import best_dtype
-from retina_fast.forward import run_convs
 from retina_fast.predict.load import TREES, load_model
+from tests.deploy.pictures import floats, images
 
 PHOTOGRAPH = Path(__file__).parents[2] / "demo" / "heldout.jpg"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def images(*sizes, dtype=torch.uint8):
-    generator = torch.Generator().manual_seed(0)
-    made = [torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for size in sizes]
-    return [image.float() / 255 for image in made] if dtype == torch.float32 else made
-
-
-def floats(images):
-    return [image.float() / 255 for image in images]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +83,7 @@ def test_the_model_is_left_as_it_was(photograph):
         own([photograph[:, :64, :64]])
 
 
-def test_torchvision_models_and_heads_of_the_users_own():
+def test_torchvision_models_and_heads_of_the_users_own(device):
     model = small_model()
     theirs = tv.RetinaNet(model.backbone, 3, anchor_generator=model.anchor_generator, head=model.head).eval()
     theirs.transform = model.transform
@@ -108,12 +94,14 @@ def test_torchvision_models_and_heads_of_the_users_own():
         def forward(self, x):
             return super().forward(x)
 
-    head = Head(8, 1, 3)
+    head = Head(8, 1, 3).to(device)
     head.load_state_dict(model.head.state_dict())
     own = RetinaNet(model.backbone, 3, anchor_generator=model.anchor_generator, head=head, score_thresh=0.3)
     own.transform = model.transform
     found = compile_inference(own.eval(), dtype=torch.float32)(batch)
-    torch.testing.assert_close(found[0]["boxes"], own(floats(batch))[0]["boxes"], rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        found[0]["boxes"], own(floats([image.to(device) for image in batch]))[0]["boxes"], rtol=0, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("size_divisible", [128, 32])  # the latter is less than the backbone needs
@@ -134,12 +122,12 @@ def test_spinenet(size_divisible):
     torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
 
 
-def test_evaluation_within_half_a_point_of_ap50(trees, photograph):
+def test_evaluation_within_half_a_point_of_ap50(trees, photograph, device):
     """The float32 model's confident detections stand for the truth; python -m demo.engine has the people's own."""
     pytest.importorskip("faster_coco_eval")
     from retina_fast.data.metrics import as_results, coco_metrics
 
-    (found,) = trees(floats([photograph]))
+    (found,) = trees(floats([photograph.to(device)]))
     confident = {key: value[found["scores"] > 0.3] for key, value in found.items()}
     boxes = as_results(confident, 1, [1])
     annotations = [
@@ -155,142 +143,6 @@ def test_evaluation_within_half_a_point_of_ap50(trees, photograph):
 
 
 _DTYPES = (torch.float32, torch.bfloat16)
-
-
-# Batch shapes
-
-
-@pytest.fixture
-def with_graphs():
-    """An engine that captures graphs, on a CPU stand-ins of them."""
-    with graphs_or_stand_ins():
-        made = compile_inference(small_model(), dtype=torch.float32, max_shapes=3)
-        yield Engine(made.model, dataclasses.replace(made.settings, graphs=True), made.report)
-
-
-def shapes(own):
-    return [key[-3:-1] for key in own.shapes()]
-
-
-def test_the_shape_used_longest_ago_goes(with_graphs):
-    for size in ((30, 30), (60, 30), (30, 60), (30, 30), (90, 90)):
-        with_graphs(images(size))
-    assert shapes(with_graphs) == [(32, 64), (32, 32), (96, 96)]
-    plan = with_graphs._plans[next(iter(with_graphs._plans))]
-    with_graphs(images((20, 50)))  # another size, the same shape: nothing is made anew
-    assert with_graphs._plans[list(with_graphs._plans)[-1]] is plan
-
-
-def test_shapes_that_went_are_freed(with_graphs):
-    gc.collect()
-    before = sum(type(thing) is engine.Plan for thing in gc.get_objects())
-    for n in range(1, 8):
-        with_graphs(images((30, 32 * n)))
-    gc.collect()
-    assert sum(type(thing) is engine.Plan for thing in gc.get_objects()) - before == 3
-
-
-def test_a_capture_that_fails_keeps_nothing_half_made(with_graphs, monkeypatch):
-    def fail(run, place):
-        raise torch.OutOfMemoryError
-
-    with_graphs(images((30, 30)))
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "captured", fail)
-        with pytest.raises(torch.OutOfMemoryError):
-            with_graphs(images((90, 90)))
-    assert shapes(with_graphs) == [(32, 32)]
-    assert len(with_graphs(images((90, 90)))[0]["boxes"])
-
-
-def test_random_batches_give_right_results_in_bounded_memory():
-    seen = soak(40, max_shapes=4)
-    assert seen["shapes"] > 8
-    assert seen["captures"] >= seen["shapes"]
-    assert seen["detections"] > 40
-
-
-def test_the_graph_reads_images_by_the_kernel(with_graphs, monkeypatch, device):
-    """The kernel itself in place of its stand-in."""
-    from retina_fast.kernels import image_batch
-
-    monkeypatch.setattr(engine, "launch_image_batch", image_batch.launch_image_batch)
-    monkeypatch.setattr(image_batch, "_ROWS", 32)
-    for batch in (images((20, 30), (32, 17)), images((9, 32), (30, 30))):
-        expected = with_graphs.model(floats([image.to(device) for image in batch]))
-        for found, image in zip(with_graphs(batch), expected, strict=True):
-            torch.testing.assert_close(found["boxes"], image["boxes"], rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("graphs", [False, True])
-def test_calls_in_and_out_of_inference_mode(graphs, with_graphs):
-    own = with_graphs if graphs else compile_inference(small_model(), dtype=torch.float32)
-    with torch.inference_mode():
-        (inside,) = own([image.clone() for image in images((30, 30))])
-    (outside,) = own(images((30, 30)))
-    torch.testing.assert_close(inside, outside)
-    outside["boxes"].add_(1)  # plain tensors
-    assert not outside["boxes"].is_inference()
-
-
-def test_no_shape_kept():
-    own = compile_inference(small_model(), dtype=torch.float32, max_shapes=0)
-    own(images((30, 30)))
-    assert not own.shapes()
-    assert not own.settings.graphs
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_graph_replay_equals_eager(dtype):
-    torch.manual_seed(0)
-    for model in (small_model(), retinanet_resnet18_fpn_v2(num_classes=5, min_size=256, score_thresh=0.005).cuda()):
-        graphs = compile_inference(model, dtype=dtype)
-        eager = compile_inference(model, dtype=dtype, max_shapes=0)
-        assert graphs.settings.graphs
-        for size in ((100, 120), (110, 115), (60, 90), (100, 120)):
-            batch = [image.cuda() for image in images(size, size)]
-            with engine.timed_convs():  # as capture does
-                expected = eager.detect(batch)
-            assert expected.counts.sum() > 0
-            torch.testing.assert_close(tuple(graphs.detect(batch)), tuple(expected), rtol=0, atol=1e-4)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_detect_waits_for_nothing():
-    own = compile_inference(small_model())
-    batch = [image.cuda() for image in images((100, 120), (60, 90))]
-    own.detect(batch)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        own.detect(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-# torch.compile
-
-
-def test_torch_compile_is_kept_where_it_is_faster(monkeypatch):
-    """Which of the two is chosen and said; compiling itself is tested where there is a compiler."""
-    calls = []
-
-    def slower(model, batch):
-        calls.append("compiled")
-        return run_convs(model, batch)
-
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: slower)
-    for faster in ("eager", "compiled"):
-        monkeypatch.setattr(
-            engine, "_seconds", lambda plan, *_, f=faster: 1.0 if (plan.convs is slower) == (f == "compiled") else 2.0
-        )
-        own = compile_inference(small_model(), dtype=torch.float32, try_compile=True)
-        own(images((30, 30)))
-        calls.clear()
-        own(images((30, 30)))
-        assert bool(calls) == (faster == "compiled")
-        assert ("not kept" in str(own)) == (faster == "eager")
-        assert "1x3x32x32" in str(own)
 
 
 # What it says and refuses

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torchvision.ops.misc import Conv2dNormActivation, FrozenBatchNorm2d
 
-from retina_fast import builders
+from retina_fast import builders, compile_inference
+from retina_fast.backbones import frozen_norm
 from retina_fast.deploy.fold import count_norms, fold_batch_norm
 
 
@@ -30,7 +31,7 @@ def folded_and_change(model, x):
     return folded, norms, float((model(x) - before).abs().max() / before.abs().max())
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d, frozen_norm.FrozenBatchNorm2d, nn.SyncBatchNorm])
 def test_kinds_of_norm(norm):
     model = with_statistics(Conv2dNormActivation(3, 6, norm_layer=norm, bias=True, groups=3))
     folded, norms, change = folded_and_change(model, torch.rand(2, 3, 9, 9))
@@ -54,6 +55,28 @@ def test_every_norm_of_a_trunk_is_folded(name):
         assert fold_batch_norm(model, lambda: list(trunk(x).values())) == norms > 15
         for old, new in zip(before, trunk(x).values(), strict=True):
             assert (new - old).norm() < 1e-5 * old.norm()
+
+
+@pytest.mark.parametrize(("name", "norms"), [("retinanet_resnet18_fpn", 20), ("retinanet_resnet50_fpn", 53)])
+def test_every_norm_of_a_pretrained_model_is_folded(name, norms):
+    """Such a model has frozen norms of this package's own class."""
+    model = with_statistics(builders.MODELS[name](num_classes=2, weights_backbone="IMAGENET1K_V1", _fetch=False))
+    assert f"BatchNorm folded into convs: {norms} of {norms}" in str(compile_inference(model, dtype=torch.float32))
+
+
+def test_outputs_are_compared_without_tf32(monkeypatch):
+    """On a GPU its error of 1.7e-3 would exceed what folding may change."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model, seen = with_statistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), []
+
+    def run():
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return [model(torch.ones(1, 3, 9, 9))]
+
+    with torch.no_grad():
+        assert fold_batch_norm(model, run) == 1
+    assert seen == [(False, False)] * 2
+    assert torch.backends.cudnn.allow_tf32
 
 
 class Branching(nn.Module):

@@ -48,6 +48,13 @@ def test_a_generator_of_the_users_own_may_give_every_image_others(generator):
     assert torch.equal(anchors, torch.stack((shared, shared + 1)))
 
 
+def test_streams_share_nothing(generator, made, monkeypatch):
+    for stream in (1, 2, 1, 2):
+        monkeypatch.setattr(module, "stream_id", lambda device, stream=stream: stream)
+        batch_anchors(generator, *case())
+    assert len(made) == 2
+
+
 def test_changes_are_seen(generator, made):
     first = batch_anchors(generator, *case()).clone()
     generator.cell_anchors[0].add_(1)

@@ -1,0 +1,83 @@
+"""Uploads and late reads, by stand-ins for CUDA's streams and events; and what device computes in what."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from retina_fast import device
+from retina_fast.device import LateRead, Uploads, has_bfloat16
+
+
+class Timeline:
+    """Streams and events that write down what happens."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.current = [], "main"
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.stream("side"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.stream("main"))
+        monkeypatch.setattr(torch.cuda, "stream", self.within)
+
+    def stream(self, name):
+        event = SimpleNamespace(synchronize=lambda: self.log.append(f"host waits for {name}"))
+        return SimpleNamespace(
+            name=name, record_event=lambda: event, wait_event=lambda _: self.log.append(f"{name} waits for an event")
+        )
+
+    @contextlib.contextmanager
+    def within(self, stream):
+        self.current, before = stream.name, self.current
+        yield
+        self.current = before
+
+
+class Image(torch.Tensor):
+    """A pinned image whose copy to a GPU is written down."""
+
+    def is_pinned(self):
+        return True
+
+    def to(self, device, non_blocking=False):
+        timeline.log.append(f"copied on {timeline.current}, non_blocking={non_blocking}")
+        return SimpleNamespace(record_stream=lambda stream: timeline.log.append(f"kept for {stream.name}"))
+
+
+timeline: Timeline
+
+
+def test_pinned_images_are_copied_when_the_call_returns_and_nothing_else_is_waited_for(monkeypatch):
+    global timeline
+    timeline = Timeline(monkeypatch)
+    Uploads(torch.device("cuda")).to_device([torch.zeros(3, 4, 4).as_subclass(Image)])
+    assert timeline.log == [
+        "copied on side, non_blocking=True",
+        "main waits for an event",
+        "kept for main",
+        "host waits for side",
+    ]
+
+
+def test_images_of_the_device_are_not_copied():
+    image = torch.zeros(3, 4, 4)
+    assert Uploads(torch.device("cpu")).to_device([image])[0] is image
+
+
+def test_values_of_a_cpu_are_there_at_once():
+    late = LateRead(torch.tensor([3, 4]))
+    assert late.arrived()
+    assert late.wait().tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
+def test_one_rule_for_bfloat16_on_a_cpu(monkeypatch, avx512, amx):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert has_bfloat16(torch.device("cpu")) == (avx512 or amx)
+
+
+def test_the_stream_has_an_id_only_where_cuda_is_in_use(monkeypatch):
+    assert device.stream_id(torch.device("cpu")) == 0
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    assert device.stream_id(torch.device("cuda")) == 7

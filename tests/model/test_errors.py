@@ -1,0 +1,124 @@
+"""Bad input: torchvision's types of error, with messages that name the argument, the image and the value."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import retina_fast
+from tests.model.pairs import IMAGES, good_targets, torchvision_model, with_boxes, with_labels
+
+REFUSED = {
+    "no targets": (None, AssertionError, "targets should not be none"),
+    "boxes not a tensor": (with_boxes([[1, 2, 3, 4]]), AssertionError, r"Tensor: targets\[0\]\['boxes'\]"),
+    "boxes not N by 4": (
+        with_boxes(torch.rand(2, 5)),
+        AssertionError,
+        r"\[N, 4\]: targets\[0\]\['boxes'\] is \(2, 5\)",
+    ),
+    "degenerate box": (
+        with_boxes(torch.tensor([[9.0, 9, 9, 12]]), 1),
+        AssertionError,
+        r"positive height and width. Found invalid box \[9.0, 9.0, 9.0, 12.0\] for target at index 1",
+    ),
+    "NaN box": (
+        with_boxes(torch.tensor([[1.0, 2, math.nan, 4]]), 1),
+        ValueError,
+        r"targets\[1\]\['boxes'\]\[0\] is not",
+    ),
+    "label too large": (with_labels(torch.tensor([0, 3])), IndexError, r"targets\[0\]\['labels'\]\[1\] is 3.*\[0, 3\)"),
+    "negative label": (with_labels(torch.tensor([-1]), 1), IndexError, r"targets\[1\]\['labels'\]\[0\] is -1"),
+    "float labels": (with_labels(torch.tensor([0.0, 1.0])), IndexError, "must be integers"),
+    "more labels than boxes": (with_labels(torch.tensor([0, 1, 2])), ValueError, r"targets\[0\] has 2 boxes"),
+    "fewer labels than boxes": (with_labels(torch.tensor([0])), IndexError, r"targets\[0\] has 2 boxes"),
+    "more targets than images": (good_targets() + good_targets()[:1], ValueError, "3 entries for 2 images"),
+    "fewer targets than images": (good_targets()[:1], IndexError, "1 entries for 2 images"),
+    "one dict": (good_targets()[0], TypeError, r"targets\[0\] must be a dict"),
+    "no boxes": ([{"labels": torch.tensor([1])}] * 2, KeyError, r"targets\[0\] has no 'boxes'"),
+    "no labels": ([{"boxes": torch.rand(1, 4)}] * 2, KeyError, r"targets\[0\] has no 'labels'"),
+}
+
+
+@pytest.mark.parametrize(("targets", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_targets_are_refused(model, targets, error, message):
+    with pytest.raises(error, match=message):
+        model(IMAGES, targets)
+
+
+def test_bad_images_are_refused(model):
+    model.eval()
+    with pytest.raises(ValueError, match=r"images\[1\] is torch.Size\(\[3, 50\]\)"):
+        model([IMAGES[0], torch.rand(3, 50)])
+    with pytest.raises(TypeError, match=r"images\[0\] is torch.uint8"):
+        model([torch.zeros(3, 8, 8, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match=r"images\[0\] must be \(3, H, W\)"):
+        model([torch.rand(4, 8, 8)])
+    with pytest.raises(ValueError, match=r"images\[1\] must have at least one pixel"):
+        model([IMAGES[0], torch.rand(3, 0, 8)])
+    with pytest.raises(TypeError, match=r"batch must be a Tensor .* got <class 'list'>"):
+        model.detect(IMAGES)
+    with pytest.raises(ValueError, match="batch must be"):
+        model.detect(IMAGES[0])
+    with pytest.raises(RuntimeError, match=r"model.eval\(\)"):
+        model.train().detect(torch.rand(1, 3, 64, 64))
+
+
+def test_bad_arguments_are_refused():
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 8, 8))
+    with pytest.raises(ValueError, match="out_channels"):
+        retina_fast.RetinaNet(backbone, 3)
+    backbone.out_channels = 4  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="AnchorGenerator"):
+        retina_fast.RetinaNet(backbone, 3, anchor_generator="yes")
+    with pytest.raises(AssertionError):
+        retina_fast.RetinaNet(backbone, 3, fg_iou_thresh=0.3, bg_iou_thresh=0.4)
+    with pytest.warns(UserWarning, match="unknown arguments score_tresh"):
+        retina_fast.RetinaNet(backbone, 3, score_tresh=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        retina_fast.RetinaNet(backbone, 3, size_divisible=64, fixed_size=(64, 64), _skip_resize=True)
+    with pytest.raises(ValueError, match="num_classes"):
+        retina_fast.retinanet_resnet50_fpn(weights="COCO_V1", num_classes=5)
+    with pytest.raises(KeyError):
+        retina_fast.retinanet_resnet50_fpn(weights="COCO_V9")
+    with pytest.raises(ValueError, match=r"range \[0,5\]"):
+        retina_fast.retinanet_resnet50_fpn(weights="COCO_V1", trainable_backbone_layers=6)
+    with pytest.raises(ValueError, match="no COCO weights of retinanet_resnet18_fpn"):
+        retina_fast.retinanet_resnet18_fpn(weights="COCO_V1")
+    with pytest.raises(TypeError, match="must be a torchvision RetinaNet, got torch"):
+        retina_fast.from_torchvision(backbone)
+    broken = retina_fast.from_torchvision(torchvision_model()).train()
+    broken.head.regression_head._loss_type = "l2"
+    with pytest.raises(AssertionError, match="Unsupported loss"):
+        broken(IMAGES, good_targets())
+
+
+def test_a_failed_download_says_what_to_do(monkeypatch):
+    def unreachable(*_, **__):
+        raise torch.hub.URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "/nonexistent")
+    monkeypatch.setattr("os.makedirs", lambda *_, **__: None)
+    with pytest.raises(ConnectionError, match="could not be downloaded"):
+        retina_fast.retinanet_resnet50_fpn_v2(weights="COCO_V1")
+    with pytest.raises(ConnectionError, match="could not be downloaded"):
+        retina_fast.retinanet_resnet50_fpn()
+
+
+def test_checks_can_be_switched_off(model):
+    model.check_targets = False
+    assert not model(IMAGES, with_boxes(torch.tensor([[1.0, 2, math.nan, 4]]), 1))["bbox_regression"].isfinite()
+
+
+def test_torchscript_is_refused(model):
+    with pytest.raises(NotImplementedError, match="TorchScript"):
+        torch.jit.script(model)
+
+
+def test_legacy_arguments_warn():
+    with pytest.warns(UserWarning, match="pretrained"):
+        model = retina_fast.retinanet_resnet50_fpn(pretrained=False, pretrained_backbone=False, num_classes=2)
+    assert model.head.classification_head.num_classes == 2

@@ -1,0 +1,125 @@
+"""What other code does around the drop-in: replaced functions, seeds, tracing, and the order in which errors come."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.detection import retinanet as tv
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+import retina_fast
+
+
+def pair(**kwargs):
+    """torchvision's model and ours, with the same weights."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.ReLU())
+    backbone.out_channels = 16  # type: ignore[assignment]
+    anchors = AnchorGenerator(((16, 24, 32),), ((0.5, 1.0, 2.0),))
+    slow = tv.RetinaNet(backbone, 3, anchor_generator=anchors, **{"min_size": 64, "max_size": 128} | kwargs)
+    for conv in slow.head.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.normal_(conv.weight, std=0.1)
+    nn.init.constant_(slow.head.classification_head.cls_logits.bias, -1.0)
+    return slow, retina_fast.from_torchvision(copy.deepcopy(slow))
+
+
+IMAGES = [torch.rand(3, 64, 80, generator=torch.Generator().manual_seed(1))]
+TARGETS = [{"boxes": torch.tensor([[4.0, 5, 30, 40], [20, 20, 50, 44]]), "labels": torch.tensor([0, 2])}]
+
+
+# Functions of torchvision's that somebody has replaced
+
+
+def _twice(function):
+    return lambda *args, **kwargs: 2 * function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        (tv, "sigmoid_focal_loss", partial(tv.sigmoid_focal_loss, alpha=0.75)),
+        (tv, "sigmoid_focal_loss", _twice(tv.sigmoid_focal_loss)),
+        (tv, "_box_loss", _twice(tv._box_loss)),
+        (tv.box_ops, "box_iou", torchvision.ops.generalized_box_iou),
+    ],
+)
+def test_a_replaced_function_of_the_losses_is_called(monkeypatch, module, name, value):
+    slow, fast = pair()
+    before = fast(IMAGES, TARGETS)
+    monkeypatch.setattr(module, name, value)
+    expected, losses = slow(IMAGES, TARGETS), fast(IMAGES, TARGETS)
+    assert not fast.uses_fast_losses()
+    assert any(abs(before[key] - expected[key]) > 1e-3 for key in expected)
+    for key, loss in expected.items():
+        torch.testing.assert_close(losses[key], loss)
+
+
+def test_replaced_suppression_is_called(monkeypatch):
+    slow, fast = (model.eval() for model in pair())
+    original = tv.box_ops.batched_nms
+    without_classes = lambda boxes, scores, idxs, iou: original(boxes, scores, torch.zeros_like(idxs), iou)  # noqa: E731
+    with torch.no_grad():
+        before = fast(IMAGES)
+        monkeypatch.setattr(tv.box_ops, "batched_nms", without_classes)
+        (expected,), (found,) = slow(IMAGES), fast(IMAGES)
+    assert len(found["boxes"]) == len(expected["boxes"]) < len(before[0]["boxes"])
+    torch.testing.assert_close(found, expected)
+
+
+def test_functions_of_ours_in_torchvisions_place_are_no_reason_to_step_aside(monkeypatch):
+    monkeypatch.setattr(tv, "sigmoid_focal_loss", retina_fast.ops.sigmoid_focal_loss)
+    monkeypatch.setattr(tv.box_ops, "batched_nms", retina_fast.ops.batched_nms)
+    fast = pair()[1]
+    assert fast.uses_fast_losses()
+    assert fast.uses_fast_detections()
+
+
+# Random numbers
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"min_size": (48, 64, 80)}, {"fixed_size": (64, 64)}, {"_skip_resize": True}])
+def test_a_training_step_leaves_the_random_numbers_that_torchvisions_leaves(kwargs):
+    after = []
+    for model in pair(**kwargs):
+        torch.manual_seed(7)
+        model(IMAGES * 3, TARGETS * 3)
+        after.append(torch.rand(2))
+        model.eval()(IMAGES)
+        after.append(torch.rand(2))
+    assert torch.equal(torch.stack(after[:2]), torch.stack(after[2:]))
+
+
+# Tracing
+
+
+@pytest.mark.parametrize("export", ["trace", "onnx", "detect"])
+def test_a_trace_is_refused_with_the_way_that_works(export, tmp_path):
+    fast, image = pair()[1].eval(), torch.rand(1, 3, 64, 80)
+    calls = {
+        "trace": lambda: torch.jit.trace(lambda x: fast(x)[0]["boxes"], image),
+        "detect": lambda: torch.jit.trace(lambda x: fast.detect(x).boxes, image),
+        "onnx": lambda: torch.onnx.export(fast, (image,), tmp_path / "model.onnx", dynamo=False),
+    }
+    with pytest.raises(NotImplementedError, match=r"retina_fast\.export"):
+        calls[export]()
+
+
+# Errors
+
+
+@pytest.mark.parametrize("boxes", [0.0, torch.rand(4), torch.rand(1, 5), torch.tensor([[1, 3, 1, 4], [2, 4, 3, 4]])])
+@pytest.mark.parametrize("labels", [{}, {"labels": "none"}, {"labels": torch.rand(2)}])
+def test_boxes_are_looked_at_before_labels(boxes, labels):
+    with pytest.raises(AssertionError):
+        pair()[1](IMAGES * 2, [*TARGETS, {"boxes": boxes, **labels}])
+
+
+def test_where_boxes_are_right_the_labels_are_named():
+    fast = pair()[1]
+    for labels, error in (({}, KeyError), ({"labels": [1, 2]}, TypeError), ({"labels": torch.rand(2)}, IndexError)):
+        with pytest.raises(error, match=r"targets\[0\]"):
+            fast(IMAGES, [{"boxes": TARGETS[0]["boxes"], **labels}])

@@ -1,0 +1,113 @@
+"""The training step where nothing is captured: in parts, in processes, on a CPU; and what it refuses."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from retina_fast import TrainingStep
+from tests.model.steps import TOLERANCE, adamw, assert_same_state, batch, fresh_model, plain_step, sgd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_bad_arguments_are_refused():
+    model = fresh_model("cpu")
+    optimizer = sgd(model)
+    with pytest.raises(TypeError, match=r"model must be a retina_fast.RetinaNet, got .*Linear"):
+        TrainingStep(torch.nn.Linear(2, 2), optimizer)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dtype must be None or torch.bfloat16, got torch.float16"):
+        TrainingStep(model, optimizer, dtype=torch.float16)
+    with pytest.raises(ValueError, match="max_boxes must be at least 1, got 0"):
+        TrainingStep(model, optimizer, max_boxes=0)
+    with pytest.raises(ValueError, match="max_grad_norm must be positive, got 0"):
+        TrainingStep(model, optimizer, max_grad_norm=0)
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        TrainingStep(model, optimizer, accumulate=0)
+    step = TrainingStep(model, optimizer)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="under autocast"):
+        step(*batch(0))
+    model.eval()
+    with pytest.raises(RuntimeError, match=r"call model.train\(\) first"):
+        step(*batch(0))
+
+
+def without_batch_norm(model):
+    model.backbone.norm = nn.GroupNorm(2, 8)
+    return model
+
+
+@pytest.mark.parametrize("parts", [2, 3, 9])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_batch_in_parts_is_the_batch(parts, as_tensor):
+    ours, plain = (without_batch_norm(fresh_model("cpu")).double() for _ in range(2))
+    optimizers = sgd(ours), sgd(plain)
+    step = TrainingStep(ours, optimizers[0], max_grad_norm=1.0, accumulate=parts)
+    for number in range(2):
+        images, targets = batch(number, images=5)
+        images = [image.double() for image in images]
+        losses = step(torch.stack(images) if as_tensor else images, targets)
+        expected = plain_step(plain, optimizers[1], (images, targets), max_grad_norm=1.0)
+        assert all(losses[name].item() == pytest.approx(value.item()) for name, value in expected.items())
+    assert_same_state(ours, plain)
+    with pytest.raises(IndexError, match="targets has 4 entries for 5 images"):
+        step(images, targets[:4])
+
+
+def test_weights_of_losses_are_those_of_what_is_minimised(graphs):
+    ours, plain = fresh_model(), fresh_model()
+    optimizers = sgd(ours), sgd(plain)
+    step = TrainingStep(ours, optimizers[0], loss_weights={"bbox_regression": 3.0})
+    device = next(plain.parameters()).device
+    for number in range(6):
+        losses = step(*batch(number))
+        images, targets = batch(number)
+        optimizers[1].zero_grad()
+        targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
+        expected = plain([image.to(device) for image in images], targets)
+        (expected["classification"] + 3 * expected["bbox_regression"]).backward()
+        optimizers[1].step()
+        for name, value in expected.items():
+            assert abs(losses[name] - value.detach()) <= 10 * TOLERANCE * value.detach()
+    assert step.replayed_steps == 3
+    assert_same_state(ours, plain)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_processes_exchange_gradients_once_a_step(parts):
+    """In a group of one; tests/test_processes.py has several processes."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ours, plain = (without_batch_norm(fresh_model("cpu")) for _ in range(2))
+        optimizers, exchanged = (sgd(ours), sgd(plain)), []
+
+        def exchange(state, bucket):
+            exchanged.append(bucket.index())
+            return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+        parallel = DistributedDataParallel(ours)
+        parallel.register_comm_hook(None, exchange)
+        step = TrainingStep(parallel, optimizers[0], accumulate=parts)
+        for number in range(3):
+            step(*batch(number))
+            plain_step(plain, optimizers[1], batch(number))
+        assert exchanged.count(0) == 3
+        assert step.uncaptured_steps == 3
+        assert_same_state(ours, plain)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_on_a_cpu_it_is_the_plain_step(dtype, clip):
+    ours, plain = fresh_model("cpu"), fresh_model("cpu")
+    optimizers = adamw(ours), adamw(plain)
+    step = TrainingStep(ours, optimizers[0], max_grad_norm=clip, dtype=dtype)
+    for number in range(2):
+        losses = step(*batch(number))
+        expected = plain_step(plain, optimizers[1], batch(number), max_grad_norm=clip, dtype=dtype)
+        assert all(torch.equal(losses[name], value) for name, value in expected.items())
+    assert_same_state(ours, plain, 0)
+    assert isinstance(optimizers[0].param_groups[0]["lr"], float)
