@@ -1,1 +1,1 @@
-"""The tree demo: real aerial photographs, brought from the package index, and the detector trained on them."""
+"""The tree demo: aerial photographs from a package on PyPI, and the detector that was trained on them."""

@@ -1,7 +1,7 @@
 """`python -m demo.average MODEL... --output FILE`: the mean of the weights of several model files of one network.
 
-Runs that share their beginning lie in one basin, whose middle generalises better than any of them (Izmailov et al.
-2018, https://arxiv.org/abs/1803.05407; Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
+Runs with a common beginning end in one basin of the loss, whose middle generalises better than any of them (Izmailov
+et al. 2018, https://arxiv.org/abs/1803.05407; Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """`python -m demo.compare`: torchvision's training path and ours, from the same weights, on the same crops of trees.
 
-Float32, 200 steps on from the embedded weights with the SGD of torchvision's own training script, warm-up included; the
-losses go to out/compare.csv and out/compare.png. Random weights would not do: there, rounding grows so fast that
-torchvision's path is 5e-3 away from itself after 30 steps, if its weights are changed by 1e-7 at the start.
+Both train for 200 steps in float32 from the embedded weights, with the SGD and the warm-up of torchvision's training
+script; the losses are written to out/compare.csv and out/compare.png. The weights are not random, since from random
+ones rounding grows too fast: with weights changed by 1e-7 at the start, torchvision's path is 5e-3 away from itself
+after 30 steps.
 """
 
 import csv
@@ -26,7 +27,13 @@ _BATCH = 2
 
 
 def compare(data: CocoDataset, weights: Path, steps: int, crop: int) -> list[dict[str, float]]:
-    """Train both from a model file's weights and return, step by step, the sum of the two losses of each.
+    """Train both from the weights of a model file; return the sum of the two losses of each, step by step.
+
+    Args:
+        data: the images to train on.
+        weights: the model file.
+        steps: how many steps of two images.
+        crop: side of the crops in pixels.
 
     Example::
 
@@ -62,7 +69,7 @@ def compare(data: CocoDataset, weights: Path, steps: int, crop: int) -> list[dic
 
 
 def difference(rows: list[dict[str, float]]) -> float:
-    """The largest difference of the two losses, relative to torchvision's."""
+    """The largest difference of the two losses of a step, relative to torchvision's."""
     return max(abs(row["retina_fast"] - row["torchvision"]) / row["torchvision"] for row in rows)
 
 

@@ -1,8 +1,8 @@
-"""`python -m demo.engine`: what the engine gains and what it costs, on photographs of trees.
+"""`python -m demo.engine`: speed and accuracy of the engine on photographs of trees.
 
-COCO metrics of the embedded weights through the float32 model and through engines, on the held-out parts and on two
-forests never seen; the engines' scores and boxes against the model's; and the time of one photograph, for which
-torchvision's model of the same weights, ours and the engines take turns.
+It prints AP50 of the embedded weights, by the float32 model and by engines, on the held-out parts and on two forests
+that were not trained on; how far the engines' scores and boxes are from the model's; and the time for one photograph,
+for which torchvision's model with the same weights, the model and the engines take turns.
 """
 
 import statistics
@@ -30,7 +30,7 @@ _ROUNDS = 7
 
 @torch.no_grad()
 def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Medians; in each round the calls take turns, and the first round does not count."""
+    """The median time of each call. In each round the calls take turns; the first round does not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -55,7 +55,7 @@ def main(rounds: int = _ROUNDS) -> None:
 
     table = Table("AP50", *_SPLITS, box=None)
     for name, detector in {"model, float32": model, **engines}.items():
-        found = [evaluate(detector, content.classes, data[split], 0, Console(quiet=True)) for split in _SPLITS]
+        found = [evaluate(detector, content.classes, data[split], workers=0) for split in _SPLITS]
         table.add_row(name, *(f"{evaluation.metrics.values['AP50']:.4f}" for evaluation in found if evaluation))
     console.print(table)
     for name, engine in engines.items():

@@ -1,7 +1,7 @@
 """`make demo`: finds trees in photographs that the detector was not trained on, and measures how well.
 
-Prints the COCO metrics of the embedded weights on the held-out parts, and writes pictures to out/demo: what was found
-in yellow, what people had marked in blue.
+It prints the COCO metrics of the embedded weights on the held-out parts, and writes pictures to out/demo with the
+detections in yellow and the annotated boxes in blue.
 """
 
 from pathlib import Path
@@ -12,9 +12,10 @@ from torch import Tensor
 from torchvision.io import write_jpeg
 
 from demo.trees import prepare
+from retina_fast.commands.evaluate import print_evaluation
 from retina_fast.data.coco import CocoDataset
 from retina_fast.predict.draw import draw_boxes
-from retina_fast.predict.evaluate import Evaluation, evaluate, report
+from retina_fast.predict.evaluate import Evaluation, evaluate
 from retina_fast.predict.load import TREES, load_model
 
 OUTPUT = Path("out/demo")
@@ -33,7 +34,7 @@ def main() -> None:
         assert evaluation
         if split == "heldout":
             console.print("The held-out right parts of the two training photographs:")
-            report(evaluation, console)
+            print_evaluation(evaluation, console)
         else:
             console.print(f"{split}, a forest never seen in training: {evaluation.metrics.values['AP50']:.2f} AP50")
         draw(data, evaluation, OUTPUT)
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 def draw(data: CocoDataset, evaluation: Evaluation, folder: Path) -> None:
-    """A picture for each image of the data, with its true boxes and its detections."""
+    """Write a picture for each image of the data, with its annotated boxes and its detections, into `folder`."""
     for i, record in enumerate(data.images):
         image, target = data[i]
         found = [r for r in evaluation.results if r["image_id"] == record["id"] and r["score"] >= _SCORE]

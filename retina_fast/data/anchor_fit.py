@@ -1,8 +1,8 @@
 """How well a model's anchors fit the boxes of a data set: the highest IoU that each box reaches with any anchor.
 
-On one level, the IoU of a box with a cell anchor moved over the grid grows with their overlap, which is the product of
-an overlap in x and one in y; each is largest in the cell nearest to the box. So one anchor a level and shape is looked
-at, 45 in place of 200,000.
+On one level, the anchors of one shape differ only in their place on the grid. The IoU of a box with them grows with
+their overlap, which is the product of an overlap in x and one in y; each is largest for the anchor nearest to the box.
+So of each level and shape only the nearest anchor is compared: 45 in place of 200,000.
 """
 
 from typing import Any, NamedTuple
@@ -22,10 +22,10 @@ class Level(NamedTuple):
 
 
 class AnchorFit:
-    """A model's anchors, and what it makes of boxes; the model's weights are dropped.
+    """A model's anchors for images of any size, compared with boxes.
 
     Args:
-        model: a RetinaNet with torchvision's anchor generator. It cannot be used any more.
+        model: a RetinaNet with torchvision's anchor generator. It loses its weights and cannot be used any more.
 
     Example::
 
@@ -37,7 +37,7 @@ class AnchorFit:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model.eval().to("meta")  # shapes are all that is asked of it
+        self.model = model.eval().to("meta")  # Only the shapes of its features are needed.
         self._levels: dict[tuple[int, int], list[Level]] = {}
 
     def best_ious(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -55,12 +55,12 @@ class AnchorFit:
         return found
 
     def resized(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """The boxes in the pixels of the image as the model resizes it."""
+        """The boxes (G, 4), from an image of `size`, in the pixels of the image as the model resizes it."""
         ratio = torch.tensor(resized_size(self.model.transform, *size)).float() / torch.tensor(size).float()
         return boxes * ratio.flip(0).repeat(2)
 
     def levels(self, size: tuple[int, int]) -> list[Level]:
-        """The anchors for an image of `size`, alone in its batch."""
+        """The anchors for an image of `size` that is alone in its batch."""
         multiple = self.model.transform.size_divisible
         height, width = (-(-side // multiple) * multiple for side in resized_size(self.model.transform, *size))
         if (height, width) not in self._levels:
@@ -73,11 +73,12 @@ class AnchorFit:
         return self._levels[height, width]
 
     def anchor_shapes(self, size: tuple[int, int]) -> Tensor:
-        """(A, 2) width and height of the anchors of all levels."""
+        """(A, 2) width and height of the anchors of all levels for an image of `size`."""
         return torch.cat([level.cells[:, 2:] - level.cells[:, :2] for level in self.levels(size)])
 
 
 def _best_iou(boxes: Tensor, cell: Tensor, level: Level) -> Tensor:
+    """(G,) the highest IoU of each box with a cell anchor (4,) anywhere on the level's grid."""
     shift = [
         _nearest(boxes[:, axis::2], cell[axis::2], level.grid[1 - axis], level.stride[1 - axis]) for axis in (0, 1)
     ]
@@ -89,5 +90,5 @@ def _best_iou(boxes: Tensor, cell: Tensor, level: Level) -> Tensor:
 
 
 def _nearest(spans: Tensor, cell: Tensor, count: int, stride: int) -> Tensor:
-    """Of the `count` places of a cell anchor along an axis, the one whose middle is nearest to that of each span."""
+    """The place, of `count` along an axis, where the middle of a cell anchor is nearest to the middle of each span."""
     return ((spans - cell).mean(dim=1) / stride).round().clamp(0, count - 1) * stride

@@ -1,4 +1,4 @@
-"""Detection augmentations, and the training data made by them: the same, item by item, in every run of one seed."""
+"""Detection augmentations, and the training data that they make: every run with the same seed has the same items."""
 
 import math
 import random
@@ -18,15 +18,18 @@ from torchvision.transforms.v2 import functional as F
 from retina_fast.data.coco import CocoDataset, Sample
 from retina_fast.data.errors import ImageError, UserError
 
-_MIN_VISIBLE = 0.35  # a box that keeps less of its area in the crop is dropped
-_SCALES = (0.75, 1.35)
+_MIN_VISIBLE = 0.35  # A box is dropped if the crop shows less of its area.
+_SCALES = (0.75, 1.35)  # factors that are drawn for a crop
 
 
 class ScaledCrop(nn.Module):
-    """A square crop of `size` px at a random place and scale; beyond the image it is black.
+    """Cuts a square crop of `size` px at a random place and scale; where it reaches beyond the image it is black.
 
-    The crop is cut first and then resized, which costs the same for an image of any size. Boxes are clipped to it;
-    those of which it shows less than 35%, or not one pixel, are dropped with their labels.
+    The crop is cut before it is resized, so that an image of any size costs the same. Boxes are clipped to the crop;
+    a box is dropped with its label if the crop shows less than 35% of it, or less than one pixel.
+
+    Args:
+        size: side of the crop in pixels.
 
     Example::
 
@@ -52,7 +55,7 @@ class ScaledCrop(nn.Module):
 
 
 class RandomTranspose(nn.Module):
-    """Mirrors half of the images on their diagonal: with both flips, this gives every turn by 90 degrees.
+    """Mirrors an image on its diagonal with probability 1/2; with both flips, this gives every turn by 90 degrees.
 
     Example::
 
@@ -69,16 +72,16 @@ class RandomTranspose(nn.Module):
 
 
 class ColorJitter(nn.Module):
-    """Brightness, contrast, saturation and hue, each drawn from a range, in one pass over the pixels.
+    """Changes brightness, contrast, saturation and hue by random amounts in one pass over the pixels.
 
-    All four are linear in luma and chroma (YIQ), where they commute, so that together they are one 3x3 matrix and an
-    offset. Brightness, contrast and saturation are torchvision's, but for clipping between them; the hue is turned
-    about the grey axis, which keeps the luma, where torchvision turns it in HSV, which takes 14 times as long
+    All four are linear in luma and chroma (YIQ), where they commute: together they are one 3x3 matrix and an offset.
+    Brightness, contrast and saturation are torchvision's, without its clipping between them. The hue is rotated about
+    the grey axis, which keeps the luma; torchvision rotates it in HSV, which takes 14 times as long
     (`python -m benchmarks.models.loader`).
 
     Args:
         brightness, contrast, saturation: ranges of the factors.
-        hue: the largest turn to either side, as a part of a whole one.
+        hue: the largest rotation in either direction, as a fraction of a full one.
 
     Example::
 
@@ -113,33 +116,41 @@ class ColorJitter(nn.Module):
 
 
 class Flips(StrEnum):
-    """Which mirror images of a picture are as likely as itself: none where light or labels have a direction."""
+    """Which mirror images of a picture are as likely as the picture itself.
+
+    `none` is for pictures in which light or labels have a direction, `all` for those without an upright direction: it
+    adds the vertical flip and turns by 90 degrees.
+    """
 
     NONE = "none"
     HORIZONTAL = "horizontal"
-    ALL = "all"  # with the vertical one and turns by 90 degrees, for pictures without an upright direction
+    ALL = "all"
 
 
 def augmentation(crop: int, flips: Flips) -> v2.Compose:
-    """The transforms of an (image, target) pair.
+    """The default recipe's transforms of an (image, target) pair: a crop, flips and changes of the colours.
 
     Args:
         crop: side of the crops in pixels, or 0 to keep whole images.
-        flips: which flips are drawn, each for half of the pictures.
+        flips: which flips there are, each with probability 1/2.
 
     Example::
 
         >>> image, target = augmentation(crop=256, flips=Flips.ALL)(*dataset[0])  # doctest: +SKIP
     """
     steps: list[nn.Module] = [ScaledCrop(crop)] if crop else []
-    # Strong, since it carries over to pictures of another haze or ground: without it a detector trained on one
-    # aerial photograph found 5% of what it finds in another.
+    # The changes are strong, since they make a detector work on pictures of another haze or ground: without them, a
+    # detector that was trained on one aerial photograph found 5% of the trees in another that it finds with them.
     jitter = ColorJitter(brightness=(0.6, 1.4), contrast=(0.5, 1.5), saturation=(0.3, 1.7), hue=0.08)
     return v2.Compose([*steps, *_flips(flips), v2.RandomApply([jitter], p=0.9)])
 
 
 def whole_images(crop: int, flips: Flips) -> v2.Compose:
-    """Flips alone, as torchvision trains on COCO. Boxes end where their image ends.
+    """torchvision's transforms for COCO: flips alone. Boxes are clipped to their image.
+
+    Args:
+        crop: 0, since images stay whole.
+        flips: which flips there are, each with probability 1/2.
 
     Raises:
         UserError: for a `crop` other than 0.
@@ -150,10 +161,10 @@ def whole_images(crop: int, flips: Flips) -> v2.Compose:
     """
     if crop:
         raise UserError(f"the recipe trains on whole images: leave out --crop {crop}")
-    return v2.Compose([_within, *_flips(flips)])
+    return v2.Compose([_clipped_to_the_image, *_flips(flips)])
 
 
-def _within(image: tv_tensors.Image, target: dict) -> Sample:
+def _clipped_to_the_image(image: tv_tensors.Image, target: dict) -> Sample:
     boxes = F.clamp_bounding_boxes(target["boxes"])
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return image, target | {"boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
@@ -169,13 +180,14 @@ def _flips(flips: Flips) -> list[nn.Module]:
 
 
 def scale_jitter(size: int, flips: Flips, scales: tuple[float, float]) -> v2.Compose:
-    """Large-scale jitter: the image, fitted into a square of `size` px, is scaled at random and cropped to the square.
+    """Large-scale jitter (https://arxiv.org/abs/2012.07177): the image is scaled at random and cropped to a square.
 
-    Where it is smaller than the square it is padded with black. Boxes are clipped; those without a pixel are dropped.
+    At factor 1 the image just fits into the square. Where it is smaller it is padded with black. Boxes are clipped;
+    those of less than one pixel are dropped.
 
     Args:
-        size: side of the crops in pixels.
-        flips: which flips are drawn, each for half of the pictures.
+        size: side of the square in pixels.
+        flips: which flips there are, each with probability 1/2.
         scales: the least and the largest factor.
 
     Example::
@@ -188,13 +200,18 @@ def scale_jitter(size: int, flips: Flips, scales: tuple[float, float]) -> v2.Com
 
 
 class TrainingSet(Dataset[Sample]):
-    """A data set, augmented. Its keys are (epoch, index); all randomness of an item comes from (seed, epoch, index).
+    """A data set with augmentation. Its keys are (epoch, index); seed, epoch and index decide an item's randomness.
 
-    So a run does not depend on the number of workers, and a resumed run sees what it would have seen. An image that
-    cannot be read is named in a warning, and the next one takes its place.
+    So a run does not depend on the number of workers, and a resumed run has the items of an unbroken one. A warning
+    names an image that cannot be read, and the next image takes its place.
+
+    Args:
+        dataset: the images and boxes.
+        transform: the augmentation of an (image, target) pair.
+        seed: of all randomness.
 
     Raises:
-        UserError: by an item, if not one image can be read.
+        UserError: when an item is read, if not one image can be.
 
     Example::
 
@@ -222,23 +239,24 @@ class TrainingSet(Dataset[Sample]):
 
 
 def batches(
-    length: int, batch_size: int, seed: int, steps: range, kinds: Sequence[int] | None = None, alike: int = 1
+    length: int, batch_size: int, seed: int, steps: range, kinds: Sequence[int] | None = None, group_size: int = 1
 ) -> Iterator[list[tuple[int, int]]]:
-    """The keys of each step's batch: the (epoch, index) pairs of endless reshuffled passes over `length` images.
+    """The keys of each step's batch: (epoch, index) pairs from passes over `length` images, each shuffled anew.
 
     Args:
         length: how many images there are; each is in each pass once.
         batch_size: images a step.
         seed: of the order.
         steps: whose batches are wanted.
-        kinds: of each image, where images of one kind are to lie together.
-        alike: so many. A step begins with such a group; the few images of a pass that fill none lie at its ends.
+        kinds: the kind of each image, where images of one kind are to follow each other.
+        group_size: size of the groups of one kind. A step begins with a group; the few images of a pass that fill no
+            group come first and last in the pass.
 
     Example::
 
         >>> list(batches(length=3, batch_size=2, seed=0, steps=range(2)))
         [[(0, 2), (0, 1)], [(0, 0), (1, 1)]]
-        >>> list(batches(length=4, batch_size=2, seed=0, steps=range(2), kinds=[0, 1, 0, 1], alike=2))
+        >>> list(batches(length=4, batch_size=2, seed=0, steps=range(2), kinds=[0, 1, 0, 1], group_size=2))
         [[(0, 3), (0, 1)], [(0, 2), (0, 0)]]
     """
     order: tuple[int, list[int]] = (-1, [])
@@ -248,13 +266,16 @@ def batches(
             epoch, place = divmod(position, length)
             if order[0] != epoch:
                 shuffled = random.Random(mixed_seed(seed, epoch)).sample(range(length), length)
-                order = (epoch, _grouped(shuffled, kinds or shuffled, alike, lead=-epoch * length % alike))
+                order = (epoch, _grouped(shuffled, kinds or shuffled, group_size, lead=-epoch * length % group_size))
             keys.append((epoch, order[1][place]))
         yield keys
 
 
 def _grouped(order: Sequence[int], kinds: Sequence[int], size: int, lead: int) -> list[int]:
-    """The order, changed so that after `lead` images come groups of one kind, by when the last of a group came."""
+    """The order, changed so that groups of `size` images of one kind follow the first `lead` images.
+
+    The groups are in the order in which they become complete.
+    """
     waiting: defaultdict[int, list[int]] = defaultdict(list)
     grouped: list[int] = []
     for index in order:
@@ -270,7 +291,13 @@ def _grouped(order: Sequence[int], kinds: Sequence[int], size: int, lead: int) -
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One 32-bit seed from several non-negative numbers; neighbours give unrelated seeds."""
+    """One 32-bit seed from several non-negative numbers; similar numbers give unrelated seeds.
+
+    Example::
+
+        >>> mixed_seed(0, 1), mixed_seed(0, 2)
+        (3964924996, 3141116543)
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -279,7 +306,7 @@ def _uniform(low: float, high: float) -> float:
 
 
 def _start(length: int, side: int) -> int:
-    """Where a crop begins: within the image, or before it if the image is the smaller one."""
+    """The random start of a crop along one side: inside the image, or before it if the image is smaller."""
     room = length - side
     return int(torch.randint(min(0, room), max(0, room) + 1, ()))
 

@@ -1,18 +1,13 @@
-"""Everything that is wrong with a data set, before a training run finds it: `retina-fast check`."""
+"""Checking a data set before training on it: what is wrong with it, and how the model's anchors fit its boxes."""
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -32,23 +27,26 @@ from retina_fast.data.faults import (
     sizes_of,
     twins,
 )
+from retina_fast.data.processes import WORKERS
+from retina_fast.data.progress import tracked
 from retina_fast.data.voc import read_annotations
 
-_SIDES = (0.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, float("inf"))  # px, the rows of the table of sizes
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Annotation = Mapping[str, Any]
 
 
 @dataclass
 class Checked:
-    """What :func:`check` saw.
+    """The result of :func:`check`.
 
     Attributes:
         images: how many images the data set lists.
         faults: how many faults of each kind.
         objects: how many boxes of each class, without crowd regions.
-        shapes: (G, 2) width and height of the boxes in the model's pixels.
-        ious: (G,) the highest IoU of each with any anchor.
+        shapes: (G, 2) width and height of the boxes, in pixels of the images as the model resizes them.
+        ious: (G,) the highest IoU of each of these boxes with any anchor.
         anchors: (A, 2) width and height of the model's anchors.
     """
 
@@ -64,26 +62,27 @@ def check(
     annotations: Path,
     images: Path | None,
     model: Any,
-    workers: int,
-    console: Console,
     found: Callable[[Fault], None],
+    *,
+    workers: int = WORKERS,
+    console: "Console | None" = None,
 ) -> Checked:
-    """Look at every entry, every box and every image of a data set.
+    """Check every entry, every box and every image of a data set.
 
     Args:
         annotations: COCO JSON or Pascal VOC, as for :func:`retina_fast.data.voc.open_data`.
-        images: the folder of the images, if it must be given.
-        model: whose anchors the boxes are held against; it cannot be used any more.
-        workers: processes that read images.
-        console: where the progress bar is shown.
-        found: told of each fault, as soon as it is found.
+        images: the folder of the images, which a .json file needs.
+        model: the RetinaNet with whose anchors the boxes are compared. It cannot be used any more.
+        found: called with each fault as soon as it is found.
+        workers: how many processes read images.
+        console: where the progress bar is shown; nowhere by default.
 
     Raises:
         UserError: if the annotations cannot be read at all.
 
     Example::
 
-        >>> checked = check(Path("val.json"), Path("val"), model, 2, Console(), print)  # doctest: +SKIP
+        >>> checked = check(Path("val.json"), Path("val"), model, print)  # doctest: +SKIP
     """
     checked = Checked()
 
@@ -119,23 +118,38 @@ def check(
         report(kind, name(later), f"with bbox {later['bbox']} is the same box as {place(source, earlier)}{other}")
 
     checked.objects = Counter(classes[box["category_id"]] for box in boxes)
+    _compare_with_anchors(
+        checked, AnchorFit(model), boxes, sizes, lambda box, what: report(Kind.UNTOUCHED, name(box), what)
+    )
+    return checked
+
+
+def _compare_with_anchors(
+    checked: Checked,
+    fit: AnchorFit,
+    boxes: Iterable[Annotation],
+    sizes: Mapping[Any, Size | None],
+    untouched: Callable[[Annotation, str], None],
+) -> None:
+    """Fills in `shapes`, `ious` and `anchors`, from the boxes of the images whose size is known.
+
+    Calls `untouched` with each box that touches no anchor.
+    """
     by_size = defaultdict(list)
     for box in boxes:
         if size := sizes[box["image_id"]]:
             by_size[size].append(box)
-    fit = AnchorFit(model)
     shapes, best = [checked.shapes], [checked.ious]
     for size, group in by_size.items():
         ious = fit.best_ious(corners(group).float(), size)
         for row in (ious == 0).nonzero().flatten().tolist():
             rule = "every anchor that touches no other box would be foreground for it"
-            report(Kind.UNTOUCHED, name(group[row]), f"with bbox {group[row]['bbox']} touches no anchor: {rule}")
+            untouched(group[row], f"with bbox {group[row]['bbox']} touches no anchor: {rule}")
         resized = fit.resized(corners(group).float(), size)
         shapes.append(resized[:, 2:] - resized[:, :2])
         best.append(ious)
         checked.anchors = fit.anchor_shapes(size)
     checked.shapes, checked.ious = torch.cat(shapes), torch.cat(best)
-    return checked
 
 
 def _read_images(
@@ -143,16 +157,19 @@ def _read_images(
     folder: Path,
     content: dict[str, Any],
     workers: int,
-    console: Console,
+    console: "Console | None",
     report: Callable[[Kind, str, str], None],
 ) -> dict[Any, Size | None]:
-    """The size of each image by its id: what the file says, or else what it has; None if neither is known."""
+    """The size of each image by its id: the size in the file, or else the image's own; None if both are unknown.
+
+    Images that cannot be read, or have another size, are reported.
+    """
     sizes = sizes_of(content)
     records = content["images"]
     data = CocoDataset(annotations, folder, {"images": records, "annotations": [], "categories": []})
     loader: DataLoader = DataLoader(Tried(data), batch_size=None, collate_fn=_size, num_workers=workers)
-    bar = track(loader, "Reading images", total=len(records), console=console, transient=True)
-    for record, size in zip(records, bar, strict=True):
+    read = tracked(loader, "Reading images", len(records), console)
+    for record, size in zip(records, read, strict=True):
         if isinstance(size, ImageError):
             report(Kind.IMAGE, "", str(size))
         else:
@@ -164,47 +181,15 @@ def _size(sample: Any) -> Size | ImageError:
     return sample if isinstance(sample, ImageError) else (sample[0].shape[1], sample[0].shape[2])
 
 
-def show(checked: Checked, console: Console) -> None:
-    """Print the classes, the sizes of the boxes against the anchors, and how many faults there are.
+def plot_sizes(checked: Checked, file: Path) -> None:
+    """Draw the width and height of every box, coloured by its best IoU, and those of the anchors.
 
     Example::
 
-        >>> show(checked, Console())  # doctest: +SKIP
+        >>> plot_sizes(checked, Path("boxes.png"))  # doctest: +SKIP
     """
-    table = Table("class", "boxes", box=None)
-    for name, count in checked.objects.most_common():
-        table.add_row(name, str(count))
-    console.print(table)
-    if len(checked.ious):
-        anchors = checked.anchors.prod(dim=1).sqrt()
-        console.print(
-            "\nBoxes by their side, the root of their area, in the model's pixels; its anchors have sides of "
-            f"{anchors.min():.0f} to {anchors.max():.0f}. "
-            "A box whose best IoU with an anchor is under 0.5 is learnt from that anchor alone."
-        )
-        console.print(_table_of_sizes(checked.shapes.prod(dim=1).sqrt(), checked.ious))
-    console.print(f"\n{checked.images} images, {checked.objects.total()} boxes, {checked.faults.total()} faults")
-    for kind, count in checked.faults.most_common():
-        console.print(f"  {count} x {kind}")
+    from matplotlib.figure import Figure
 
-
-def _table_of_sizes(sides: Tensor, ious: Tensor) -> Table:
-    table = Table("side, px", "boxes", "median best IoU", "under 0.5", "under 0.4", box=None)
-    for low, high in pairwise(_SIDES):
-        inside = ious[(sides >= low) & (sides < high)]
-        if len(inside):
-            shares = [f"{(inside < limit).float().mean():.1%}" for limit in (0.5, 0.4)]
-            table.add_row(f"{low:.0f} to {high:.0f}", str(len(inside)), f"{inside.median():.2f}", *shares)
-    return table
-
-
-def plot(checked: Checked, file: Path) -> None:
-    """Draw the width and height of every box, by its best IoU, beside those of the anchors.
-
-    Example::
-
-        >>> plot(checked, Path("boxes.png"))  # doctest: +SKIP
-    """
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot(xlabel="width, px as the model sees it", ylabel="height", xscale="log", yscale="log")
     width, height = checked.shapes.T
@@ -217,7 +202,7 @@ def plot(checked: Checked, file: Path) -> None:
 
 
 def warn_of_faults(data: CocoDataset) -> None:
-    """One warning of what the annotations of a data set show without its images: duplicates, boxes that reach out.
+    """Warn, once, of the faults in the annotations of a data set that can be seen without reading its images.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Detection data in the COCO format: a JSON file and the folder of the images that it names."""
+"""Data sets in the COCO format: a JSON file of annotations, and the folder of the images that it names."""
 
 import copy
 import json
@@ -29,8 +29,8 @@ Sample = tuple[Tensor, dict[str, Any]]
 def read_image(path: Path) -> Tensor:
     """Decode an image file to RGB, (3, H, W) uint8, turned upright by its EXIF orientation.
 
-    JPEG (grey, RGB, CMYK), PNG (grey, palette, RGB, with or without alpha, 1 to 16 bits), WebP and GIF (its first
-    picture). Alpha is dropped; of 16 bits the upper 8 are kept.
+    It reads JPEG (grey, RGB, CMYK), PNG (grey, palette, RGB, with or without alpha, 1 to 16 bits), WebP and GIF (its
+    first picture). Alpha is dropped; of 16 bits the upper 8 are kept.
 
     Raises:
         ImageError: if the file is missing or cannot be decoded; the message names it.
@@ -43,16 +43,16 @@ def read_image(path: Path) -> Tensor:
     if not path.is_file():
         raise ImageError(f"{path}: no such image file")
     try:
-        if path.suffix.lower() == ".webp":  # torchvision leaves a WebP lying on its side
+        if path.suffix.lower() == ".webp":  # torchvision ignores the orientation of a WebP.
             with Image.open(path) as picture:
                 return F.pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))
         image = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
     except (RuntimeError, OSError) as error:
         reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])
         raise ImageError(f"{path}: not a readable image ({reason})") from error
-    if image.ndim == 4:  # an animated GIF: its first frame
+    if image.ndim == 4:  # An animated GIF is decoded to all its frames.
         image = image[0]
-    return F.to_dtype(image, torch.uint8, scale=True)  # a 16-bit PNG decodes to uint16
+    return F.to_dtype(image, torch.uint8, scale=True)  # A 16-bit PNG is decoded to uint16.
 
 
 class CocoDataset(Dataset[Sample]):
@@ -66,16 +66,17 @@ class CocoDataset(Dataset[Sample]):
     Args:
         json_file: the annotations; `images`, `annotations` and `categories` as in COCO.
         folder: where the images are.
-        content: what `json_file` holds, if it was read already, or stands for in another format.
+        content: the annotations, if `json_file` has been read already or has another format.
 
     Attributes:
         classes: K class names.
         category_ids: their K category ids in the file.
-        coco: the file's content, usable for evaluation: without the boxes that are left out, and without masks.
+        images: the file's entries of the images, in the order of the items.
+        coco: the file's content for an evaluation, without the boxes that are left out and without masks.
 
     Raises:
-        UserError: if the file is missing or not a COCO file; the message names the faulty entry.
-        ImageError: by an item whose image is missing, unreadable, or not of the size that the file gives.
+        UserError: if the file is missing or not a COCO file. The message names the faulty entry.
+        ImageError: when an item is read whose image is missing, unreadable, or not of the size in the file.
 
     Example::
 
@@ -119,10 +120,10 @@ class CocoDataset(Dataset[Sample]):
         return self.folder / self.images[index]["file_name"]
 
     def with_objects(self) -> "CocoDataset":
-        """The same without the images that have no box to learn from.
+        """The same data set without the images that have no box to learn from.
 
         Raises:
-            UserError: if that is all of them.
+            UserError: if no image has one.
         """
         counts = self._ends.diff()
         kept = copy.copy(self)
@@ -134,14 +135,19 @@ class CocoDataset(Dataset[Sample]):
         return kept
 
     def aspects(self) -> list[int]:
-        """A number for each image, the same for those of about one height to width: in steps of 2 to the 1/3, as
-        torchvision has it. Where the file gives no size the image counts as a square."""
+        """The group of each image by its aspect ratio, as torchvision groups them: in steps of a factor 2 ** (1/3).
+
+        An image whose size the file does not give counts as a square.
+        """
         edges = [2 ** (i / 3) for i in range(-3, 4)]
         sizes = [(record.get("height"), record.get("width")) for record in self.images]
         return [bisect_right(edges, height / width if height and width else 1.0) for height, width in sizes]
 
     def _usable(self, annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The annotations that have a box to learn from, each with an id, an area and a crowd flag."""
+        """The annotations that have a box to learn from, each with an id, an area and a crowd flag.
+
+        A warning names those that are left out.
+        """
         for broken in entry_faults(self.coco, str(self.json_file)):
             if broken.kind == Kind.FILE:
                 raise UserError(str(broken))
@@ -162,8 +168,10 @@ class CocoDataset(Dataset[Sample]):
         return kept
 
     def _targets(self, annotations: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (G, 4) xyxy and labels (G,) of all images in their order, without crowd regions; image i owns the rows
-        from ends[i] to ends[i + 1]. Tensors, since processes that load images share their memory."""
+        """Boxes (G, 4) xyxy, labels (G,) and ends (images + 1,): image i has the rows from ends[i] to ends[i + 1].
+
+        Crowd regions are left out. They are tensors, since processes that load images share the memory of tensors.
+        """
         index_of = {record["id"]: index for index, record in enumerate(self.images)}
         label_of = {category_id: label for label, category_id in enumerate(self.category_ids)}
         counted = [annotation for annotation in annotations if not annotation["iscrowd"]]
@@ -175,7 +183,7 @@ class CocoDataset(Dataset[Sample]):
 
 
 class Tried(Dataset[Sample | ImageError]):
-    """A data set that gives the error in place of an item whose image cannot be read, so that a run can go on.
+    """A data set that gives an ImageError as the item, where its image cannot be read, in place of raising it.
 
     Example::
 
@@ -196,7 +204,7 @@ class Tried(Dataset[Sample | ImageError]):
 
 
 def plain(sample: Any) -> Any:
-    """The sample with ordinary tensors, which are cheaper than tv_tensors to use and to send to another process.
+    """The sample, or the error, with ordinary tensors, which cost less than tv_tensors to use and to send elsewhere.
 
     Example::
 
@@ -208,16 +216,16 @@ def plain(sample: Any) -> Any:
 
 
 def refuse(problem: str) -> None:
-    """What to do about a broken entry, where nothing else is asked for."""
+    """Raise a UserError for a broken entry: how files are read where the caller gives no function of its own."""
     raise UserError(problem)
 
 
 def read_json(path: Path, problem: Callable[[str], None] = refuse) -> dict[str, Any]:
-    """The content of a COCO detection file, without the masks of its objects, which are most of it.
+    """The content of a COCO detection file, without the masks of its objects, which are the largest part of it.
 
     Args:
         path: the file.
-        problem: told of each entry that lacks something; if it returns, the entry is left out.
+        problem: called with a message for each entry that lacks something; if it returns, the entry is left out.
 
     Raises:
         UserError: if the file is missing, or not a COCO detection file.

@@ -1,7 +1,7 @@
-"""What can be wrong with the annotations of a data set, in the COCO format: the rules, in one place.
+"""The rules for annotations in the COCO format: everything that can be wrong with them.
 
-A data set refuses what it cannot understand and leaves out what nothing can be learnt from; `retina-fast check` names
-everything.
+A data set refuses annotations that it cannot understand, and leaves out those that nothing can be learnt from;
+`retina-fast check` names every fault.
 """
 
 import math
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_SLACK = 1.0  # px: formats that count pixels from 0 or from 1, and rounded sizes, differ by no more
-_SAME = 0.5  # px: boxes of which no side differs by more are one box
+_SLACK = 1.0  # px: formats that count pixels from 0 or from 1, and rounded sizes, differ by at most this much
+_SAME = 0.5  # px: boxes whose sides all differ by at most this much count as the same box
 
 
 class Kind(StrEnum):
-    """What kind of fault. A data set refuses those of `REFUSED` and leaves out those of `LEFT_OUT`."""
+    """The kinds of faults. A data set refuses those in `REFUSED` and leaves out those in `LEFT_OUT`."""
 
     FILE = "broken entry"
     LABEL = "wrong label"
@@ -35,7 +35,7 @@ class Kind(StrEnum):
 
 REFUSED = frozenset({Kind.FILE, Kind.LABEL})
 LEFT_OUT = frozenset({Kind.DEGENERATE, Kind.OUTSIDE})
-UNUSABLE = REFUSED | {Kind.DEGENERATE}  # nothing more can be said of such a box
+UNUSABLE = REFUSED | {Kind.DEGENERATE}  # No other rule can be applied to such a box.
 
 
 class Fault(NamedTuple):
@@ -67,12 +67,12 @@ def sizes_of(content: Mapping[str, Any]) -> dict[Any, Size | None]:
 
 
 def place(source: str, annotation: Mapping[str, Any]) -> str:
-    """How an annotation is named: by its own `source`, or by its id in the file."""
+    """The words that name an annotation: its own `source`, or its id in the file `source`."""
     return annotation.get("source") or f"{source}: annotation {annotation['id']}"
 
 
 def entry_faults(content: Mapping[str, Any], source: str) -> Iterator[Fault]:
-    """Entries that are in each other's way: the same id or name twice. Annotations without an id are given one."""
+    """Entries with the same id or name. Annotations without an id are given one."""
     for number, annotation in enumerate(content["annotations"], start=1):
         annotation.setdefault("id", number)
     for key in ("images", "annotations", "categories"):
@@ -91,7 +91,7 @@ def _repeated(entries: Sequence[Mapping[str, Any]], field: str, kind: Kind, wher
 
 
 def look_alikes(content: Mapping[str, Any], source: str) -> Iterator[Fault]:
-    """Classes whose names differ only in case, spaces or underscores: one of them is a slip of the pen."""
+    """Classes whose names differ only in case, spaces or underscores: one of them is probably a mistake."""
     names: dict[str, str] = {}
     for category in content["categories"]:
         name = str(category["name"])
@@ -108,7 +108,7 @@ def corners(annotations: Sequence[Mapping[str, Any]]) -> Tensor:
 
 
 def box_fault(annotation: Mapping[str, Any], sizes: Mapping[Any, Size | None], categories: Any) -> Fault | None:
-    """What is wrong with one annotation by itself; the place is left to the caller.
+    """What is wrong with one annotation by itself, if anything; the caller fills in the place.
 
     Args:
         annotation: with `bbox` x, y, width, height in pixels.
@@ -127,7 +127,7 @@ def box_fault(annotation: Mapping[str, Any], sizes: Mapping[Any, Size | None], c
         return Fault(Kind.LABEL, "", f"has category {annotation.get('category_id')}, which the file does not list")
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
         return Fault(Kind.FILE, "", f"has bbox {box}; four numbers, x, y, width and height, are expected")
-    x1, y1, x2, y2 = array("f", (box[0], box[1], box[0] + box[2], box[1] + box[3]))  # float32, as it is trained on
+    x1, y1, x2, y2 = array("f", (box[0], box[1], box[0] + box[2], box[1] + box[3]))  # as in training, float32
     if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 <= x1 or y2 <= y1:
         return Fault(Kind.DEGENERATE, "", f"has bbox {box}, which has no extent")
     if (size := sizes[image_id]) is None:
@@ -141,10 +141,10 @@ def box_fault(annotation: Mapping[str, Any], sizes: Mapping[Any, Size | None], c
 
 
 def twins(annotations: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Kind, Mapping[str, Any], Mapping[str, Any]]]:
-    """Boxes that are in the same image twice, to half a pixel: the kind of fault, the later box and the first one.
+    """Boxes that an image has twice, to half a pixel: the kind of fault, the later box and the first one.
 
     Args:
-        annotations: those without a fault of their own; crowd regions are passed over.
+        annotations: those without a fault of their own. Crowd regions do not count.
     """
     counted = [annotation for annotation in annotations if not annotation.get("iscrowd")]
     boxes = corners(counted).numpy()
@@ -153,8 +153,8 @@ def twins(annotations: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Kind, Mapp
     order = np.lexsort((boxes[:, 0], images))
     boxes, images = boxes[order], images[order]
     first: dict[int, int] = {}
-    # Each with the box one place to its right in the order of images and left sides, then two places, and so on: only
-    # those go on whose neighbour was still near.
+    # The boxes are sorted by image and left side. Each is compared with the next one, then with the one after that, and
+    # so on, as long as the left sides are near enough.
     left, step = np.arange(len(boxes)), 1
     while len(left := left[left + step < len(boxes)]):
         near = (images[left] == images[left + step]) & (boxes[left + step, 0] - boxes[left, 0] <= _SAME)
@@ -164,5 +164,5 @@ def twins(annotations: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Kind, Mapp
             first[max(pair)] = min(*pair, first.get(max(pair), len(order)))
         step += 1
     for later, earlier in sorted(first.items()):
-        alike = counted[later]["category_id"] == counted[earlier]["category_id"]
-        yield Kind.DUPLICATE if alike else Kind.TWO_LABELS, counted[later], counted[earlier]
+        same_class = counted[later]["category_id"] == counted[earlier]["category_id"]
+        yield Kind.DUPLICATE if same_class else Kind.TWO_LABELS, counted[later], counted[earlier]

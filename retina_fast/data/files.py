@@ -1,4 +1,4 @@
-"""Files that are replaced whole: whatever ends the process or fills the disk, the old content or the new is there."""
+"""Replacing a file as a whole: if the process ends early or the disk is full, the old content is still there."""
 
 import contextlib
 import os
@@ -10,10 +10,12 @@ from retina_fast.data.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write into; at the end it is brought to the disk and takes the place of `path`.
+    """Gives a file beside `path` to write into; at the end of the block it takes the place of `path`.
+
+    Before that, its content is flushed to the disk.
 
     Raises:
-        UserError: if it cannot be written, for want of room, say; what `path` held is still there.
+        UserError: if it cannot be written, for example on a full disk. `path` then has its old content.
 
     Example::
 
@@ -28,10 +30,10 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name, too
+            os.fsync(folder)  # The new name is flushed to the disk, too.
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # a RuntimeError is torch.save's
+    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError.
         with contextlib.suppress(OSError):
             partial.unlink()
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]

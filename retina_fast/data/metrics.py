@@ -1,28 +1,30 @@
-"""COCO metrics, computed by faster-coco-eval."""
+"""COCO metrics, computed by faster-coco-eval, and their curves of precision over recall."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-# In the order of COCO's own summary; None is one that is not reported.
+# In the order of COCO's own summary; None stands for a metric that is not reported.
 _SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", None, None, "AR")
 _CURVES = {"IoU 0.50": slice(0, 1), "IoU 0.75": slice(5, 6), "IoU 0.50:0.95": slice(None)}
 
 RECALLS = [step / 100 for step in range(101)]
-"""At which COCO's precision is taken."""
+"""The 101 recalls at which COCO takes the precision."""
 
 
 @dataclass
 class CocoMetrics:
-    """What was measured.
+    """COCO's metrics of a detector on a data set.
 
     Attributes:
-        values: COCO's box metrics by name, each 0 to 1, or NaN where the data has no object of that size.
-        precision: at each of `RECALLS`, mean over the classes; for IoU 0.50, 0.75 and the mean of 0.50:0.95.
+        values: the box metrics by name, each 0 to 1, or NaN where the data has no object of that size.
+        precision: the precision at each of `RECALLS`, mean over the classes: a curve for IoU 0.50, one for 0.75 and the
+            mean curve of 0.50:0.95.
     """
 
     values: dict[str, float]
@@ -35,7 +37,7 @@ def as_results(detections: dict[str, Tensor], image_id: Any, category_ids: list[
     Args:
         detections: `boxes` (D, 4) xyxy in pixels, `scores` (D,), `labels` (D,), as a model returns them.
         image_id: the image's id in the COCO file.
-        category_ids: the category id of each label; detections of a label with None are left out.
+        category_ids: the category id of each label; detections of a label whose id is None are left out.
 
     Example::
 
@@ -55,7 +57,7 @@ def as_results(detections: dict[str, Tensor], image_id: Any, category_ids: list[
 def coco_metrics(
     coco: dict[str, Any], results: list[dict[str, Any]], image_ids: Iterable[Any], max_detections: int
 ) -> CocoMetrics:
-    """COCO's box metrics.
+    """COCO's box metrics (https://cocodataset.org/#detection-eval), computed by faster-coco-eval.
 
     AP is the mean over IoU 0.50:0.95, AP50 and AP75 are those at one IoU; APs, APm and APl count objects under 32x32
     px, up to 96x96 px, and over; AR is the recall, mean over IoU 0.50:0.95.
@@ -82,3 +84,23 @@ def coco_metrics(
     found = found[:, :, (found >= 0).all(axis=(0, 1))]
     curves = {name: found[part].mean(axis=(0, 2)).tolist() for name, part in _CURVES.items()} if found.size else {}
     return CocoMetrics(values, curves)
+
+
+def plot_precision_recall(metrics: CocoMetrics, file: Path) -> None:
+    """Draw precision over recall, a curve for each entry of `metrics.precision`, with its average precision.
+
+    Example::
+
+        >>> plot_precision_recall(evaluation.metrics, Path("precision_recall.png"))  # doctest: +SKIP
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    for name, precision in metrics.precision.items():
+        axes.plot(RECALLS, precision, label=f"{name}, AP {sum(precision) / len(precision):.3f}")
+    if axes.lines:
+        axes.legend()
+    axes.set_title("mean over the classes")
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=100)

@@ -1,7 +1,7 @@
-"""Detection data in the Pascal VOC format, an .xml file an image, read into the COCO format.
+"""Data sets in the Pascal VOC format, with an .xml file for each image, read into the COCO format.
 
 Pascal VOC counts pixels from 1, and the last column and row belong to the box: a box from 1 to 10 is 10 pixels wide,
-and is x 0, width 10 here. Objects marked as difficult become crowd regions: as in VOC's own evaluation, they count
+and becomes x 0, width 10. Objects marked as difficult become crowd regions: as in VOC's own evaluation, they count
 neither for nor against a detector, and nothing is learnt from them.
 """
 
@@ -18,22 +18,25 @@ from retina_fast.data.errors import UserError
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def open_data(annotations: Path, images: Path | None = None, classes: Sequence[str] | None = None) -> CocoDataset:
+def open_data(
+    annotations: str | Path, images: str | Path | None = None, classes: Sequence[str] | None = None
+) -> CocoDataset:
     """The data set of a COCO JSON file or of Pascal VOC files.
 
     Args:
         annotations: a .json file; or what :func:`read_voc` takes.
-        images: the folder of the images; needed beside a .json file.
-        classes: the class names in the order of their labels, for Pascal VOC files, which do not list theirs.
+        images: the folder of the images, which a .json file needs.
+        classes: the class names in the order of their labels, for Pascal VOC files, which do not list their classes.
 
     Raises:
         UserError: if something is missing or broken; the message names it.
 
     Example::
 
-        >>> open_data(Path("val.json"), Path("val/")).classes  # doctest: +SKIP
-        >>> open_data(Path("VOC2012/ImageSets/Main/train.txt")).classes  # doctest: +SKIP
+        >>> open_data("val.json", "val/").classes  # doctest: +SKIP
+        >>> open_data("VOC2012/ImageSets/Main/train.txt").classes  # doctest: +SKIP
     """
+    annotations, images = Path(annotations), Path(images) if images else None
     content, folder = read_annotations(annotations, images, classes)
     return CocoDataset(annotations, folder, content)
 
@@ -44,7 +47,19 @@ def read_annotations(
     classes: Sequence[str] | None = None,
     problem: Callable[[str], None] = refuse,
 ) -> tuple[dict[str, Any], Path]:
-    """The content, in the COCO format, and the folder of the images; arguments as of :func:`open_data`."""
+    """The annotations in the COCO format, and the folder of the images.
+
+    Args:
+        annotations, images, classes: as of :func:`open_data`.
+        problem: called with a message for each broken entry; if it returns, the entry is left out.
+
+    Raises:
+        UserError: if there is nothing to read, or a .json file comes without a folder of images.
+
+    Example::
+
+        >>> content, folder = read_annotations(Path("VOC2012"), None)  # doctest: +SKIP
+    """
     if annotations.is_dir() or annotations.suffix == ".txt":
         return read_voc(annotations, images, classes, problem)
     if images is None:
@@ -66,7 +81,8 @@ def read_voc(
         images: the folder of the images, if it is another one.
         classes: the class names in the order of their labels; by default all names that occur in the folder, in a
             split or not, sorted.
-        problem: told of each .xml file that cannot be read; if it returns, the image is left out.
+        problem: called with a message for each file that cannot be read and each broken object; if it returns, that
+            image or object is left out.
 
     Raises:
         UserError: if there are no such files.
@@ -119,6 +135,7 @@ def read_voc(
 
 
 def _parsed(file: Path, problem: Callable[[str], None]) -> Element | None:
+    """The content of an .xml file; None if it is broken and `problem` returns."""
     try:
         tree = ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, OSError) as error:
@@ -128,7 +145,7 @@ def _parsed(file: Path, problem: Callable[[str], None]) -> Element | None:
 
 
 def _split(path: Path, known: Container[str]) -> list[str]:
-    """The names in a list of images. VOC's lists of one class have a second column, which is passed over."""
+    """The names in a list of images. VOC's lists of one class have a second column, which is ignored."""
     try:
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except OSError as error:
@@ -141,7 +158,10 @@ def _name(item: Element) -> str:
 
 
 def _image_name(folder: Path, stem: str, tree: Element) -> str:
-    """The image that the file names, or the one of its own name: editors leave outdated names behind."""
+    """The image that the file names, if it exists; else the one with the file's own name.
+
+    Editors of annotations leave outdated names behind.
+    """
     named = Path(tree.findtext("filename", "").strip()).name
     suffixes = [case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper())]
     names = [named, *(stem + suffix for suffix in suffixes)]
@@ -149,12 +169,13 @@ def _image_name(folder: Path, stem: str, tree: Element) -> str:
 
 
 def _size(tree: Element) -> dict[str, int]:
+    """The width and height of the image, those that the file gives."""
     texts = {side: tree.findtext(f"size/{side}", "").strip() for side in ("width", "height")}
     return {side: int(text) for side, text in texts.items() if text.isdecimal() and int(text) > 0}
 
 
 def _bbox(item: Element) -> list[float] | None:
-    """x, y, width, height, if the corners are numbers."""
+    """x, y, width and height; None if the corners are not numbers."""
     try:
         x1, y1, x2, y2 = (float(item.findtext(f"bndbox/{corner}", "")) for corner in _CORNERS)
     except ValueError:

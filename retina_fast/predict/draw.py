@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
-# Told apart by people with any colour vision (Okabe and Ito), on light and dark ground.
+# The palette of Okabe and Ito, whose colours people with any colour vision can tell apart.
 PALETTE = ("#F0E442", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
 _LETTER = 6  # width of a letter of the font, in pixels
 
@@ -19,7 +19,7 @@ def draw_boxes(image: Tensor, boxes: Tensor, colors: Sequence[str], texts: Seque
         image: (3, H, W) uint8.
         boxes: (D, 4) xyxy in pixels.
         colors: D colour names.
-        texts: D texts; one that is wider than its box is left out, since it would hide the neighbours.
+        texts: D texts; a text that is wider than its box is left out, since it would hide the neighbours.
 
     Example::
 
@@ -36,7 +36,7 @@ def draw_boxes(image: Tensor, boxes: Tensor, colors: Sequence[str], texts: Seque
 
 
 def draw_detections(image: Tensor, detections: dict[str, Tensor], classes: Sequence[str]) -> Tensor:
-    """A copy of the image with its detections, a colour for each class, and their scores where they fit.
+    """A copy of the image with its detections in a colour for each class, with their scores where these fit.
 
     Args:
         image: (3, H, W) uint8.
@@ -54,7 +54,7 @@ def draw_detections(image: Tensor, detections: dict[str, Tensor], classes: Seque
 
 
 def above(detections: dict[str, Tensor], score: float) -> dict[str, Tensor]:
-    """The detections of at least that score.
+    """The detections whose score is at least `score`.
 
     Example::
 

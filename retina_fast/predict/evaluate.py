@@ -1,39 +1,29 @@
-"""COCO metrics of a model on a data set: `retina-fast evaluate`."""
+"""COCO metrics of a model on a data set."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.metrics import CocoMetrics, as_results, coco_metrics
-from retina_fast.data.processes import ALONE, Processes
-from retina_fast.predict.load import predictions
+from retina_fast.data.processes import ALONE, WORKERS, Processes
+from retina_fast.data.progress import tracked
+from retina_fast.predict.predictions import predictions
 
-_MEANING = {
-    "AP": "mean over IoU 0.50:0.95",
-    "AP50": "at IoU 0.50",
-    "AP75": "at IoU 0.75",
-    "APs": "objects under 32x32 px",
-    "APm": "objects of 32x32 to 96x96 px",
-    "APl": "objects over 96x96 px",
-    "AR": "recall, mean over IoU 0.50:0.95",
-}
+if TYPE_CHECKING:  # rich is needed only where progress is shown
+    from rich.console import Console
 
-
-_Seen = tuple[str, int, dict[str, Tensor]]  # an image's path, objects and detections
+_Seen = tuple[str, int, dict[str, Tensor]]  # an image's path, how many objects it has, and what was found in it
 
 
 @dataclass
 class Evaluation:
-    """What :func:`evaluate` found.
+    """The result of :func:`evaluate`.
 
     Attributes:
-        metrics: COCO's, over the images that could be read.
+        metrics: COCO's metrics over the images that could be read.
         results: the detections, as COCO results.
         images: how many images counted.
         max_detections: the most detections that counted in an image.
@@ -53,9 +43,10 @@ def evaluate(
     model: Any,
     classes: list[str],
     data: CocoDataset,
-    workers: int,
-    console: Console,
+    *,
     max_detections: int | None = None,
+    workers: int = WORKERS,
+    console: "Console | None" = None,
     processes: Processes = ALONE,
 ) -> Evaluation | None:
     """Run the model over the data and compute COCO's metrics.
@@ -64,17 +55,17 @@ def evaluate(
         model: a RetinaNet in evaluation mode.
         classes: its K class names; they are found in the data by name.
         data: the images and their true boxes.
-        workers: processes that read images.
-        console: where the progress bar is shown.
         max_detections: the most detections of an image that count; by default all that the model gives.
-        processes: they share the images; the first one computes the metrics, as one alone would, the others get None.
+        workers: how many processes read images.
+        console: where the progress bar is shown; nowhere by default.
+        processes: they share the images. The first one computes the metrics; the others get None.
 
     Raises:
         UserError: if model and data have no class in common, or not one image can be read.
 
     Example::
 
-        >>> evaluate(model, ["Tree"], dataset, workers=1, console=Console()).metrics.values["AP50"]  # doctest: +SKIP
+        >>> evaluate(model, ["Tree"], dataset).metrics.values["AP50"]  # doctest: +SKIP
         0.52
     """
     ids = dict(zip(data.classes, data.category_ids, strict=True))
@@ -84,7 +75,7 @@ def evaluate(
     share = processes.share(len(data))
     found: list[tuple[int, str | _Seen]] = []
     predicted = zip(share, predictions(model, data, workers, share), strict=True)
-    for index, prediction in track(predicted, "Evaluating", total=len(share), console=console, transient=True):
+    for index, prediction in tracked(predicted, "Evaluating", len(share), console):
         if isinstance(prediction, ImageError):
             found.append((index, str(prediction)))
         else:
@@ -111,25 +102,3 @@ def evaluate(
     counted = min(limit, max_detections or limit)
     metrics = coco_metrics(data.coco, results, image_ids, counted)
     return Evaluation(metrics, results, len(image_ids), counted, unreadable, crowded)
-
-
-def report(evaluation: Evaluation, console: Console) -> None:
-    """Print the metrics as a table, what they are over, and a last line `AP50 0.52`.
-
-    Example::
-
-        >>> report(evaluation, Console())  # doctest: +SKIP
-    """
-    table = Table("metric", "value", "", box=None)
-    for name, value in evaluation.metrics.values.items():
-        table.add_row(name, "-" if value != value else f"{value:.3f}", _MEANING[name])
-    console.print(table)
-    console.print(
-        f"over {evaluation.images} images; at most {evaluation.max_detections} detections an image count (COCO's own "
-        "tables count 100: --max-detections)"
-    )
-    for problem in evaluation.crowded + evaluation.unreadable:
-        console.print(f"warning: {problem}", style="yellow", markup=False, soft_wrap=True)
-    if evaluation.unreadable:
-        console.print(f"{len(evaluation.unreadable)} images could not be read and do not count")
-    console.print(f"AP50 {evaluation.metrics.values['AP50']:.2f}", highlight=False)

@@ -1,13 +1,11 @@
-"""The network in training, for Lightning: its steps, its validation, and the average of its weights."""
+"""The network in training, for Lightning: its steps and its validation."""
 
 import functools
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,43 +15,57 @@ from retina_fast.data.coco import CocoDataset, Sample
 from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.metrics import CocoMetrics, as_results, coco_metrics
 from retina_fast.data.processes import Processes
-from retina_fast.targets import to_device
-from retina_fast.train.recipes import everything, recipe_named
-from retina_fast.train.settings import TrainSettings
+from retina_fast.device import to_device
+from retina_fast.train.recipes import all_trained, recipe_named
+from retina_fast.train.settings import ResolvedSettings
 from retina_fast.train.synced_norm import synced
 from retina_fast.training_step import TrainingStep
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 
-class _Closed(torch.optim.Optimizer):
-    """An optimizer for a closure that takes the step itself.
+class _TakesItsStepInAClosure(torch.optim.Optimizer):
+    """An optimizer whose `step(closure)` only calls the closure, which takes the optimizer's step itself.
 
-    Lightning counts the steps of `optimizers().step(closure)`; the step itself is TrainingStep's, which may replay it.
+    Lightning counts steps by the calls of `optimizers().step(closure)`, while the step is TrainingStep's, which may
+    replay it.
     """
 
     def step(self, closure: Any = None) -> Any:
         return closure() if closure else super().step()
 
 
-def _closed(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def _with_step_in_a_closure(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same optimizer, which is then also a :class:`_TakesItsStepInAClosure`."""
     kind = type(optimizer)
-    optimizer.__class__ = type(kind.__name__, (_Closed, kind), {})
+    optimizer.__class__ = type(kind.__name__, (_TakesItsStepInAClosure, kind), {})
     return optimizer
 
 
 class Detector(L.LightningModule):
     """The network, its losses, its optimizer and its validation.
 
-    After a validation `validated` has what was found, in the first process; else it is None.
+    Args:
+        network: a RetinaNet in training mode.
+        about: how the network is built and what it finds, without its weights.
+        settings: of the run.
+        processes: those that train together.
+
+    Attributes:
+        validated: the metrics of the validation of this interval, in the first process; None before it and without one.
+
+    Example::
+
+        >>> Detector(*starting_network(settings, data), settings, ALONE).recipe.gradient_norm  # doctest: +SKIP
+        1.0
     """
 
-    def __init__(self, start: Checkpoint, settings: TrainSettings, processes: Processes) -> None:
+    def __init__(self, network: Any, about: Checkpoint, settings: ResolvedSettings, processes: Processes) -> None:
         super().__init__()
-        self.about, self.settings, self.processes = replace(start, state_dict={}), settings, processes
+        self.about, self.settings, self.processes = about, settings, processes
         self.recipe = recipe_named(settings.recipe)
-        # A tenth faster on a CPU, too, than the default layout.
-        self.model: Any = start.build().to(memory_format=torch.channels_last)
+        # channels_last is a tenth faster than the default layout on a CPU, too.
+        self.model: Any = network.to(memory_format=torch.channels_last)
         self.model.focal_gamma = self.recipe.focal_gamma
         if processes.count > 1:
             self.model = synced(self.model)
@@ -62,13 +74,16 @@ class Detector(L.LightningModule):
 
     @property
     def metrics(self) -> dict[str, float]:
+        """The values of the last validation by name; none without one."""
         return self.validated.values if self.validated else {}
 
     def on_train_epoch_start(self) -> None:
         self.validated = None
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch  # the images go there by themselves; the targets are checked here first, which is free
+        # The batch stays on the host: training_step moves the images, and TrainingStep checks the targets before it
+        # moves them, which costs nothing on the host.
+        return batch
 
     def on_train_start(self) -> None:
         optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
@@ -82,7 +97,7 @@ class Detector(L.LightningModule):
         )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # The network's own randomness, too, must depend on the step alone, and not on what ran before it.
+        # What the network itself draws must depend on the seed, the step and the process, and not on what ran before.
         torch.manual_seed(mixed_seed(self.settings.seed, self.global_step, self.processes.rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -95,12 +110,12 @@ class Detector(L.LightningModule):
         return losses
 
     def configure_optimizers(self) -> Any:
-        decayed = self.recipe.decayed(self.model)
-        others = {*everything(self.model)} - {*decayed}
-        free = [p for p in self.parameters() if p in others]
-        pairs = ((decayed, self.recipe.weight_decay), (free, 0.0))
+        decayed = self.recipe.decayed_parameters(self.model)
+        others = {*all_trained(self.model)} - {*decayed}
+        undecayed = [p for p in self.parameters() if p in others]
+        pairs = ((decayed, self.recipe.weight_decay), (undecayed, 0.0))
         groups = [{"params": params, "weight_decay": decay} for params, decay in pairs if params]
-        optimizer = _closed(self.recipe.optimizer(groups, lr=self.settings.lr))
+        optimizer = _with_step_in_a_closure(self.recipe.optimizer(groups, lr=self.settings.lr))
         schedule = functools.partial(self.recipe.schedule, total=self.settings.steps)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)}
 
@@ -143,31 +158,3 @@ class Detector(L.LightningModule):
 
 def _floats(losses: dict[str, Tensor]) -> dict[str, float]:
     return {name: float(value) for name, value in losses.items()}
-
-
-class Averaging(WeightAveraging):
-    """A moving average that forgets the random start of the weights faster than its own memory is long.
-
-    Lightning's, but for the update, in which torch would read the count of the updates from the device each step.
-    """
-
-    def __init__(self, limit: float) -> None:
-        super().__init__()
-        self.limit = limit
-
-    @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        assert self._average_model is not None
-        count = trainer.global_step - 1
-        decay = min(self.limit, (count + 1) / (count + 20)) if count else 0
-        models = self._average_model.module, pl_module
-        both = [[*model.parameters(), *model.buffers()] for model in models]
-        averages, values = ([x for x in tensors if x.is_floating_point()] for tensors in both)
-        torch._foreach_lerp_(averages, values, 1 - decay)
-        averages, values = ([x for x in tensors if not x.is_floating_point()] for tensors in both)
-        if averages:
-            torch._foreach_copy_(averages, values)
-        self._average_model.n_averaged += 1
-        self._latest_update_step = trainer.global_step

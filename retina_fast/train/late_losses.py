@@ -1,17 +1,19 @@
-"""Losses read on the host without making it wait for the step that computes them."""
+"""Reading the losses of a step on the host while the next step is already queued on the device."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from retina_fast.device import LateRead
+
 Note = Callable[[dict[str, float]], None]
 
 
 class LateLosses:
-    """Hands each step's losses on as numbers: at once, but from a CUDA device when the next step's are added.
+    """Calls a function with each step's losses as numbers: at once on a CPU, and one step later on a CUDA device.
 
-    By then the next step is queued, so that the device has work while the host waits for the one before it.
+    By then the next step is queued, so that the device has work while the host waits for the losses.
 
     Example::
 
@@ -20,24 +22,20 @@ class LateLosses:
     """
 
     def __init__(self) -> None:
-        self._pending: tuple[list[str], Tensor, torch.cuda.Event, Note] | None = None
+        self._pending: tuple[list[str], LateRead, Note] | None = None
 
     def add(self, losses: dict[str, Tensor], note: Note) -> None:
-        """Call ``note`` with the losses, now or later; what an earlier ``note`` raises is raised now."""
-        names, values = list(losses), torch.stack(list(losses.values()))
-        if values.device.type != "cuda":
-            note(dict(zip(names, values.tolist(), strict=True)))
-            return
-        numbers = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(values.device))
+        """Call `note` with the losses, now or later. What the `note` of an earlier step raises is raised here."""
+        values = torch.stack(list(losses.values()))
+        late = LateRead(values)
         self.read()
-        self._pending = names, numbers, event, note
+        self._pending = list(losses), late, note
+        if values.device.type != "cuda":
+            self.read()
 
     def read(self) -> None:
-        """Hand on what is pending; waits for it."""
+        """Wait for the losses that are still to be read, and call their function."""
         if self._pending is not None:
-            names, numbers, event, note = self._pending
+            names, late, note = self._pending
             self._pending = None
-            event.synchronize()
-            note(dict(zip(names, numbers.tolist(), strict=True)))
+            note(dict(zip(names, late.wait().tolist(), strict=True)))

@@ -1,4 +1,4 @@
-"""The written record of a training run: log.csv, loss.png, and the same for TensorBoard."""
+"""The log of a training run: log.csv, loss.png, and the same figures for TensorBoard."""
 
 import csv
 from pathlib import Path
@@ -9,16 +9,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 from retina_fast.data.files import replacing
 
-_EVERY = 20  # steps a row: single ones are noise
+_EVERY = 20  # steps a row, since the loss of a single step is noisy
 _COLUMNS = ("step", "classification", "bbox_regression", "lr", "images_per_second", "waiting")
 _VALIDATION_COLUMNS = ("val_classification", "val_bbox_regression", "AP", "AP50")
 
 
 class TrainLog:
-    """Rows of log.csv: mean losses of 20 steps, or the validation at a step.
+    """Writes log.csv, whose rows are the mean losses of 20 steps or the validation at a step.
 
-    `images_per_second` is over all processes since the interval began, without validation; `waiting` the part of that
-    time in which the step waited for images.
+    `images_per_second` is the rate of all processes since the interval began, without validation; `waiting` is the part
+    of that time in which the steps waited for images.
+
+    Args:
+        folder: of the run's files.
 
     Example::
 
@@ -32,10 +35,10 @@ class TrainLog:
         self.window: list[dict[str, float]] = []
 
     def resume(self, step: int) -> None:
-        """Start the file, or go on with one, without the rows after `step`, which will come again."""
+        """Start the file; or, after `step`, go on with it without its later rows, which will be written again."""
         file = self.folder / "log.csv"
         if step and file.exists():
-            whole, _, _ = file.read_text().rpartition("\n")  # a run that was killed may have left half a row
+            whole, _, _ = file.read_text().rpartition("\n")  # A run that was killed may have left half a row.
             rows = [
                 {k: float(v) for k, v in row.items() if v} | {"step": int(row["step"])}
                 for row in csv.DictReader(whole.splitlines())
@@ -48,7 +51,14 @@ class TrainLog:
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, step: int, losses: dict[str, float], rates: dict[str, float], last: bool) -> None:
-        """Note one step's losses; `last` closes a row before it is full, at the end of an interval."""
+        """Add one step's losses.
+
+        Args:
+            step: its number, from 1.
+            losses: by name.
+            rates: the other columns of its row: the learning rate and the pace.
+            last: whether it is the last step of an interval, which ends a row.
+        """
         self.window.append(losses)
         if step % _EVERY == 0 or last:
             means = {name: fmean(x[name] for x in self.window) for name in losses}
@@ -56,7 +66,7 @@ class TrainLog:
             self.window = []
 
     def add_validation(self, step: int, metrics: dict[str, float]) -> None:
-        """Note a validation's losses and metrics."""
+        """Add a validation's losses and metrics."""
         self._write({"step": step} | {name: metrics[name] for name in _VALIDATION_COLUMNS})
 
     def recent(self) -> str:

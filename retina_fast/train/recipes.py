@@ -1,10 +1,10 @@
-"""Training recipes by name: what `retina-fast train --recipe` does with its optimizer, learning rate and images.
+"""Training recipes by name: the optimizer, learning rates, losses and images of `retina-fast train --recipe`.
 
-`default` is this package's own, for small data sets and machines. `torchvision-v1` and `torchvision-v2` are what
-torchvision's published weights were trained by (https://github.com/pytorch/vision/tree/main/references/detection
-#retinanet and https://github.com/pytorch/vision/pull/5756); docs/coco.md has their commands. The others are the
-published protocols of SpineNet (https://arxiv.org/abs/1912.05027, table 2 of its code's model zoo): SGD from random
-weights over hundreds of epochs; docs/spinenet.md says where they differ from what was published.
+`default` is this package's own, for small data sets and machines. `torchvision-v1` and `torchvision-v2` are the recipes
+of torchvision's published weights (https://github.com/pytorch/vision/tree/main/references/detection#retinanet and
+https://github.com/pytorch/vision/pull/5756); docs/coco.md has their commands. The others are the published protocols of
+SpineNet (https://arxiv.org/abs/1912.05027, table 2 of its code's model zoo), which train with SGD from random weights
+over hundreds of epochs; docs/spinenet.md says where they differ from what was published.
 """
 
 import functools
@@ -20,74 +20,73 @@ from torchvision.ops._utils import split_normalization_params
 from torchvision.transforms import v2
 
 from retina_fast.data.augment import Flips, augmentation, scale_jitter, whole_images
+from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
+from retina_fast.train.schedules import torchvision_steps, warmup_cosine, warmup_drops
 
 
-def warmup_cosine(step: int, total: int) -> float:
-    """Up in the first 5% of the steps, then down to a hundredth along a cosine."""
-    warmup = max(1, round(total * 0.05))
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+def trained_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters with more than one dimension: the kernels of convolutions, but no norms and no biases.
 
+    Example::
 
-def warmup_drops(step: int, total: int, warmup: float, start: float, drops: Mapping[float, float]) -> float:
-    """From `start` up to 1 in the first `warmup` of the steps, then the factor of the last drop that has begun."""
-    done = step / total
-    if done < warmup:
-        return start + (1 - start) * done / warmup
-    return min((factor for begin, factor in drops.items() if done >= begin), default=1.0)
-
-
-def torchvision_steps(step: int, total: int) -> float:
-    """Up from a thousandth in 1,000 steps, or the first of 26 epochs if that is shorter; tenths after 16 and 22."""
-    warmup = min(1000, total // 26 - 1) / total
-    return warmup_drops(step, total, warmup, start=1 / 1000, drops={16 / 26: 0.1, 22 / 26: 0.01})
-
-
-def matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The kernels of convs: neither norms nor biases."""
+        >>> [p.shape for p in trained_matrices(nn.Linear(3, 2))]
+        [torch.Size([2, 3])]
+    """
     return [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
 
 
-def all_but_norms(model: nn.Module) -> list[nn.Parameter]:
-    """Kernels and biases, as torchvision splits them off."""
+def trained_outside_norms(model: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters of all layers but norms, as torchvision separates them.
+
+    Example::
+
+        >>> len(trained_outside_norms(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))))
+        2
+    """
     return split_normalization_params(model)[1]
 
 
-def everything(model: nn.Module) -> list[nn.Parameter]:
-    """All that is trained."""
+def all_trained(model: nn.Module) -> list[nn.Parameter]:
+    """All trained parameters.
+
+    Example::
+
+        >>> len(all_trained(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))))
+        4
+    """
     return [p for p in model.parameters() if p.requires_grad]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is not the user's data or machine.
+    """The hyper-parameters of a training recipe.
 
     Attributes:
-        optimizer: from parameter groups and `lr` to the optimizer.
-        schedule: from `step` and `total`, the steps in all, to the factor of the learning rate.
-        lr: the peak learning rate, at `batch_size` images a step.
+        optimizer: makes the optimizer from parameter groups and `lr`.
+        schedule: gives the factor of the learning rate from `step` and `total`, the number of steps in all.
+        lr: the peak learning rate at `batch_size` images a step.
         batch_size: images a step.
-        weight_decay: of the parameters that `decayed` finds in the model.
-        gradient_norm: to which gradients are clipped; None leaves them.
-        augmentation: of the images, from the side of the crops and the flips.
-        decayed: the others have no weight decay.
-        average: decay of the averaged weights; 0 keeps the last ones.
+        weight_decay: of the parameters that `decayed_parameters` selects.
+        gradient_norm: the norm to which gradients are clipped; None does not clip.
+        augmentation: makes the transforms of the images from the side of the crops and the flips.
+        decayed_parameters: selects the parameters that get weight decay.
+        average: decay of the moving average of the weights; 0 keeps the latest weights.
         steps: optimizer steps, where `epochs` is 0.
         epochs: passes over the data.
-        lr_power: of the batch size to which the learning rate is proportional: 1 for SGD (https://arxiv.org/abs/1706.02677);
+        lr_power: the learning rate grows as this power of the batch size: 1 for SGD (https://arxiv.org/abs/1706.02677);
             0.5 for Adam, which divides by the gradient's size (https://arxiv.org/abs/2205.10287).
-        focal_gamma: the focusing exponent of the classification loss.
+        focal_gamma: the focusing exponent of the focal loss.
         box_weight: factor of the box loss.
-        kwargs: of the model's builder.
-        weights_backbone: torchvision's name of the weights from which the backbone starts.
-        crop: side of the crops, if none is given, of models that scale images by a factor.
-        crops_are_the_size: of the images that the model is built for: crops have it, and a given crop sets it.
-        only_objects: images without an object are left out.
-        alike: so many images that follow each other in a step have about the same aspect ratio, and so little padding.
-        model: a pattern of the names of its models.
+        kwargs: keyword arguments of the model's builder.
+        weights_backbone: torchvision's name of the weights from which the backbone starts; None for random ones.
+        crop: side of the crops for models that scale images by a factor, where the user gives none.
+        crops_are_the_size: whether crops have the size of the images that the model is built for. A crop that the user
+            gives then sets that size.
+        only_objects: whether images without an object are left out.
+        group_size: size of the groups of images in a batch that have about the same aspect ratio, and so little
+            padding.
+        model: a pattern of the names of the models that it is for.
     """
 
     optimizer: Callable[..., Optimizer]
@@ -97,7 +96,7 @@ class Recipe:
     weight_decay: float
     gradient_norm: float | None
     augmentation: Callable[[int, Flips], v2.Compose]
-    decayed: Callable[[nn.Module], list[nn.Parameter]] = matrices
+    decayed_parameters: Callable[[nn.Module], list[nn.Parameter]] = trained_matrices
     average: float = 0.0
     steps: int = 0
     epochs: int = 0
@@ -109,15 +108,17 @@ class Recipe:
     crop: int = 0
     crops_are_the_size: bool = False
     only_objects: bool = False
-    alike: int = 1
+    group_size: int = 1
     model: str = "*"
 
     def lr_at(self, batch_size: int) -> float:
-        """The peak learning rate for another batch size."""
+        """The peak learning rate at another batch size."""
         return self.lr * (batch_size / self.batch_size) ** self.lr_power
 
     def steps_for(self, images: int, batch_size: int) -> int:
-        """Optimizer steps on a data set of so many images: whole ones an epoch, as the published programs count.
+        """The number of optimizer steps on a data set of `images` images.
+
+        An epoch has a whole number of steps, as in the published programs.
 
         Example::
 
@@ -128,11 +129,20 @@ class Recipe:
             return self.steps
         return self.epochs * (images // batch_size) or math.ceil(self.epochs * images / batch_size)
 
+    def images_of(self, data: CocoDataset) -> CocoDataset:
+        """The part of the data that the recipe trains on.
 
-_WARMUP_EPOCHS = 2000 / 463  # steps of 256 images
+        Raises:
+            UserError: if it leaves out images without objects, and there are no others.
+        """
+        return data.with_objects() if self.only_objects else data
 
 
-def _published(epochs: int, scales: tuple[float, float], **changes: Any) -> Recipe:
+_WARMUP_EPOCHS = 2000 / 463  # 2,000 steps of 256 images, 463 of which are an epoch of COCO
+
+
+def _spinenet(epochs: int, scales: tuple[float, float], **changes: Any) -> Recipe:
+    """A protocol of SpineNet with so many epochs, and scales between which images are jittered."""
     lr = changes.pop("lr", 0.28)
     drops = {1 - 30 / epochs: 0.1, 1 - 10 / epochs: 0.01}
     return Recipe(
@@ -146,14 +156,15 @@ def _published(epochs: int, scales: tuple[float, float], **changes: Any) -> Reci
         epochs=epochs,
         crops_are_the_size=True,
         focal_gamma=1.5,
-        # Published: 50 times Huber's loss with delta 0.1, over 4 coordinates. Beyond delta its slope is that of L1.
+        # Published is 50 times Huber's loss with delta 0.1, a mean over 4 coordinates. Beyond delta, its slope is
+        # that of an L1 loss with this factor.
         box_weight=50 * 0.1 / 4,
         **{"kwargs": {"bg_iou_thresh": 0.5, "detections_per_img": 100}} | changes,
     )
 
 
 _SWISH = {"bg_iou_thresh": 0.5, "detections_per_img": 100, "activation": "silu", "stochastic_depth": 0.2}
-_C = functools.partial(_published, epochs=500, scales=(0.5, 2.0), kwargs=_SWISH, model="retinanet_spinenet*")
+_SPINENET_C = functools.partial(_spinenet, epochs=500, scales=(0.5, 2.0), kwargs=_SWISH, model="retinanet_spinenet*")
 
 _TORCHVISION = functools.partial(
     Recipe,
@@ -163,7 +174,7 @@ _TORCHVISION = functools.partial(
     augmentation=whole_images,
     epochs=26,
     only_objects=True,
-    alike=2,
+    group_size=2,  # the images of one GPU
 )
 
 RECIPES = {
@@ -184,7 +195,7 @@ RECIPES = {
         optimizer=functools.partial(torch.optim.SGD, momentum=0.9),
         lr=0.01,
         weight_decay=1e-4,
-        decayed=everything,
+        decayed_parameters=all_trained,
         weights_backbone="IMAGENET1K_V1",
         model="retinanet_resn*_fpn",
     ),
@@ -193,25 +204,25 @@ RECIPES = {
         lr=1e-4,
         lr_power=0.5,
         weight_decay=0.05,
-        decayed=all_but_norms,
+        decayed_parameters=trained_outside_norms,
         weights_backbone="IMAGENET1K_V2",
-        # The model draws the shorter side in training, and takes the last one in evaluation.
+        # In training the model draws the shorter side from these; in evaluation it takes the last one.
         kwargs={"min_size": list(range(480, 801, 32))},
         model="retinanet_resn*_fpn_v2",
     ),
-    "spinenet-b": _published(350, (0.5, 2.0)),
-    "spinenet-c": _C(),
-    "spinenet-c-143": _C(scales=(0.1, 1.9), kwargs=_SWISH | {"stochastic_depth": 0.16}),
-    "spinenet-c-190": _C(epochs=400, scales=(0.1, 1.9), lr=0.30),
+    "spinenet-b": _spinenet(350, (0.5, 2.0)),
+    "spinenet-c": _SPINENET_C(),
+    "spinenet-c-143": _SPINENET_C(scales=(0.1, 1.9), kwargs=_SWISH | {"stochastic_depth": 0.16}),
+    "spinenet-c-190": _SPINENET_C(epochs=400, scales=(0.1, 1.9), lr=0.30),
 }
 """Every recipe by its name."""
 
 
 def recipe_named(name: str) -> Recipe:
-    """The recipe of that name.
+    """The recipe with that name.
 
     Raises:
-        UserError: if there is none; the message lists those that there are.
+        UserError: if there is none; the message lists all names.
 
     Example::
 

@@ -1,8 +1,8 @@
-"""What decides the weights of a training run."""
+"""The settings of a training run: what a person chooses, and what the recipe, the data and the machine fill in."""
 
-import hashlib
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,57 +11,124 @@ import torch
 from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
+from retina_fast.device import has_bfloat16
+from retina_fast.train.recipes import recipe_named
 
-
-def has_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
+RANDOM = "none"
+"""In place of the name of weights: the backbone starts from random ones."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What decides the weights of a run; a resumed run must have the same.
+    """What a person chooses of a training run. :meth:`resolve` fills in what is left at None.
 
     Attributes:
         model: a builder's name in `retina_fast.builders.MODELS`.
-        steps: optimizer steps, rounded up to a whole number of equal intervals.
-        batch_size: images a step, over all processes.
-        lr: peak learning rate.
-        crop: side of the training crops in pixels; 0 trains on whole images, or, where the recipe has it so, on crops
-            of the model's own size.
-        flips: which mirror images of a picture are as likely as itself.
+        steps: optimizer steps, rounded up to a whole number of equal intervals. None takes the recipe's.
+        batch_size: images a step, over all processes. None takes the recipe's.
+        lr: peak learning rate. None takes the recipe's for this batch size.
+        crop: side of the training crops in pixels; 0 trains on whole images or, with SpineNet's recipes, on crops of
+            the model's own size. None takes the recipe's crops for a model that scales images by a factor, as the lite
+            models do, and 0 for a model that resizes every image to one size.
+        flips: which mirror images of a picture are as likely as the picture itself.
         seed: of the weights, the order of the images and the augmentations.
-        image_scale: by which the model scales images, whatever their size; training crops have scales of their own.
-            None: the model resizes crops and images as its builder says.
+        image_scale: the factor by which the model scales images of any size; training crops have scales of their own.
+            None leaves the resizing to the model's builder.
         recipe: its name in `retina_fast.train.recipes.RECIPES`.
-        every: the most steps from one checkpoint, and validation, to the next.
-        accumulate: in how many parts a process computes its images of a step, to fit into memory.
-        bf16: whether convolutions are computed in bfloat16.
-        weights_backbone: torchvision's name of the weights from which the backbone starts; None for random ones.
+        every: the largest number of steps from one checkpoint, and validation, to the next.
+        accumulate: into how many parts a process divides its images of a step, so that they fit into memory.
+        bf16: whether convolutions are computed in bfloat16. None: where the hardware does.
+        weights_backbone: torchvision's name of the weights from which the backbone starts, or "none" for random ones.
+            None takes the recipe's.
+
+    Raises:
+        UserError: if there is no such recipe, or the recipe is for other models.
+
+    Example::
+
+        >>> TrainSettings("retinanet_resnet18_fpn_lite", steps=500).recipe
+        'default'
     """
 
     model: str
-    steps: int
-    batch_size: int
-    lr: float
-    crop: int
-    flips: Flips
-    seed: int
+    _: KW_ONLY
+    steps: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    crop: int | None = None
+    flips: Flips = Flips.HORIZONTAL
+    seed: int = 0
     image_scale: float | None = None
     recipe: str = "default"
     every: int = 500
     accumulate: int = 1
-    bf16: bool = field(default_factory=has_bf16)
+    bf16: bool | None = None
     weights_backbone: str | None = None
+
+    def __post_init__(self) -> None:
+        pattern = recipe_named(self.recipe).model
+        if not fnmatchcase(self.model, pattern):
+            raise UserError(f"the recipe {self.recipe} is for models {pattern}, not {self.model}")
+
+    def resolve(self, data: CocoDataset, start_from: str | Path | None = None) -> "ResolvedSettings":
+        """The settings with every choice made. Resolving them again changes nothing.
+
+        Args:
+            data: the images to train on, from whose number a recipe of epochs has its number of steps.
+            start_from: the model file that the run starts from, if it starts from one.
+
+        Raises:
+            UserError: if `weights_backbone` names weights and there is a file to start from, too; or if the recipe
+                leaves out images without objects, and there are no others.
+
+        Example::
+
+            >>> TrainSettings("retinanet_resnet18_fpn_lite", batch_size=16).resolve(data).lr  # doctest: +SKIP
+            0.004
+        """
+        if start_from and self.weights_backbone not in (None, RANDOM):
+            raise UserError("--weights-backbone and --checkpoint exclude each other: give one of them")
+        recipe = recipe_named(self.recipe)
+        batch_size = self.batch_size or recipe.batch_size
+        by_scale = self.model.endswith("_lite") or self.image_scale is not None  # the others resize to 800 px or so
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        chosen: dict[str, Any] = {
+            "steps": self.steps or recipe.steps_for(len(recipe.images_of(data)), batch_size),
+            "batch_size": batch_size,
+            "lr": recipe.lr_at(batch_size) if self.lr is None else self.lr,
+            "crop": (recipe.crop if by_scale else 0) if self.crop is None else self.crop,
+            "bf16": has_bfloat16(device) if self.bf16 is None else self.bf16,
+            "weights_backbone": self.weights_backbone or recipe.weights_backbone or RANDOM,
+        }
+        return ResolvedSettings(**asdict(self) | chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSettings(TrainSettings):
+    """Settings without a choice left open. They decide the weights of a run: a resumed run must have the same.
+
+    Example::
+
+        >>> settings = TrainSettings("retinanet_resnet18_fpn_lite", steps=1001).resolve(data)  # doctest: +SKIP
+        >>> settings.interval, settings.total_steps  # doctest: +SKIP
+        (334, 1002)
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    crop: int
+    bf16: bool
+    weights_backbone: str
 
     @property
     def interval(self) -> int:
+        """Steps from one checkpoint to the next: at most `every`, and the same throughout the run."""
         return math.ceil(self.steps / math.ceil(self.steps / self.every))
 
     @property
     def total_steps(self) -> int:
+        """`steps`, rounded up to whole intervals."""
         return math.ceil(self.steps / self.interval) * self.interval
 
     def share(self, count: int) -> int:
@@ -77,43 +144,3 @@ class TrainSettings:
                 f" give a multiple of {count}, at least {least}"
             )
         return self.batch_size // count
-
-
-def fingerprint(data: CocoDataset) -> str:
-    """A digest of what is trained on: images by name, boxes and classes in their order; not the pixels.
-
-    Example::
-
-        >>> fingerprint(dataset)  # doctest: +SKIP
-        '5f0c...'
-    """
-    digest = hashlib.sha256(repr((data.classes, data.category_ids)).encode())
-    for record in data.images:
-        digest.update(repr((record["id"], record["file_name"])).encode())
-    for box in data.coco["annotations"]:
-        digest.update(repr((box["image_id"], box["category_id"], box["bbox"], box["iscrowd"])).encode())
-    return digest.hexdigest()
-
-
-def check_resume(last: Path, settings: TrainSettings, data: CocoDataset) -> dict[str, Any] | None:
-    """Refuse to go on with a run of other settings or data; else the arguments of the builder of its model.
-
-    Runs of earlier versions have no such arguments.
-
-    Raises:
-        UserError: naming what differs; or if there is no run, or its file is damaged.
-    """
-    if not last.exists():
-        raise UserError(f"there is no run to resume in {last.parent}: it has no {last.name}")
-    try:
-        state: dict[str, Any] = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        kept = ", ".join(sorted(path.name for path in last.parent.glob("step-*.ckpt"))) or "none"
-        raise UserError(f"{last}: damaged; copy an older one in its place (there are: {kept}) to resume") from error
-    before = asdict(TrainSettings(**state["settings"]))  # runs of earlier versions lack the latest settings
-    for name, value in asdict(settings).items():
-        if before[name] != value:
-            raise UserError(f"the run in {last.parent} has {name} {before[name]}, not {value}: give it the same")
-    if state.get("data") not in (None, fingerprint(data)):
-        raise UserError(f"{data.json_file}: is not what the run in {last.parent} was begun with; start a new run")
-    return state.get("kwargs")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class _Summed(torch.autograd.Function):
-    """The sum over all processes; so is the gradient."""
+    """Sums a tensor over all processes, and its gradient, too."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -22,9 +22,9 @@ class _Summed(torch.autograd.Function):
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d that counts the batches of all processes as one, on any device.
+    """BatchNorm2d over the batches of all processes together, on any device.
 
-    torch's own, ``nn.SyncBatchNorm``, is for GPUs alone. It takes the same parameters and buffers.
+    `nn.SyncBatchNorm`, torch's own, runs on GPUs only. Parameters and buffers are those of `nn.BatchNorm2d`.
 
     Example::
 
@@ -41,13 +41,14 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         mean = _Summed.apply(wide.sum((0, 2, 3))) / count  # (C,)
         centred = wide - mean[:, None, None]
         variance = _Summed.apply(centred.square().sum((0, 2, 3))) / count
-        self._follow(mean.detach(), variance.detach() * (count / (count - 1)))
+        self._update_running(mean.detach(), variance.detach() * (count / (count - 1)))
         normed = centred * (variance + self.eps).rsqrt()[:, None, None]
         if self.weight is not None:
             normed = normed * self.weight[:, None, None] + self.bias[:, None, None]
         return normed.to(input.dtype)
 
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
+        """Moves the running mean and variance (C,) towards those of this batch."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked += 1
@@ -57,7 +58,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synced(model: nn.Module) -> nn.Module:
-    """The model with its BatchNorms over all processes: torch's on a GPU, :class:`SyncedBatchNorm2d` elsewhere.
+    """The model with BatchNorms over all processes: torch's on a GPU, :class:`SyncedBatchNorm2d` elsewhere.
 
     Example::
 
@@ -67,5 +68,5 @@ def synced(model: nn.Module) -> nn.Module:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncedBatchNorm2d  # the same state, normalised by another method
+            module.__class__ = SyncedBatchNorm2d  # The state stays; only forward is another one.
     return model

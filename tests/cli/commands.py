@@ -1,50 +1,105 @@
-"""retina-fast as people start it: in a process, or several, of its own."""
+"""retina-fast in processes of its own: forked from this one, which has imported everything, or started anew."""
 
+import importlib
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from retina_fast import cli
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def command(*arguments: object, processes: int = 1, module: str = "retina_fast.cli") -> list[str]:
-    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
-    return [sys.executable, "-m", *(several if processes > 1 else [module]), *map(str, arguments)]
+class Forked:
+    """A command in a process that is forked from this one, which is ready to run it; with methods as of Popen."""
+
+    def __init__(self, arguments: tuple[object, ...], module: str = "retina_fast.cli", **variables: object) -> None:
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        run = multiprocessing.get_context("fork").Process(
+            target=self._run, args=(list(map(str, arguments)), module, variables)
+        )
+        run.start()
+        self._process, self.pid, self.terminate = run, run.pid or 0, run.terminate
+
+    def _run(self, arguments: list[str], module: str, variables: dict[str, object]) -> None:
+        os.environ.update({name: str(value) for name, value in variables.items()})
+        for stream in (1, 2):
+            os.dup2(self._output.fileno(), stream)
+        sys.stdout, sys.stderr = (open(stream, "w", closefd=False, buffering=1) for stream in (1, 2))  # noqa: SIM115
+        importlib.import_module(module)
+        cli.app(arguments)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = 120) -> tuple[str, None]:
+        self._process.join(timeout)
+        self._output.seek(0)
+        return self._output.read(), None
 
 
-def start(line: list[str], **variables: object) -> subprocess.Popen[str]:
-    environment = ENVIRONMENT | {name: str(value) for name, value in variables.items()}
-    return subprocess.Popen(line, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+Run = Forked | subprocess.Popen[str]
 
 
-def finish(line: list[str]) -> str:
-    """What the command wrote; it must have ended well."""
-    done = subprocess.run(line, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def finish_as_by_srun(line: list[str], processes: int) -> str:
+def forked_by_srun(
+    *arguments: object, processes: int, module: str = "retina_fast.cli", **variables: object
+) -> list[Forked]:
     """The command in the processes, and with the variables, that SLURM's srun gives it on one machine."""
-    job = {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost", "SLURM_NNODES": 1}
+    job: dict[str, Any] = {
+        "SLURM_JOB_ID": os.getpid(),
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_NNODES": 1,
+    }
     job |= {"SLURM_NTASKS": processes, "SLURM_NTASKS_PER_NODE": processes, "SLURM_NODEID": 0}
-    return _finish_all([start(line, SLURM_PROCID=rank, SLURM_LOCALID=rank, **job) for rank in range(processes)])
+    job |= {"MASTER_PORT": free_port()} | variables
+    ranks = range(processes)
+    return [Forked(arguments, module, SLURM_PROCID=rank, SLURM_LOCALID=rank, **job) for rank in ranks]
 
 
-def finish_on_two_machines(*arguments: object, processes: int, module: str) -> str:
+def forked_by_torchrun(*arguments: object, machines: int, processes: int, module: str) -> list[Forked]:
+    """The command with the variables that torchrun gives it on several machines, so many processes on each."""
+    job: dict[str, object] = {"TORCHELASTIC_RUN_ID": os.getpid(), "WORLD_SIZE": machines * processes}
+    job |= {"LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    return [
+        Forked(arguments, module, RANK=machine * processes + rank, LOCAL_RANK=rank, GROUP_RANK=machine, **job)
+        for machine in range(machines)
+        for rank in range(processes)
+    ]
+
+
+def started_by_torchrun(*arguments: object, processes: int, module: str = "retina_fast.cli", options: Any = ()) -> Run:
+    """The command in new processes by torchrun itself."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *(options or ["--standalone"])]
+    line = [*torchrun, f"--nproc-per-node={processes}", "-m", module, *map(str, arguments)]
+    return subprocess.Popen(line, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def started_on_two_machines(*arguments: object, processes: int, module: str) -> list[Run]:
     """The command by torchrun on each of two machines, with so many processes on each; both machines are this one."""
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", f"--rdzv-id={os.getpid()}"]
+    options = ["--nnodes=2", *meeting]
+    return [started_by_torchrun(*arguments, processes=processes, module=module, options=options) for _ in range(2)]
+
+
+def free_port() -> int:
     with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", f"--rdzv-id={os.getpid()}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={processes}", *meeting]
-    return _finish_all([start([*torchrun, "-m", module, *map(str, arguments)]) for _ in range(2)])
+        return free.getsockname()[1]
 
 
-def _finish_all(runs: list[subprocess.Popen[str]]) -> str:
+def finish(*runs: Run) -> str:
+    """What the processes wrote; they must have ended well."""
     outputs = [run.communicate()[0] for run in runs]
     assert not any(run.returncode for run in runs), "".join(outputs)
     return "".join(outputs)
@@ -63,8 +118,8 @@ def children(process: int) -> list[int]:
     return sorted(found)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], run: Run) -> None:
     """Until the condition holds, or the process ends, which it must not."""
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert run.poll() is None, run.communicate()[0]
         time.sleep(0.02)

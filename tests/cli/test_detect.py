@@ -15,11 +15,15 @@ from torch import nn
 from torchvision.io import write_png
 
 from retina_fast.checkpoint import Checkpoint
+from retina_fast.commands.detect import print_found
 from retina_fast.data.coco import read_image
 from retina_fast.data.errors import UserError
 from retina_fast.predict import detect as module
-from retina_fast.predict.detect import CocoWriter, detect, image_files
-from retina_fast.predict.load import predictions
+from retina_fast.predict import images as files_module
+from retina_fast.predict.coco_writer import CocoWriter
+from retina_fast.predict.detect import detect
+from retina_fast.predict.images import ImageFiles, image_files
+from retina_fast.predict.predictions import predictions
 
 CONTENT = Checkpoint("", {}, ["thing"], [7], {})
 
@@ -47,7 +51,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 def run(inputs: list[Path], output: Path, workers: int = 0) -> dict:
-    found = detect(Finder(), CONTENT, inputs, output, 0.1, workers, Console(file=io.StringIO()))
+    found = detect(Finder(), CONTENT, inputs, output, 0.1, workers=workers)
     coco = json.loads((output / "detections.json").read_text())
     assert found
     assert found.images == len(coco["images"])
@@ -93,7 +97,7 @@ def test_paths_are_taken_as_they_are_needed(photos):
                 yield path
 
     ahead = []
-    for count, _ in enumerate(predictions(Finder(), module.ImageFiles(), 2, paths()), start=1):
+    for count, _ in enumerate(predictions(Finder(), ImageFiles(), 2, paths()), start=1):
         ahead.append(taken - count)
         if count == 200:
             break
@@ -112,7 +116,7 @@ def test_memory_does_not_grow_with_the_images(photos, tmp_path, monkeypatch):
         most = max(most, len(alive))
         return image
 
-    monkeypatch.setattr(module, "read_image", read)
+    monkeypatch.setattr(files_module, "read_image", read)
     monkeypatch.setattr(module, "draw_detections", lambda image, *args: image)
     run([write_list(tmp_path / "warm.txt", photos, 10)], tmp_path / "out")
     peaks = []
@@ -120,7 +124,7 @@ def test_memory_does_not_grow_with_the_images(photos, tmp_path, monkeypatch):
         files = write_list(tmp_path / f"{count}.txt", photos, count)
         gc.collect()
         tracemalloc.start()
-        detect(Finder(), CONTENT, [files], tmp_path / "out", 0.1, 0, Console(file=io.StringIO()))
+        detect(Finder(), CONTENT, [files], tmp_path / "out", 0.1, workers=0)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert most <= 3
@@ -143,11 +147,9 @@ def test_no_image_at_all_is_an_empty_file(tmp_path):
 
 
 def test_of_many_images_the_first_are_shown(photos, tmp_path):
-    found = detect(
-        Finder(), CONTENT, [write_list(tmp_path / "l.txt", photos, 60)], tmp_path, 0.1, 0, Console(file=io.StringIO())
-    )
+    found = detect(Finder(), CONTENT, [write_list(tmp_path / "l.txt", photos, 60)], tmp_path, 0.1, workers=0)
     console = Console(file=io.StringIO(), width=200)
     assert found
-    module.report(found, console)
+    print_found(found, console)
     assert len(found.first) < 50
     assert "... all 60" in console.file.getvalue()  # type: ignore[attr-defined]

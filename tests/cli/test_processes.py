@@ -1,7 +1,8 @@
-"""Several processes do what one does: train, evaluate, detect. They are started by torchrun and talk by gloo."""
+"""Several processes do what one does: train, evaluate, detect. They talk by gloo."""
 
 import json
 import os
+import shutil
 import signal
 from itertools import chain
 from pathlib import Path
@@ -9,21 +10,30 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 from retina_fast import cli
-from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
 from retina_fast.data.processes import Processes, joined
+from retina_fast.train import TrainSettings, train
 from retina_fast.train.detector import Detector
-from retina_fast.train.run import StepSampler, _start, train
-from retina_fast.train.settings import TrainSettings
-from tests.cli.commands import children, command, finish, finish_as_by_srun, finish_on_two_machines, start, wait_for
+from retina_fast.train.loaders import StepSampler
+from retina_fast.train.start import starting_network
+from tests.cli.commands import (
+    Forked,
+    children,
+    finish,
+    forked_by_srun,
+    forked_by_torchrun,
+    started_by_torchrun,
+    started_on_two_machines,
+    wait_for,
+)
 from tests.conftest import write_shapes
 
 STEPS = 20
+DOUBLE = "tests.train.double"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,21 +52,21 @@ def data(tmp_path_factory) -> tuple[Any, ...]:
 
 
 def training(data: tuple[Any, ...], output: Path) -> tuple[Any, ...]:
-    size = ("--crop", 32, "--batch-size", 4, "--steps", STEPS, "--every", 4, "--workers", 0, "--no-bf16")
+    size = ("--crop", 32, "--batch-size", 4, "--steps", STEPS, "--every", 4, "--workers", 0, "--no-bf16", "--keep", 9)
     return ("train", *data, *size, "--output", output)
 
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory) -> dict[int, Path]:
-    """The folders of the same training by one process, by two as SLURM starts them, and by four on two machines."""
+    """The folders of the same training by one process, by two as srun starts them, by four as torchrun on two machines.
+
+    Forked: what their starters are to them is the variables alone.
+    """
     folders = {count: tmp_path_factory.mktemp("runs") / str(count) for count in (1, 2, 4)}
-    for count, folder in folders.items():
-        if count == 2:
-            finish_as_by_srun(command(*training(data, folder), module="tests.train.double"), processes=2)
-        elif count == 4:
-            finish_on_two_machines(*training(data, folder), processes=2, module="tests.train.double")
-        else:
-            finish(command(*training(data, folder), module="tests.train.double"))
+    lines = {count: training(data, folder) for count, folder in folders.items()}
+    finish(Forked(lines[1], DOUBLE))
+    finish(*forked_by_srun(*lines[2], processes=2, module=DOUBLE))
+    finish(*forked_by_torchrun(*lines[4], machines=2, processes=2, module=DOUBLE))
     return folders
 
 
@@ -64,22 +74,41 @@ def state(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "last.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_give_the_weights_of_one(runs, count):
-    one, several = state(runs[1]), state(runs[count])
-    assert one["global_step"] == several["global_step"] == STEPS
+def assert_close(one: Path, several: Path) -> None:
+    """The same run but for rounding, in float64."""
+    a, b = state(one), state(several)
+    assert a["global_step"] == b["global_step"] == STEPS
     for key in ("state_dict", "current_model_state"):
-        for name, value in one[key].items():
+        for name, value in a[key].items():
             assert value.isfinite().all()
-            torch.testing.assert_close(several[key][name], value, rtol=1e-7, atol=1e-9, msg=f"{key} {name}")
-    rows = [(folder / "log.csv").read_text().splitlines()[1:] for folder in (runs[1], runs[count])]
+            torch.testing.assert_close(b[key][name], value, rtol=1e-7, atol=1e-9, msg=f"{key} {name}")
+    rows = [(folder / "log.csv").read_text().splitlines()[1:] for folder in (one, several)]
     for row, other in zip(*rows, strict=True):
         assert list(map(float, row.split(",")[:4])) == pytest.approx(list(map(float, other.split(",")[:4])))
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_give_the_weights_of_one(runs, count):
+    assert_close(runs[1], runs[count])
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines_gives_the_weights_of_one(data, runs, tmp_path):
+    finish(*started_on_two_machines(*training(data, tmp_path), processes=2, module=DOUBLE))
+    assert_close(runs[1], tmp_path)
+
+
+def test_a_run_is_resumed_by_another_number_of_processes(data, runs, tmp_path):
+    shutil.copy(runs[2] / "step-00000008.ckpt", tmp_path / "last.ckpt")
+    shutil.copy(runs[2] / "log.csv", tmp_path / "log.csv")
+    finish(Forked((*training(data, tmp_path), "--resume"), DOUBLE))
+    assert_close(runs[1], tmp_path)
+
+
 def test_processes_that_are_killed_or_stopped_are_resumed_to_the_same_weights(data, runs, tmp_path):
-    line = command(*training(data, tmp_path), processes=2, module="tests.train.double")
-    run = start(line)
+    """Killed under torchrun; stopped, and resumed to the end, as by srun."""
+    line = training(data, tmp_path)
+    run = started_by_torchrun(*line, processes=2, module=DOUBLE)
     wait_for((tmp_path / "last.ckpt").exists, run)
     os.kill(children(run.pid)[-1], signal.SIGKILL)
     output, _ = run.communicate(timeout=120)
@@ -89,12 +118,15 @@ def test_processes_that_are_killed_or_stopped_are_resumed_to_the_same_weights(da
     saved = state(tmp_path)["global_step"]
     assert 4 <= saved < STEPS
 
-    run = start([*line, "--resume"])
-    wait_for(lambda: state(tmp_path)["global_step"] > saved, run)
-    run.terminate()
-    output, _ = run.communicate(timeout=120)
-    assert state(tmp_path)["global_step"] > saved
-    finish([*line, "--resume"])
+    both = forked_by_srun(*line, "--resume", processes=2, module=DOUBLE)
+    wait_for(lambda: state(tmp_path)["global_step"] > saved, both[0])
+    for process in both:
+        process.terminate()
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [130, 130], outputs
+    assert "Stopped and saved. To go on, give the same command with --resume" in " ".join(outputs[0].split())
+    assert saved < state(tmp_path)["global_step"] < STEPS
+    finish(*forked_by_srun(*line, "--resume", processes=2, module=DOUBLE))
     one, other = state(runs[2]), state(tmp_path)
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(value, other[key][name]) for name, value in one[key].items())
@@ -102,11 +134,11 @@ def test_processes_that_are_killed_or_stopped_are_resumed_to_the_same_weights(da
 
 def test_the_batches_of_a_step_are_shared_without_overlap_or_loss(data):
     dataset = CocoDataset(data[1], data[3])
-    settings = TrainSettings("retinanet_resnet18_fpn_lite", 6, 8, 1e-3, 64, Flips.NONE, 0)
-    begin = _start(settings, dataset, None)
+    settings = TrainSettings("retinanet_resnet18_fpn_lite", steps=6, batch_size=8, crop=64).resolve(dataset)
+    network, about = starting_network(settings, dataset)
 
     def keys(count: int, rank: int) -> list[list[tuple[int, int]]]:
-        module = Detector(begin, settings, Processes(rank, count))
+        module = Detector(network, about, settings, Processes(rank, count))
         return list(StepSampler(module, dataset))
 
     whole = keys(1, 0)
@@ -119,9 +151,9 @@ def test_the_batches_of_a_step_are_shared_without_overlap_or_loss(data):
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(data, tmp_path):
     dataset = CocoDataset(data[1], data[3])
-    settings = TrainSettings("retinanet_resnet18_fpn_lite", 6, 6, 1e-3, 64, Flips.NONE, 0)
+    settings = TrainSettings("retinanet_resnet18_fpn_lite", steps=6, batch_size=6, crop=64)
     with pytest.raises(UserError, match=r"--batch-size 6 is of all 4 processes together.*multiple of 4, at least 4"):
-        train(settings, dataset, None, None, tmp_path, False, 0, Console(quiet=True), Processes(0, 4))
+        train(settings, dataset, output=tmp_path, workers=0, processes=Processes(0, 4))
 
 
 def test_slurm_must_say_how_many_processes_a_machine_has(monkeypatch):
@@ -141,11 +173,11 @@ def test_evaluate_and_detect_by_two_processes_equal_one(data, runs, tmp_path):
     here = CliRunner()
     one = here.invoke(cli.app, list(map(str, measured))).output
     assert one.splitlines()[-1].startswith("AP50")
-    two = finish(command(*measured, processes=2))
+    two = finish(*forked_by_srun(*measured, processes=2))
     assert one in two
     assert two.count("AP50 ") == one.count("AP50 ")
     outputs = [here.invoke(cli.app, [*map(str, found), str(folders[1])]).output]
-    outputs += [finish(command(*found, folders[2], processes=2))]
+    outputs += [finish(*forked_by_srun(*found, folders[2], processes=2))]
     assert all("1 of 12 images could not be read" in output for output in outputs)
     files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders.values()]
     assert files[0] == files[1]

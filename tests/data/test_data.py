@@ -245,22 +245,29 @@ def test_batches_pass_over_every_image_and_can_start_anywhere():
 
 
 @pytest.mark.parametrize(
-    ("kinds", "alike"), [([0, 1, 2] * 4, 2), ([0, 1] * 5 + [2], 2), ([0, 1, 2] * 4 + [0], 3), ([0, 1] * 3 + [2], 3)]
+    ("kinds", "size"),
+    [([0, 1, 2] * 4, 2), ([0, 1] * 5 + [2], 2), ([0, 1, 2] * 4 + [0], 3), ([0, 1] * 3 + [2], 3)],
 )
-def test_batches_of_alike_images_begin_with_a_group_in_every_epoch(kinds, alike):
+def test_batches_begin_with_a_group_of_one_kind_in_every_epoch(kinds, size):
     length = len(kinds)
-    arguments: dict = {"length": length, "batch_size": 2 * alike, "seed": 1, "kinds": kinds, "alike": alike}
+    arguments: dict = {
+        "length": length,
+        "batch_size": 2 * size,
+        "seed": 1,
+        "kinds": kinds,
+        "group_size": size,
+    }
     whole = list(batches(**arguments, steps=range(length)))
     assert list(batches(**arguments, steps=range(2, 4))) == whole[2:4]
     keys = [key for batch in whole for key in batch]
-    assert sorted(keys) == [(epoch, i) for epoch in range(2 * alike) for i in range(length)]
-    for epoch in range(2 * alike):
-        groups = [keys[start : start + alike] for start in range(0, len(keys), alike)]
+    assert sorted(keys) == [(epoch, i) for epoch in range(2 * size) for i in range(length)]
+    for epoch in range(2 * size):
+        groups = [keys[start : start + size] for start in range(0, len(keys), size)]
         inside = [[kinds[i] for _, i in group] for group in groups if {e for e, _ in group} == {epoch}]
-        possible = sum(kinds.count(kind) // alike for kind in range(3))
+        possible = sum(kinds.count(kind) // size for kind in range(3))
         assert possible - 1 <= sum(len(set(group)) == 1 for group in inside) <= possible
-    first = [[key for key in keys if key[0] == epoch] for epoch in range(2 * alike)]
-    assert len({tuple(i for _, i in keys) for keys in first}) > alike  # reshuffled
+    first = [[key for key in keys if key[0] == epoch] for epoch in range(2 * size)]
+    assert len({tuple(i for _, i in keys) for keys in first}) > size  # reshuffled
 
 
 def test_aspects_are_torchvisions_groups(shapes):

@@ -2,8 +2,7 @@ import pytest
 import torch
 from torchvision.io import decode_image
 
-from retina_fast.data.metrics import RECALLS, as_results, coco_metrics
-from retina_fast.data.precision_recall import plot_precision_recall
+from retina_fast.data.metrics import RECALLS, as_results, coco_metrics, plot_precision_recall
 
 COCO = {
     "images": [{"id": 1, "file_name": "1.png", "width": 100, "height": 100}],

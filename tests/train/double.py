@@ -1,8 +1,8 @@
 """`python -m tests.train.double train ...`: retina-fast with networks in float64.
 
-Where rounding is far below anything that a threshold or an optimizer makes large, what is left of a difference between
-two runs is a difference of what they compute. In float32 a change of 1e-7 in the weights alone moves them, 20 steps
-later, by 6% of the way that they have gone.
+In float64, rounding stays so small that thresholds and the optimizer do not make it large: a difference between two
+runs is a difference in what they compute. In float32, a change of the weights by 1e-7 has grown after 20 steps to 6% of
+the way that the weights have gone.
 """
 
 from typing import Any

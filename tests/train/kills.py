@@ -2,16 +2,15 @@
 
     python -m tests.train.kills --kills 20 [--processes 2]
 
-A kill is SIGKILL to all of its processes, at a random moment within one and a half intervals: of every other life's
-first new checkpoint, so that the run gets on however slow the machine, and of the other lives' first step. So it meets
-steps, validations and half-written files alike.
+A kill is SIGKILL to all of its processes, at a random moment of one and a half intervals. In every other life these
+begin with its first new checkpoint, so that the run makes progress on a slow machine, too; in the other lives with its
+first step. So a kill meets steps, validations and half-written files alike.
 """
 
 import argparse
 import os
 import random
 import signal
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -19,38 +18,39 @@ from pathlib import Path
 import torch
 
 from retina_fast import checkpoint
-from tests.cli.commands import children, command, finish, start, wait_for
+from tests.cli.commands import Forked, Run, children, finish, started_by_torchrun, wait_for
 from tests.conftest import write_shapes
 
 _INTERVAL = 2  # steps
 
 
 def kill_and_resume(folder: Path, kills: int, processes: int, seed: int) -> list[int]:
-    """The step at which the run stood after each kill, by its newest file. Raises if the runs end differently."""
+    """The step of the newest file after each kill. Raises an AssertionError if the runs end differently."""
     json_file, images = write_shapes(folder / "shapes", count=6)
     data = ("--json", json_file, "--images", images, "--val-json", json_file, "--val-images", images)
     steps = _INTERVAL * 3 * (kills + 2)  # more than they can live through
     size = ("--crop", 32, "--batch-size", 2, "--steps", steps, "--every", _INTERVAL, "--keep", 2, "--workers", 1)
 
-    def line(output: Path, *more: str) -> list[str]:
-        return command("train", *data, *size, "--output", output, *more, processes=processes)
+    def start(output: Path, *more: str) -> Run:
+        line = ("train", *data, *size, "--output", output, *more)
+        return Forked(line) if processes == 1 else started_by_torchrun(*line, processes=processes)
 
     unbroken, killed = folder / "unbroken", folder / "killed"
     begun = time.monotonic()
-    finish(line(unbroken))
+    finish(start(unbroken))
     files = [path.stat().st_mtime for path in sorted(unbroken.glob("step-*.ckpt"))]
     interval = files[1] - files[0]
     print(f"unbroken: {steps} steps in {time.monotonic() - begun:.0f} s, {interval:.2f} s an interval", flush=True)
     rng = random.Random(seed)
     stood: list[int] = []
     while len(stood) < kills:
-        run = start(line(killed, "--resume") if (killed / "last.ckpt").exists() else line(killed))
+        run = start(killed, "--resume") if (killed / "last.ckpt").exists() else start(killed)
         _wait_until_written(killed / ("log.csv" if len(stood) % 2 else "last.ckpt"), run)
         time.sleep(rng.uniform(0, 1.5 * interval))
         _kill(run)
         stood.append(_whole(killed))
         print(f"kill {len(stood)}: at step {stood[-1]}", flush=True)
-    finish(line(killed, "--resume"))
+    finish(start(killed, "--resume"))
     one, other = (torch.load(output / "last.ckpt", weights_only=True) for output in (unbroken, killed))
     assert one["global_step"] == other["global_step"] == steps
     for key in ("state_dict", "current_model_state"):
@@ -63,13 +63,13 @@ def kill_and_resume(folder: Path, kills: int, processes: int, seed: int) -> list
     return stood
 
 
-def _wait_until_written(file: Path, run: subprocess.Popen[str]) -> None:
-    """Until this life has written the file: the record, which it begins anew, or its first checkpoint."""
+def _wait_until_written(file: Path, run: Run) -> None:
+    """Waits until this life has written the file: the log, which it begins anew, or its first checkpoint."""
     begun = time.time()
     wait_for(lambda: file.exists() and file.stat().st_mtime > begun, run)
 
 
-def _kill(run: subprocess.Popen[str]) -> None:
+def _kill(run: Run) -> None:
     family, seen = [run.pid], 0
     while seen < len(family):  # torchrun's processes, and theirs that load images
         family += children(family[seen])
@@ -83,7 +83,7 @@ def _kill(run: subprocess.Popen[str]) -> None:
 
 
 def _whole(folder: Path) -> int:
-    """The step of the newest file; every file must be whole."""
+    """The step of the newest checkpoint. Raises if a file cannot be read."""
     for name in ("model.pt", "best.pt"):
         if (folder / name).exists():
             checkpoint.load(folder / name)

@@ -1,4 +1,4 @@
-"""In one process; tests/test_processes.py has several."""
+"""BatchNorm over all processes, in one process; tests/cli/test_processes.py has several."""
 
 import pytest
 import torch

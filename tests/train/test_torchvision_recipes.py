@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -13,7 +12,6 @@ from urllib.error import URLError
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torchvision.io import decode_image, write_png
 from torchvision.models import ResNet18_Weights, resnet18, resnet50
 from torchvision.models import detection as torchvision_models
@@ -23,18 +21,20 @@ from typer.testing import CliRunner
 
 from retina_fast import checkpoint, cli
 from retina_fast.checkpoint import Checkpoint
-from retina_fast.data.augment import Flips, mixed_seed
+from retina_fast.data.augment import mixed_seed
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
 from retina_fast.data.processes import ALONE, Processes
+from retina_fast.train import Stopped, TrainSettings, train
 from retina_fast.train import run as module
 from retina_fast.train.detector import Detector
+from retina_fast.train.loaders import StepSampler
 from retina_fast.train.recipes import RECIPES, recipe_named
-from retina_fast.train.run import StepSampler, train
-from retina_fast.train.run_files import Stopped
-from retina_fast.train.settings import TrainSettings
-from tests.cli.commands import command, start
+from retina_fast.train.settings import ResolvedSettings
+from retina_fast.train.start import starting_network
+from tests.cli.commands import Forked, finish, forked_by_srun
 from tests.conftest import imagenet, write_shapes
+from tests.train.test_schedules import published_rates
 
 V1, V2 = "torchvision-v1", "torchvision-v2"
 SIZES: dict[str, Any] = {V1: {"min_size": 96, "max_size": 160}, V2: {"min_size": [64, 80, 96], "max_size": 160}}
@@ -81,13 +81,9 @@ def data(files) -> CocoDataset:
     return CocoDataset(*files).with_objects()
 
 
-def settings_of(recipe: str, model: str, batch_size: int, steps: int, **changes: Any) -> TrainSettings:
-    chosen = recipe_named(recipe)
-    values: dict[str, Any] = {
-        **{"lr": chosen.lr_at(batch_size), "crop": 0, "flips": Flips.HORIZONTAL, "seed": 5, "bf16": False},
-        **{"recipe": recipe, "weights_backbone": chosen.weights_backbone, "batch_size": batch_size, "steps": steps},
-    }
-    return TrainSettings(model, **values | changes)
+def settings_of(recipe: str, model: str, batch_size: int, data: CocoDataset, **changes: Any) -> ResolvedSettings:
+    chosen: dict[str, Any] = {"batch_size": batch_size, "recipe": recipe, "bf16": False, "seed": 5}
+    return TrainSettings(model, **chosen | changes).resolve(data)
 
 
 def published_optimizer(recipe: str, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -109,40 +105,13 @@ def name_of(recipe: str) -> str:
     return "retinanet_resnet50_fpn" if recipe == V1 else "retinanet_resnet50_fpn_v2"
 
 
-def published_rates(lr: float, epoch_steps: int) -> Iterator[float]:
-    """Of each step, by the schedulers that torchvision's reference makes from `--epochs 26 --lr-steps 16 22`."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    drops = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[16, 22], gamma=0.1)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 1000, total_iters=min(1000, epoch_steps - 1))
-    for epoch in range(26):
-        for _ in range(epoch_steps):
-            yield optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            if epoch == 0:
-                warmup.step()
-        drops.step()
-
-
-@pytest.mark.parametrize("epoch_steps", [1500, 40])
-@pytest.mark.parametrize("recipe", [V1, V2])
-def test_the_rate_of_every_step_is_torchvisions(recipe, epoch_steps):
-    chosen = recipe_named(recipe)
-    lr = chosen.lr_at(16)
-    assert lr == {V1: 0.01, V2: 1e-4}[recipe]
-    total = chosen.steps_for(16 * epoch_steps + 9, 16)
-    rates = [lr * chosen.schedule(step, total=total) for step in range(total)]
-    assert rates == pytest.approx(list(published_rates(lr, epoch_steps)), rel=1e-9)
-    assert rates[0] == lr / 1000
-    assert rates[min(1000, epoch_steps - 1)] == lr
-
-
 @pytest.mark.usefixtures("_published")
 def test_the_rate_goes_by_whole_epochs_also_where_a_run_ends_with_a_whole_interval(data):
-    settings = settings_of(V1, "retinanet_resnet18_fpn", 2, steps=26 * 5, every=100)
-    assert settings.total_steps == settings.steps
+    settings = settings_of(V1, "retinanet_resnet18_fpn", 2, data, every=100)
+    assert settings.total_steps == settings.steps == 26 * 5
     settings = replace(settings, every=9)
     assert settings.total_steps > settings.steps
-    configured = Detector(module._start(settings, data, None), settings, ALONE).configure_optimizers()
+    configured = Detector(*starting_network(settings, data), settings, ALONE).configure_optimizers()
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]
     rates = []
     for _ in range(settings.total_steps):
@@ -156,8 +125,8 @@ def test_the_rate_goes_by_whole_epochs_also_where_a_run_ends_with_a_whole_interv
 @pytest.mark.usefixtures("_published")
 @pytest.mark.parametrize("recipe", [V1, V2])
 def test_parameter_groups_are_torchvisions(recipe, data):
-    settings = settings_of(recipe, name_of(recipe), 16, steps=26)
-    detector = Detector(module._start(settings, data, None), settings, ALONE)
+    settings = settings_of(recipe, name_of(recipe), 16, data)
+    detector = Detector(*starting_network(settings, data), settings, ALONE)
     ours = detector.configure_optimizers()["optimizer"]
     ours.param_groups[0]["lr"] = settings.lr  # without the first step's warm-up
     model = published_model(recipe, num_classes=2)
@@ -191,13 +160,13 @@ def test_a_step_is_torchvisions(recipe, data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Detector, "training_step", training_step)
     monkeypatch.setattr(module, "Detector", lambda *arguments: Detector(*arguments).double())
-    settings = settings_of(recipe, name_of(recipe), batch_size=2, steps=1, lr=recipe_named(recipe).lr)
+    settings = settings_of(recipe, name_of(recipe), 2, data, steps=1, lr=recipe_named(recipe).lr)
     with pytest.raises(InterruptedError):
-        train(settings, data, None, None, tmp_path, False, 0, Console(quiet=True))
+        train(settings, data, output=tmp_path, workers=0)
     (((images, targets), losses, ours),) = seen
 
     torch.manual_seed(settings.seed)
-    begin = module._start(settings, data, None).state_dict
+    begin = starting_network(settings, data)[0].state_dict()
     model = published_model(recipe, num_classes=2, **SIZES[recipe])
     model.load_state_dict(begin)
     model = model.double().train()
@@ -218,15 +187,15 @@ def test_a_step_is_torchvisions(recipe, data, tmp_path, monkeypatch):
     assert {name for name, p in model.named_parameters() if p.requires_grad} <= moved
 
 
-def keys_of(data: CocoDataset, settings: TrainSettings, processes: Processes = ALONE) -> list[list[tuple[int, int]]]:
-    detector = Detector(module._start(settings, data, None), settings, processes)
+def keys_of(data: CocoDataset, settings: ResolvedSettings, processes: Processes = ALONE) -> list[list[tuple[int, int]]]:
+    detector = Detector(*starting_network(settings, data), settings, processes)
     return list(StepSampler(detector, data))
 
 
 @pytest.mark.usefixtures("_published")
 def test_each_process_has_pictures_of_one_shape_and_every_picture_is_seen_once_an_epoch(data):
     assert len(data) == 11  # odd, so that epochs begin in the middle of a step
-    settings = settings_of(V1, "retinanet_resnet18_fpn", 4, steps=33)
+    settings = settings_of(V1, "retinanet_resnet18_fpn", 4, data, steps=33)
     whole = keys_of(data, settings)
     shares = [keys_of(data, settings, Processes(rank, 2)) for rank in range(2)]
     assert [list(chain(*step)) for step in zip(*shares, strict=True)] == whole
@@ -247,7 +216,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("_published")
 def test_a_run_stopped_within_an_epoch_and_resumed_gives_the_same_weights(data, tmp_path, monkeypatch):
-    settings = settings_of(V2, "retinanet_resnet18_fpn_v2", 2, steps=6, every=6, weights_backbone="IMAGENET1K_V1")
+    settings = settings_of(V2, "retinanet_resnet18_fpn_v2", 2, data, steps=6, weights_backbone="IMAGENET1K_V1")
     original = Detector.training_step
 
     def training_step(self, batch, batch_idx):
@@ -256,7 +225,7 @@ def test_a_run_stopped_within_an_epoch_and_resumed_gives_the_same_weights(data, 
         return original(self, batch, batch_idx)
 
     def run(folder: str, resume: bool = False) -> Path:
-        return train(settings, data, None, None, tmp_path / folder, resume, 0, Console(quiet=True))
+        return train(settings, data, output=tmp_path / folder, resume=resume, workers=0)
 
     run("whole")
     with monkeypatch.context() as patch:
@@ -292,14 +261,13 @@ def test_two_processes_give_the_weights_of_one_that_pads_as_they_do(files, tmp_p
     recipe = ("--model", "retinanet_resnet18_fpn", "--recipe", V1, "--image-scale", 0.5, "--batch-size", 4)
     size = ("--steps", 4, "--every", 4, "--workers", 0, "--no-bf16")
 
-    def run(output: Path, processes: int, *more: object) -> Any:
-        line = ("train", "--json", json_file, "--images", files[1], *recipe, *size, "--output", output, *more)
-        return start(command(*line, processes=processes, module="tests.train.double"), TORCH_HOME=tmp_path / "torch")
+    def line(output: Path, *more: object) -> tuple[object, ...]:
+        return ("train", "--json", json_file, "--images", files[1], *recipe, *size, "--output", output, *more)
 
-    runs = run(tmp_path / "one", 1, "--accumulate", 2), run(tmp_path / "two", 2)
-    outputs = [process.communicate()[0] for process in runs]
-    assert [process.returncode for process in runs] == [0, 0], outputs
-    said = " ".join(outputs[1].split())
+    torch_home: dict[str, Any] = {"module": "tests.train.double", "TORCH_HOME": tmp_path / "torch"}
+    finish(Forked(line(tmp_path / "one", "--accumulate", 2), **torch_home))
+    output = finish(*forked_by_srun(*line(tmp_path / "two"), processes=2, **torch_home))
+    said = " ".join(output.split())
     assert said.count("1 of 12 images have no object: the recipe leaves them out") == 1
     assert said.count("boxes without an extent or outside their image are left out") == 1
     one, two = state(tmp_path / "one")["state_dict"], state(tmp_path / "two")["state_dict"]
@@ -342,9 +310,9 @@ def test_what_does_not_go_together_is_named(files, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("_published")
 def test_whole_images_alone(data, tmp_path):
-    settings = settings_of(V1, "retinanet_resnet18_fpn", 2, steps=1, crop=64)
+    settings = settings_of(V1, "retinanet_resnet18_fpn", 2, data, steps=1, crop=64)
     with pytest.raises(UserError, match="trains on whole images: leave out --crop 64"):
-        train(settings, data, None, None, tmp_path, False, 0, Console(quiet=True))
+        train(settings, data, output=tmp_path, workers=0)
 
 
 @pytest.mark.usefixtures("_published")
@@ -354,10 +322,10 @@ def test_a_run_from_a_model_file_is_resumed_without_it(data, tmp_path):
     weights = checkpoint.build("retinanet_resnet18_fpn", 2, weights_backbone="IMAGENET1K_V1", **frozen).state_dict()
     file = tmp_path / "model.pt"
     checkpoint.save(Checkpoint("retinanet_resnet18_fpn", frozen, data.classes, data.category_ids, weights), file)
-    settings = settings_of(V1, "retinanet_resnet18_fpn", 2, steps=1)
-    train(settings, data, None, file, tmp_path / "run", False, 0, Console(quiet=True))
+    settings = settings_of(V1, "retinanet_resnet18_fpn", 2, data, steps=1)
+    train(settings, data, start_from=file, output=tmp_path / "run", workers=0)
     before = state(tmp_path / "run")["state_dict"]
-    resumed = train(settings, data, None, None, tmp_path / "run", True, 0, Console(quiet=True))
+    resumed = train(settings, data, output=tmp_path / "run", resume=True, workers=0)
     content = checkpoint.load(resumed)
     assert content.kwargs["trainable_backbone_layers"] == 0
     assert not [p for p in content.build().backbone.body.parameters() if p.requires_grad]

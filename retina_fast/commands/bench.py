@@ -1,0 +1,49 @@
+"""`retina-fast bench`: how fast torchvision's model, this package's and its engine are on this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from retina_fast.commands.shared import ModelFile, console, one_sentence
+from retina_fast.data.errors import UserError
+
+
+def bench(
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Image files, or folders of them; by default noise.", metavar="[IMAGE]..."),
+    ] = None,
+    batch_sizes: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.  [default: 1 2 4]")] = None,
+    size: Annotated[int, typer.Option(min=32, help="Side of the noise images in pixels.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="Of which the median is taken.")] = 5,
+    checkpoint: ModelFile = None,
+    model: Annotated[
+        str | None, typer.Option(help="A network with random weights and 91 classes, in place of a checkpoint.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    output: Annotated[Path, typer.Option(help="The folder for bench.png and bench.json.")] = Path("out/bench"),
+) -> None:
+    """Measure images a second: torchvision, this package's model, and its engine, with the same weights."""
+    with one_sentence():
+        from retina_fast.checkpoint import build
+        from retina_fast.data.coco import read_image
+        from retina_fast.deploy.bench import bench as run
+        from retina_fast.predict.images import image_files
+        from retina_fast.predict.load import TREES, load_model
+
+        if model is not None and checkpoint is not None:
+            raise UserError("--model and --checkpoint exclude each other: give one of them")
+        network = build(model, 91).eval() if model else load_model(checkpoint or TREES)[0]
+        try:
+            network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        place = next(network.parameters()).device
+        noise = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8)]
+        images = [read_image(path) for path in image_files(inputs)] if inputs else noise
+        images = [image.as_subclass(torch.Tensor).to(place) for image in images]
+        name = model or str(checkpoint or "the embedded tree detector")
+        run(network, images, batch_sizes or [1, 2, 4], rounds, output, name, console)
+        console.print(f"Wrote bench.png and bench.json in {output}", soft_wrap=True)

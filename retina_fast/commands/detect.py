@@ -1,0 +1,95 @@
+"""`retina-fast detect`: objects in image files."""
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from retina_fast.commands.shared import (
+    ModelFile,
+    Weights,
+    Workers,
+    chosen_model,
+    console,
+    console_of,
+    one_sentence,
+)
+from retina_fast.data.errors import UserError
+from retina_fast.data.processes import WORKERS, joined
+
+if TYPE_CHECKING:  # only when it runs does the command import what takes seconds
+    from retina_fast.predict.detect import Found
+
+
+def detect(
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Image files, folders of them, or .txt lists.", metavar="IMAGE...")
+    ],
+    output: Annotated[Path, typer.Option(help="The folder for detections.json and pictures.")] = Path("out"),
+    score: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
+    checkpoint: ModelFile = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A file that export wrote; or, with --weights, a network. In place of a checkpoint."),
+    ] = None,
+    weights: Weights = None,
+    workers: Workers = WORKERS,
+) -> None:
+    """Find objects in images."""
+    with one_sentence(), joined() as processes:
+        from retina_fast.predict.detect import detect as run
+
+        network: Any
+        content: Any
+        if model and not weights:
+            network = content = _chosen_export(Path(model), checkpoint)
+        else:
+            network, content = chosen_model(checkpoint, model, weights)
+        found = run(
+            network, content, inputs, output, score, workers=workers, console=console_of(processes), processes=processes
+        )
+        if found:
+            print_found(found, console)
+            if not found.images:
+                raise UserError("not one of the images can be read")
+            console.print(f"Wrote {output / 'detections.json'} and {found.images} pictures beside it", soft_wrap=True)
+
+
+def _chosen_export(file: Path, checkpoint: Path | None) -> Any:
+    """The exported model in the file that --model names."""
+    from retina_fast.deploy.exported import load_exported
+
+    if checkpoint:
+        raise UserError("--model and --checkpoint exclude each other: give one of them")
+    exported = load_exported(file)
+    if exported.metadata["input"] != "uint8":
+        raise UserError(f"{file}: takes prepared images: export it without --no-preprocess")
+    return exported
+
+
+def print_found(found: "Found", console: Console) -> None:
+    """Print which images could not be read, a table of the first images and their objects, and the totals.
+
+    Example::
+
+        >>> print_found(found, Console())  # doctest: +SKIP
+    """
+
+    def words(counts: Counter[str]) -> str:
+        return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "none"
+
+    for problem in found.unreadable:
+        console.print(f"warning: {problem}", style="yellow", markup=False, soft_wrap=True)
+    table = Table("image", "objects")
+    for path, counts in found.first.items():
+        table.add_row(str(path), words(counts))
+    if found.images > len(found.first):
+        table.add_row(f"... all {found.images}", words(found.objects))
+    if found.images:
+        console.print(table)
+    if found.unreadable:
+        unreadable = len(found.unreadable)
+        console.print(f"{unreadable} of {unreadable + found.images} images could not be read")

@@ -1,0 +1,38 @@
+"""`retina-fast export`: a detector as one file that runs without this package."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retina_fast.commands.shared import console, one_sentence
+from retina_fast.data.errors import UserError
+
+
+def export(
+    size: Annotated[str, typer.Option(help="Height and width of the images it is for, in pixels: 512x640.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="The model file that train wrote; without it, the trees that come with the package."),
+    ] = None,
+    format: Annotated[str, typer.Option(help="torch-export, onnx or aotinductor.")] = "onnx",
+    output: Annotated[Path | None, typer.Option(help="The file; by default the checkpoint's name, here.")] = None,
+    preprocess: Annotated[
+        bool, typer.Option(help="Take uint8 images, and scale, normalise and resize them inside.")
+    ] = True,
+) -> None:
+    """Write a detector to one file that runs without this package."""
+    with one_sentence():
+        from retina_fast.deploy.export import FORMATS
+        from retina_fast.deploy.export import export as run
+        from retina_fast.predict.load import TREES, load_model
+
+        sides = size.split("x")
+        if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+            raise UserError(f"--size must be a height and a width such as 512x640, got {size!r}")
+        path = checkpoint or TREES
+        model, content = load_model(path)
+        file = output or Path(path.stem + FORMATS.get(format, ""))
+        height, width = map(int, sides)
+        run(model, file, format, (height, width), preprocess, content.classes, content.category_ids)
+        console.print(f"Wrote {file}", soft_wrap=True)

@@ -1,0 +1,116 @@
+"""What the commands share: options, the console, and errors and warnings as one sentence."""
+
+import contextlib
+import errno
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from retina_fast.data.errors import UserError
+from retina_fast.data.processes import Processes
+
+console = Console()
+
+DEFAULT_MODEL = "retinanet_resnet18_fpn_lite"
+
+Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare images.")]
+Images = Annotated[Path | None, typer.Option(help="The folder of their images; needed with COCO JSON.")]
+Annotations = Annotated[
+    Path,
+    typer.Option(
+        "--json", "--voc", help="Annotations: COCO JSON; or a Pascal VOC folder, or one of its lists of images."
+    ),
+]
+ModelFile = Annotated[
+    Path | None, typer.Option(help="The model file that train wrote; without it, the trees that come with the package.")
+]
+Published = Annotated[
+    str | None, typer.Option("--model", help="A network with published --weights, in place of a checkpoint.")
+]
+Weights = Annotated[
+    str | None, typer.Option(help="COCO_V1: torchvision's weights of --model, which it downloads. Labels are COCO's.")
+]
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Prints warnings, and errors that a person can put right, as one sentence on stderr; errors end with code 1.
+
+    Example::
+
+        >>> with one_sentence():  # doctest: +SKIP
+        ...     raise UserError("photo.jpg: no such image file")
+    """
+    stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        stderr.print(f"warning: {message}", style="yellow", markup=False)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    except UserError as error:
+        problem = str(error)
+    except ModuleNotFoundError as error:
+        problem = f"this command needs {error.name}: pip install 'retina_fast[all]'"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        problem = f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room, and go on"
+    except torch.OutOfMemoryError:
+        problem = "the GPU's memory is too small for this: give a smaller --batch-size or --crop, or --accumulate"
+    else:
+        return
+    stderr.print(f"error: {problem}", style="red", markup=False)
+    raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def said_once(processes: Processes) -> Iterator[None]:
+    """Silences warnings in all processes but the first, for a block in which every process warns of the same.
+
+    Example::
+
+        >>> with said_once(processes):  # doctest: +SKIP
+        ...     data = open_data(json, images)
+    """
+    with warnings.catch_warnings():
+        if not processes.first:
+            warnings.simplefilter("ignore")
+        yield
+
+
+def console_of(processes: Processes) -> Console:
+    """The console in the first process, and one that shows nothing in the others.
+
+    Example::
+
+        >>> console_of(Processes(rank=1, count=2)).quiet
+        True
+    """
+    return console if processes.first else Console(quiet=True)
+
+
+def chosen_model(checkpoint: Path | None, model: str | None, weights: str | None) -> tuple[Any, Any]:
+    """The network that the options --checkpoint, --model and --weights choose, and the content of its file.
+
+    Raises:
+        UserError: if the options do not go together, or the file or the weights cannot be used.
+
+    Example::
+
+        >>> network, content = chosen_model(None, None, None)  # the trees that come with the package  # doctest: +SKIP
+    """
+    from retina_fast.predict.load import TREES, load_model, load_published
+
+    if model and weights and not checkpoint:
+        return load_published(model, weights)
+    if model or weights:
+        raise UserError("--model and --weights belong together, in place of --checkpoint")
+    return load_model(checkpoint or TREES)
