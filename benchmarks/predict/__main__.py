@@ -1,5 +1,5 @@
 import sys
 
-from benchmarks.predict.predictions.predictions import main
+from benchmarks.predict.predictions import main
 
 sys.exit(main())

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.static.machine_code import Row
-from benchmarks.static.recorder import Launch, TorchOp
+from benchmarks.static.compiled import Row
+from instruments.fake_gpu import Launch, TorchOp
 
 # NVIDIA's H200 data sheet: https://www.nvidia.com/en-us/data-center/h200/
 SMS = 132

@@ -17,7 +17,7 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import retina_fast
-from benchmarks.models.agreement import differing
+from instruments.agreement import differing
 from retina_fast import targets as targets_module
 
 METHODS = ("forward", "compute_loss", "postprocess_detections")

@@ -11,7 +11,7 @@ from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import retina_fast
-from benchmarks.models.agreement import differing
+from instruments.agreement import differing
 from retina_fast import checkpoint
 from retina_fast.backbones.spinenet import SpineNet
 from retina_fast.builders import MODELS

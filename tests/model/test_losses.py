@@ -13,7 +13,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 from torchvision.ops import sigmoid_focal_loss
 
-from benchmarks.static.recorder import Launch, no_launches, record
+from instruments.fake_gpu import Launch, launches_of, recording_launches
 from retina_fast import RetinaNet
 from retina_fast.kernels import anchor_matching, box_loss, focal_loss, one_pass
 from retina_fast.losses import detection_losses
@@ -168,7 +168,7 @@ def bodies_in_sight():
     launches: list[Launch] = []
     with (
         kernels_everywhere(),
-        no_launches(launches),
+        recording_launches(launches),
         mock.patch.object(focal_loss, "_focal_loss_op", focal_loss._focal_loss_op._init_fn),
         mock.patch.object(box_loss, "_box_loss_op", box_loss._box_loss_op._init_fn),
         mock.patch.object(one_pass, "scale_op", one_pass.scale_op._init_fn),
@@ -209,4 +209,4 @@ def test_nothing_of_the_loss_path_waits_for_the_gpu():
         matcher = Matcher(0.5, 0.4, True)
         detection_losses(fakes["cls_logits"], fakes["bbox_regression"], on_gpu(anchors[0]), boxes, K, matcher, "l1")
 
-    assert len(record(run)) == 4
+    assert len(launches_of(run)) == 4

@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 import retina_fast
-from benchmarks.models.agreement import differing
+from instruments.agreement import differing
 
 BUILDERS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
 BATCHES = {  # image sizes, and ground truths an image
@@ -74,7 +74,7 @@ def test_training_equals_torchvision(builder, num_classes, sizes, counts):
 @pytest.mark.parametrize("num_classes", [1, 7, 91])
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_detections_equal_torchvision(builder, num_classes, sizes, counts, monkeypatch):
-    """Against torchvision's exact NMS: its default rounds, see benchmarks/agreement.py."""
+    """Against torchvision's exact NMS: its default rounds, see benchmarks/models/agreement.py."""
     monkeypatch.setattr(torchvision.ops.boxes, "batched_nms", torchvision.ops.boxes._batched_nms_vanilla)
     theirs, ours = (model.eval() for model in pair(builder, num_classes))
     images, _ = batch(sizes, counts, num_classes, seed=1)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import retina_fast
-from benchmarks.static.recorder import record
+from instruments.fake_gpu import launches_of
 from retina_fast import TrainingStep, training_step
 from tests.model.recorded_graph import RecordedGraph, play_on_cpu
 
@@ -478,7 +478,7 @@ def test_a_training_forward_never_waits_for_the_device(monkeypatch, builder, whe
         losses = model._losses(model._network(inputs))
         assert {loss.device.type for loss in losses.values()} == {"cuda"}
 
-    launched = [launch.kernel.__name__ for launch in record(forward)]
+    launched = [launch.kernel.__name__ for launch in launches_of(forward)]
     assert launched.count("_anchor_matching_kernel") == 2
     assert {"_image_batch_kernel", "_focal_loss_kernel", "_box_loss_kernel"} < set(launched)
 
