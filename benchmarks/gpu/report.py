@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,13 @@ def predictions(environment: dict[str, Any]) -> dict[str, float]:
     if DEVICE not in environment["device"]:
         return {}
     stored = json.loads(PREDICTIONS.read_text())
-    newest = max(stored, key=lambda version: [int(number) for number in version.split(".")])
-    goals = stored.get(environment["triton"], stored[newest])
+    goals = stored.get(environment["triton"], stored[newest_version(stored)])
     return {name: goal["graph_ms"] for name, goal in goals.items()}
+
+
+def newest_version(versions: Iterable[str]) -> str:
+    """Returns the newest of versions such as "3.9.0"."""
+    return max(versions, key=lambda version: [int(number) for number in version.split(".")])
 
 
 def caption(environment: dict[str, Any]) -> str:

@@ -182,11 +182,12 @@ CASES = [
     _case(MLPERF, (_AMP,), "E3-mlperf"),
     _case(dataclasses.replace(BASE, version=2), (_AMP, _COMPILED)),
 ]
+_SMALL = dataclasses.replace(CPU_SETTING, size=64)
 SMALL = [
-    _case(CPU_SETTING, (_AMP, _COMPILED, _EAGER), "E3"),
-    _case(CPU_SETTING, ("uncaptured",), "E4", ", captured"),
-    _case(dataclasses.replace(CPU_SETTING, num_classes=7), (_AMP,), "E3-mlperf"),
-    _case(dataclasses.replace(CPU_SETTING, version=2), (_AMP,)),
+    _case(_SMALL, (_AMP, _COMPILED, _EAGER), "E3"),
+    _case(_SMALL, ("uncaptured",), "E4", ", captured"),
+    _case(dataclasses.replace(_SMALL, num_classes=7), (_AMP,), "E3-mlperf"),
+    _case(dataclasses.replace(_SMALL, version=2), (_AMP,)),
 ]
 
 

@@ -1,8 +1,9 @@
 """Predicts what each goal will take on an H200: `python -m benchmarks.predict`.
 
-It writes predictions.json and the table of NOTES.md: for each goal of one GPU, every launch with its time and what
-bounds it (`benchmarks.predict.roofline`). The launches are recorded on fake tensors (`benchmarks.predict.goals`), and
-their machine code for sm_90 comes from the Triton at hand. `make report` draws them beside what was measured.
+It writes predictions.json and, for the newest Triton in it, the table of NOTES.md: for each goal of one GPU, every
+launch with its time and what bounds it (`benchmarks.predict.roofline`). The launches are recorded on fake tensors
+(`benchmarks.predict.goals`), and their machine code for sm_90 comes from the Triton at hand. `make report` draws the
+predictions beside what was measured.
 """
 
 import json
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.report import PREDICTIONS, write_between
+from benchmarks.gpu.report import PREDICTIONS, newest_version, write_between
 from benchmarks.models import training_step
 from benchmarks.predict import roofline
 from benchmarks.predict.cost import Training
@@ -119,8 +120,9 @@ def main() -> None:
 
     goals = predictions(by_variant(report(["sm_90"])))
     stored = json.loads(PREDICTIONS.read_text()) if PREDICTIONS.exists() else {}
-    PREDICTIONS.write_text(as_json(stored | {triton.__version__: goals}))
-    write_between(NOTES, BEGIN, END, "\n" + "\n".join(table(goals)) + "\n")
+    stored[triton.__version__] = goals
+    PREDICTIONS.write_text(as_json(stored))
+    write_between(NOTES, BEGIN, END, "\n" + "\n".join(table(stored[newest_version(stored)])) + "\n")
     print("\n".join(table(goals)))
 
 
