@@ -5,18 +5,19 @@ and exits; pytest-xdist counts the test as failed and runs the others in a new p
 """
 
 import faulthandler
-import sys
+import os
 from collections.abc import Iterator
 
 import pytest
 
 SECONDS = 120  # of a test, its compilations included
+STDERR = os.dup(2)  # before pytest captures it
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Runs one test under the limit, its fixtures included."""
-    faulthandler.dump_traceback_later(SECONDS, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(SECONDS, exit=True, file=STDERR)
     try:
         return (yield)
     finally:

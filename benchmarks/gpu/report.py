@@ -245,8 +245,8 @@ def _over(figure: Any, rows: Rows, number: re.Pattern[str], label: str, key: str
 
 def _predictions(figure: Any, rows: Rows, predicted: dict[str, float]) -> bool:
     """Draws for each goal what was predicted and what was measured."""
-    measured = by_goal(rows)
-    points = {name: (predicted[name], best_ms(measured[name][0])) for name in measured if name in predicted}
+    found = by_goal(rows)
+    points = {name: (predicted[name], best_ms(found[name][0])) for name in found if name in predicted}
     axes = figure.add_subplot(xlabel="ms (logarithmic)", xscale="log")
     axes.xaxis.set_major_formatter("{x:g}")
     for place, (guess, measured) in enumerate(points.values()):

@@ -37,7 +37,7 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
     logits = torch.randn(shape, device=device).sub_(4).to(dtype).requires_grad_()
     targets = (torch.rand(shape, device=device) < 0.001).to(dtype)
 
-    def step(function: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    def step(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         loss = function(logits, targets, reduction="sum")
         return loss.detach(), *torch.autograd.grad(loss, logits)
 

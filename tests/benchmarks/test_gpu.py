@@ -235,4 +235,4 @@ def test_a_test_that_hangs_fails_and_the_others_go_on(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", *plugins, "-n", "1", "--rootdir", tmp_path, tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
-    assert "test_hangs" in done.stderr + done.stdout
+    assert "in test_hangs" in done.stderr  # where it hung

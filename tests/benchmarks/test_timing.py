@@ -71,7 +71,7 @@ def test_on_a_gpu_calls_take_turns_behind_an_idle_kernel_and_find_nothing_in_the
 def test_the_gpu_idles_as_long_as_the_host_launches(monkeypatch):
     """A call of many short kernels, which the host takes 6 ms to launch, is all queued when the first one starts."""
     Gpu(monkeypatch)
-    slept = []
+    slept: list[int] = []
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
     timing.in_turns({"launches": lambda: time.sleep(6e-3), "long": lambda: time.sleep(30e-3)}, CUDA, turns=1)
     assert slept[0] >= 6 * timing.CYCLES_A_MS
@@ -80,8 +80,8 @@ def test_the_gpu_idles_as_long_as_the_host_launches(monkeypatch):
 
 def test_on_a_cpu_slow_calls_have_three_turns_and_quick_ones_as_many_as_asked_for():
     for seconds, expected in ((0.0, 3), (60.0, 7)):
-        calls = []
-        timing.in_turns({"it": lambda calls=calls: calls.append(1)}, CPU, turns=7, seconds=seconds)
+        calls: list[int] = []
+        timing.in_turns({"it": functools.partial(calls.append, 1)}, CPU, turns=7, seconds=seconds)
         assert len(calls) == expected + 1  # and one to warm up
 
 
@@ -113,7 +113,7 @@ def test_the_peak_of_what_replays_is_that_of_its_uncaptured_work(monkeypatch):
 
 
 def test_cudnn_chooses_for_ours_and_for_the_baselines_alike():
-    seen = {}
+    seen: dict[str, set[bool]] = {}
 
     def noting(name):
         return lambda: seen.setdefault(name, set()).add(torch.backends.cudnn.benchmark)
