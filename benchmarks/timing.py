@@ -12,6 +12,7 @@ import torch
 Call = Callable[[], Any]
 
 WARM_UP = 3  # calls on a GPU before the first is timed
+SPARE_MS = 1  # that the GPU idles longer than the host needs, in case the host is slower once
 IDLE_MS = 20  # the longest that the GPU idles before a call; slower calls do not wait for their launches
 CYCLES_A_MS = 2e6  # of an H200's or H100's clock
 
@@ -68,7 +69,7 @@ def _queued(calls: Mapping[str, Call], walls: Mapping[str, float], device: torch
     marks = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in calls}
     for name, call in calls.items():
         beyond_l2(device).sum()
-        torch.cuda._sleep(int(min(walls[name], IDLE_MS) * CYCLES_A_MS))
+        torch.cuda._sleep(int(min(walls[name] + SPARE_MS, IDLE_MS) * CYCLES_A_MS))
         marks[name][0].record()
         call()
         marks[name][1].record()

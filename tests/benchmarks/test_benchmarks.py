@@ -1,7 +1,9 @@
-"""That the benchmarks' cases are those of the goals, and compute what they time."""
+"""The benchmarks' cases are those of the goals, and they compute what they time."""
 
+import ast
 import dataclasses
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,39 @@ from benchmarks.models import postprocess, spinenet, training_step
 from retina_fast.kernels.compiler import INTERPRETED
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+def imports(folder):
+    """Returns the modules that each file of a folder imports, by the file's path from the root."""
+    found = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[str(path.relative_to(ROOT))] = names
+    return found
+
+
+def test_who_imports_whom():
+    """Tests of the product need no benchmark, benchmarks need no test, and nobody needs what is only predicted."""
+    tests = {file: names for file, names in imports("tests").items() if not file.startswith("tests/benchmarks/")}
+    rules = [(tests, "benchmarks"), (imports("instruments"), "benchmarks"), (imports("retina_fast"), "instruments")]
+    rules += [(imports(folder), "tests") for folder in ("benchmarks", "instruments")]
+    own = {file: names for file, names in imports("benchmarks").items() if not file.startswith("benchmarks/predict/")}
+    for files, banned in [*rules, (own, "benchmarks.predict")]:
+        assert files
+        assert not [file for file, names in files.items() if any(f"{name}.".startswith(f"{banned}.") for name in names)]
+
+
+def test_every_operation_has_a_benchmark_of_its_name():
+    operations = {path.stem for path in (ROOT / "kernels").glob("*.py") if "library.custom_op(" in path.read_text()}
+    benchmarks = {path.stem for path in (ROOT / "benchmarks" / "kernels").glob("*.py")} - {"__init__"}
+    assert operations - {"one_pass"} <= benchmarks  # which is a part of focal_loss and box_loss
+    assert {f"kernels.{name}" for name in benchmarks} <= set(gpu.BENCHMARKS)
 
 
 def test_every_case_has_a_small_twin():
