@@ -8,7 +8,8 @@ import torch
 from torchvision.models.detection import retinanet as tv
 
 from retina_fast.backbones.frozen_norm import as_torchvision
-from retina_fast.model import RetinaNet, lay_out
+from retina_fast.device import lay_out
+from retina_fast.model import RetinaNet
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -99,3 +99,11 @@ def best_dtype(device: torch.device) -> torch.dtype:
     if has_bfloat16(device):
         return torch.bfloat16
     return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def lay_out(model: nn.Module) -> None:
+    """Bring the 4-D weights that lie on a GPU, and their gradients, into channels_last memory, in place."""
+    for weight in (*model.parameters(), *model.buffers()):
+        for tensor in (weight, weight.grad):
+            if tensor is not None and tensor.is_cuda and tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)

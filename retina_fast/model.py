@@ -12,20 +12,25 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import retinanet as tv
-from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from retina_fast import forward as network
 from retina_fast.anchors import is_stock_generator
 from retina_fast.detections import Detections, Thresholds, detect
-from retina_fast.device import to_device
+from retina_fast.device import lay_out, to_device
 from retina_fast.forward import Batch, HeadOutputs, Images, Sizes, Targets
-from retina_fast.kernels.box_decode import MAX_LOG_SCALE
 from retina_fast.kernels.levels import count_anchors
 from retina_fast.losses import detection_losses
-from retina_fast.stock import has_stock_detection_functions, has_stock_loss_functions, is_stock, overrides
-from retina_fast.targets import GroundTruths, TargetCheck, gather_targets, target_check
+from retina_fast.stock import (
+    has_stock_detection_functions,
+    has_stock_loss_functions,
+    is_stock,
+    is_stock_coder,
+    overrides,
+)
+from retina_fast.targets import GroundTruths, TargetCheck, gather_targets, target_check, unlabelled, with_truths
 from retina_fast.transform import RetinaNetTransform, check_images, is_stock_transform, resize_batch, size_rows
 
 _TRANSFORM_ARGUMENTS = {"size_divisible", "fixed_size", "_skip_resize", "image_scale"}
@@ -143,7 +148,7 @@ class RetinaNet(tv.RetinaNet):
         if self.training and targets is None:
             raise AssertionError("targets should not be none when in training mode")
         if targets is not None and not self.training:
-            targets = _unlabelled(targets[: len(images)])
+            targets = unlabelled(targets[: len(images)])
         batch = self.make_batch(images, targets)
         outputs = network.run(self, batch)
         losses = self.losses_of(batch, outputs) if self.training else {}
@@ -254,7 +259,7 @@ class RetinaNet(tv.RetinaNet):
         assert batch.truths is not None
         if not overrides(self, RetinaNet, "compute_loss"):
             return self._losses_of(batch.targets, batch.truths, outputs)
-        resized = _with_truths(batch.targets, batch.truths)
+        resized = with_truths(batch.targets, batch.truths)
         anchors = list(outputs.anchors.expand(len(resized), -1, -1))
         with target_check(self).same_step():  # it may call ours, which checks what it is given
             return self.compute_loss(resized, outputs.joined(), anchors)
@@ -299,7 +304,7 @@ class RetinaNet(tv.RetinaNet):
             loss_type = self.head.regression_head._loss_type
             return detection_losses(outputs, truths, self.proposal_matcher, loss_type, self.focal_gamma)
         anchors = list(outputs.anchors.expand(len(targets), -1, -1))
-        return super().compute_loss(_with_truths(targets, truths), outputs.joined(), anchors)
+        return super().compute_loss(with_truths(targets, truths), outputs.joined(), anchors)
 
     def _has_stock_losses(self) -> bool:
         """Whether the heads' losses, their box coder, the matcher and what they call are torchvision's own."""
@@ -317,13 +322,13 @@ class RetinaNet(tv.RetinaNet):
             and not overrides(classification, tv.RetinaNetClassificationHead, "compute_loss")
             and isinstance(regression, tv.RetinaNetRegressionHead)
             and not overrides(regression, tv.RetinaNetRegressionHead, "compute_loss")
-            and _is_stock_coder(regression.box_coder)
+            and is_stock_coder(regression.box_coder)
             and is_stock(self.proposal_matcher, Matcher, "__call__", "set_low_quality_matches_")
         )
 
     def _has_stock_postprocessing(self) -> bool:
         """Whether the box coder, and what the postprocessing calls, are torchvision's own."""
-        return _is_stock_coder(self.box_coder) and has_stock_detection_functions()
+        return is_stock_coder(self.box_coder) and has_stock_detection_functions()
 
     def _padded_detections(self, batch: Batch, outputs: HeadOutputs) -> Detections:
         device = outputs.anchors.device
@@ -338,14 +343,6 @@ class RetinaNet(tv.RetinaNet):
         return detect(outputs, image_sizes, size_rows(images, *images.shape[2:]), Thresholds.of(self))
 
 
-def lay_out(model: nn.Module) -> None:
-    """Bring the 4-D weights that lie on a GPU, and their gradients, into channels_last memory, in place."""
-    for weight in (*model.parameters(), *model.buffers()):
-        for tensor in (weight, weight.grad):
-            if tensor is not None and tensor.is_cuda and tensor.dim() == 4:
-                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-
-
 def _refuse_tracing() -> None:
     """Refuse torch.jit.trace and torch.onnx.export(dynamo=False): a trace would hold the count of one image."""
     if torch.jit.is_tracing():
@@ -353,24 +350,3 @@ def _refuse_tracing() -> None:
             "retina_fast.RetinaNet cannot be traced by torch.jit.trace or torch.onnx.export(dynamo=False): "
             "retina_fast.export writes ONNX, torch.export and AOTInductor files"
         )
-
-
-def _with_truths(targets: Targets, truths: GroundTruths) -> list[dict[str, Tensor]]:
-    """Target dicts with the boxes and labels of ``truths``, the other keys as they were."""
-    boxes, labels = truths.boxes.split(truths.counts), truths.labels.split(truths.counts)
-    return [{**target, "boxes": boxes[b], "labels": labels[b]} for b, target in enumerate(targets)]
-
-
-def _unlabelled(targets: Targets) -> list[dict[str, Tensor]]:
-    """Targets as torchvision reads them in evaluation: only their boxes count, labels may be anything or missing."""
-    return [
-        {**target, "labels": target["boxes"].new_zeros(len(target["boxes"]), dtype=torch.int64)} for target in targets
-    ]
-
-
-def _is_stock_coder(coder: object) -> bool:
-    return (
-        is_stock(coder, BoxCoder, "encode_single", "decode_single")
-        and tuple(coder.weights) == (1.0, 1.0, 1.0, 1.0)  # type: ignore[attr-defined]
-        and coder.bbox_xform_clip == MAX_LOG_SCALE  # type: ignore[attr-defined]
-    )

@@ -10,8 +10,10 @@ from typing import Any
 import torchvision
 from torch import nn
 from torchvision.models.detection import retinanet as tv
+from torchvision.models.detection._utils import BoxCoder
 
 from retina_fast import ops
+from retina_fast.kernels.box_decode import MAX_LOG_SCALE
 
 
 def is_stock(part: object, cls: type, *methods: str) -> bool:
@@ -61,3 +63,12 @@ def has_stock_loss_functions() -> bool:
 def has_stock_detection_functions() -> bool:
     """Whether nobody has replaced a function that torchvision's postprocessing calls, such as its ``batched_nms``."""
     return all(getattr(module, name) in same for module, name, same in _DETECTION_FUNCTIONS)
+
+
+def is_stock_coder(coder: object) -> bool:
+    """Whether boxes are coded as the operations code them: by torchvision's own coder, with its own constants."""
+    return (
+        is_stock(coder, BoxCoder, "encode_single", "decode_single")
+        and tuple(coder.weights) == (1.0, 1.0, 1.0, 1.0)  # type: ignore[attr-defined]
+        and coder.bbox_xform_clip == MAX_LOG_SCALE  # type: ignore[attr-defined]
+    )

@@ -93,6 +93,19 @@ def _check_labels(i: int, target: Mapping[str, Tensor]) -> None:
         raise error(f"targets[{i}] has {len(boxes)} boxes and labels of shape {tuple(labels.shape)}")
 
 
+def with_truths(targets: Sequence[Mapping[str, Tensor]], truths: GroundTruths) -> list[dict[str, Tensor]]:
+    """Target dicts with the boxes and labels of ``truths``, the other keys as they were."""
+    boxes, labels = truths.boxes.split(truths.counts), truths.labels.split(truths.counts)
+    return [{**target, "boxes": boxes[b], "labels": labels[b]} for b, target in enumerate(targets)]
+
+
+def unlabelled(targets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Targets as torchvision reads them in evaluation: only their boxes count, labels may be anything or missing."""
+    return [
+        {**target, "labels": target["boxes"].new_zeros(len(target["boxes"]), dtype=torch.int64)} for target in targets
+    ]
+
+
 def first_error(boxes: Tensor, labels: Tensor, num_classes: int | None) -> Tensor:
     """The first wrong row of boxes (G, 4) and labels (G,); G if none is."""
     conditions = [boxes[:, 2:] > boxes[:, :2], boxes.abs() < math.inf, (labels >= 0)[:, None]]

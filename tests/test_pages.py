@@ -46,9 +46,7 @@ def test_the_map_names_every_folder():
     assert named == folders
 
 
-PATH = re.compile(
-    r"\b(?:\.ci|benchmarks|demo|docs|examples|instruments|kernels|retina_fast|tests)/[\w/]+\.(?:py|md|pt)\b"
-)
+PATH = re.compile(r"\b(?:\.ci|benchmarks|demo|docs|examples|kernels|retina_fast|tests)/[\w/]+\.(?:py|md|pt)\b")
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)

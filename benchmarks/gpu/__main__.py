@@ -1,5 +1,5 @@
 import sys
 
-from benchmarks.gpu.run.run import main
+from benchmarks.gpu.run import main
 
 sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a measurement is written down as: benchmarks/results/<device>.json."""
+"""The file of a measurement, benchmarks/results/<device>.json: records, failures, and what they depend on."""
 
 import datetime
 import json
@@ -19,8 +19,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass
 class Record:
-    """One comparison. ``ceiling_fraction`` is the share of the device's limit: of the measured bandwidth of a copy, or
-    of the measured rate of a bfloat16 product, whichever is nearer."""
+    """One comparison of ours with a baseline.
+
+    `ceiling_fraction` is the share of the device's limit that ours reaches: of the measured bandwidth of a copy, or of
+    the measured rate of a bfloat16 product, whichever is nearer.
+    """
 
     goal: str | None
     case: str
@@ -34,14 +37,10 @@ class Record:
     baseline_peak_mb: float
     raw_ms: dict[str, float]
 
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.case, self.dtype, self.baseline
-
 
 @dataclass
 class Failure:
-    """A case, or one of its baselines, of which there is no figure."""
+    """A case without a figure, or one of its baselines; then `baseline` names it."""
 
     goal: str | None
     case: str
@@ -51,15 +50,15 @@ class Failure:
 
 
 class Results:
-    """A file of records, written after each case so that a run that is cut short can be taken up again.
+    """A file of records, written after each case, so that a run that is cut short can be taken up again.
 
-    Records of another commit, device or version of torch or triton are dropped: every ratio in a file comes from one
-    state of the code on one machine.
+    Every ratio in a file comes from one state of the code on one machine: records of another commit, device, or version
+    of torch or triton are dropped when the file is read.
 
     Args:
         path: the file.
-        environment: see :func:`environment`.
-        earlier: a file to begin from, where ``path`` does not exist.
+        environment: what :func:`environment` returns.
+        earlier: a file to begin from, where `path` does not exist.
     """
 
     SAME = ("device", "driver", "torch", "triton", "torchvision", "commit", "dirty", "small")
@@ -76,11 +75,12 @@ class Results:
                 self.failures = [Failure(**failure) for failure in stored["failures"]]
 
     def knows(self, case: str, dtype: str) -> bool:
+        """Returns whether there is a record or a failure of a case."""
         known: list[Record | Failure] = [*self.records, *self.failures]
         return any((entry.case, entry.dtype) == (case, dtype) for entry in known)
 
     def add(self, records: list[Record], failures: list[Failure]) -> None:
-        """What came of a case, in place of what was known of it."""
+        """Puts what came of a case in place of what was known of it, and writes the file."""
         added: list[Record | Failure] = [*records, *failures]
         new = {(entry.case, entry.dtype) for entry in added}
         self.records = [record for record in self.records if (record.case, record.dtype) not in new] + records
@@ -90,6 +90,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
+        """Writes the file, all of it or nothing."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         stored = {
             "environment": self.environment,
@@ -103,7 +104,14 @@ class Results:
 def environment(
     device: torch.device, ceilings: dict[str, float] | None = None, commit: str | None = None, small: bool = False
 ) -> dict[str, Any]:
-    """What a figure depends on, with ceilings measured now. ``commit`` is for a copy without its .git."""
+    """Returns what a figure depends on: device, versions, commit, and the ceilings that were just measured.
+
+    Args:
+        device: what is measured.
+        ceilings: what :func:`benchmarks.timing.ceilings` returns.
+        commit: what is measured, where the checkout lacks its .git.
+        small: whether the shapes are the small ones.
+    """
 
     def git(*arguments: str) -> str | None:
         return _output("git", "-C", str(ROOT), *arguments)
@@ -127,7 +135,7 @@ def environment(
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints; None where it is missing or fails."""
+    """Returns what a program prints, or None where it is missing or fails."""
     try:
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):

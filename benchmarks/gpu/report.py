@@ -1,8 +1,9 @@
-"""What was measured, drawn: ``python -m benchmarks.gpu.report [record]``, or ``make report``.
+"""Draws a record of measurements: `python -m benchmarks.gpu.report [record]`, or `make report`.
 
-Draws from a record of ``make gpu`` alone, the newest in benchmarks/results/ by default, into a folder beside it:
-ratios, shares of the device's limits, time over batch size, memory over ground truths, and the predictions of
-benchmarks/predictions.json beside what came of them. Writes the table of README.md. Without a record it draws nothing.
+It draws a record of `make gpu`, the newest in benchmarks/results/ by default, into a folder beside it: ratios, shares
+of the device's limits, time over batch size, memory over ground truths, and the predictions of
+benchmarks/predict/predictions.json beside what came of them. It also writes the table of README.md. The goals and the
+predictions are an H200's, so they are left out of another device's report. Without a record it draws nothing.
 """
 
 import argparse
@@ -11,10 +12,11 @@ import os
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.goals import AMP, COMPILED, EAGER, GOALS
+from benchmarks.gpu.goals import AMP, COMPILED, DEVICE, EAGER, GOALS, Goal, goals_for
 
 HERE = Path(__file__).parents[1]
 README = HERE.parent / "README.md"
@@ -27,19 +29,30 @@ Rows = list[dict[str, Any]]
 
 
 def newest() -> Path | None:
-    """The record measured last; small shapes do not count."""
+    """Returns the record measured last; those of small shapes do not count."""
     found = [path for path in (HERE / "results").glob("*.json") if not path.name.startswith("small-")]
     return max(found, key=lambda path: json.loads(path.read_text())["environment"]["date"], default=None)
 
 
-def predictions(triton: str) -> dict[str, Any]:
-    """By goal, from the code that this version of Triton makes; where that was not looked at, the newest."""
+def predictions(environment: dict[str, Any]) -> dict[str, float]:
+    """Returns the milliseconds predicted for each goal as a CUDA graph, and nothing for another device than an H200.
+
+    They are computed from the code of the record's Triton, or of the newest one that was looked at.
+    """
+    if DEVICE not in environment["device"]:
+        return {}
     stored = json.loads(PREDICTIONS.read_text())
-    newest = max(stored, key=lambda version: [int(number) for number in version.split(".")])
-    return stored.get(triton) or stored[newest]
+    goals = stored.get(environment["triton"], stored[newest_version(stored)])
+    return {name: goal["graph_ms"] for name, goal in goals.items()}
+
+
+def newest_version(versions: Iterable[str]) -> str:
+    """Returns the newest of versions such as "3.9.0"."""
+    return max(versions, key=lambda version: [int(number) for number in version.split(".")])
 
 
 def caption(environment: dict[str, Any]) -> str:
+    """Returns in a line what the figures depend on."""
     commit = (environment["commit"] or "unknown")[:7] + (", with uncommitted changes" if environment["dirty"] else "")
     names = ("torch", "triton", "torchvision")
     versions = ", ".join(f"{name} {environment[name]}" for name in names)
@@ -48,6 +61,7 @@ def caption(environment: dict[str, Any]) -> str:
 
 
 def by_goal(rows: Rows) -> dict[str, Rows]:
+    """Returns the rows of each goal that has any, in the order of the goals."""
     found: dict[str, Rows] = {}
     for name in GOALS:
         if of_goal := [row for row in rows if row["goal"] == name]:
@@ -56,21 +70,19 @@ def by_goal(rows: Rows) -> dict[str, Rows]:
 
 
 def best_ms(row: dict[str, Any]) -> float:
-    """Of a graph's replay, where the case was captured."""
+    """Returns the milliseconds of ours, as the replay of a graph where the case was captured."""
     return row["raw_ms"].get("ours_graph", row["ours_ms"])
 
 
-# The README's table.
-
-
-def table(record: dict[str, Any], predicted: dict[str, Any]) -> str:
+def table(record: dict[str, Any], predicted: dict[str, float]) -> str:
+    """Returns the README's table."""
     environment = record["environment"]
     measured = by_goal(record["records"])
     lines = [
         "| goal | | measured | times as fast as | of the limit | predicted |",
         "|---|---|---|---|---|---|",
     ]
-    for name, goal in GOALS.items():
+    for name, goal in goals_for(environment).items():
         rows = measured.get(name)
         if rows is None:
             failed = [entry for entry in record["failures"] if entry["goal"] == name]
@@ -83,7 +95,7 @@ def table(record: dict[str, Any], predicted: dict[str, Any]) -> str:
         ms, share = best_ms(rows[0]), rows[0]["ceiling_fraction"]
         speed = f"{ms:.3g} ms" + (f", {1e3 * goal.images / ms:.0f} images/s" if goal.images else "")
         limit = f" (goal {goal.ms:.3g} ms: {'met' if ms <= goal.ms else 'missed'})" if goal.ms else ""
-        guess = f"{_predicted(predicted, name):.3g} ms" if name in predicted else ""
+        guess = f"{predicted[name]:.3g} ms" if name in predicted else ""
         cells = speed + limit, "; ".join(ratios), f"{share:.0%}{_wanted(100 * share, goal.share and 100 * goal.share)}"
         lines.append(f"| {name} | {goal.what} | {' | '.join(cells)} | {guess} |")
     where = (
@@ -96,13 +108,12 @@ def _wanted(value: float, goal: float | None) -> str:
     return "" if goal is None else f" (goal {goal:.3g}: {'met' if value >= goal else 'missed'})"
 
 
-def _predicted(predicted: dict[str, Any], goal: str) -> float:
-    """As it is measured: whole models replay a graph, and so does what best_ms takes."""
-    return predicted[goal]["graph_ms"]
-
-
 def write_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Replaces what stands between two markers of a page."""
+    """Replaces what stands between two markers of a page.
+
+    Raises:
+        ValueError: if the page lacks one of them.
+    """
     before, found, rest = path.read_text().partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
@@ -110,18 +121,16 @@ def write_between(path: Path, begin: str, end: str, text: str) -> None:
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-# Pictures.
-
-
-def draw(record: dict[str, Any], predicted: dict[str, Any], folder: Path) -> list[Path]:
-    """The pictures, as far as the record has what they show."""
+def draw(record: dict[str, Any], predicted: dict[str, float], folder: Path) -> list[Path]:
+    """Draws the pictures, as far as the record has what they show, and returns their files."""
     from matplotlib.figure import Figure
 
+    goals = goals_for(record["environment"])
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, (paint, width, height) in {
-        "ratios": (lambda figure: _ratios(figure, record["records"]), 9, 0.27),
-        "limits": (lambda figure: _limits(figure, record["records"]), 8, 0.15),
+        "ratios": (lambda figure: _ratios(figure, record["records"], goals), 9, 0.27),
+        "limits": (lambda figure: _limits(figure, record["records"], goals), 8, 0.15),
         "batches": (lambda figure: _over(figure, record["records"], _BATCH, "images in the batch", "ours_ms"), 8, 6),
         "memory": (lambda figure: _over(figure, record["records"], _OBJECTS, "objects an image", "peak_mb"), 8, 6),
         "predictions": (lambda figure: _predictions(figure, record["records"], predicted), 8, 0.15),
@@ -141,14 +150,14 @@ def _wrapped(text: str, width: int) -> str:
     return textwrap.fill(text, width)
 
 
-def _ratios(figure: Any, rows: Rows) -> bool:
-    """Bars by goal and baseline, and where each is to be."""
+def _ratios(figure: Any, rows: Rows, goals: dict[str, Goal]) -> bool:
+    """Draws a bar for each goal and baseline, and a line where it must reach."""
     axes = figure.add_subplot(xlabel="times as fast (logarithmic)", xscale="log")
     axes.xaxis.set_major_formatter("{x:g}")
     places, labels, bars, place = [], [], {}, 0.0
     for name, of_goal in by_goal(rows).items():
         for row in of_goal:
-            wanted = GOALS[name].ratios.get(row["baseline"])
+            wanted = goals[name].ratios.get(row["baseline"])
             colour = COLOURS.get(row["baseline"], "#777777")
             bars[row["baseline"]] = axes.barh(place, row["ratio"], color=colour, height=0.8)
             _compared(axes, place, f"{row['ratio']:.3g}", wanted, f"{wanted:g}" if wanted else "")
@@ -161,24 +170,26 @@ def _ratios(figure: Any, rows: Rows) -> bool:
     axes.axvline(1, color="#999999", linewidth=1)
     axes.invert_yaxis()
     axes.margins(x=0.12, y=0.01)
-    goal = axes.plot([], [], color="black", marker="|", linestyle="none", markersize=12, markeredgewidth=2)
-    figure.legend([*bars.values(), *goal], [*bars, "goal"], loc="outside upper center", ncols=4, fontsize=8)
+    if any(goal.ratios for goal in goals.values()):
+        (bars["goal"],) = axes.plot([], [], color="black", marker="|", ls="none", markersize=12, markeredgewidth=2)
+    figure.legend([*bars.values()], [*bars], loc="outside upper center", ncols=4, fontsize=8)
     return bool(places)
 
 
 def _compared(axes: Any, place: float, shown: str, wanted: float | None, shown_wanted: str) -> None:
-    """A value beside its row, and its goal as a line across the bar."""
+    """Writes a value beside its row, and draws its goal as a line across the bar."""
     text = f"{shown} of {shown_wanted}" if shown_wanted else shown
     axes.text(1.01, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     if wanted:
         axes.plot([wanted] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2)
 
 
-def _limits(figure: Any, rows: Rows) -> bool:
+def _limits(figure: Any, rows: Rows, goals: dict[str, Goal]) -> bool:
+    """Draws a bar for each goal: the share of the device's limit that ours reaches."""
     found = by_goal(rows)
     axes = figure.add_subplot(xlabel="share of the device's limit: bandwidth of a copy, or rate of a product")
     for place, (name, of_goal) in enumerate(found.items()):
-        share, wanted = of_goal[0]["ceiling_fraction"], GOALS[name].share
+        share, wanted = of_goal[0]["ceiling_fraction"], goals[name].share
         axes.barh(place, share, color=COLOURS["ours"])
         _compared(axes, place, f"{share:.1%}", wanted, f"{wanted:.0%}" if wanted else "")
     axes.set_yticks(range(len(found)), [f"{name}  {GOALS[name].what}" for name in found], fontsize=8)
@@ -193,7 +204,7 @@ _BATCH, _OBJECTS = re.compile(r", batch (\d+)"), re.compile(r", (\d+) ground tru
 
 
 def _over(figure: Any, rows: Rows, number: re.Pattern[str], label: str, key: str) -> bool:
-    """A panel for each family of cases that differ by one number, a goal among them: ours and each baseline."""
+    """Draws a panel for each family of cases that differ by one number and hold a goal: ours and each baseline."""
     from matplotlib.ticker import LogFormatter
 
     families: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
@@ -232,12 +243,10 @@ def _over(figure: Any, rows: Rows, number: re.Pattern[str], label: str, key: str
     return bool(several)
 
 
-def _predictions(figure: Any, rows: Rows, predicted: dict[str, Any]) -> bool:
-    points = {
-        name: (_predicted(predicted, name), best_ms(of_goal[0]))
-        for name, of_goal in by_goal(rows).items()
-        if name in predicted
-    }
+def _predictions(figure: Any, rows: Rows, predicted: dict[str, float]) -> bool:
+    """Draws for each goal what was predicted and what was measured."""
+    found = by_goal(rows)
+    points = {name: (predicted[name], best_ms(found[name][0])) for name in found if name in predicted}
     axes = figure.add_subplot(xlabel="ms (logarithmic)", xscale="log")
     axes.xaxis.set_major_formatter("{x:g}")
     for place, (guess, measured) in enumerate(points.values()):
@@ -252,6 +261,7 @@ def _predictions(figure: Any, rows: Rows, predicted: dict[str, Any]) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the command, and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", nargs="?", type=Path, help="a file of benchmarks/results/; the newest by default")
     parser.add_argument("--pictures", type=Path, help="the folder of the pictures; by default beside the record")
@@ -266,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.readme == README and (environment["small"] or environment["dirty"] or not record["records"]):
         print(f"{path} is no record for README.md: small shapes, uncommitted changes, or nothing measured.")
         return 2
-    predicted = predictions(environment["triton"])
+    predicted = predictions(environment)
     folder = options.pictures or path.with_suffix("")
     pictures = draw(record, predicted, folder)
     shown = os.path.relpath(folder / "ratios.png", options.readme.parent)

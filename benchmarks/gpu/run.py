@@ -1,10 +1,11 @@
-"""Every goal measured on the GPU at hand: ``python -m benchmarks.gpu [part ...]``, or ``make gpu``.
+"""Measures every goal on the GPU at hand: `python -m benchmarks.gpu [part ...]`, or `make gpu`.
 
-Writes <gpu>.json after each case, goals first. A case that fails, hangs or takes the process with it is written down as
-a failure, and the rest goes on. A run that is cut short, or stops at its time limit, is taken up again by the same
-command, part by part if asked for; records of another commit or machine are dropped, failures tried again. Runs from an
-uninstalled checkout with torch, triton and torchvision. ``--small`` does the same at sizes that a CPU can bear, which
-is how it is tested, and claims nothing; ``--checks`` only compares results with their references.
+It writes <gpu>.json after each case, the goals first. A case that fails, hangs or ends the process is written down as a
+failure, and the rest goes on. A run that is cut short, or stops at its time limit, is taken up again by the same
+command, part by part if asked for; then failures are tried again, and records of another commit or machine are dropped.
+It runs from an uninstalled checkout that has torch, triton and torchvision. --small does the same at sizes that a CPU
+can bear, which is how it is tested, and claims nothing. --checks compares results with their references and times
+nothing.
 """
 
 import argparse
@@ -20,10 +21,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.measure import Case, ceilings, compare, failure, synchronize
+from benchmarks.case import Case
+from benchmarks.gpu.compare import compare, failure
 from benchmarks.gpu.records import RESULTS, ROOT, Results, environment
+from benchmarks.timing import ceilings, choosing_convs, synchronize
 
-# modules of this folder with lists CASES and SMALL, in the order they run; those that compile most come last
+# the modules that have CASES and SMALL, in the order they run; those that compile most come last
 BENCHMARKS = (
     "kernels.focal_loss",
     "kernels.anchor_matching",
@@ -33,28 +36,32 @@ BENCHMARKS = (
     "kernels.image_batch",
     "kernels.box_loss",
     "kernels.group_norm_relu",
+    "kernels.sigmoid_focal_loss",
+    "kernels.candidate_selection",
+    "kernels.box_decode",
+    "kernels.take_kept",
+    "kernels.key_sort",
     "models.inference",
     "models.training_step",
     "models.spinenet",
 )
 TIME_IS_UP, FAILURES = 3, 4
 GRACE = 120  # seconds that the last case may take beyond the time limit
-CASE_LIMIT = 240  # seconds of a case, torch.compile included
 MOST_DEATHS = 5  # of processes that measure
 
 
 def cases_of(parts: Iterable[str], small: bool = False) -> list[Case]:
-    """Goals first."""
+    """Returns the cases of these parts, those with a goal first."""
     modules = [importlib.import_module(f"benchmarks.{name}") for name in parts]
     cases = [case for module in modules for case in (module.SMALL if small else module.CASES)]
     return sorted(cases, key=lambda case: case.goal is None)
 
 
 def run_cases(cases: Iterable[Case], results: Results, device: torch.device, deadline: float) -> list[Case]:
-    """Measures what the results lack until the deadline; returns what is left.
+    """Measures the cases that the results lack, until the deadline, and returns those that are left.
 
     Raises:
-        RuntimeError: where a case has left the device unusable.
+        RuntimeError: if a case has left the device unusable.
     """
     left = []
     for case in cases:
@@ -65,7 +72,7 @@ def run_cases(cases: Iterable[Case], results: Results, device: torch.device, dea
             left.append(case)
             continue
         results.add([], [failure(case, "the process ended")])  # which stays if it does
-        faulthandler.dump_traceback_later(min(CASE_LIMIT, deadline - now + GRACE), exit=True)
+        faulthandler.dump_traceback_later(min(case.seconds, deadline - now + GRACE), exit=True)
         try:
             results.add(*compare(case, device, results.environment))
             gc.collect()  # graphs and tensors of the case, before the next one makes its own
@@ -79,6 +86,7 @@ def run_cases(cases: Iterable[Case], results: Results, device: torch.device, dea
 
 
 def report(results: Results, case: Case) -> None:
+    """Prints what is known of a case."""
     for record in results.records:
         if (record.case, record.dtype) == (case.name, case.dtype):
             print(
@@ -92,11 +100,12 @@ def report(results: Results, case: Case) -> None:
 
 
 def file_name(device_name: str, small: bool = False) -> str:
+    """Returns the name of a device's file of records."""
     return "small-" * small + re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json"
 
 
 def measure(arguments: argparse.Namespace, device: torch.device, deadline: float) -> int:
-    """In this process, which a case may take with it."""
+    """Measures in this process, which a case may end, and returns its exit status."""
     here = environment(device, ceilings(device), arguments.commit, arguments.small)
     print(", ".join(f"{key} {value}" for key, value in here.items()), flush=True)
     if here["dirty"]:
@@ -114,14 +123,31 @@ def measure(arguments: argparse.Namespace, device: torch.device, deadline: float
     return FAILURES if results.failures else 0
 
 
-def check(arguments: argparse.Namespace, device: torch.device) -> int:
-    for case in cases_of(arguments.parts, arguments.small):
-        case.build(device).check()
-        print(f"right: {case.name}, {case.dtype}", flush=True)
-    return 0
+def check(cases: Iterable[Case], device: torch.device) -> int:
+    """Checks every case, whatever comes of the others, and returns the exit status.
+
+    Raises:
+        RuntimeError: if a case has left the device unusable, since no check after it could be right.
+    """
+    wrong = []
+    for case in cases:
+        name = f"{case.name}, {case.dtype}"
+        torch.compiler.reset()
+        try:
+            with choosing_convs():
+                case.build(device).check()
+            synchronize(device)
+            print(f"right: {name}", flush=True)
+        except Exception as error:
+            wrong.append(name)
+            print(f"WRONG: {name}: {failure(case, error).error}", flush=True)
+            synchronize(device)
+    print("\n".join(["all right"] if not wrong else [f"{len(wrong)} wrong:", *wrong]))
+    return FAILURES if wrong else 0
 
 
 def main() -> int:
+    """Runs the command, and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(BENCHMARKS), help=f"among {', '.join(BENCHMARKS)}; or all")
     parser.add_argument("--minutes", type=float, default=7.5, help="start no case after this long, and end 2 later")
@@ -129,7 +155,7 @@ def main() -> int:
     parser.add_argument("--commit", help="what is measured, where the checkout lacks its .git")
     parser.add_argument("--small", action="store_true", help="small shapes, on a CPU where there is no GPU")
     parser.add_argument("--checks", action="store_true", help="compare results with their references, time nothing")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # how many have died before this one
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # how many processes have died before this one
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(BENCHMARKS):
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
@@ -139,7 +165,7 @@ def main() -> int:
         print("measured at small sizes.")
         return 2
     if arguments.checks:
-        return check(arguments, _device())
+        return check(cases_of(arguments.parts, arguments.small), _device())
     deadline = time.monotonic() + 60 * arguments.minutes
     if arguments.worker is not None:
         return measure(arguments, _device(), deadline)

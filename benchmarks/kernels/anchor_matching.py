@@ -1,7 +1,4 @@
-"""Anchor matching: torchvision's matcher image by image, ours for the batch; from 1 to 500 ground truths an image.
-
-``make bench`` runs this file with pytest-benchmark on whatever device is there; ``make gpu`` records CASES.
-"""
+"""Anchor matching: torchvision's matcher image by image, ours for the batch, with 1 to 500 ground truths an image."""
 
 import dataclasses
 import functools
@@ -13,7 +10,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-from benchmarks.gpu.measure import Built, Case, run_benchmark
+from benchmarks.case import Built, Case, run_benchmark
 from benchmarks.models import scenes
 from retina_fast.kernels.anchor_matching import Matches, anchor_matching
 

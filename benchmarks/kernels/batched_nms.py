@@ -2,9 +2,8 @@
 
     python -m benchmarks.kernels.batched_nms
 
-compares the two on a CPU, in turns, on one image with 5,000 boxes of one class. ``make bench`` runs this file with
-pytest-benchmark on whatever device is there; ``make gpu`` records CASES. torchvision adds offsets by class to boxes,
-which rounds, so its result may differ on borderline pairs; ours is checked against the reference.
+compares the two on a CPU, in turns, on one image with 5,000 boxes of one class. torchvision adds offsets by class to
+the boxes, which rounds them, so its result may differ on borderline pairs. Ours is checked against the reference.
 """
 
 import dataclasses
@@ -16,8 +15,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from benchmarks.gpu.measure import Built, Case, print_in_turns, run_benchmark
+from benchmarks.case import Built, Case, print_in_turns, run_benchmark
 from retina_fast.kernels.batched_nms import Kept, batched_nms, batched_nms_reference
+from retina_fast.ops import nms
 
 IOU, KEPT = 0.5, 300
 SETS = ("clustered", "uniform", "all overlapping", "none overlapping", "chain")
@@ -48,10 +48,11 @@ SETTINGS = [
 ]
 GOALS = {base: f"K5-b{base.batch}" for base in BASES}
 CPU_SETTING = Setting(classes=1)
+ALL_KEPT = Setting(boxes=100_000, classes=1, kind="none overlapping", kept=100_000)
 
 
 def boxes_of(setting: Setting, generator: torch.Generator) -> Tensor:
-    """(B, M, 4) on a canvas of 800x800; ``clustered``: about 20 boxes an object, as a detector finds them."""
+    """Returns boxes (B, M, 4), in most sets on a canvas of 800x800; "clustered" are about 20 an object, as detected."""
     shape = setting.batch, setting.boxes
 
     def rand(*sides: int) -> Tensor:
@@ -74,7 +75,7 @@ def boxes_of(setting: Setting, generator: torch.Generator) -> Tensor:
 
 
 def inputs(setting: Setting, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Boxes (B, M, 4), scores (B, M), labels (B, M), counts (B,); the neighbours of a chain are of one class."""
+    """Returns boxes (B, M, 4), scores (B, M), labels (B, M), counts (B,). The neighbours in a chain share a class."""
     generator = torch.Generator().manual_seed(0)
     boxes = boxes_of(setting, generator)
     shape = setting.batch, setting.boxes
@@ -109,17 +110,40 @@ def build(setting: Setting, device: torch.device) -> Built:
         assert torch.equal(kept.positions.cpu(), exact.positions), setting
         assert torch.equal(kept.counts.cpu(), exact.counts), setting
         theirs = sum(len(positions) for positions in torchvision_eager())
-        assert abs(theirs - int(exact.counts.sum())) <= 0.02 * theirs, setting  # they time the same function
+        assert abs(theirs - int(exact.counts.sum())) <= 0.02 * theirs, setting  # they compute the same function
 
     return Built(ours, {"torchvision eager": torchvision_eager}, check, min_bytes=boxes.nbytes + scores.nbytes)
+
+
+def build_nms(setting: Setting, device: torch.device) -> Built:
+    """Makes the case of `ops.nms`, which returns as many positions as it keeps and so waits for the GPU."""
+    boxes, scores = (tensor[0] for tensor in inputs(setting, device)[:2])
+
+    def ours() -> Tensor:
+        return nms(boxes, scores, IOU)
+
+    def torchvision_eager() -> Tensor:
+        return torchvision.ops.nms(boxes, scores, IOU)
+
+    def check() -> None:
+        kept = ours()
+        assert torch.equal(kept, torchvision_eager()), setting
+        assert len(kept) == setting.kept, setting
+
+    return Built(ours, {"torchvision eager": torchvision_eager}, check, boxes.nbytes + scores.nbytes, uncaptured=ours)
 
 
 def _case(setting: Setting, goal: str | None = None) -> Case:
     return Case(setting.name, "float32", functools.partial(build, setting), goal)
 
 
-CASES = [_case(setting, GOALS.get(setting)) for setting in SETTINGS]
+def _case_of_nms(setting: Setting) -> Case:
+    return Case(f"ops.{setting.name}", "float32", functools.partial(build_nms, setting), "K5-all")
+
+
+CASES = [*[_case(setting, GOALS.get(setting)) for setting in SETTINGS], _case_of_nms(ALL_KEPT)]
 SMALL = [
+    _case_of_nms(dataclasses.replace(ALL_KEPT, boxes=300, kept=300)),
     _case(Setting(boxes=200, classes=11, kept=250), "K5-b1"),
     _case(Setting(2, 200, 11, kept=250), "K5-b32"),
     *[_case(Setting(2, 200, 1, kind, 250)) for kind in SETS],

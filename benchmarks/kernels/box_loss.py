@@ -1,7 +1,4 @@
-"""Box loss, forward and backward, from given matches: torchvision's head image by image, ours for the batch.
-
-``make bench`` runs this file with pytest-benchmark on whatever device is there; ``make gpu`` records CASES.
-"""
+"""Box loss, forward and backward, from given matches: torchvision's head image by image, ours for the batch."""
 
 import dataclasses
 import functools
@@ -12,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder, _box_loss
 
-from benchmarks.gpu.measure import Built, Case, run_benchmark
+from benchmarks.case import Built, Case, run_benchmark
 from benchmarks.models import scenes
 from retina_fast.kernels.anchor_matching import anchor_matching
 from retina_fast.kernels.box_loss import LOSS_TYPES, box_loss

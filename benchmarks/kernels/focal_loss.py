@@ -1,8 +1,7 @@
 """Focal loss, forward and backward: torchvision eager, torch.compile of the same formula, an apex-style kernel, ours.
 
-``make bench`` runs this file with pytest-benchmark on whatever device is there; ``make gpu`` records CASES. One factor
-is varied at a time from a base case of 8 images of 800x800 with 91 classes. torchvision is given its one-hot targets
-ready-made, and no anchor is ignored, so that its loss is one call: the 87 passes, without what the head adds.
+One factor is varied at a time from a base case of 8 images of 800x800 with 91 classes. torchvision is given its one-hot
+targets ready-made, and no anchor is ignored, so that its loss is one call, without what the head adds.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from benchmarks.gpu.measure import Built, Case, run_benchmark
+from benchmarks.case import Built, Case, run_benchmark
 from retina_fast.kernels.compiler import PTX, tl, triton
 from retina_fast.kernels.fast_math import reciprocal
 from retina_fast.kernels.focal_loss import _focal, focal_loss, focal_loss_reference
@@ -52,7 +51,7 @@ CPU_SETTINGS = [Setting(batch=2, height=256, width=256, num_classes=classes) for
 
 
 def inputs(setting: Setting, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Levels in channels_last memory with the logits of a young head, labels of 16 objects an image, normalizers."""
+    """Returns levels of logits as of an untrained head (channels_last), labels of 16 objects an image, normalizers."""
     generator = torch.Generator().manual_seed(0)
     cells = [(math.ceil(setting.height / s), math.ceil(setting.width / s)) for s in (8, 16, 32, 64, 128)]
     channels = ANCHORS_PER_CELL * setting.num_classes
@@ -66,7 +65,7 @@ def inputs(setting: Setting, device: torch.device) -> tuple[list[Tensor], Tensor
     labels = torch.full((setting.batch, sum(h * w for h, w in cells) * ANCHORS_PER_CELL), -1, dtype=torch.int32)
     h, w = cells[0]
     for row in labels:
-        for _ in range(16):  # each in 3x3 cells of P3, three anchors a cell
+        for _ in range(16):  # each object covers 3x3 cells of P3, three anchors a cell
             y, x = (int(torch.randint(0, n - 3, (), generator=generator)) for n in (h, w))
             label = int(torch.randint(0, setting.num_classes, (), generator=generator))
             grid = row[: h * w * ANCHORS_PER_CELL].view(h, w, ANCHORS_PER_CELL)
@@ -81,7 +80,7 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
     flat = torch.cat([level.detach() for level in flatten_all(levels, k)], dim=1).requires_grad_()  # (B, N, K)
     targets = (labels[..., None] == torch.arange(k, device=device)).to(flat.dtype)
 
-    scaler = 65536.0 if setting.dtype == "float16" else 1.0  # GradScaler's, without which float16 gradients are flushed
+    scaler = 65536.0 if setting.dtype == "float16" else 1.0  # GradScaler's; float16 gradients would become 0
 
     def step(loss: Any, leaves: Any) -> tuple[Tensor, ...]:
         value = loss()
@@ -94,27 +93,27 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
         )
     }
     if with_compile:
-        compiled = torch.compile(focal_loss_reference)
+        compiled = torch.compile(focal_loss_reference, dynamic=False)
         baselines["torch.compile"] = functools.partial(
             step, lambda: compiled([flat], labels, normalizers, k, ALPHA, GAMMA), flat
         )
     if device.type == "cuda":
         baselines["apex-style"] = functools.partial(
-            step, lambda: _ApexStyle.apply(flat, labels, FOREGROUND * setting.batch), flat
+            step, lambda: ApexStyle.apply(flat, labels, FOREGROUND * setting.batch), flat
         )
 
     def check() -> None:
         tolerance = {"float32": 1e-5, "bfloat16": 2**-8, "float16": 2**-9}[setting.dtype]
         loss, *grads = ours()
         gradients = torch.cat(flatten_all(grads, k), dim=1)
-        for b in range(setting.batch):  # an image at a time: float64 takes room
+        for b in range(setting.batch):  # one image at a time, since float64 takes room
             exact = flat[b : b + 1].detach().double().requires_grad_()
             value = focal_loss_reference([exact], labels[b : b + 1], normalizers[b : b + 1].double(), k, ALPHA, GAMMA)
             (grad,) = torch.autograd.grad(value * scaler, exact)
             assert (gradients[b] - grad[0]).norm() <= tolerance * grad.norm(), f"{setting}: gradient of image {b}"
             loss = loss - value.detach()
         assert loss.abs() <= 1e-5 * ours()[0], f"{setting}: loss"
-        for name, baseline in baselines.items():  # they time the same function; eager bfloat16 is what it is
+        for name, baseline in baselines.items():  # they compute the same function, eager bfloat16 roughly
             _, grad = baseline()
             wide = max(tolerance, 0.05 if setting.dtype != "float32" else 1e-4)
             assert (grad.double() - gradients.double()).norm() <= wide * gradients.double().norm(), f"{setting}: {name}"
@@ -123,7 +122,7 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
 
 
 def _case(setting: Setting, goal: str | None = None) -> Case:
-    # compiling takes half a minute a shape: for the goals only
+    # compiling takes half a minute a shape, so only the goals are compiled
     return Case(setting.name, setting.dtype, functools.partial(build, setting, with_compile=goal is not None), goal)
 
 
@@ -138,8 +137,8 @@ SMALL = [
 ]
 
 
-# apex.contrib.focal_loss as it works, for any K and dtype: the loss and an unnormalised gradient in forward, that
-# gradient times the incoming one in backward: four passes over concatenated logits.
+# This works as apex.contrib.focal_loss does, for any K and dtype: forward computes the loss and an unnormalised
+# gradient, which backward multiplies by the incoming one. That makes four passes over concatenated logits.
 
 _BLOCK = 2048
 
@@ -187,7 +186,9 @@ def _apex_backward(saved_ptr, grad_ptr, incoming_ptr, normalizer, size, BLOCK: t
         tl.store(grad_ptr + offset + i, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
-class _ApexStyle(torch.autograd.Function):
+class ApexStyle(torch.autograd.Function):
+    """`ApexStyle.apply(x, labels, normalizer)` is the loss of logits (B, N, K) and labels (B, N)."""
+
     @staticmethod
     def forward(ctx, x: Tensor, labels: Tensor, normalizer: float) -> Tensor:
         saved = torch.empty_like(x)

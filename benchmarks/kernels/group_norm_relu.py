@@ -1,7 +1,6 @@
 """GroupNorm + ReLU of a v2 head's block on its five levels, forward and backward: torch eager, torch.compile, ours.
 
-``make bench`` runs this file with pytest-benchmark on whatever device is there; ``make gpu`` records CASES. Levels are
-channels_last, as the convs write them and want them; eager pays for the layout itself.
+The levels are channels_last, as the convs write and read them. Eager pays for the change of layout that it makes.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.measure import Built, Case, run_benchmark
+from benchmarks.case import Built, Case, run_benchmark
 from retina_fast.kernels.group_norm_relu import group_norm_relu, group_norm_relu_reference
 
 CHANNELS, GROUPS = 256, 32
@@ -53,7 +52,7 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
     weight, bias = (torch.rand(CHANNELS, device=device).requires_grad_() for _ in range(2))
 
     def step(function: Callable[..., list[Tensor]]) -> tuple[Tensor, ...]:
-        # as under autocast: the norm in float32, its result in the convs' dtype
+        # as under autocast, the norm computes in float32 and its result has the convs' dtype
         outputs = function(levels, weight, bias, GROUPS)
         outputs = [output.to(dtype, memory_format=torch.channels_last) for output in outputs]
         return *outputs, *torch.autograd.grad(outputs, [*levels, weight, bias], incoming)
@@ -63,7 +62,7 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
 
     baselines: dict[str, Callable[[], Any]] = {"torch eager": functools.partial(step, eager)}
     if with_compile:
-        baselines["torch.compile"] = functools.partial(step, torch.compile(eager))
+        baselines["torch.compile"] = functools.partial(step, torch.compile(eager, dynamic=False))
 
     def check() -> None:
         tolerance = {"float32": 1e-5, "bfloat16": 2**-8}[setting.dtype]

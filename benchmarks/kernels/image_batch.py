@@ -1,7 +1,4 @@
-"""Image batching: torchvision's transform, and ours, which launches once a batch.
-
-``make bench`` runs this file with pytest-benchmark on whatever device is there; ``make gpu`` records CASES.
-"""
+"""Image batching: torchvision's transform, which works image by image, and ours, which launches once a batch."""
 
 import dataclasses
 import functools
@@ -12,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from benchmarks.gpu.measure import Built, Case, run_benchmark
+from benchmarks.case import Built, Case, run_benchmark
 from retina_fast.kernels.image_batch import batch_shape, image_batch, image_table, launch_image_batch
 from retina_fast.transform import resized_sizes
 
@@ -21,7 +18,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """``dtype`` is of the batch; bfloat16 is made from uint8 images, as the engine does, float32 from float32."""
+    """`dtype` is the batch's. A bfloat16 batch is made from uint8 images, as in the engine; float32, from float32."""
 
     batch: int = 8
     height: int = 480
@@ -59,7 +56,7 @@ def build(setting: Setting, device: torch.device) -> Built:
     table, kept = image_table(images, sizes).to(device), torch.empty(shape, dtype=dtype, device=device)
     kept = kept.contiguous(memory_format=torch.channels_last)
 
-    def captured() -> None:  # as the engine's graph holds it: the table has been uploaded
+    def captured() -> None:  # as in the engine's graph, where the table has been uploaded
         launch_image_batch(table, kept, images[0].dtype, MEAN, STD)
 
     def torchvision() -> Tensor:

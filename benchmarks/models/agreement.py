@@ -1,12 +1,12 @@
-"""How often our detections and torchvision's differ on the same head outputs, and why.
+"""Counts how often our detections and torchvision's differ on the same head outputs, and explains each difference.
 
     python -m benchmarks.models.agreement
 
-On up to 1000 boxes torchvision's ``batched_nms`` adds class * (largest coordinate + 1) to boxes, which rounds:
-two boxes whose IoU lies within that rounding of the threshold may go either way. Each random image of clustered boxes
-is therefore compared twice: with torchvision as it is, and with its exact class-by-class path without ties, with which
-no difference may remain. Outputs in bfloat16 are given to torchvision in float32: as they are, it would round the
-anchors to bfloat16, which moves them by pixels, and on a CPU has no NMS for them.
+On up to 1000 boxes torchvision's `batched_nms` adds class * (largest coordinate + 1) to the boxes, which rounds them.
+Two boxes whose IoU lies within that rounding of the threshold may go either way. So each image of random clustered
+boxes is compared twice: with torchvision as it is, and with torchvision's exact class-by-class path on scores without
+ties, from which nothing may differ. Outputs in bfloat16 are given to torchvision in float32, because it would otherwise
+round the anchors to bfloat16, which moves them by pixels, and because it has no bfloat16 NMS on a CPU.
 """
 
 from unittest.mock import patch
@@ -14,71 +14,15 @@ from unittest.mock import patch
 import torch
 import torchvision
 from torch import Tensor
-from torchvision.models.detection.image_list import ImageList
 
-from retina_fast import RetinaNet
-
-K = 91
-GRIDS = ((32, 40), (16, 20), (8, 10), (4, 5), (2, 3))
-IMAGE = (250, 317)  # in a padded batch of 256 x 320
-
-
-def random_outputs(seed: int) -> dict[str, list[Tensor]]:
-    """Head outputs of one image, by level (1, N, C): clusters of anchors that see the same object."""
-    generator = torch.Generator().manual_seed(seed)
-    outputs: dict[str, list[Tensor]] = {"cls_logits": [], "bbox_regression": []}
-    for h, w in GRIDS:
-        logits = torch.full((1, h * w * 9, K), -9.0)
-        for _ in range(max(2, h * w // 40)):
-            first = int(torch.randint(0, h * w * 9 - 17, (), generator=generator))
-            label = int(torch.randint(0, K, (), generator=generator))
-            logits[0, first : first + 18, label] = torch.randn(18, generator=generator)  # two neighbouring cells
-        outputs["cls_logits"].append(logits)
-        outputs["bbox_regression"].append(torch.randn(1, h * w * 9, 4, generator=generator) * 0.1)
-    return outputs
-
-
-def models() -> tuple[torchvision.models.detection.RetinaNet, RetinaNet]:
-    """torchvision's model and ours; only their postprocess is used."""
-    backbone = torch.nn.Identity()
-    backbone.out_channels = 8  # type: ignore[assignment]
-    return torchvision.models.detection.RetinaNet(backbone, K).eval(), RetinaNet(backbone, K).eval()
-
-
-def lacking(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
-    """Which of torchvision's detections ours lack, (D,): none has its label, box to 0.01 px and score to 1e-5."""
-    near = (ours["boxes"][:, None] - theirs["boxes"]).abs().amax(dim=2) <= 0.01
-    near &= (ours["scores"][:, None] - theirs["scores"]).abs() <= 1e-5
-    near &= ours["labels"][:, None] == theirs["labels"]
-    return ~near.any(dim=0)
-
-
-def differing(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> int:
-    """How many of torchvision's detections ours lack."""
-    return int(lacking(ours, theirs).sum())
-
-
-def margin(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Of the detections that only one has: how near the threshold of 0.5 an IoU with one of the same class comes."""
-    nearest = float("inf")
-    for these, those in ((ours, theirs), (theirs, ours)):
-        alone = lacking(those, these)
-        for other in (ours, theirs):
-            iou = torchvision.ops.box_iou(these["boxes"][alone].double(), other["boxes"].double())
-            distances = (iou - 0.5).abs()[these["labels"][alone][:, None] == other["labels"]]
-            nearest = min([nearest, *distances.tolist()])
-    return nearest
-
-
-def anchors(model: torchvision.models.detection.RetinaNet) -> list[list[Tensor]]:
-    """The anchors of one image by level."""
-    features = [torch.zeros(1, 8, h, w) for h, w in GRIDS]
-    (joined,) = model.anchor_generator(ImageList(torch.zeros(1, 3, 256, 320), [IMAGE]), features)
-    return [list(joined.split([h * w * 9 for h, w in GRIDS]))]
+from tests.instruments.agreement import IMAGE, anchors, differing, margin, models, random_outputs
 
 
 def without_ties(outputs: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """The outputs in float64, equal logits told apart by 1e-12 a place: torchvision leaves the order of ties open."""
+    """Returns the outputs in float64 with 1e-12 a place subtracted from the logits, so that no two are equal.
+
+    torchvision leaves the order of equal scores open.
+    """
     logits, first = [], 0
     for level in outputs["cls_logits"]:
         places = torch.arange(first, first + level[0].numel()).view(level.shape[1:])
@@ -88,8 +32,11 @@ def without_ties(outputs: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
 
 
 def measure(cases: int, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Over random images: images that differ, detections that differ, the widest margin of an image that differs, and
-    images that differ from the exact path."""
+    """Compares both sides on random images.
+
+    Returns the number of `images` and `detections` that differ, the `total` of torchvision's detections, the widest
+    `margin` of an image that differs, and how many images differ from the exact path, which is `unexplained`.
+    """
     theirs, ours = models()
     split = anchors(theirs)
     images = detections = total = unexplained = 0

@@ -1,10 +1,10 @@
-"""Exported files beside the model that they were written from: the same detections, and how fast.
+"""Exported files beside the model that they were written from: whether they find the same, and how fast they are.
 
     python -m benchmarks.models.export [MODEL_FILE...]
 
-On 20 crops of the tree photographs and a grey image, in which nothing is to be found, batches of 1 and 4: boxes to
-1e-3 px, scores to 1e-5, the same labels. Then latency of the eager model, of every format and of torchvision's own
-ONNX exports, where they can be written, taking turns on the same batches.
+Detections are compared on 20 crops of the tree photographs and a grey image, in which nothing is to be found, in
+batches of 1 and 4: boxes to 1e-3 px, scores to 1e-5, the same labels. Then the eager model, every format, and
+torchvision's own ONNX exports, where they can be written, take turns on the same batches, and their latency is printed.
 """
 
 import json
@@ -21,91 +21,18 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from benchmarks.gpu.records import ROOT, environment
-from benchmarks.models.agreement import differing, margin
 from retina_fast import Detections, export, load_exported
 from retina_fast.convert import to_torchvision
 from retina_fast.deploy.export import FORMATS
 from retina_fast.predict.load import TREES, load_model
+from tests.instruments.exported import compare, crops, eager, expectations, quiet
 
 HEIGHT, WIDTH = 180, 240
-GREY = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None]  # ImageNet's mean
-BOX_PX, SCORE = 1e-3, 1e-5
 ROUNDS = 7
 
 
-def crops(pictures: list[Tensor], count: int, height: int, width: int) -> Tensor:
-    """(count + 1, 3, height, width) uint8: windows of the pictures at random, and the third image grey."""
-    generator = torch.Generator().manual_seed(0)
-    images = []
-    for i in range(count):
-        picture = pictures[i % len(pictures)]
-        y, x = (
-            int(torch.randint(side - own + 1, (), generator=generator))
-            for side, own in zip(picture.shape[1:], (height, width), strict=True)
-        )
-        images.append(picture[:, y : y + height, x : x + width])
-    return torch.stack([*images[:2], GREY.expand(-1, height, width), *images[2:]])
-
-
-def apart(ours: Detections, theirs: Detections) -> tuple[float, float, int]:
-    """The largest differences of boxes and scores between detections and the nearest one of the same label on the
-    other side, and how many have none within the bounds."""
-    boxes = scores = 0.0
-    lost = 0
-    for mine, other in zip(ours.to_list(), theirs.to_list(), strict=True):
-        lost += abs(len(mine["boxes"]) - len(other["boxes"]))
-        if not len(mine["boxes"]) or not len(other["boxes"]):
-            continue
-        box = (mine["boxes"][:, None] - other["boxes"]).abs().amax(dim=2)
-        score = (mine["scores"][:, None] - other["scores"]).abs()
-        distance = torch.maximum(box / BOX_PX, score / SCORE)
-        distance[mine["labels"][:, None] != other["labels"]] = torch.inf
-        for axis in (0, 1):
-            nearest = distance.min(dim=axis)
-            near = nearest.values <= 1
-            lost += int((~near).sum())
-            place = nearest.indices.unsqueeze(axis)
-            boxes = max([boxes, *box.gather(axis, place).squeeze(axis)[near].tolist()])
-            scores = max([scores, *score.gather(axis, place).squeeze(axis)[near].tolist()])
-    return boxes, scores, lost
-
-
-def eager(model: Any) -> Callable[[Tensor], Detections]:
-    @torch.no_grad()
-    def run(images: Tensor) -> Detections:
-        return model.detect(images.float() / 255)
-
-    return run
-
-
-Expected = list[tuple[Tensor, Detections]]
-
-
-def expectations(model: Any, images: Tensor) -> Expected:
-    """The model's detections, batch by batch, first of 1 and then of 4; on one image there are none."""
-    expected = [(batch, eager(model)(batch)) for size in (1, 4) for batch in images.split(size)]
-    assert not expected[2][1].counts.any(), "the grey image has detections"
-    return expected
-
-
-def compare(expected: Expected, run: Callable[[Tensor], Detections]) -> dict[str, Any]:
-    """The largest differences, how many detections only one side has, and, over the images with such, the widest margin
-    by which an IoU missed the threshold: what lies within rounding of it may go either way."""
-    result: dict[str, Any] = {"boxes_px": 0.0, "scores": 0.0, "lost": 0, "margin": 0.0, "detections": 0}
-    for batch, theirs in expected:
-        ours = run(batch)
-        boxes, scores, lost = apart(ours, theirs)
-        result["boxes_px"], result["scores"] = max(result["boxes_px"], boxes), max(result["scores"], scores)
-        result["lost"] += lost
-        result["detections"] += int(theirs.counts.sum())
-        for mine, other in zip(ours.to_list(), theirs.to_list(), strict=True):
-            if differing(mine, other) or differing(other, mine):
-                result["margin"] = max(result["margin"], margin(mine, other))
-    return result
-
-
 def torchvision_onnx(model: Any, image: Tensor, path: Path, dynamo: bool) -> Callable[[Tensor], Detections] | str:
-    """What runs torchvision's own export of the model for one image, or the error it gives."""
+    """Returns what runs torchvision's own export of the model on one image, or the error that it gives."""
     import onnxruntime
 
     try:
@@ -113,7 +40,7 @@ def torchvision_onnx(model: Any, image: Tensor, path: Path, dynamo: bool) -> Cal
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as problem:  # whatever it is, it is the result
+    except Exception as problem:  # of whatever kind, it is the result
         error: BaseException = problem
         while error.__cause__:
             error = error.__cause__
@@ -129,7 +56,7 @@ def torchvision_onnx(model: Any, image: Tensor, path: Path, dynamo: bool) -> Cal
 
 
 def latency(runs: dict[str, Callable[[Tensor], Any]], images: Tensor, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, taking turns."""
+    """Returns the median milliseconds of each; they take turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -140,21 +67,15 @@ def latency(runs: dict[str, Callable[[Tensor], Any]], images: Tensor, rounds: in
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def quiet(model: Any, grey: Tensor) -> Any:
-    """The model at a threshold above what it finds in a grey image (3, H, W)."""
-    best = float(eager(model)(grey[None]).scores.max())
-    model.score_thresh = max(model.score_thresh, round(best + 0.01, 2))
-    return model
-
-
 def build(path: Path, images: Tensor) -> Any:
-    """The detector of a model file; images of this benchmark's size are enlarged for it."""
+    """Loads the detector of a model file, for which images of this benchmark's size are enlarged."""
     model = load_model(path)[0].cpu()
     model.transform.min_size, model.transform.max_size = (192,), 384
     return quiet(model, images[2])
 
 
 def measure(file: Path, images: Tensor, folder: Path, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Exports a model to every format, and returns how the files compare with it and how fast they are."""
     model, name = build(file, images), file.parent.name
     result: dict[str, Any] = {"formats": {}}
     runs: dict[str, Callable[[Tensor], Any]] = {"eager": eager(model)}
@@ -182,6 +103,7 @@ def measure(file: Path, images: Tensor, folder: Path, rounds: int = ROUNDS) -> d
 
 
 def main(paths: list[Path]) -> None:
+    """Measures these model files and writes out/export.json."""
     from demo.trees import prepare
 
     files = sorted((prepare() / "heldout").glob("*.png"))

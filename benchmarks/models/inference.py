@@ -1,7 +1,7 @@
 """Whole models, from image tensors to detections: torchvision eager, under autocast, and compiled; ours, the engine.
 
-``make gpu`` records CASES. Compiled are trunk and heads, in channels_last: what follows depends on the data, and would
-break the graph at every level. Weights are random, so the last layer is scaled to let about 1% of the scores exceed the
+The compiled baseline compiles trunk and heads, in channels_last, because the rest depends on the data and would break
+the graph at every level. Weights are random, so the last layer is scaled to let about 1% of the scores exceed the
 threshold, as on photographs. torchvision is given float images and the engine uint8 ones, as each takes them.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.measure import Built, Case
+from benchmarks.case import COMPILED_SECONDS, SECONDS, Built, Case
 from retina_fast import RetinaNet, compile_inference
 from retina_fast.builders import MODELS
 from retina_fast.convert import to_torchvision
@@ -43,7 +43,7 @@ SETTINGS = [
 
 @torch.no_grad()
 def spread(model: RetinaNet, image: Tensor) -> None:
-    """Scale the last layer to logits of mean -4.6 and deviation 0.72: 1% exceed the logit of 0.05."""
+    """Scales the last layer to logits of mean -4.6 and deviation 0.72, of which 1% exceed the logit of 0.05."""
     layer = model.head.classification_head.cls_logits
     seen: list[Tensor] = []
     handle = layer.register_forward_hook(lambda _, inputs, output: seen.append(output.flatten() - layer.bias.mean()))
@@ -82,8 +82,8 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
         baselines["torchvision compiled"] = functools.partial(run, compiled, True)
 
     def check() -> None:
-        """The float32 engine finds what torchvision finds, but for pairs within rounding of a threshold; the engine's
-        scores and boxes stay near the model's."""
+        """The float32 engine must find what torchvision finds, but for pairs within rounding of a threshold. The
+        scores and boxes of the timed engine must stay near the model's."""
         tf32 = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False
         try:
@@ -105,22 +105,22 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
 
 
 def _compiled(model: Any) -> Any:
+    """Compiles trunk and heads for the one shape that a case has."""
     model = model.to(memory_format=torch.channels_last)
-    model.backbone.compile()
-    for head in (model.head.classification_head, model.head.regression_head):
-        head.compile()
+    for part in (model.backbone, model.head.classification_head, model.head.regression_head):
+        part.compile(dynamic=False)
     return model
 
 
 def _check_graph(engine: Engine, plain: Engine, images: list[Tensor]) -> None:
-    """That a call waits for nothing, and that the replay finds what the same work finds uncaptured."""
+    """Checks that a call does not wait for the GPU, and that the replay finds what the same work finds uncaptured."""
     engine.detect(images)
     torch.cuda.set_sync_debug_mode("error")
     try:
         replayed = engine.detect(images)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    with timed_convs():  # as the capture did, so that cuDNN chooses the same
+    with timed_convs():  # as in the capture, so that cuDNN chooses the same algorithms
         uncaptured = plain.detect(images)
     for name in ("boxes", "scores"):
         torch.testing.assert_close(getattr(replayed, name), getattr(uncaptured, name), rtol=0, atol=1e-3)
@@ -128,7 +128,7 @@ def _check_graph(engine: Engine, plain: Engine, images: list[Tensor]) -> None:
 
 
 def _agreeing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> int:
-    """How many expected detections were found, box within 0.1 px and score within 1e-3."""
+    """Returns how many expected detections were found, the box within 0.1 px and the score within 1e-3."""
     if not len(found["boxes"]):
         return 0
     near = (expected["boxes"][:, None] - found["boxes"]).abs().amax(dim=2) < 0.1  # (E, F)
@@ -138,8 +138,9 @@ def _agreeing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> int:
 
 
 def _case(setting: Setting, goal: str | None = None) -> Case:
-    # compiling takes minutes: for the goals only
-    return Case(setting.name, setting.dtype, functools.partial(build, setting, with_compile=goal is not None), goal)
+    # compiling takes minutes, so only the goals are compiled
+    make = functools.partial(build, setting, with_compile=goal is not None)
+    return Case(setting.name, setting.dtype, make, goal, COMPILED_SECONDS if goal else SECONDS)
 
 
 CASES = [_case(setting, GOALS.get(setting)) for setting in SETTINGS]

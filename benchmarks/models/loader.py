@@ -1,11 +1,11 @@
-"""Input at speed: images a second of one core for decoding, augmenting and handing over, and the cores a rate needs.
+"""The speed of loading: images a second of one core for decoding, augmenting and handing over; the cores a rate needs.
 
     python -m benchmarks.models.loader             the tree photographs as 640x480 JPEGs, which `make demo` downloads
     python -m benchmarks.models.loader --rate 420
 
-Counted is CPU time, of the loading process and of the one that receives: waiting for a busy machine does not count,
-and a machine with other cores needs its own run. Images stay uint8 up to the device; conversion to float,
-normalisation, resizing and padding are the model's, there.
+It counts CPU time, of the loading process and of the one that receives, so that waiting on a busy machine does not
+count. A machine with other cores needs its own run. Images stay uint8 up to the device, where the model converts them
+to float, normalises, resizes and pads them.
 """
 
 import argparse
@@ -34,7 +34,7 @@ _QUALITY = 86  # about 150 kB an image, as COCO's have in the mean (18 GB, 118,2
 
 
 def write_photos(folder: Path, count: int, source: Path) -> CocoDataset:
-    """`count` JPEGs of 640x480 cut from the pictures in `source`, with 7 boxes each, as COCO has in the mean."""
+    """Cuts `count` JPEGs of 640x480 from the pictures in `source`, with 7 boxes each, as COCO has in the mean."""
     (folder / "images").mkdir(parents=True)
     pictures = [read_image(path) for path in sorted(source.glob("*.png"))]
     pictures = [picture for picture in pictures if picture.shape[1] >= HEIGHT and picture.shape[2] >= WIDTH]
@@ -57,7 +57,7 @@ def write_photos(folder: Path, count: int, source: Path) -> CocoDataset:
 
 
 def images_a_second(work: Callable[[], int]) -> float:
-    """Images of `work` a second of CPU time, its processes' included."""
+    """Returns the images that `work` handles in a second of CPU time, its child processes' included."""
     start = _cpu_seconds()
     count = work()
     return count / (_cpu_seconds() - start)
@@ -69,7 +69,7 @@ def _cpu_seconds() -> float:
 
 
 def measure(data: CocoDataset, passes: int = 3) -> dict[str, float]:
-    """Images a second of one core: decoded; decoded and augmented; and with the way to the training process."""
+    """Returns images a second of one core: decoded, also augmented, and also handed to the training process."""
 
     def decoded() -> int:
         for _ in range(passes):

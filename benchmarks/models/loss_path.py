@@ -2,8 +2,7 @@
 
     python -m benchmarks.models.loss_path          on the CPU: batch 2, 512x512, 91 classes, 20 ground truths an image
 
-``make bench`` runs this file with pytest-benchmark on whatever device is there; ``make gpu`` records CASES. Both sides
-start from the heads' outputs as each lays them out: concatenated for torchvision, level by level for ours.
+Both sides start from the heads' outputs as each lays them out: concatenated for torchvision, level by level for ours.
 """
 
 import dataclasses
@@ -12,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor
 
-from benchmarks.gpu.measure import Built, Case, print_in_turns, run_benchmark
+from benchmarks.case import Built, Case, print_in_turns, run_benchmark
 from benchmarks.models import scenes
-from retina_fast import RetinaNet
 from retina_fast.forward import HeadOutputs
 from retina_fast.kernels.levels import flatten_all
 from retina_fast.losses import detection_losses
+from tests.instruments.agreement import models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +47,6 @@ SETTINGS = [
 CPU_SETTING = Setting(2, 20, 512, 91, "float32")
 
 
-def models(num_classes: int, loss_type: str) -> tuple[torchvision.models.detection.RetinaNet, RetinaNet]:
-    backbone: Any = torch.nn.Identity()
-    backbone.out_channels = 8
-    both = torchvision.models.detection.RetinaNet(backbone, num_classes), RetinaNet(backbone, num_classes)
-    for model in both:
-        model.head.regression_head._loss_type = loss_type
-    return both
-
-
 def build(setting: Setting, device: torch.device) -> Built:
     size, k, dtype = setting.size, setting.num_classes, getattr(torch, setting.dtype)
     theirs, ours = models(k, setting.loss_type)
@@ -81,7 +70,7 @@ def build(setting: Setting, device: torch.device) -> Built:
     step_ours = functools.partial(step, ours, levels, leaves)
     step_torchvision = functools.partial(step, theirs, joined, list(joined.values()))
 
-    def captured() -> Any:  # as the training step's graph holds it: the ground truths lie flat in its buffers
+    def captured() -> Any:  # as in the training step's graph, in whose buffers the ground truths lie flat
         outputs = HeadOutputs(levels, anchors[0], k, {})
         losses = detection_losses(outputs, truths, ours.proposal_matcher, setting.loss_type)
         return torch.autograd.grad(losses["classification"] + losses["bbox_regression"], leaves)

@@ -2,10 +2,9 @@
 
     python -m benchmarks.models.postprocess
 
-compares the two on a CPU, in turns, at batch 8, 512x512, 91 classes, 1% of the scores above the threshold. ``make
-bench`` runs this file with pytest-benchmark on whatever device is there; ``make gpu`` records CASES. One factor is
-varied at a time from 8 images of 800x800 with 91 classes in bfloat16, 1% above. torchvision is given its concatenated
-outputs ready-made, and its detections are not rescaled, which ours are.
+compares the two on a CPU, in turns, at batch 8, 512x512, 91 classes, 1% of the scores above the threshold. In CASES one
+factor is varied at a time from 8 images of 800x800 with 91 classes in bfloat16, 1% above. torchvision is given its
+concatenated outputs ready-made, and its detections are not rescaled, which ours are.
 """
 
 import dataclasses
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
-from benchmarks.gpu.measure import Built, Case, print_in_turns, run_benchmark
-from benchmarks.models.agreement import models
+from benchmarks.case import Built, Case, print_in_turns, run_benchmark
 from retina_fast.detections import Detections, Thresholds, detect
 from retina_fast.forward import HeadOutputs
 from retina_fast.kernels.batched_nms import batched_nms, batched_nms_reference
@@ -27,6 +25,7 @@ from retina_fast.kernels.box_decode import box_decode, box_decode_reference
 from retina_fast.kernels.candidate_selection import candidate_selection, candidate_selection_reference, logit
 from retina_fast.kernels.levels import flatten_all
 from retina_fast.kernels.take_kept import take_kept, take_kept_reference
+from tests.instruments.agreement import models
 
 ANCHORS_PER_CELL = 9
 THRESHOLD, TOPK, IOU, KEPT = 0.05, 1000, 0.5, 300
@@ -62,7 +61,7 @@ CPU_SETTING = Setting(height=512, width=512, dtype="float32")
 
 
 def inputs(setting: Setting, device: torch.device) -> tuple[dict[str, list[Tensor]], Tensor, list[int]]:
-    """Head outputs in channels_last memory by level, the anchors (N, 4), and how many a level has."""
+    """Returns head outputs (channels_last) by level, the anchors (N, 4), and how many anchors each level has."""
     cells = [(math.ceil(setting.height / s), math.ceil(setting.width / s)) for s in (8, 16, 32, 64, 128)]
     tail = torch.special.ndtri(torch.tensor(1 - setting.above)).clamp(-8, 8).item()  # standard deviations
     generator = torch.Generator(device).manual_seed(0)
@@ -86,7 +85,7 @@ def inputs(setting: Setting, device: torch.device) -> tuple[dict[str, list[Tenso
 
 
 def check(ours: Detections, outputs: dict[str, list[Tensor]], anchors: Tensor, sizes: Tensor, k: int) -> None:
-    """Each operation against its reference, given the same input: then all are exact but for the last bit of exp."""
+    """Checks each operation against its reference on the same input, exactly but for the last bit of exp."""
     logits, deltas = outputs["cls_logits"], outputs["bbox_regression"]
     candidates = candidate_selection(logits, k, THRESHOLD, TOPK)
     expected = candidate_selection_reference(logits, k, THRESHOLD, TOPK)

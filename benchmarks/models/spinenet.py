@@ -1,8 +1,7 @@
 """SpineNet detectors beside ResNet-50-FPN at the same image size: forward, and forward with backward, in bfloat16.
 
-``make bench`` runs this file with pytest-benchmark on whatever device is there; ``make gpu`` records CASES. Timed are
-backbone and heads, from a batch to logits and deltas and back from their gradients: what differs between the models.
-Images a second are the batch over the time. The ratio of a record is ResNet's time over SpineNet's.
+What is timed differs between the models: backbone and heads, from a batch to logits and deltas, and back from their
+gradients. Images a second are the batch over the time. The ratio of a record is ResNet's time over SpineNet's.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.measure import Built, Case, run_benchmark
+from benchmarks.case import Built, Case, run_benchmark
 from retina_fast.builders import MODELS
 from retina_fast.forward import run_convs
 
@@ -49,7 +48,7 @@ def _outputs(model: Any, batch: Tensor) -> list[Tensor]:
 
 
 def _call(name: str, setting: Setting, device: torch.device) -> tuple[Any, Callable[[], list[Tensor]]]:
-    """The model, and one call of it: its outputs in evaluation, the gradients of its parameters in training."""
+    """Returns the model and a call of it, which gives its outputs, or in training the gradients of its parameters."""
     torch.manual_seed(0)
     model = MODELS[name](weights=None, weights_backbone=None, num_classes=NUM_CLASSES).to(device)
     model = model.train(setting.training).to(memory_format=torch.channels_last)
@@ -79,7 +78,7 @@ def build(setting: Setting, device: torch.device) -> Built:
     images = setting.batch * 3 * setting.side**2 * 4
 
     def check() -> None:
-        """The maps in bfloat16 against float32 on one image, the outputs' shapes against ResNet's, all gradients."""
+        """Compares the maps in bfloat16 with float32 on one image, and the shapes of the outputs with ResNet's."""
         image = torch.rand(1, 3, setting.side, setting.side, device=device)
         was_training = model.training
         with torch.no_grad():

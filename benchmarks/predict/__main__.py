@@ -1,5 +1,3 @@
-import sys
+from benchmarks.predict.predictions import main
 
-from benchmarks.predict.predictions.predictions import main
-
-sys.exit(main())
+main()

@@ -1,10 +1,10 @@
-"""What training costs, computed from the convolutions' arithmetic and a rate: the tables of docs/coco.md.
+"""Computes what training costs, from the convolutions' arithmetic and a rate: the tables of docs/coco.md.
 
     python -m benchmarks.predict.cost                   at the goal for one H200, 420 images a second at 800x800
     python -m benchmarks.predict.cost --rate 300        at a rate that was measured there
 
-Every figure is computed. The convolutions are counted for retinanet_resnet50_fpn with 3 trainable stages; the rest of
-a step is assumed to grow with them, and eight GPUs to be eight times one.
+Every figure is computed. The convolutions are counted for retinanet_resnet50_fpn with 3 trainable stages. The rest of a
+step is assumed to grow with them, and eight GPUs are assumed to be eight times as fast as one.
 """
 
 import argparse
@@ -14,28 +14,28 @@ from dataclasses import dataclass, replace
 
 GOAL_RATE = 420  # images a second at 800x800, batch 16: the goal for one H200, not a measurement
 LIMIT_RATE = 850  # the same where the tensor cores, at 700 TFLOP/s of bf16, bound the whole step
-COCO_IMAGES, EPOCHS = 117_266, 26  # those with objects
+COCO_IMAGES, EPOCHS = 117_266, 26  # the images that have objects
 
 _TRUNK_GFLOP = 125  # ResNet-50 and FPN forward at 800x800
-_FROZEN = 1.3  # backward of the trunk against its forward, the first two stages frozen; of the heads it is 2
-_FOCAL_US = 10.2 / (120_087 * 91)  # bf16 logits once read and once written as gradient, at the H200's 4.3 TB/s
-_MATCHING_US = 65 / (120_087 * 500)  # a pair of anchor and ground truth
+_FROZEN = 1.3  # backward of the trunk over its forward, the first two stages being frozen; for the heads it is 2
+_FOCAL_US = 10.2 / (120_087 * 91)  # a bf16 logit read and its gradient written, at the H200's 4.3 TB/s
+_MATCHING_US = 65 / (120_087 * 500)  # for a pair of anchor and ground truth
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training run; the sizes are those of the padded pictures that the network sees."""
+    """A training run. The sizes are those of the padded images that the network sees."""
 
     images: int = COCO_IMAGES
     classes: int = 91
     ground_truths: int = 7
     height: int = 800
-    width: int = 1088  # a 640x480 picture, resized to 800x1066 and padded
+    width: int = 1088  # an image of 640x480, resized to 1066x800 and padded
     epochs: int = EPOCHS
 
     @property
     def cells(self) -> int:
-        """Places in the five levels' grids."""
+        """Returns the cells of the five levels."""
         return sum(math.ceil(self.height / stride) * math.ceil(self.width / stride) for stride in (8, 16, 32, 64, 128))
 
     def _heads_gflop(self) -> float:
@@ -47,32 +47,35 @@ class Training:
 
     @property
     def forward_gflop(self) -> float:
+        """Returns the arithmetic of one image's forward pass."""
         return self._trunk_gflop() + self._heads_gflop()
 
     @property
     def step_gflop(self) -> float:
-        """Forward and backward of one image."""
+        """Returns the arithmetic of one image's forward and backward pass."""
         return (1 + _FROZEN) * self._trunk_gflop() + 3 * self._heads_gflop()
 
     @property
     def focal_us(self) -> float:
+        """Returns the microseconds that the focal loss takes for an image."""
         return _FOCAL_US * 9 * self.cells * self.classes
 
     @property
     def matching_us(self) -> float:
+        """Returns the microseconds that matching takes for an image."""
         return _MATCHING_US * 9 * self.cells * self.ground_truths
 
     def rate(self, at_800: float) -> float:
-        """Images a second of one GPU that takes `at_800` of 800x800 and 91 classes."""
+        """Returns the images a second of a GPU that trains on `at_800` images a second of 800x800 and 91 classes."""
         return at_800 * Training(width=800).step_gflop / self.step_gflop
 
     def hours(self, at_800: float, gpus: int) -> float:
-        """Of the whole training, if the GPUs take nothing from each other and never wait for images."""
+        """Returns the hours of the whole training, if GPUs never slow each other down nor wait for images."""
         return self.images * self.epochs / self.rate(at_800) / gpus / 3600
 
 
 def coco_table(rate: float) -> Iterator[str]:
-    """Rows of markdown: COCO on one and on eight GPUs."""
+    """Returns rows of markdown: COCO on one and on eight GPUs."""
     yield "| 26 epochs of COCO train2017; all computed | img/s a GPU | hours, 1 GPU | hours, 8 GPUs |"
     yield "|---|---|---|---|"
     run = Training()
@@ -81,7 +84,7 @@ def coco_table(rate: float) -> Iterator[str]:
 
 
 def growth_table(rate: float) -> Iterator[str]:
-    """Rows of markdown: one factor changed at a time."""
+    """Returns rows of markdown, in which one factor is changed at a time."""
     yield "| all computed | GFLOP a step and image | focal loss, us | matching, us | hours, 1 GPU | hours, 8 GPUs |"
     yield "|---|---|---|---|---|---|"
     base = Training()
@@ -96,6 +99,7 @@ def growth_table(rate: float) -> Iterator[str]:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, default=GOAL_RATE, help="images of 800x800 a second of one GPU")
     arguments = parser.parse_args()

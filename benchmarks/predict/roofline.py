@@ -1,10 +1,12 @@
-"""How long a kernel takes on an H200 that is not at hand: the slowest of memory, issue slots, MUFU and its longest
-program, and what a launch costs by itself.
+"""A model of an H200: how long a kernel takes.
+
+A kernel takes as long as the slowest of memory, issue slots, special-function unit (MUFU) and its longest program, and
+what a launch costs by itself:
 
     seconds = START + max(bytes / bandwidth, instructions / issue rate, MUFU / its rate, longest program * waves)
 
-Instructions and MUFU are those of the machine code for sm_90 (benchmarks.static), bytes those of the tensors that the
-launch is given. How often a loop runs, and which part of a tensor is touched, follows from the scene.
+Instructions and MUFU are counted in the machine code for sm_90 (`benchmarks.static`), and bytes are those of the
+tensors that the launch is given. The scene says how often a loop runs and which part of a tensor is touched.
 """
 
 import math
@@ -14,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.static.machine_code import Row
-from benchmarks.static.recorder import Launch, TorchOp
+from benchmarks.static.compiled import Row
+from tests.instruments.fake_gpu import Launch, TorchOp
 
 # NVIDIA's H200 data sheet: https://www.nvidia.com/en-us/data-center/h200/
 SMS = 132
@@ -40,32 +42,32 @@ CONV = {(128, 128): 0.7, (128, 64): 0.6, (64, 64): 0.5}
 
 @dataclass(frozen=True)
 class Scene:
-    """What the data decide. Counts are means of an image, or the most of any program, as said."""
+    """What the data decide: counts for an image, as a mean or as the most of any program."""
 
-    met: float = 0.0  # ground truths that a tile of anchors meets
-    most_met: int = 0  # by any tile
+    met: float = 0.0  # ground truths that a tile of anchors meets, on average
+    most_met: int = 0  # the most that any tile meets
     ground_truths: int = 0
     foreground: float = 0.0  # share of the tiles of anchors that hold one
     survivors: float = 0.0  # share of the logits that exceed the threshold
     candidates: int = 0  # boxes that NMS is given
-    members: int = 0  # of these, the most that one of its programs decides on
-    kept: int = 0  # and keeps
-    image_bytes: int = 0  # read by address, which no launch shows
+    members: int = 0  # the most of these that one of its programs decides on
+    kept: int = 0  # how many that program keeps
+    image_bytes: int = 0  # of images, which are read by address, so that no launch shows them
 
 
 @dataclass
 class Work:
-    """Of one launch. Instructions are a warp's, summed over the programs."""
+    """The work of one launch. Instructions are counted for a warp and summed over the programs."""
 
     bytes: float
     instructions: float
     mufu: float = 0.0
     longest: float = 0.0  # cycles of the longest program
-    usual: float | None = None  # of the others, where they differ
+    usual: float | None = None  # cycles of the other programs, where they differ
 
 
 def nbytes(values: Any) -> int:
-    """Of the tensors among a launch's arguments, each once."""
+    """Returns the bytes of the tensors among a launch's arguments, each counted once."""
     found: dict[int, Tensor] = {}
 
     def visit(value: Any) -> None:
@@ -80,14 +82,14 @@ def nbytes(values: Any) -> int:
 
 
 def _streamed(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Every tensor once, every program the usual path."""
+    """Every tensor is read or written once, and every program takes the usual path."""
     programs = math.prod(launch.grid)
     longest = row.path * ALONE + DRAM + L2
     return Work(nbytes(launch.args) + scene.image_bytes, programs * row.path, programs * row.path_mufu, longest)
 
 
 def _anchor_matching(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Chunks of 32 ground truths are looked through, and those met are compared with the tile."""
+    """Each program looks through chunks of 32 ground truths, and compares those that it meets with its anchors."""
     programs, chunks = math.prod(launch.grid), math.ceil(scene.ground_truths / 32)
     chunk, pair = row.loops
     anchors, _, boxes, labels, offsets, peaks, indices, classes, *_ = launch.args
@@ -102,12 +104,12 @@ def _anchor_matching(launch: Launch, row: Row, scene: Scene) -> Work:
 
 
 def _scale(launch: Launch, row: Row, scene: Scene) -> Work:
-    """The factor is 1: it is read, and nothing else."""
+    """The factor is 1, so nothing but the factor is read."""
     return Work(4 * math.prod(launch.grid), 0, 0, DRAM)
 
 
 def _box_loss(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Background tiles write zeros; those with a foreground anchor take nearly all of the code."""
+    """Tiles of background write zeros, and those with a foreground anchor take nearly all of the code."""
     levels, grads, _, _, indices, *_ = launch.args
     programs = math.prod(launch.grid)
     instructions = (1 - scene.foreground) * row.path + scene.foreground * row.code
@@ -116,7 +118,7 @@ def _box_loss(launch: Launch, row: Row, scene: Scene) -> Work:
 
 
 def _list(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Each run of a thread's logits gives up a survivor a turn, as many turns as the fullest run of the tile has."""
+    """Each run of a thread's logits lists a survivor a turn, for as many turns as the fullest run of the tile needs."""
     levels, programs, run = launch.args[0], math.prod(launch.grid), launch.kwargs["RUN"]
     turns = _fullest(launch.kwargs["TILE"] // run, run, scene.survivors)
     path = row.path if turns == 0 else row.through[0] + (turns - 1) * row.loops[0]
@@ -125,7 +127,7 @@ def _list(launch: Launch, row: Row, scene: Scene) -> Work:
 
 
 def _fullest(runs: int, length: int, share: float) -> float:
-    """Expected survivors of the fullest among runs of logits, each of which survives with a probability."""
+    """Returns the expected survivors of the fullest among `runs` of logits, of which each survives by chance."""
     expected, below = 0.0, 0.0
     for n in range(length):
         below += math.comb(length, n) * share**n * (1 - share) ** (length - n)  # P(at most n)
@@ -134,7 +136,7 @@ def _fullest(runs: int, length: int, share: float) -> float:
 
 
 def _search(launch: Launch, row: Row, scene: Scene) -> Work:
-    """The lists are read again in each pass."""
+    """Each pass reads the lists again."""
     levels, (shares, _), tile = launch.args[0], launch.grid, launch.kwargs["TILE"]
     batch = len(levels[0])
     turns = [math.ceil(scene.survivors * level[0].numel() / tile) for level in levels]  # an image
@@ -153,7 +155,7 @@ def _sort_runs(launch: Launch, row: Row, scene: Scene) -> Work:
 
 
 def _merge_runs(launch: Launch, row: Row, scene: Scene) -> Work:
-    """A binary search: each step waits for what the one before has read."""
+    """Each step of the binary search waits for what the step before has read."""
     _, batch = launch.grid
     turns = launch.kwargs["RUN"].bit_length()
     programs = batch * math.ceil(scene.candidates / launch.kwargs["KEYS"])
@@ -162,19 +164,19 @@ def _merge_runs(launch: Launch, row: Row, scene: Scene) -> Work:
 
 
 def _box_decode(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Gathered: 32 bytes of the deltas and of the anchors a box, an index of 8 and a box of 16."""
+    """A box gathers 32 bytes of deltas and 32 of anchors; its index has 8 bytes, and it has 16."""
     _, batch = launch.grid
     return Work(88 * batch * scene.candidates, math.prod(launch.grid) * row.path, 0, ALONE * row.path + 3 * DRAM)
 
 
 def _suppress(launch: Launch, row: Row, scene: Scene) -> Work:
-    """One program walks down the boxes of its classes, 32 at a time, each tile past those kept so far."""
-    deal, compare, *rest = row.loops  # the last one settles the tile; a compiler may make no loop of it
+    """A program goes through the boxes of its classes, 32 at a time, and compares them with those kept so far."""
+    deal, compare, *rest = row.loops  # a third settles the tile, unless the compiler has made no loop of it
     settle = sum(rest)
     steps = math.ceil(scene.members / 32)
     compared = sum(math.ceil(scene.kept * step / steps / 32) for step in range(steps))
     dealt = math.ceil(scene.candidates / launch.kwargs["SCAN"])
-    keep = row.code - row.path - deal - compare - settle  # what only a tile's decision executes
+    keep = row.code - row.path - deal - compare - settle  # what is executed only to decide on a tile
     path = row.path + dealt * deal + steps * (keep + 2 * settle) + compared * compare
     waits = dealt * (2 * L2 + REDUCTION) + steps * (3 * L2 + 6 * REDUCTION) + compared * (2 * L2 + 2 * REDUCTION)
     _, batch = launch.grid
@@ -190,7 +192,7 @@ def _first(launch: Launch, row: Row, scene: Scene) -> Work:
 
 
 def _take_kept(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Gathered, and a few hundred an image."""
+    """A few hundred boxes an image are gathered."""
     positions = launch.args[3]
     return Work(150 * positions.numel(), math.prod(launch.grid) * row.path, 0, ALONE * row.path + 2 * DRAM)
 
@@ -216,7 +218,7 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """One kernel's time without the gap before it, and what bounds it."""
+    """The time of one kernel, without the gap before it, and what bounds it."""
 
     name: str
     seconds: float
@@ -224,12 +226,13 @@ class Step:
 
 
 def kernel_step(launch: Launch, row: Row, scene: Scene) -> Step:
+    """Returns the time of one of our kernels."""
     work = WORK[row.kernel](launch, row, scene)
     return Step(row.kernel, *_slowest(bounds(work, row, math.prod(launch.grid))))
 
 
 def bounds(work: Work, row: Row, programs: int) -> dict[str, float]:
-    """Seconds by each of the limits. Programs go to the SMs whole, so the fullest SM counts."""
+    """Returns the seconds that each limit allows. Programs go to SMs as a whole, so the fullest SM counts."""
     registers = 32 * row.warps * (8 * math.ceil(row.registers / 8))
     held = min(WARPS // row.warps, REGISTERS // registers, SHARED // (row.shared + 1024), BLOCKS)
     fullest = math.ceil(programs / SMS) * SMS / programs
@@ -243,7 +246,7 @@ def bounds(work: Work, row: Row, programs: int) -> dict[str, float]:
 
 
 def torch_step(op: TorchOp) -> Step:
-    """What torch launches is bound by memory, but for convs: those by the tensor cores, in whole waves of tiles."""
+    """Returns the time of an operation of torch: by memory, and for convs by the tensor cores in waves of tiles."""
     limits = {"memory": op.bytes / BANDWIDTH}
     if op.flop:
         batch, channels, *sides = op.shape
@@ -265,5 +268,5 @@ def _slowest(limits: dict[str, float]) -> tuple[float, str]:
 
 
 def total(steps: Sequence[Step], graph: bool) -> float:
-    """Seconds of the kernels one after another."""
+    """Returns the seconds of the kernels one after another, as a CUDA graph or launched one by one."""
     return sum(step.seconds + (GRAPH_GAP if graph else STREAM_GAP) for step in steps)

@@ -1,4 +1,4 @@
-"""The benchmark of the data loader, on few and small passes."""
+"""The benchmark of the data loader, on one short pass."""
 
 import torch
 from torchvision.io import write_png

@@ -18,10 +18,11 @@ README = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe rest.\n"
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    """Of the kernels: whole models take seconds, and their records look the same."""
+    """A record of the kernels as if of an H200; whole models take seconds, and their records look the same."""
     path = tmp_path_factory.mktemp("results") / "small-cpu.json"
-    here = environment(CPU, {"copy_gb_s": 9.0, "bf16_tflop_s": 0.5}, small=True)
-    parts = ["anchor_matching", "loss_path", "postprocess", "batched_nms", "image_batch"]
+    here = environment(CPU, {"copy_gb_s": 9.0, "bf16_tflop_s": 0.5}, small=True) | {"device": "NVIDIA H200"}
+    kernels = [f"kernels.{name}" for name in ("anchor_matching", "batched_nms", "image_batch")]
+    parts = [*kernels, "models.loss_path", "models.postprocess"]
     assert gpu.run_cases(gpu.cases_of(parts, small=True), Results(path, here), CPU, math.inf) == []
     return path
 
@@ -62,15 +63,30 @@ def test_a_share_a_rate_and_a_failure(tmp_path):
         "raw_ms": {},
     }  # fmt: skip
     captured = row | {"goal": "K1-bf16", "baseline": "torch.compile", "ratio": 2.0, "raw_ms": {"ours_graph": 0.08}}
-    here = {"device": "X", "driver": "1", "torch": "2", "triton": "3", "torchvision": "0", "commit": "a" * 40,
+    here = {"device": "H200", "driver": "1", "torch": "2", "triton": "3", "torchvision": "0", "commit": "a" * 40,
             "dirty": False, "small": False, "copy_gb_s": 4300.0, "bf16_tflop_s": 790.0}  # fmt: skip
     failures = [{"goal": "K2", "case": "", "dtype": "", "baseline": None, "error": ""}]
-    predicted = {"K1-bf16": {"ms": 0.09, "graph_ms": 0.088}}
+    predicted = {"K1-bf16": 0.088}
     text = report.table({"environment": here, "records": [row, captured], "failures": failures}, predicted)
     assert "| 16 ms, 2000 images/s (goal 20 ms: met) | 6 torchvision eager AMP (goal 5: met) | 50% | " in text
     assert "| 0.08 ms | 2 torch.compile (goal 2.5: missed) | 50% (goal 70: missed) | 0.088 ms |" in text
     assert "| K2 | matching and losses | failed |" in text
-    assert "X, driver 1, torch 2, triton 3, torchvision 0, commit aaaaaaa; copy 4300 GB/s, product 790 TFLOP/s" in text
+    other = report.table(
+        {"environment": here | {"device": "NVIDIA H100"}, "records": [row, captured], "failures": []}, {}
+    )
+    assert "| 16 ms, 2000 images/s | 6 torchvision eager AMP | 50% | " in other
+    assert "goal " not in other.replace("| goal |", "")  # the goals are an H200's
+    assert (
+        "H200, driver 1, torch 2, triton 3, torchvision 0, commit aaaaaaa; copy 4300 GB/s, product 790 TFLOP/s" in text
+    )
+
+
+def test_predictions_are_of_the_records_triton_and_of_an_h200():
+    stored = json.loads(report.PREDICTIONS.read_text())
+    for triton, of in (("3.6.0", "3.6.0"), ("99.0.0", "3.9.0")):
+        found = report.predictions({"device": "NVIDIA H200", "triton": triton})
+        assert found == {name: goal["graph_ms"] for name, goal in stored[of].items()}
+    assert report.predictions({"device": "NVIDIA H100 80GB HBM3", "triton": "3.6.0"}) == {}
 
 
 def test_without_a_record_it_says_so_and_draws_nothing(monkeypatch, tmp_path, readme, capsys):

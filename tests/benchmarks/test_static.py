@@ -1,53 +1,107 @@
-"""The limits that compiled kernels must hold on GPUs that are not at hand, and the reading of machine code itself."""
+"""What compiled kernels must hold on GPUs that are not at hand, and the reading of machine code itself.
 
-import json
+Kernels are compiled for sm_90 in every run, and for the other targets in the slow tests.
+"""
+
 import os
 import re
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.predict import predictions as predict
-from benchmarks.static.launches import CASES
-from benchmarks.static.machine_code import TARGETS, Row, _compile_all, basic_blocks, loops, report, usual_path
-from benchmarks.static.recorder import Launch
+from benchmarks.static.compiled import TARGETS, Row, compile_all, report
+from benchmarks.static.sass import basic_blocks, instructions_of, loops, through, usual_path
+from tests.instruments.fake_gpu import Launch
+from tests.instruments.kernel_calls import KERNEL_CALLS, LIMITS_HOLD_FOR
 
 triton = pytest.importorskip("triton")
+OTHERS = tuple(target for target in TARGETS if target != "sm_90")
 
 
-@pytest.fixture(scope="module")
-def rows():
-    return report()
+def free_cores() -> int:
+    """Returns the cores that are left to this process where pytest-xdist runs several."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
-def test_every_kernel_compiles_for_every_target(rows):
-    assert {row.case for row in rows} == set(CASES)
-    assert {row.target for row in rows} == set(TARGETS)
-    assert not [row for row in rows if row.error]
+@pytest.fixture(scope="module", params=[("sm_90",), pytest.param(OTHERS, marks=pytest.mark.slow)], ids=" ".join)
+def rows(request):
+    return report(request.param, processes=free_cores())
+
+
+def check_limits(excesses: Iterable[str], version: str = triton.__version__) -> None:
+    """Fails if a limit is exceeded; on a Triton for which no limit was set, warns with the figures instead."""
+    text = "; ".join(excesses)
+    if text and version.startswith(LIMITS_HOLD_FOR):
+        pytest.fail(text)
+    if text:
+        warnings.warn(f"Triton {version}, for which no limits were set: {text}", stacklevel=2)
+
+
+def test_limits_hold_for_the_compilers_that_they_name():
+    check_limits([])
+    with pytest.raises(pytest.fail.Exception, match="a kernel spills"):
+        check_limits(["a kernel spills"], LIMITS_HOLD_FOR[0] + ".1")
+    with pytest.warns(UserWarning, match=r"Triton 99\.0, .*: a kernel spills"):
+        check_limits(["a kernel spills"], "99.0")
+
+
+def test_every_kernel_compiles(rows):
+    assert {row.case for row in rows} == set(KERNEL_CALLS)
+    assert [row for row in rows if row.error] == []
 
 
 def test_nothing_spills(rows):
-    assert not [row for row in rows if row.spilled]
+    check_limits(f"{row.case}: {row.kernel} spills {row.spilled} bytes on {row.target}" for row in rows if row.spilled)
 
 
-def test_instructions_and_widths_an_element(rows):
-    for row in rows:
-        case = CASES[row.case]
-        if row.instructions is not None:
-            assert row.instructions <= case.instructions, row
-            assert row.mufu <= case.mufu, row
-            assert row.wide_bytes == pytest.approx(case.bytes_per_element), row
+def test_instructions_an_element(rows):
+    measured = [(row, KERNEL_CALLS[row.case]) for row in rows if row.instructions is not None]
+    assert {row.case for row, _ in measured} == {name for name, call in KERNEL_CALLS.items() if call.tile}
+    check_limits(
+        f"{row.case} on {row.target}: {getattr(row, name):.2f} {name} an element, limit {getattr(call, name)}"
+        for row, call in measured
+        for name in ("instructions", "mufu")
+        if getattr(row, name) > getattr(call, name)
+    )
 
 
-def test_focal_loss_in_bfloat16_holds_its_limits(rows):
-    for row in rows:
-        if row.case == "focal_loss bf16" and row.target != "gfx942":
-            assert row.instructions <= 28
-            assert row.mufu <= 3
-            assert (row.load_bits, row.store_bits, row.spilled) == (128, 128, 0)
-        if row.case == "one_pass scale bf16" and row.target != "gfx942":
-            assert (row.load_bits, row.store_bits) == (128, 128)
+def test_bytes_an_element_by_wide_accesses(rows):
+    check_limits(
+        f"{row.case} on {row.target}: {row.wide_bytes:.2f} bytes, not {KERNEL_CALLS[row.case].bytes_per_element}"
+        for row in rows
+        if row.wide_bytes is not None and row.wide_bytes != pytest.approx(KERNEL_CALLS[row.case].bytes_per_element)
+    )
+
+
+WIDE = {
+    "_focal_loss_kernel": "focal_loss bf16",
+    "_scale_kernel": "one_pass scale bf16",
+    "_list_kernel": "candidate_selection",
+    "_tile_sums_kernel": "group_norm_relu",
+    "_group_norm_relu_kernel": "group_norm_relu",
+}
+STORES_LITTLE = ("_list_kernel", "_tile_sums_kernel")
+
+
+def test_streaming_kernels_read_and_write_16_bytes_at_a_time(rows):
+    """The path of a usual tile is known on NVIDIA only; on AMD the norm's accesses are wide wherever they stand."""
+    streams = [
+        row
+        for row in rows
+        if row.kernel in WIDE
+        and row.case.startswith(WIDE[row.kernel])
+        and "K=1" not in row.case
+        and (row.target != "gfx942" or "group_norm" in row.case)
+    ]
+    assert {row.kernel for row in streams} == set(WIDE)
+    check_limits(
+        f"{row.case}: {row.kernel} on {row.target} loads {row.load_bits} bits and stores {row.store_bits}"
+        for row in streams
+        if row.load_bits != 128 or (row.store_bits != 128 and row.kernel not in STORES_LITTLE)
+    )
 
 
 @pytest.mark.parametrize("kernel", ["_anchor_matching_kernel", "_suppress_kernel", "_take_kept_kernel"])
@@ -58,32 +112,6 @@ def test_rounds_as_its_reference(kernel, rows):
     for row in compiled:
         assert row.ptx["div.rn.f32"]
         assert not [opcode for opcode in row.ptx if opcode.startswith(("fma", "div.full", "div.approx", "rcp"))]
-
-
-def test_group_norm_relu_reads_and_writes_16_bytes_at_a_time(rows):
-    of_tiles = [row for row in rows if row.kernel in ("_tile_sums_kernel", "_group_norm_relu_kernel")]
-    assert len(of_tiles) == 2 * 4 * len(TARGETS)
-    for row in of_tiles:
-        assert row.load_bits == 128
-        assert row.store_bits == 128 or row.kernel == "_tile_sums_kernel"  # whose sums are few
-
-
-def test_candidate_selection_spends_little_on_what_is_below_the_threshold(rows):
-    listing = [row for row in rows if row.kernel == "_list_kernel" and row.target != "gfx942"]
-    assert len(listing) == 6
-    for row in listing:
-        assert row.instructions <= 6
-        assert (row.load_bits, row.spilled) == (128, 0)
-
-
-def test_what_is_predicted_follows_from_the_code(rows):
-    """benchmarks/predictions.json is what `python -m benchmarks.predict` gives, for this Triton."""
-    stored = json.loads(predict.PREDICTIONS.read_text())
-    if triton.__version__ not in stored:
-        pytest.skip(f"predicted for Triton {' and '.join(stored)}")
-    for name, goal in predict.predictions(predict.by_variant(rows)).items():
-        expected = stored[triton.__version__][name]["ms"]
-        assert goal["ms"] == pytest.approx(expected, rel=0.05), f"{name}: run benchmarks.predict again"
 
 
 class Noisy:
@@ -101,7 +129,7 @@ class Aborting:
 
 @pytest.mark.parametrize("kernel", [Noisy(), Aborting()])
 def test_a_complaint_or_an_abort_of_the_compiler_is_an_error(kernel):
-    (row,) = _compile_all([(Launch(kernel, (), {}, (1,)), Row("case", "kernel", "gfx942"), None)])
+    (row,) = compile_all([(Launch(kernel, (), {}, (1,)), Row("case", "kernel", "gfx942"))], processes=1)
     assert row.error
 
 
@@ -132,15 +160,63 @@ SASS = """
 """
 
 
+def opcodes(instructions):
+    return [re.split(r"[ .]", instruction)[0] for instruction in instructions]
+
+
 def test_the_usual_path_is_the_wide_one_with_loops_once():
-    path = usual_path(basic_blocks(SASS))
-    assert [re.split(r"[ .]", instruction)[0] for instruction in path] == [
+    assert opcodes(usual_path(basic_blocks(SASS))) == [
         "LDC", "@P0", "LDG", "MUFU", "STG", "BRA", "@P2", "LDG", "BRA", "@P2", "EXIT",
     ]  # fmt: skip
 
 
 def test_loops_are_found_and_passed_through():
-    """Two, the second around the first's exit; the branch of an instruction to itself is none."""
+    """There are two, of which the second goes around the first's exit. A branch to itself is no loop."""
     blocks = basic_blocks(SASS)
-    of_blocks = [[re.split(r"[ .]", i)[0] for b in loop for i in blocks[b].instructions] for loop in loops(blocks)]
-    assert of_blocks == [["LDG", "STG", "@P1"], ["@P2", "LDG", "BRA"]]
+    around = [opcodes(instructions_of(blocks, loop)) for loop in loops(blocks)]
+    assert around == [["LDG", "STG", "@P1"], ["@P2", "LDG", "BRA"]]
+    assert opcodes(through(blocks, loops(blocks)[0])) == ["LDC", "@P0", "LDG", "STG", "@P1", "@P2", "EXIT"]
+
+
+DIVERGING = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   BRA.DIV UR16, `(.L_x_3) ;
+        /*0020*/                   SHFL.BFLY PT, R10, R11, 0x1, 0x1f ;
+.L_x_1:
+        /*0030*/                   IADD3 R7, R7, 0x1, RZ ;
+        /*0040*/              @!P1 BRA `(.L_x_0) ;
+        /*0050*/                   EXIT ;
+.L_x_3:
+        /*0060*/                   WARPSYNC.COLLECTIVE R5, `(.L_x_4) ;
+.L_x_4:
+        /*0070*/                   ENDCOLLECTIVE ;
+        /*0080*/                   BRA `(.L_x_1) ;
+"""
+
+
+def test_a_branch_for_diverged_warps_may_not_be_taken():
+    """Triton 3.8's NMS: what follows a BRA.DIV, a loop around it among that, was not seen at all. The handler for
+    diverged warps lies behind the exit and jumps back, which closes no loop."""
+    blocks = basic_blocks(DIVERGING)
+    assert [opcodes(instructions_of(blocks, loop)) for loop in loops(blocks)] == [["BRA", "SHFL", "IADD3", "@!P1"]]
+    assert opcodes(usual_path(blocks)) == ["LDC", "BRA", "SHFL", "IADD3", "@!P1", "EXIT"]
+
+
+OUT_OF_LINE = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/               @P0 BRA `(.L_x_2) ;
+        /*0020*/                   EXIT ;
+.L_x_1:
+        /*0030*/                   FADD R3, R3, R4 ;
+        /*0040*/                   BRA `(.L_x_0) ;
+.L_x_2:
+        /*0050*/                   FMUL R3, R3, R4 ;
+        /*0060*/                   BRA `(.L_x_1) ;
+"""
+
+
+def test_a_loop_is_found_wherever_its_blocks_lie():
+    blocks = basic_blocks(OUT_OF_LINE)
+    assert [opcodes(instructions_of(blocks, loop)) for loop in loops(blocks)] == [["@P0", "FMUL", "BRA", "FADD", "BRA"]]

@@ -9,11 +9,11 @@ from torch import nn
 from torchvision.io import decode_image
 from torchvision.models.detection import retinanet as tv
 
-from benchmarks.models.engine_soak import small_model
 from retina_fast import RetinaNet, compile_inference, retinanet_resnet18_fpn_v2, retinanet_spinenet49s
 from retina_fast.detections import Detections
 from retina_fast.device import best_dtype
 from retina_fast.predict.load import TREES, load_model
+from tests.deploy.engine_soak import small_model
 from tests.deploy.pictures import floats, images
 
 PHOTOGRAPH = Path(__file__).parents[2] / "demo" / "heldout.jpg"

@@ -6,11 +6,11 @@ import gc
 import pytest
 import torch
 
-from benchmarks.models.engine_soak import graphs_or_stand_ins, small_model, soak
 from retina_fast import compile_inference, retinanet_resnet18_fpn_v2
 from retina_fast.deploy import engine
 from retina_fast.deploy.engine import Engine
 from retina_fast.forward import run_convs
+from tests.deploy.engine_soak import graphs_or_stand_ins, small_model, soak
 from tests.deploy.pictures import floats, images
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,6 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from typer.testing import CliRunner
 
 import retina_fast
-from benchmarks.models import export as benchmark
 from retina_fast import cli, load_exported
 from retina_fast.data.errors import UserError
 from retina_fast.deploy.export import FORMATS
@@ -26,6 +25,7 @@ from retina_fast.forward import run_network
 from retina_fast.kernels.candidate_selection import logit
 from retina_fast.predict.load import TREES, load_model
 from retina_fast.transform import resize_batch
+from tests.instruments import exported as comparison
 
 SIZE = (96, 128)
 PHOTO = Path(__file__).parents[2] / "demo" / "heldout.jpg"
@@ -80,12 +80,12 @@ def spread(model, images):
 @pytest.fixture(scope="module")
 def images():
     """Eight crops of a photograph and a grey image, (9, 3, 96, 128) uint8."""
-    return benchmark.crops([decode_image(str(PHOTO), ImageReadMode.RGB)], 8, *SIZE)
+    return comparison.crops([decode_image(str(PHOTO), ImageReadMode.RGB)], 8, *SIZE)
 
 
 @pytest.fixture(scope="module")
 def models(images):
-    trees = benchmark.quiet(load_model(TREES)[0].cpu(), images[2])
+    trees = comparison.quiet(load_model(TREES)[0].cpu(), images[2])
     return {"trees": trees, "small": spread(small(), images)}
 
 
@@ -94,7 +94,7 @@ CASES = [("trees", "torch-export"), ("trees", "onnx"), ("small", "onnx"), ("smal
 
 @pytest.fixture(scope="module")
 def expected(models, images):
-    return {name: benchmark.expectations(model, images) for name, model in models.items()}
+    return {name: comparison.expectations(model, images) for name, model in models.items()}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def files(models, tmp_path_factory):
 def test_detections_equal_the_models(name, format, models, files, images, expected):
     exported = load_exported(files(name, format))
     assert exported.format == format
-    result = benchmark.compare(expected[name], exported)
+    result = comparison.compare(expected[name], exported)
     assert result["lost"] <= 4, result
     assert not result["lost"] or result["margin"] < 1e-6, result  # rounding at the threshold of an IoU
     assert result["detections"] >= 20
@@ -128,7 +128,7 @@ def test_detections_equal_the_models(name, format, models, files, images, expect
         assert exported.metadata[key] == getattr(models[name], key)
     assert exported.metadata["version"]
     padded = exported(images[1:3])
-    for ours, theirs in zip(padded, benchmark.eager(models[name])(images[1:3]), strict=True):
+    for ours, theirs in zip(padded, comparison.eager(models[name])(images[1:3]), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
     assert padded.counts[1] == 0
     assert (padded.labels[1] == -1).all()
@@ -203,8 +203,8 @@ def test_torchvisions_model_and_prepared_images(images, tmp_path):
     retina_fast.export(theirs, tmp_path / "file", "torch-export", SIZE, preprocess=False)
     exported = load_exported(tmp_path / "file")
     assert exported.metadata["input"] == "float32"
-    expected = benchmark.eager(model)(images[:3])
-    result = benchmark.compare([(batch, expected)], exported)
+    expected = comparison.eager(model)(images[:3])
+    result = comparison.compare([(batch, expected)], exported)
     assert not result["lost"] or result["margin"] < 1e-6, result
     assert expected.counts.sum() > 10
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from benchmarks.models import agreement
 from retina_fast.deploy.export_onnx import OnnxPostprocess, translate
 from retina_fast.deploy.export_postprocess import Postprocess, best_by_key, suppress
 from retina_fast.detections import Thresholds, detect
 from retina_fast.forward import HeadOutputs
 from retina_fast.kernels.batched_nms import nms_image
+from tests.instruments import agreement
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import box_iou
 
-from benchmarks.static.launches import CASES
-from benchmarks.static.recorder import record
 from retina_fast.anchors import batch_anchors
 from retina_fast.kernels import anchor_matching as module
 from retina_fast.kernels.anchor_matching import Matches, anchor_matching, anchor_matching_reference
+from tests.instruments.fake_gpu import launches_of
+from tests.instruments.kernel_calls import KERNEL_CALLS
 
 PATHS = pytest.mark.parametrize("path", ["reference", "kernel"])
 
@@ -241,10 +241,10 @@ def test_memory_of_500_ground_truths_and_201600_anchors(path):
     if path == "reference":
         run("cpu")
     else:
-        assert len(record(lambda: run("cuda"))) == 2
+        assert len(launches_of(lambda: run("cuda"))) == 2
     assert 1.6e6 < counted.most < 20e6  # torchvision: 3.6e9
 
 
 def test_launches_do_not_grow_with_the_batch():
-    launches = record(CASES["anchor_matching"].run)
+    launches = launches_of(KERNEL_CALLS["anchor_matching"].run)
     assert [launch.kwargs["FIND_PEAKS"] for launch in launches] == [True, False]

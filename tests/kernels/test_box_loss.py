@@ -6,13 +6,13 @@ import pytest
 import torch
 from torchvision.models.detection._utils import BoxCoder, _box_loss
 
-from benchmarks.static.launches import CASES
-from benchmarks.static.recorder import record
 from retina_fast.kernels import box_loss as module
 from retina_fast.kernels import fast_math
 from retina_fast.kernels.box_loss import LOSS_TYPES, _box_loss_triton, box_loss, box_loss_reference
 from retina_fast.kernels.compiler import INTERPRETED, tl, triton
 from retina_fast.kernels.levels import flatten_all
+from tests.instruments.fake_gpu import launches_of
+from tests.instruments.kernel_calls import KERNEL_CALLS
 
 
 def kernel_loss(deltas, *arguments):
@@ -202,7 +202,9 @@ def test_fullgraph_compile(device):
 
 
 def test_one_launch_forward_and_one_to_scale():
-    assert [launch.kernel.__name__ for launch in record(CASES["box_loss bf16 giou"].run)] == ["_box_loss_kernel"]
+    assert [launch.kernel.__name__ for launch in launches_of(KERNEL_CALLS["box_loss bf16 giou"].run)] == [
+        "_box_loss_kernel"
+    ]
 
 
 @triton.jit

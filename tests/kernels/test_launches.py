@@ -5,28 +5,28 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.static.launches import CASES
-from benchmarks.static.recorder import kernels, record
 from retina_fast import retinanet_resnet18_fpn_v2
 from retina_fast.deploy import engine
 from retina_fast.deploy.engine import EngineSettings
 from retina_fast.forward import run_convs
+from tests.instruments.fake_gpu import kernels, launches_of
+from tests.instruments.kernel_calls import KERNEL_CALLS
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", KERNEL_CALLS)
 def test_launcher_never_waits_for_the_device(name):
-    assert record(CASES[name].run)
+    assert launches_of(KERNEL_CALLS[name].run)
 
 
 def test_every_kernel_is_listed():
-    listed = {launch.kernel.__name__ for case in CASES.values() for launch in record(case.run)}
+    listed = {launch.kernel.__name__ for case in KERNEL_CALLS.values() for launch in launches_of(case.run)}
     assert listed == set(kernels())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", KERNEL_CALLS)
 def test_no_size_within_a_tuple_makes_triton_compile_again(name):
     """do_not_specialize does not reach into tuples: sizes there must be neither 1 nor a multiple of 16."""
-    for launch in record(CASES[name].run):
+    for launch in launches_of(KERNEL_CALLS[name].run):
         sizes = [size for arg in launch.args if isinstance(arg, tuple) for size in arg if isinstance(size, int)]
         assert not [size for size in sizes if size == 1 or size % 16 == 0]
 
@@ -53,13 +53,13 @@ def on_gpu(*shape, dtype=torch.float32):
 )
 def test_the_instrument_catches(waits):
     with pytest.raises(Exception, match=r"."):
-        record(waits)
+        launches_of(waits)
 
 
 def test_the_instrument_lets_pass():
-    assert record(lambda: on_gpu(3).to("cpu", non_blocking=True) + 1) == []
-    assert record(lambda: on_gpu(3).copy_(torch.zeros(3), non_blocking=True)) == []
-    assert record(lambda: (on_gpu(3) + torch.tensor(3.0)) * torch.full((3,), 2.0, device="cuda")) == []
+    assert launches_of(lambda: on_gpu(3).to("cpu", non_blocking=True) + 1) == []
+    assert launches_of(lambda: on_gpu(3).copy_(torch.zeros(3), non_blocking=True)) == []
+    assert launches_of(lambda: (on_gpu(3) + torch.tensor(3.0)) * torch.full((3,), 2.0, device="cuda")) == []
 
 
 def test_the_engine_never_waits_for_the_device():
@@ -81,5 +81,5 @@ def test_the_engine_never_waits_for_the_device():
         assert detections.boxes.shape == (2, 300, 4)
 
     with mock.patch.object(engine, "captured", lambda run, stream: run), torch.no_grad():
-        launched = {launch.kernel.__name__ for launch in record(run)}
+        launched = {launch.kernel.__name__ for launch in launches_of(run)}
     assert {"_image_batch_kernel", "_group_norm_relu_kernel"} < launched

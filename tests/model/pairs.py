@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from benchmarks.models.agreement import differing
+from tests.instruments.agreement import differing
 
 METHODS = ("forward", "compute_loss", "postprocess_detections")
 

@@ -10,8 +10,8 @@ from torch import nn
 from torchvision.models.detection import retinanet as tv
 
 import retina_fast
-from benchmarks.models.agreement import differing
 from retina_fast import targets as targets_module
+from tests.instruments.agreement import differing
 from tests.model.pairs import IMAGES, METHODS, assert_same, good_targets, torchvision_model, with_boxes, with_labels
 
 

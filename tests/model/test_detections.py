@@ -8,13 +8,12 @@ import torch
 import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.models import agreement
-from benchmarks.static import launches as gpu_launches
-from benchmarks.static.recorder import record
 from retina_fast import RetinaNet, retinanet_resnet18_fpn
 from retina_fast.detections import Thresholds, detect
 from retina_fast.forward import HeadOutputs
 from retina_fast.kernels import batched_nms, box_decode, candidate_selection, take_kept
+from tests.instruments import agreement, kernel_calls
+from tests.instruments.fake_gpu import launches_of
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +124,7 @@ def test_launches_do_not_grow_with_the_batch():
     made = {}
     for batch in (1, 8, 64):
         with Calls() as calls:
-            launches = record(lambda batch=batch: gpu_launches.detect(torch.bfloat16, batch))
+            launches = launches_of(lambda batch=batch: kernel_calls.detect(torch.bfloat16, batch))
         made[batch] = [launch.kernel.__name__ for launch in launches], calls.counts
     assert made[1] == made[8] == made[64]
     assert len(made[1][0]) <= 16
@@ -142,6 +141,6 @@ def test_the_whole_model_never_waits_for_the_gpu(monkeypatch):
             batch = torch.empty(3, 3, 70, 90)
         return model, batch
 
-    launches = record(lambda prepared: prepared[0].detect(prepared[1]), prepare)
+    launches = launches_of(lambda prepared: prepared[0].detect(prepared[1]), prepare)
     names = {launch.kernel.__name__ for launch in launches}
     assert {"_list_kernel", "_box_decode_kernel", "_suppress_kernel", "_take_kept_kernel"} <= names

@@ -11,13 +11,13 @@ from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import retina_fast
-from benchmarks.models.agreement import differing
 from retina_fast import checkpoint, forward
 from retina_fast.backbones.spinenet import SpineNet
 from retina_fast.builders import MODELS
 from retina_fast.checkpoint import Checkpoint
 from retina_fast.heads import LevelNormClassificationHead, batch_norm, level_norm_head, run_head
 from retina_fast.model import RetinaNet
+from tests.instruments.agreement import differing
 
 SPINENETS = [name for name in MODELS if "spinenet" in name]
 # One object for each of the five levels, so that none is without a foreground anchor; boxes may reach outside.

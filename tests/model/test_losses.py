@@ -13,12 +13,12 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 from torchvision.ops import sigmoid_focal_loss
 
-from benchmarks.static.recorder import Launch, no_launches, record
 from retina_fast import RetinaNet
 from retina_fast.forward import HeadOutputs
 from retina_fast.kernels import anchor_matching, box_loss, focal_loss, one_pass
 from retina_fast.losses import detection_losses
 from retina_fast.targets import GroundTruths, gather_targets
+from tests.instruments.fake_gpu import Launch, launches_of, recording_launches
 
 K = 5
 GRIDS = (8, 4, 2, 1, 1)
@@ -170,7 +170,7 @@ def bodies_in_sight():
     launches: list[Launch] = []
     with (
         kernels_everywhere(),
-        no_launches(launches),
+        recording_launches(launches),
         mock.patch.object(focal_loss, "_focal_loss_op", focal_loss._focal_loss_op._init_fn),
         mock.patch.object(box_loss, "_box_loss_op", box_loss._box_loss_op._init_fn),
         mock.patch.object(one_pass, "scale_op", one_pass.scale_op._init_fn),
@@ -209,4 +209,4 @@ def test_nothing_of_the_loss_path_waits_for_the_gpu():
         matcher = Matcher(0.5, 0.4, True)
         detection_losses(HeadOutputs(fakes, on_gpu(anchors[0]), K, {}), boxes, matcher, "l1")
 
-    assert len(record(run)) == 4
+    assert len(launches_of(run)) == 4

@@ -7,8 +7,8 @@ import torch
 import torchvision
 
 import retina_fast
-from benchmarks.models.agreement import differing
 from retina_fast import forward
+from tests.instruments.agreement import differing
 
 BUILDERS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
 BATCHES = {  # image sizes, and ground truths an image

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import retina_fast
-from benchmarks.static.recorder import record
 from retina_fast import TrainingStep, forward, training_step
+from tests.instruments.fake_gpu import launches_of
 from tests.model.steps import K, adamw, assert_same_state, batch, fresh_model, needs_gpu, plain_step, warmed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,7 +48,7 @@ def test_a_training_forward_never_waits_for_the_device(monkeypatch, builder, whe
         losses = model.losses_of(made, forward.run(model, made))
         assert {loss.device.type for loss in losses.values()} == {"cuda"}
 
-    launched = [launch.kernel.__name__ for launch in record(step)]
+    launched = [launch.kernel.__name__ for launch in launches_of(step)]
     assert launched.count("_anchor_matching_kernel") == 2
     assert {"_image_batch_kernel", "_focal_loss_kernel", "_box_loss_kernel"} < set(launched)
 

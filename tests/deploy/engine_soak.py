@@ -1,6 +1,6 @@
 """Many batches of random sizes through one engine: every result right, the shapes kept bounded, memory flat.
 
-    python -m benchmarks.models.engine_soak [batches]
+    python -m tests.deploy.engine_soak [batches]
 
 Without a GPU, a stand-in takes the place of graph capture and of the kernel: as in a graph, outputs lie where they lay
 when it was captured, and images are read through the addresses of the table, which are all that a call may change.

@@ -1,11 +1,13 @@
-"""Every kernel of the project at a size really used.
+"""A call of every kernel of the project, at a size really used.
 
-CASES is the one place where a kernel is listed: a case calls an op on fake CUDA tensors (recorder.py). What it
-launches is compiled for every target (``python -m benchmarks.static``), and its launcher is searched for host reads and
-copies between devices (tests/test_launches.py). A kernel is a ``@triton.jit`` function named ``*_kernel``.
+KERNEL_CALLS is the one list of kernels. Each entry calls an operation on fake CUDA tensors (fake_gpu.py).
+`python -m benchmarks.static` compiles what it launches for every target, and tests/kernels/test_launches.py checks that
+its launcher neither reads a device value nor copies between devices. A kernel is a `@triton.jit` function whose name
+ends in `_kernel`.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,38 +24,45 @@ from retina_fast.kernels import (
     box_loss,
     candidate_selection,
     focal_loss,
-    group_norm_relu,
     image_batch,
-    one_pass,
-    sigmoid_focal_loss,
     take_kept,
 )
+from retina_fast.kernels.group_norm_relu import group_norm_relu
 from retina_fast.kernels.levels import flatten_all
+from tests.instruments.fake_gpu import Launch
+
+LIMITS_HOLD_FOR = ("3.6", "3.9")  # the versions of Triton whose machine code chose the limits below
 
 
 @dataclass(frozen=True)
-class Case:
-    """A call of an op on fake CUDA tensors, and what its compiled kernel must hold.
+class KernelCall:
+    """A call of an operation on fake CUDA tensors, and what the compiled kernel must hold.
 
     Args:
         run: the call.
-        tile: elements that one program handles, if a program handles so many; then counts an element are reported, over
-            the cheapest path of blocks that makes the most 16-byte accesses (the path of a usual tile).
-        kernel: the kernel that this is about, where the call launches several.
-        bytes_per_element: read and written with 16-byte accesses, per element of the tile.
-        instructions, mufu: limits an element, on NVIDIA.
+        tile: the names of the launch's constants whose product is the number of elements that one program handles.
+            Without them no figure per element is reported.
+        bytes_per_element: how many bytes an element of the tile reads and writes by 16-byte accesses.
+        instructions, mufu: the most instructions and special-function (MUFU) instructions an element, on NVIDIA.
+        kernel: the kernel that the tile and the limits are about, where the call launches several.
     """
 
     run: Callable[[], Any]
-    tile: int | None = None
+    tile: tuple[str, ...] = ()
     bytes_per_element: int = 0
     instructions: float = float("inf")
     mufu: float = float("inf")
     kernel: str | None = None
 
+    def elements(self, launch: Launch) -> int | None:
+        """Returns how many elements a program of this launch handles, or None if the figures are not about it."""
+        if not self.tile or self.kernel not in (None, launch.kernel.__name__):
+            return None
+        return math.prod(launch.kwargs[name] for name in self.tile)
+
 
 def levels_of(dtype: torch.dtype, channels: int, batch: int = 8) -> list[torch.Tensor]:
-    """The five levels of images of 800x800 as a head writes them, (B, A*channels, H, W) in channels_last memory."""
+    """Returns the five levels of images of 800x800 as a head writes them: (B, A*channels, H, W), channels_last."""
     layout = torch.channels_last
     return [
         torch.empty(batch, 9 * channels, n, n, dtype=dtype, device="cuda", memory_format=layout).requires_grad_()
@@ -67,26 +76,28 @@ def call_focal_loss(dtype: torch.dtype, num_classes: int = 91) -> None:
 
 
 def _focal_loss_backward(dtype: torch.dtype) -> None:
-    """Where the gradient was not written in forward. Autograd itself would need a GPU here."""
+    """Calls the backward kernel, which runs where forward wrote no gradient; autograd itself would need a GPU."""
     levels = [level.detach() for level in flatten_all(levels_of(dtype, 91), 91)]
     labels = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
     normalizers, factor = torch.empty(8, device="cuda"), torch.empty((), device="cuda")
-    focal_loss._focal_loss_op(levels, labels, normalizers, factor, 91, 0.25, 2.0, False, True)
+    torch.ops.retina_fast.focal_loss(levels, labels, normalizers, factor, 91, 0.25, 2.0, False, True)
 
 
 def call_scale(dtype: torch.dtype) -> None:
     levels = [level.detach() for level in flatten_all(levels_of(dtype, 91), 91)]
-    one_pass.scale_op(levels, torch.empty((), device="cuda"))
+    torch.ops.retina_fast.scale_(levels, torch.empty((), device="cuda"))
 
 
 def _sigmoid_focal_loss(dtype: torch.dtype, output: str) -> None:
     x, targets = (torch.empty(8, 120087, 91, dtype=dtype, device="cuda") for _ in range(2))
     incoming = torch.empty_like(x) if output == "gradients" else None
-    sigmoid_focal_loss._op(x, targets, incoming, 0.25, 2.0, output, torch.float32 if output == "sums" else dtype)
+    torch.ops.retina_fast.sigmoid_focal_loss(
+        x, targets, incoming, 0.25, 2.0, output, torch.float32 if output == "sums" else dtype
+    )
 
 
 def call_image_batch(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
-    """Eight images of 480x640, resized to 800 as torchvision does."""
+    """Batches eight images of 480x640, resized to 800 as torchvision does."""
     images = [torch.empty(3, 480, 640, dtype=dtype, device="cuda")] * 8
     layout = torch.channels_last
     out = torch.empty(8, 3, 800, 1088, dtype=out_dtype, device="cuda", memory_format=layout)
@@ -94,7 +105,7 @@ def call_image_batch(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
 
 
 def _block_levels(dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The five levels of 8 images of 800x800 within a v2 head, and a weight of its 256 channels."""
+    """Returns the five levels of 8 images of 800x800 within a v2 head, and a weight for its 256 channels."""
     layout = torch.channels_last
     levels = [torch.empty(8, 256, n, n, dtype=dtype, device="cuda", memory_format=layout) for n in (100, 50, 25, 13, 7)]
     return levels, torch.empty(256, device="cuda")
@@ -102,12 +113,14 @@ def _block_levels(dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]
 
 def _group_norm_relu(dtype: torch.dtype) -> None:
     levels, weight = _block_levels(dtype)
-    group_norm_relu.group_norm_relu(levels, weight, weight, 32)
+    group_norm_relu(levels, weight, weight, 32)
 
 
 def _group_norm_relu_backward(dtype: torch.dtype) -> None:
     levels, weight = _block_levels(dtype)
-    group_norm_relu._backward_op(levels, levels, weight, weight, torch.empty(8, 5, 32, 2, device="cuda"))
+    torch.ops.retina_fast.group_norm_relu_backward(
+        levels, levels, weight, weight, torch.empty(8, 5, 32, 2, device="cuda")
+    )
 
 
 def _candidate_selection(dtype: torch.dtype) -> None:
@@ -138,7 +151,7 @@ def _take_kept() -> None:
 
 
 def detect(dtype: torch.dtype, batch: int = 8) -> detections.Detections:
-    """From the heads' outputs at 800x800 to detections."""
+    """Calls the whole postprocess, from the heads' outputs at 800x800 to detections."""
     logits, deltas = ([level.detach() for level in levels_of(dtype, channels, batch)] for channels in (91, 4))
     anchors = torch.empty(120087, 4, device="cuda")
     sizes = torch.empty(2, batch, 2, dtype=torch.int64, device="cuda")
@@ -147,7 +160,7 @@ def detect(dtype: torch.dtype, batch: int = 8) -> detections.Detections:
 
 
 def ground_truths(num_boxes: int, batch: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Boxes, labels and offsets of all images."""
+    """Returns the boxes, the labels and the offsets of all images."""
     boxes, labels = torch.empty(num_boxes, 4, device="cuda"), torch.empty(num_boxes, dtype=torch.int64, device="cuda")
     return boxes, labels, torch.empty(batch + 1, dtype=torch.int64, device="cuda")
 
@@ -165,45 +178,37 @@ def _box_loss(dtype: torch.dtype, loss_type: str) -> None:
     box_loss.box_loss(levels_of(dtype, channels=4), anchors, indices, boxes, offsets, normalizers, loss_type)
 
 
-_IMAGE_TILE = image_batch._BLOCK * image_batch._ROWS
+_TILE, _IMAGE_TILE = ("TILE",), ("BLOCK", "ROWS")
 
-CASES = {
-    "anchor_matching": Case(lambda: call_anchor_matching(True)),
-    "anchor_matching without low quality": Case(lambda: call_anchor_matching(False)),
+KERNEL_CALLS = {
+    "anchor_matching": KernelCall(lambda: call_anchor_matching(True)),
+    "anchor_matching without low quality": KernelCall(lambda: call_anchor_matching(False)),
     **{
-        f"box_loss bf16 {name}": Case(functools.partial(_box_loss, torch.bfloat16, name))
+        f"box_loss bf16 {name}": KernelCall(functools.partial(_box_loss, torch.bfloat16, name))
         for name in box_loss.LOSS_TYPES
     },
-    "focal_loss bf16": Case(lambda: call_focal_loss(torch.bfloat16), focal_loss._TILE, 4, 28, 3),
-    "focal_loss fp32": Case(lambda: call_focal_loss(torch.float32), focal_loss._TILE, 8, 28, 3),
-    "focal_loss fp16 forward": Case(lambda: call_focal_loss(torch.float16), focal_loss._TILE, 2, 28, 3),
-    "focal_loss fp16 backward": Case(lambda: _focal_loss_backward(torch.float16), focal_loss._TILE, 4, 28, 3),
-    "focal_loss bf16 K=1": Case(lambda: call_focal_loss(torch.bfloat16, 1), focal_loss._TILE, 4),
-    "one_pass scale bf16": Case(lambda: call_scale(torch.bfloat16)),
-    "sigmoid_focal_loss bf16 losses": Case(
-        lambda: _sigmoid_focal_loss(torch.bfloat16, "losses"), sigmoid_focal_loss._TILE, 6
+    "focal_loss bf16": KernelCall(lambda: call_focal_loss(torch.bfloat16), _TILE, 4, 28, 3),
+    "focal_loss fp32": KernelCall(lambda: call_focal_loss(torch.float32), _TILE, 8, 28, 3),
+    "focal_loss fp16 forward": KernelCall(lambda: call_focal_loss(torch.float16), _TILE, 2, 28, 3),
+    "focal_loss fp16 backward": KernelCall(lambda: _focal_loss_backward(torch.float16), _TILE, 4, 28, 3),
+    "focal_loss bf16 K=1": KernelCall(lambda: call_focal_loss(torch.bfloat16, 1), _TILE, 4),
+    "one_pass scale bf16": KernelCall(lambda: call_scale(torch.bfloat16)),
+    "sigmoid_focal_loss bf16 losses": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "losses"), _TILE, 6),
+    "sigmoid_focal_loss bf16 sum": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "sums"), _TILE, 4),
+    "sigmoid_focal_loss bf16 backward": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "gradients"), _TILE, 8),
+    "image_batch uint8 to bf16": KernelCall(lambda: call_image_batch(torch.uint8, torch.bfloat16), _IMAGE_TILE, 2),
+    "image_batch fp32": KernelCall(lambda: call_image_batch(torch.float32, torch.float32), _IMAGE_TILE, 4),
+    "group_norm_relu bf16": KernelCall(lambda: _group_norm_relu(torch.bfloat16)),
+    "group_norm_relu fp32": KernelCall(lambda: _group_norm_relu(torch.float32)),
+    "group_norm_relu bf16 backward": KernelCall(lambda: _group_norm_relu_backward(torch.bfloat16)),
+    "group_norm_relu fp32 backward": KernelCall(lambda: _group_norm_relu_backward(torch.float32)),
+    "candidate_selection bf16": KernelCall(
+        lambda: _candidate_selection(torch.bfloat16), _TILE, 2, 6, 0, "_list_kernel"
     ),
-    "sigmoid_focal_loss bf16 sum": Case(
-        lambda: _sigmoid_focal_loss(torch.bfloat16, "sums"), sigmoid_focal_loss._TILE, 4
-    ),
-    "sigmoid_focal_loss bf16 backward": Case(
-        lambda: _sigmoid_focal_loss(torch.bfloat16, "gradients"), sigmoid_focal_loss._TILE, 8
-    ),
-    "image_batch uint8 to bf16": Case(lambda: call_image_batch(torch.uint8, torch.bfloat16), _IMAGE_TILE, 2),
-    "image_batch fp32": Case(lambda: call_image_batch(torch.float32, torch.float32), _IMAGE_TILE, 4),
-    "group_norm_relu bf16": Case(lambda: _group_norm_relu(torch.bfloat16)),
-    "group_norm_relu fp32": Case(lambda: _group_norm_relu(torch.float32)),
-    "group_norm_relu bf16 backward": Case(lambda: _group_norm_relu_backward(torch.bfloat16)),
-    "group_norm_relu fp32 backward": Case(lambda: _group_norm_relu_backward(torch.float32)),
-    "candidate_selection bf16": Case(
-        lambda: _candidate_selection(torch.bfloat16), candidate_selection._TILE_BYTES // 2, 2, 6, 0, "_list_kernel"
-    ),
-    "candidate_selection fp32": Case(
-        lambda: _candidate_selection(torch.float32), candidate_selection._TILE_BYTES // 4, 4, 6, 0, "_list_kernel"
-    ),
-    "box_decode bf16": Case(lambda: _box_decode(torch.bfloat16)),
-    "batched_nms": Case(lambda: call_batched_nms(by_class=True, best_first=False)),
-    "batched_nms best first": Case(lambda: call_batched_nms(by_class=True, best_first=True)),
-    "batched_nms class-agnostic": Case(lambda: call_batched_nms(by_class=False, best_first=True)),
-    "take_kept": Case(_take_kept),
+    "candidate_selection fp32": KernelCall(lambda: _candidate_selection(torch.float32), _TILE, 4, 6, 0, "_list_kernel"),
+    "box_decode bf16": KernelCall(lambda: _box_decode(torch.bfloat16)),
+    "batched_nms": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False)),
+    "batched_nms best first": KernelCall(lambda: call_batched_nms(by_class=True, best_first=True)),
+    "batched_nms class-agnostic": KernelCall(lambda: call_batched_nms(by_class=False, best_first=True)),
+    "take_kept": KernelCall(_take_kept),
 }

@@ -1,7 +1,8 @@
-"""What a call does on a GPU, recorded on a machine without one: its ops' bodies run on fake CUDA tensors.
+"""Records what a call would do on a GPU, on a machine without one.
 
-Kernels are noted instead of launched, and so is what torch itself would launch. A host read or a copy between devices
-that makes the host wait raises.
+The call works on fake CUDA tensors, which have a shape and no memory. The launchers of our operations run for real, and
+their kernels are recorded instead of launched; so are the kernels that torch itself would launch. A read of a device
+value by the host, and a copy between devices for which the host would wait, raise an error.
 """
 
 import contextlib
@@ -27,6 +28,8 @@ import retina_fast.kernels
 
 @dataclass
 class Launch:
+    """One launch of a Triton kernel."""
+
     kernel: Any  # a JITFunction, or an InterpretedFunction under TRITON_INTERPRET=1
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -34,7 +37,7 @@ class Launch:
 
     @property
     def variant(self) -> tuple[str, ...]:
-        """Equal for launches of which Triton makes one binary: the kernel, what the arguments are, the constants."""
+        """The kernel's name, the kinds of its arguments, and its constants: equal where Triton makes one binary."""
 
         def kind(arg: Any) -> str:
             return str(arg.dtype) if isinstance(arg, torch.Tensor) else type(arg).__name__
@@ -43,7 +46,7 @@ class Launch:
         return self.kernel.__name__, *kinds, str(self.kwargs)
 
 
-def modules() -> list[Any]:
+def _modules() -> list[Any]:
     return [
         importlib.import_module(f"retina_fast.kernels.{info.name}")
         for info in pkgutil.iter_modules(retina_fast.kernels.__path__)
@@ -51,13 +54,13 @@ def modules() -> list[Any]:
 
 
 def kernels() -> dict[str, Any]:
-    """Every kernel of the package by name."""
-    return {name: value for module in modules() for name, value in vars(module).items() if name.endswith("_kernel")}
+    """Returns every kernel of the package by its name, which ends in `_kernel`."""
+    return {name: value for module in _modules() for name, value in vars(module).items() if name.endswith("_kernel")}
 
 
 @dataclass
 class TorchOp:
-    """What torch itself launches for an op: one kernel that reads its inputs and writes its outputs."""
+    """One operation of torch, taken as one kernel that reads its inputs and writes its outputs."""
 
     name: str
     bytes: int
@@ -65,40 +68,48 @@ class TorchOp:
     shape: tuple[int, ...]  # of the first output
 
 
-def record(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> list[Launch]:
-    """What a call launches on fake CUDA tensors, its ops' bodies run for real.
+def launches_of(call: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> list[Launch]:
+    """Returns the kernels of ours that a call launches, in order.
 
     Args:
-        run: the call; given what ``prepare`` returned, if there is one.
-        prepare: makes what may be copied to the device beforehand, as a model's weights.
+        call: makes its own tensors on "cuda", or takes what `prepare` returns.
+        prepare: makes what may be copied to the device beforehand, such as a model's weights. It is not recorded.
 
     Raises:
-        RuntimeError: on a copy between devices that makes the host wait, and, from torch, on a read of a device value.
+        RuntimeError: if the call copies between devices and the host would wait, or (from torch) reads a device value.
+
+    Example::
+
+        >>> launches_of(lambda: torch.ones(3, device="cuda") + 1)
+        []
     """
-    return [step for step in timeline(run, prepare) if isinstance(step, Launch)]
+    return [step for step in gpu_work_of(call, prepare) if isinstance(step, Launch)]
 
 
-def timeline(run: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> list[Launch | TorchOp]:
-    """The same, and between the launches what torch launches: the GPU's whole work, in order."""
+def gpu_work_of(call: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> list[Launch | TorchOp]:
+    """Returns all that the GPU does for a call, in order: our launches, and torch's operations between them.
+
+    Arguments and errors are those of :func:`launches_of`.
+    """
     steps: list[Launch | TorchOp] = []
     watch = _Watch(steps)
-    with _bodies_as_fakes(watch), no_launches(steps), _no_device(), FakeTensorMode():
+    with _bodies_as_fakes(watch), recording_launches(steps), _no_device(), FakeTensorMode():
         prepared = () if prepare is None else (prepare(),)
         steps.clear()
         with watch:
-            run(*prepared)
+            call(*prepared)
     return steps
 
 
 @contextlib.contextmanager
 def _bodies_as_fakes(watch: TorchDispatchMode) -> Iterator[None]:
-    """torch replaces a custom op by its fake on fake tensors; here the fake is the body, watched as the call is."""
+    """Makes the body of each custom operation its own fake, so that it runs on fake tensors, watched as the call is."""
 
     def watched(body: Callable[..., Any], *args: Any) -> Any:
         with watch:
             return body(*args)
 
-    ops = {value for module in modules() for value in vars(module).values() if isinstance(value, CustomOpDef)}
+    ops = {value for module in _modules() for value in vars(module).values() if isinstance(value, CustomOpDef)}
     fakes = {op: op._abstract_fn for op in ops}
     try:
         for op in ops:
@@ -110,8 +121,8 @@ def _bodies_as_fakes(watch: TorchDispatchMode) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_launches(launches: list[Any]) -> Iterator[None]:
-    """Kernels are noted, and not run."""
+def recording_launches(launches: list[Any]) -> Iterator[None]:
+    """Appends every launch of a Triton kernel to the list instead of running it."""
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         launches.append(Launch(kernel, args, kwargs, grid))
@@ -130,7 +141,7 @@ def no_launches(launches: list[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_device() -> Iterator[None]:
-    """Entering a device and pinning memory need a driver, an address needs memory."""
+    """Replaces what needs a driver (entering a device, pinning memory) or memory (a tensor's address)."""
     with (
         mock.patch.object(torch.Tensor, "data_ptr", return_value=0),
         mock.patch.object(torch.Tensor, "pin_memory", torch.Tensor.clone),
@@ -141,7 +152,7 @@ def _no_device() -> Iterator[None]:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes what torch launches, and refuses ops that move data between devices while the host waits."""
+    """Records what torch launches, and refuses operations that move data between devices while the host waits."""
 
     def __init__(self, steps: list[Any]) -> None:
         super().__init__()
@@ -178,7 +189,7 @@ def _tensors(*values: Any) -> list[torch.Tensor]:
 
 
 def _launches(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
-    """Whether torch launches a kernel: not for a view, not to allocate, and not for an op whose body is watched."""
+    """Returns whether torch launches a kernel: it does not for a view, nor to allocate, nor for operations of ours."""
     own = {tensor.untyped_storage()._cdata for tensor in inputs}
     writes = func._schema.is_mutable or any(tensor.untyped_storage()._cdata not in own for tensor in outputs)
     allocates = func.overloadpacket.__name__.removeprefix("new_").startswith("empty")

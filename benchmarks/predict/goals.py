@@ -1,0 +1,167 @@
+"""What the GPU does for each goal: the calls on fake CUDA tensors, and scenes, which say what the data decide."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import Matcher
+
+from benchmarks.kernels import batched_nms
+from benchmarks.models import postprocess, scenes, training_step
+from benchmarks.predict.roofline import Scene
+from retina_fast import compile_inference, retinanet_resnet50_fpn
+from retina_fast.deploy.engine import EngineSettings, Plan
+from retina_fast.forward import DELTAS, LOGITS, HeadOutputs, run_convs
+from retina_fast.kernels.anchor_matching import anchor_matching_reference
+from retina_fast.kernels.batched_nms import nms_image
+from retina_fast.kernels.box_decode import box_decode_reference
+from retina_fast.kernels.candidate_selection import candidate_selection_reference
+from retina_fast.kernels.one_pass import scale_op
+from retina_fast.losses import detection_losses
+from retina_fast.targets import GroundTruths
+from tests.instruments import kernel_calls
+from tests.instruments.fake_gpu import Launch, TorchOp, gpu_work_of, launches_of
+
+BF16 = torch.bfloat16
+CPU = torch.device("cpu")
+
+
+def constant_of(call: str, kernel: str, name: str) -> int:
+    """Returns a constant of a kernel as an entry of KERNEL_CALLS launches it, such as the length of its tile."""
+    launches = launches_of(kernel_calls.KERNEL_CALLS[call].run)
+    return next(launch.kwargs[name] for launch in launches if launch.kernel.__name__ == kernel)
+
+
+@functools.cache
+def matching_scene(batch: int, count: int) -> Scene:
+    """Returns, of the first image, how many ground truths each tile of anchors meets and which hold foreground."""
+    anchors = scenes.anchors(800, 800, CPU)
+    truths = scenes.scene(batch, count, 800, 800, 91, CPU).truths
+    boxes, tiles = (
+        truths.boxes[:count],
+        anchors.split(constant_of("anchor_matching", "_anchor_matching_kernel", "TILE")),
+    )
+    corners = torch.stack([torch.cat((tile[:, :2].amin(0), tile[:, 2:].amax(0))) for tile in tiles])  # (T, 4)
+    met = (boxes[None, :, :2] < corners[:, None, 2:]).all(2) & (boxes[None, :, 2:] > corners[:, None, :2]).all(2)
+    offsets = torch.tensor([0, count])
+    found = anchor_matching_reference(anchors, boxes, truths.labels[:count], offsets).indices[0]
+    foreground = sum(bool((tile >= 0).any()) for tile in found.split(256)) / len(found.split(256))
+    met_by = met.sum(1)
+    return Scene(float(met_by.float().mean()), int(met_by.max()), count, foreground)
+
+
+def _kept(boxes: Tensor, scores: Tensor | None, labels: Tensor, survivors: float = 0.0) -> Scene:
+    """Returns, of the fullest program of NMS, its boxes and those that it keeps."""
+    groups = labels % constant_of("batched_nms", "_suppress_kernel", "GROUPS")
+    kept = groups[nms_image(boxes, scores, labels, postprocess.IOU)]
+    return Scene(
+        survivors=survivors,
+        candidates=len(boxes),
+        members=int(groups.bincount().max()),
+        kept=min(postprocess.KEPT, int(kept.bincount().max())),
+    )
+
+
+@functools.cache
+def nms_scene() -> Scene:
+    """Returns the scene of the NMS benchmark's first case."""
+    boxes, scores, labels, _ = batched_nms.inputs(batched_nms.BASES[0], CPU)
+    return _kept(boxes[0], scores[0], labels[0])
+
+
+@functools.cache
+def postprocess_scene() -> Scene:
+    """Returns the scene of the postprocess benchmark at batch 1."""
+    setting = postprocess.Setting(batch=1)
+    outputs, anchors, _ = postprocess.inputs(setting, CPU)
+    found = candidate_selection_reference(outputs["cls_logits"], 91, postprocess.THRESHOLD, postprocess.TOPK)
+    boxes = box_decode_reference(outputs["bbox_regression"], anchors, found.anchors, torch.tensor([[800, 800]]))
+    count = int(found.counts[0])
+    return _kept(boxes[0, :count], None, found.labels[0, :count], setting.above)
+
+
+def _focal_loss(dtype: torch.dtype) -> None:
+    kernel_calls.call_focal_loss(dtype)
+    torch.ones((), device="cuda")  # the incoming gradient
+    kernel_calls.call_scale(dtype)
+
+
+def _loss_path() -> None:
+    batch = 16
+    logits, deltas = kernel_calls.levels_of(BF16, 91, batch), kernel_calls.levels_of(BF16, 4, batch)
+    anchors = torch.empty(120087, 4, device="cuda")
+    truths = GroundTruths(*kernel_calls.ground_truths(16 * batch, batch), [16] * batch)
+    outputs = HeadOutputs({LOGITS: logits, DELTAS: deltas}, anchors, 91, {})
+    losses = detection_losses(outputs, truths, Matcher(0.5, 0.4, True), "l1")
+    sum(loss.detach() for loss in losses.values())
+    for levels, channels in ((logits, 91), (deltas, 4)):
+        grads = [level.detach() for level in kernel_calls.flatten_all(levels, channels)]
+        scale_op(grads, torch.ones((), device="cuda"))
+
+
+def _image_scene() -> Scene:
+    return Scene(image_bytes=8 * 3 * 480 * 640 * 4)
+
+
+# the goals of operations: a call, and its scene
+CALLS: dict[str, tuple[Callable[[], Any], Callable[[], Scene]]] = {
+    "K1-fp32": (lambda: _focal_loss(torch.float32), Scene),
+    "K1-bf16": (lambda: _focal_loss(BF16), Scene),
+    "K2": (_loss_path, lambda: matching_scene(16, 16)),
+    "K3-g500": (lambda: kernel_calls.call_anchor_matching(True, 4000, 8), lambda: matching_scene(8, 500)),
+    "K3-b16": (lambda: kernel_calls.call_anchor_matching(True, 256, 16), lambda: matching_scene(16, 16)),
+    **{f"K4-b{b}": (functools.partial(kernel_calls.detect, BF16, b), postprocess_scene) for b in (1, 8, 32)},
+    **{f"K5-b{b}": (functools.partial(kernel_calls.call_batched_nms, True, False, b), nms_scene) for b in (1, 32)},
+    "K6": (lambda: kernel_calls.call_image_batch(torch.float32, torch.float32), _image_scene),
+}
+
+
+@torch.no_grad()
+def inference_work(batch: int) -> list[Launch | TorchOp]:
+    """Returns what the engine's graph of ResNet-50 does, from images of 800x800 to detections."""
+    model = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91).eval()
+    model = compile_inference(model, dtype=BF16).model
+
+    def prepare() -> Any:
+        _to_fake_gpu(model)
+        settings = EngineSettings(BF16, graphs=False, max_shapes=1)
+        plan = Plan(model, run_convs, (batch, 3, 800, 800), torch.uint8, settings)
+        plan.run()  # makes the anchors
+        return plan
+
+    return gpu_work_of(lambda plan: plan.run(), prepare)
+
+
+def training_forward_work(batch: int) -> list[Launch | TorchOp]:
+    """Returns what trunk and heads do in a training step, from the batch to logits and deltas."""
+    model = training_step.network(training_step.BASE)
+
+    def prepare() -> Any:
+        _to_fake_gpu(model)
+        layout = torch.channels_last
+        return torch.empty(batch, 3, 800, 800, device="cuda", memory_format=layout)
+
+    def forward(images: Tensor) -> None:
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast would ask for a GPU
+        torch.set_autocast_dtype("cuda", BF16)
+        try:
+            run_convs(model, images)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
+    return gpu_work_of(forward, prepare)
+
+
+def _to_fake_gpu(model: Any) -> None:
+    """Replaces the model's weights and anchors by fake CUDA tensors in channels_last memory."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
+                if value is not None:
+                    fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                    layout = torch.channels_last if fake.dim() == 4 else torch.contiguous_format
+                    tensors[name] = fake.contiguous(memory_format=layout).requires_grad_(value.requires_grad)
+    cells = model.anchor_generator.cell_anchors
+    model.anchor_generator.cell_anchors = [torch.empty(cell.shape, device="cuda") for cell in cells]
