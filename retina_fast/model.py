@@ -242,11 +242,7 @@ class RetinaNet(tv.RetinaNet):
     # The steps of a forward pass, which TrainingStep takes as well, and which of the two paths each step runs.
 
     def make_batch(self, images: Images, targets: Targets | None) -> Batch:
-        """Check images and targets, and decide the size of each image in the batch.
-
-        Raises:
-            What ``forward`` raises for images and targets that cannot be meant.
-        """
+        """Check images and targets, as ``forward`` does, and decide the size of each image in the batch."""
         # torchvision's transform resizes masks and keypoints, which a loss of the user's own may read.
         whole = (
             targets is not None and not self.uses_fast_losses() and any({"masks", "keypoints"} & {*t} for t in targets)
