@@ -50,7 +50,7 @@ class CaptureStream:
             RuntimeError: from torch, if the work waits for the device.
         """
         graph = torch.cuda.CUDAGraph()
-        pool = None if self._pool is None else self._pool.id
+        pool: Any = None if self._pool is None else self._pool.id
         # thread_local: other threads may go on allocating and pinning memory, for instance to load data.
         with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             result = work()

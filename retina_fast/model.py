@@ -328,8 +328,8 @@ class RetinaNet(tv.RetinaNet):
 
     def _padded_detections(self, batch: Batch, outputs: HeadOutputs) -> Detections:
         device = outputs.anchors.device
-        sizes = (to_device(torch.tensor(sizes), device) for sizes in (batch.image_sizes, batch.original_sizes))
-        return detect(outputs, *sizes, Thresholds.of(self))
+        inside, original = (to_device(torch.tensor(s), device) for s in (batch.image_sizes, batch.original_sizes))
+        return detect(outputs, inside, original, Thresholds.of(self))
 
     def _detect_alike(self, images: Tensor) -> Detections:
         """The detections of a batch of images of one size: no list of images, so that one graph serves any number."""

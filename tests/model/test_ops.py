@@ -1,5 +1,7 @@
 """retina_fast.ops in torchvision.ops' own place: what is taken, returned and raised, and inside of compilers."""
 
+from typing import Any
+
 import pytest
 import torch
 import torchvision
@@ -12,7 +14,7 @@ BOXES = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8], [0, 0, 9, 9]])
 SCORES = torch.tensor([0.5, 0.9, 0.1])
 IDXS = torch.tensor([0, 0, 1])
 
-ODD = {
+ODD: dict[str, tuple[Any, ...]] = {
     "boxes (4,)": ("nms", BOXES[0], SCORES, 0.5),
     "boxes (3, 5)": ("nms", torch.rand(3, 5), SCORES, 0.5),
     "scores (3, 2)": ("nms", BOXES, torch.rand(3, 2), 0.5),
