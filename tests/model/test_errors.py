@@ -37,7 +37,7 @@ REFUSED = {
     "fewer targets than images": (good_targets()[:1], IndexError, "1 entries for 2 images"),
     "one dict": (good_targets()[0], TypeError, r"targets\[0\] must be a dict"),
     "no boxes": ([{"labels": torch.tensor([1])}] * 2, KeyError, r"targets\[0\] has no 'boxes'"),
-    "no labels": ([{"boxes": torch.rand(1, 4)}] * 2, KeyError, r"targets\[0\] has no 'labels'"),
+    "no labels": ([{"boxes": torch.tensor([[1.0, 2, 3, 4]])}] * 2, KeyError, r"targets\[0\] has no 'labels'"),
 }
 
 
