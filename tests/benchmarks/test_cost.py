@@ -1,4 +1,4 @@
-"""The tables of docs/coco.md are what `benchmarks.predict.cost` prints; its arithmetic is that of the real networks."""
+"""The tables of docs/coco.md are what `benchmarks.predict.cost` prints, and it counts the real networks' arithmetic."""
 
 from dataclasses import replace
 from pathlib import Path

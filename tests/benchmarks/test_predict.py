@@ -1,4 +1,4 @@
-"""The model of an H200's time: against figures worked out by hand, and that it moves as a GPU does."""
+"""The model of an H200 gives the times that were worked out by hand, and more work takes longer."""
 
 import json
 
@@ -18,7 +18,7 @@ ROW = Row("", "", "sm_90", registers=48, shared=16, warps=4, path=1600, path_muf
 
 
 def test_focal_loss_is_bound_by_memory_at_the_floor_of_10_us_an_image():
-    """performance.md: one read and one write of 120,087 x 91 logits in bfloat16, 10.2 us an image; 20.3 in float32."""
+    """A copy takes 10.2 us to read and write 120,087 x 91 logits in bfloat16, and 20.3 us in float32."""
     for dtype, floor in ((torch.bfloat16, 10.2), (torch.float32, 20.3)):
         (launch,) = launches_of(lambda dtype=dtype: kernel_calls.call_focal_loss(dtype))
         row = Row("", "_focal_loss_kernel", "sm_90", registers=48, warps=4, path=1600, path_mufu=129)
@@ -141,7 +141,7 @@ def test_scenes_are_those_of_the_benchmarks():
 def test_the_trunk_is_counted_as_it_runs():
     steps = goals.inference_work(1)
     convs = [step for step in steps if isinstance(step, TorchOp) and step.name == "convolution"]
-    assert sum(conv.flop for conv in convs) / 1e9 == pytest.approx(303, rel=0.01)  # performance.md
+    assert sum(conv.flop for conv in convs) / 1e9 == pytest.approx(303, rel=0.01)
     assert len(convs) == 53 + 8 + 50  # ResNet, pyramid, two heads of five convs on five levels
     forward = goals.training_forward_work(2)
     flop = sum(step.flop for step in forward if isinstance(step, TorchOp))

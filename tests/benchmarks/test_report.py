@@ -1,4 +1,4 @@
-"""make report: from a record that the benchmarks themselves have made, at sizes a CPU can bear."""
+"""`make report` draws a record that the benchmarks have made at sizes that a CPU can bear."""
 
 import json
 import math
