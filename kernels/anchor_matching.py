@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
-from retina_fast.kernels.rows import load_rows
+from retina_fast.kernels.levels import load_rows
 
 BACKGROUND = -1
 IGNORED = -2

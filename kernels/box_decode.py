@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
-from retina_fast.kernels.levels import count_anchors, flatten_all
-from retina_fast.kernels.sizes import codes, size
+from retina_fast.kernels.levels import count_anchors, decode_size, encode_sizes, flatten_all
 
 MAX_LOG_SCALE = math.log(1000 / 16)
 
@@ -62,7 +61,7 @@ def _box_decode_kernel(
     anchor = tl.load(index_ptr + image * width + i, mask=mask, other=0)
     dx, dy, dw, dh = (tl.zeros([TILE], tl.float32),) * 4
     for level in tl.static_range(len(levels)):
-        start, stop = size(starts[level]), size(starts[level + 1])
+        start, stop = decode_size(starts[level]), decode_size(starts[level + 1])
         here = mask & (anchor >= start) & (anchor < stop)
         ptr = levels[level] + (image * (stop - start) + anchor - start) * 4
         dx += tl.load(ptr, mask=here, other=0.0).to(tl.float32)
@@ -95,7 +94,7 @@ def _op(levels: list[Tensor], anchors: Tensor, index: Tensor, image_sizes: Tenso
     stride = 0 if anchors.dim() == 2 else 4 * starts[-1]
     with torch.cuda.device_of(anchors):
         _box_decode_kernel[(triton.cdiv(width, _TILE), batch)](
-            tuple(levels), codes(starts), anchors, index, image_sizes, boxes, width, stride, MAX_LOG_SCALE,
+            tuple(levels), encode_sizes(starts), anchors, index, image_sizes, boxes, width, stride, MAX_LOG_SCALE,
             TILE=_TILE, enable_fp_fusion=False,
         )  # fmt: skip
     return boxes

@@ -27,10 +27,17 @@ from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, genera
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode
 from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
 from retina_fast.kernels.fast_math import atan
-from retina_fast.kernels.levels import count_anchors, flatten_all
+from retina_fast.kernels.levels import (
+    count_anchors,
+    encode_sizes,
+    flatten_all,
+    level_of,
+    load_rows,
+    pick,
+    pick_size,
+    store_rows,
+)
 from retina_fast.kernels.one_pass import OnePass, refuse_double_backward
-from retina_fast.kernels.rows import load_rows, store_rows
-from retina_fast.kernels.sizes import codes, level_of, pick, size
 
 _IOU_LOSSES = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}
 LOSS_TYPES = ("l1", "smooth_l1", *_IOU_LOSSES)
@@ -157,9 +164,9 @@ def _box_loss_kernel(
     image = tl.program_id(1).to(tl.int64)
     level = level_of(first_tiles, tile)
     delta_ptr, grad_ptr = pick(levels, level), pick(grads, level)
-    start = size(pick(starts, level))
-    num_rows = size(pick(starts[1:], level)) - start
-    begin = (tile - size(pick(first_tiles, level))) * TILE
+    start = pick_size(starts, level)
+    num_rows = pick_size(starts[1:], level) - start
+    begin = (tile - pick_size(first_tiles, level)) * TILE
     row = begin + tl.arange(0, TILE)
     delta_ptr += image * num_rows * 4
     grad_ptr += image * num_rows * 4
@@ -226,8 +233,8 @@ def _box_loss_op(
     with torch.cuda.device_of(indices):
         _box_loss_kernel[(first_tiles[-1], len(indices))](
             tuple(levels), tuple(grads or levels), anchors, anchors.stride(0) if anchors.dim() == 3 else 0, indices,
-            boxes, offsets, normalizers, partials, factor, codes(starts), codes(first_tiles), indices.shape[1],
-            LOSS=loss_type, TILE=_TILE, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
+            boxes, offsets, normalizers, partials, factor, encode_sizes(starts), encode_sizes(first_tiles),
+            indices.shape[1], LOSS=loss_type, TILE=_TILE, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return ([] if partials is None else [partials.sum()]) + grads
 

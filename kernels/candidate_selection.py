@@ -20,8 +20,7 @@ from torch import Tensor
 
 from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
 from retina_fast.kernels.key_sort import PADDING, rising, sort_keys
-from retina_fast.kernels.levels import flatten_all
-from retina_fast.kernels.sizes import codes, level_of, pick, size
+from retina_fast.kernels.levels import encode_sizes, flatten_all, level_of, pick, pick_size
 
 
 class Candidates(NamedTuple):
@@ -151,10 +150,10 @@ def _list_kernel(
     tile = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     level = level_of(first_tiles, tile)
-    start, list_start = size(pick(starts, level)), size(pick(list_starts, level))
-    end = size(pick(starts[1:], level)) - start  # logits of an image in this level
+    start, list_start = pick_size(starts, level), pick_size(list_starts, level)
+    end = pick_size(starts[1:], level) - start  # logits of an image in this level
     shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries
-    tile -= size(pick(first_tiles, level))
+    tile -= pick_size(first_tiles, level)
     begin = tile * TILE - shift
     x_ptr = pick(levels, level) + tl.multiple_of(image * end - shift, 16) + tile * TILE
     if (begin >= 0) & (begin + TILE <= end):
@@ -163,7 +162,7 @@ def _list_kernel(
         found = _survivors(x_ptr, begin, end, threshold, TILE, RUN, True)
     _list(
         x_ptr, begin, start, found, lists_ptr + image * list_width + list_start,
-        found_ptr + image * len(levels) + level, size(pick(list_starts[1:], level)) - list_start, index_bits, DROP,
+        found_ptr + image * len(levels) + level, pick_size(list_starts[1:], level) - list_start, index_bits, DROP,
         TILE, RUN,
     )  # fmt: skip
 
@@ -202,7 +201,7 @@ def _search_kernel(
     segment = tl.program_id(1).to(tl.int64)
     image = segment // len(levels)
     level = segment - image * len(levels)
-    start, list_start = size(pick(starts, level)), size(pick(list_starts, level))
+    start, list_start = pick_size(starts, level), pick_size(list_starts, level)
     found = tl.load(found_ptr + segment)
     states_ptr += segment * (2 * PASSES)
     histograms_ptr += segment * (PASSES * BINS)
@@ -211,8 +210,8 @@ def _search_kernel(
         tl.store(states_ptr + 2 * digit, lowest)
         tl.store(states_ptr + 2 * digit + 1, staying.to(tl.int64))
 
-    in_level = size(pick(starts[1:], level)) - start
-    listed = found <= size(pick(list_starts[1:], level)) - list_start
+    in_level = pick_size(starts[1:], level) - start
+    listed = found <= pick_size(list_starts[1:], level) - list_start
     list_ptr = lists_ptr + image * list_width + list_start
     x_ptr = pick(levels, level) + image * in_level
     work = tl.where(listed, found, in_level)
@@ -290,14 +289,13 @@ def _candidate_selection_triton(
     programs = max(1, min(_SEARCH_PROGRAMS // max(1, segments), triton.cdiv(starts[-1], 8 * _SEARCH_TILE)))
     with torch.cuda.device_of(first):
         _list_kernel[(first_tiles[-1], batch)](
-            tuple(levels), codes(starts), codes(first_tiles), codes(list_starts), lists, found, list_starts[-1],
-            index_bits, logit(score_thresh), DROP=drop, TILE=tile, RUN=run,
-            enable_fp_fusion=False,
+            tuple(levels), encode_sizes(starts), encode_sizes(first_tiles), encode_sizes(list_starts), lists, found,
+            list_starts[-1], index_bits, logit(score_thresh), DROP=drop, TILE=tile, RUN=run, enable_fp_fusion=False,
         )  # fmt: skip
         for digit in range(passes + 1):
             _search_kernel[(programs, segments)](
-                tuple(levels), codes(starts), codes(list_starts), lists, found, states, histograms, rows, counts,
-                width, list_starts[-1], index_bits, logit(score_thresh), min(topk, 2**31 - 1), digit,
+                tuple(levels), encode_sizes(starts), encode_sizes(list_starts), lists, found, states, histograms, rows,
+                counts, width, list_starts[-1], index_bits, logit(score_thresh), min(topk, 2**31 - 1), digit,
                 8 * (passes - 1 - digit), DROP=drop, PASSES=passes, TILE=_SEARCH_TILE, BINS=_BINS.value,
                 LAST=digit == passes, enable_fp_fusion=False,
             )  # fmt: skip

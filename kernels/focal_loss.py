@@ -24,9 +24,8 @@ from torch import Tensor
 from retina_fast.kernels.compiler import HAS_TRITON, PTX, tl, triton
 from retina_fast.kernels.fast_math import LOG2E, exp2, reciprocal, sigmoid
 from retina_fast.kernels.focal_loss_cpu import at_least_float32, focal_loss_cpu, weights
-from retina_fast.kernels.levels import count_anchors, flatten_all
+from retina_fast.kernels.levels import count_anchors, encode_sizes, flatten_all, level_of, pick, pick_size
 from retina_fast.kernels.one_pass import OnePass, refuse_double_backward
-from retina_fast.kernels.sizes import codes, level_of, pick, size
 
 BACKGROUND = -1
 IGNORED = -2
@@ -124,9 +123,9 @@ def _focal_loss_kernel(
     image = tl.program_id(1).to(tl.int64)
     level = level_of(first_tiles, tile)
     x_ptr, grad_ptr = pick(levels, level), pick(grads, level)
-    start = size(pick(starts, level))
-    end = (size(pick(starts[1:], level)) - start) * K  # logits of an image in this level
-    tile_of_level = tile - size(pick(first_tiles, level))
+    start = pick_size(starts, level)
+    end = (pick_size(starts[1:], level) - start) * K  # logits of an image in this level
+    tile_of_level = tile - pick_size(first_tiles, level)
     shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries
     begin = tile_of_level * TILE - shift
     offset = tl.multiple_of(image * end - shift, 16) + tile_of_level * TILE
@@ -181,9 +180,9 @@ def _focal_loss_op(
     background_weight, class_weight = weights(alpha)
     with torch.cuda.device_of(labels):
         _focal_loss_kernel[(first_tiles[-1], len(labels))](
-            tuple(levels), tuple(grads or levels), labels, normalizers, partials, factor, codes(starts),
-            codes(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes, GAMMA=float(gamma),
-            TILE=_TILE, CHUNK=_CHUNK,
+            tuple(levels), tuple(grads or levels), labels, normalizers, partials, factor, encode_sizes(starts),
+            encode_sizes(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes,
+            GAMMA=float(gamma), TILE=_TILE, CHUNK=_CHUNK,
             TILE_ANCHORS=triton.next_power_of_2((_TILE - 2) // num_classes + 2), WITH_GRADS=with_grads, PTX=PTX,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.levels import decode_size, encode_sizes, pick, pick_size
 from retina_fast.kernels.one_pass import refuse_double_backward
-from retina_fast.kernels.sizes import codes, size
 
 
 def group_norm_relu_reference(
@@ -34,29 +34,17 @@ def group_norm_relu_reference(
 
 _TILE = 8192  # elements: 32 a thread in float32, 16-byte accesses, no spills
 _WARPS = 8
-_TILES = 128  # of partial sums that are combined at once
+_SUMS = 1024  # partial sums that a program combines at once; more of them spill
 
 
 @triton.jit
-def _find(codes_of_tiles, codes_of_pixels, tensors, others, tile):
-    """The level that holds a tile counted through the levels: its two tensors, pixels, the tile's number within it."""
-    x_ptr, other_ptr, level = tensors[0], others[0], 0
-    pixels, first = size(codes_of_pixels[0]), 0
-    for i in tl.static_range(1, len(tensors)):
-        if tile >= size(codes_of_tiles[i]):
-            x_ptr, other_ptr, level = tensors[i], others[i], i
-            pixels, first = size(codes_of_pixels[i]), size(codes_of_tiles[i])
-    return x_ptr, other_ptr, level, pixels, tile - first
-
-
-@triton.jit
-def _tiles_of(codes_of_tiles, codes_of_pixels, level, LEVELS: tl.constexpr):
-    """A level's first tile, the one after its last, and its pixels."""
-    first, last, pixels = 0, size(codes_of_tiles[1]), size(codes_of_pixels[0])
-    for i in tl.static_range(1, LEVELS):
-        if level == i:
-            first, last, pixels = size(codes_of_tiles[i]), size(codes_of_tiles[i + 1]), size(codes_of_pixels[i])
-    return first, last, pixels
+def _tile_of_level(tiles, pixels, tile):
+    """The level that holds a tile counted through the levels, the level's pixels, and the tile's number within it."""
+    level, count, first = 0, decode_size(pixels[0]), 0
+    for i in tl.static_range(1, len(pixels)):
+        if tile >= decode_size(tiles[i]):
+            level, count, first = i, decode_size(pixels[i]), decode_size(tiles[i])
+    return level, count, tile - first
 
 
 @triton.jit
@@ -80,7 +68,8 @@ def _tile_sums_kernel(
     """Program (t, b): two sums by channel of tile t of image b, (B, T, 2, C). Forward: sum x, and the sum of squares
     of x minus the tile's own mean. Backward: sum dz, sum dz h."""
     tile, image = tl.program_id(0), tl.program_id(1)
-    x_ptr, grad_ptr, level, count, position = _find(tiles, pixels, levels, grads, tile)
+    level, count, position = _tile_of_level(tiles, pixels, tile)
+    x_ptr, grad_ptr = pick(levels, level), pick(grads, level)
     row, c = tl.arange(0, R), tl.arange(0, C)
     rows = count - position * R
     mask = (row < rows)[:, None] & (c < channels)[None, :]
@@ -108,10 +97,10 @@ def _group_stats_kernel(
     GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Program (g, l, b): (m, r) of group g in level l of image b, from its tiles' sums, by Chan's formula."""
-    group, image = tl.program_id(0), tl.program_id(2)
-    first, last, count = _tiles_of(tiles, pixels, tl.program_id(1), LEVELS)
+    group, level, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, last, count = pick_size(tiles, level), pick_size(tiles[1:], level), pick_size(pixels, level)
     c = tl.arange(0, GROUP)
-    sums_ptr += image * size(tiles[LEVELS]) * 2 * channels + group * PER_GROUP
+    sums_ptr += image * decode_size(tiles[LEVELS]) * 2 * channels + group * PER_GROUP
     n = (count * PER_GROUP).to(tl.float32)
 
     totals = tl.zeros([TILES, GROUP], tl.float32)
@@ -135,7 +124,7 @@ def _group_stats_kernel(
         squares += tl.where(mask, within + rows * away * away, 0.0)
         begin += TILES
     variance = tl.sum(tl.sum(squares, axis=0), axis=0) / n
-    stats_ptr += ((image * LEVELS + tl.program_id(1)) * tl.num_programs(0) + group) * 2
+    stats_ptr += ((image * LEVELS + level) * tl.num_programs(0) + group) * 2
     tl.store(stats_ptr, mean)
     tl.store(stats_ptr + 1, 1 / tl.sqrt_rn(variance + eps))
 
@@ -147,10 +136,10 @@ def _group_means_kernel(
 ):  # fmt: skip
     """Program (g, l, b): the means of w dz and w dz h over group g in level l of image b, and the channels' own sums
     of dz and dz h, (B, L, 2, C)."""
-    group, image = tl.program_id(0), tl.program_id(2)
-    first, last, count = _tiles_of(tiles, pixels, tl.program_id(1), LEVELS)
+    group, level, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, last, count = pick_size(tiles, level), pick_size(tiles[1:], level), pick_size(pixels, level)
     c = tl.arange(0, GROUP)
-    sums_ptr += image * size(tiles[LEVELS]) * 2 * channels + group * PER_GROUP
+    sums_ptr += image * decode_size(tiles[LEVELS]) * 2 * channels + group * PER_GROUP
     dz, dz_h = tl.zeros([TILES, GROUP], tl.float32), tl.zeros([TILES, GROUP], tl.float32)
     begin = first
     while begin < last:
@@ -164,7 +153,7 @@ def _group_means_kernel(
     inside = c < PER_GROUP
     w = tl.load(weight_ptr + group * PER_GROUP + c, mask=inside, other=0.0).to(tl.float32)
     n = (count * PER_GROUP).to(tl.float32)
-    where = image * LEVELS + tl.program_id(1)
+    where = image * LEVELS + level
     means_ptr += (where * tl.num_programs(0) + group) * 2
     tl.store(means_ptr, tl.sum(w * by_channel, axis=0) / n)
     tl.store(means_ptr + 1, tl.sum(w * by_channel_h, axis=0) / n)
@@ -180,8 +169,8 @@ def _group_norm_relu_kernel(
 ):  # fmt: skip
     """Program (t, b): tile t of image b written: y, or with BACKWARD dx."""
     tile, image = tl.program_id(0), tl.program_id(1)
-    x_ptr, grad_ptr, level, count, position = _find(tiles, pixels, levels, grads, tile)
-    _, out_ptr, _, _, _ = _find(tiles, pixels, levels, outputs, tile)
+    level, count, position = _tile_of_level(tiles, pixels, tile)
+    x_ptr, grad_ptr = pick(levels, level), pick(grads, level)
     row, c = tl.arange(0, R), tl.arange(0, C)
     mask = (row < count - position * R)[:, None] & (c < channels)[None, :]
     offset = (image.to(tl.int64) * count + position * R) * channels
@@ -197,6 +186,7 @@ def _group_norm_relu_kernel(
         out = r * (w * tl.where(z > 0, dz, 0.0) - mean - h * mean_h)
     else:
         out = tl.where(z <= 0, 0.0, z)  # NaN stays NaN
+    out_ptr = pick(outputs, level)
     tl.store(out_ptr + offset + i, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -212,7 +202,8 @@ class _Tiles:
         for count in pixels:
             firsts.append(firsts[-1] + triton.cdiv(count, self.R))
         self.count, self.groups, self.per_group = firsts[-1], num_groups, self.channels // num_groups
-        self.cut = codes(firsts), codes(pixels), self.channels
+        self.GROUP = triton.next_power_of_2(self.per_group)
+        self.cut = encode_sizes(firsts), encode_sizes(pixels), self.channels
 
     def sums(self, levels: Sequence[Tensor], grads: Sequence[Tensor], *tensors: Tensor | None) -> Tensor:
         sums = levels[0].new_empty((self.batch, self.count, 2, self.channels), dtype=torch.float32)
@@ -240,7 +231,7 @@ def _forward_op(levels: list[Tensor], weight: Tensor, bias: Tensor, num_groups: 
         sums = tiles.sums(levels, levels, None, None, None)
         _group_stats_kernel[(num_groups, len(levels), tiles.batch)](
             sums, stats, *tiles.cut, eps, LEVELS=len(levels), PER_GROUP=tiles.per_group, R=tiles.R,
-            GROUP=triton.next_power_of_2(tiles.per_group), TILES=_TILES, enable_fp_fusion=True,
+            GROUP=tiles.GROUP, TILES=max(1, _SUMS // tiles.GROUP), enable_fp_fusion=True,
         )  # fmt: skip
         return [*tiles.write(levels, levels, weight, bias, stats, None), stats]
 
@@ -263,7 +254,7 @@ def _backward_op(
         sums = tiles.sums(levels, grads, weight, bias, stats)
         _group_means_kernel[(tiles.groups, len(levels), tiles.batch)](
             sums, weight, means, channel_sums, *tiles.cut, LEVELS=len(levels), PER_GROUP=tiles.per_group,
-            GROUP=triton.next_power_of_2(tiles.per_group), TILES=_TILES, enable_fp_fusion=True,
+            GROUP=tiles.GROUP, TILES=max(1, _SUMS // tiles.GROUP), enable_fp_fusion=True,
         )  # fmt: skip
         return [*tiles.write(levels, grads, weight, bias, stats, means), channel_sums]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.compiler import tl, triton
-from retina_fast.kernels.sizes import codes, size
+from retina_fast.kernels.levels import decode_size, encode_sizes
 
 _TILE = 4096
 _PROGRAMS = 1024  # about what an H200 holds at once; where the factor is 1 their launch is all that is paid
@@ -25,7 +25,7 @@ def _scale_kernel(tensors, sizes, factor_ptr, TILE: tl.constexpr):
         i = tl.arange(0, TILE)
         for t in tl.static_range(len(tensors)):
             offset = tl.program_id(0).to(tl.int64) * TILE
-            end = size(sizes[t])
+            end = decode_size(sizes[t])
             while offset < end:
                 ptr = tensors[t] + offset + i
                 if offset + TILE <= end:
@@ -42,7 +42,7 @@ def scale_op(tensors: list[Tensor], factor: Tensor) -> None:
     sizes = [tensor.numel() for tensor in tensors]
     with torch.cuda.device_of(factor):
         programs = min(_PROGRAMS, triton.cdiv(max(sizes), _TILE))
-        _scale_kernel[(programs,)](tuple(tensors), codes(sizes), factor, TILE=_TILE, enable_fp_fusion=False)
+        _scale_kernel[(programs,)](tuple(tensors), encode_sizes(sizes), factor, TILE=_TILE, enable_fp_fusion=False)
 
 
 @scale_op.register_fake

@@ -11,8 +11,7 @@ from retina_fast.kernels import fast_math, one_pass
 from retina_fast.kernels import focal_loss as module
 from retina_fast.kernels.compiler import INTERPRETED, tl, triton
 from retina_fast.kernels.focal_loss import _focal_loss_triton, focal_loss, focal_loss_reference
-from retina_fast.kernels.levels import flatten_all
-from retina_fast.kernels.sizes import codes
+from retina_fast.kernels.levels import encode_sizes, flatten_all
 
 
 def kernel_loss(logits, labels, normalizers, num_classes, alpha=0.25, gamma=2.0):
@@ -332,7 +331,7 @@ def test_offsets_beyond_two_to_the_31(device):
     labels[:, : tile // k + 1] = -1
     labels[2, 5] = 17
     partials = torch.empty(3, 1, device=device)
-    starts, first_tiles = codes((0, anchors)), codes((0, 1))
+    starts, first_tiles = encode_sizes((0, anchors)), encode_sizes((0, 1))
     module._focal_loss_kernel[(1, 3)](
         (level,), (grad,), labels, torch.ones(3, device=device), partials, None, starts, first_tiles, anchors,
         0.75, 0.25, K=k, GAMMA=2.0, TILE=tile, CHUNK=module._CHUNK, TILE_ANCHORS=128, WITH_GRADS=True, PTX=module.PTX,
