@@ -23,10 +23,8 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.labels import BACKGROUND, IGNORED, TL_BACKGROUND, TL_IGNORED
 from retina_fast.kernels.levels import load_rows
-
-BACKGROUND = -1
-IGNORED = -2
 
 _TILE_PAIRS = 1 << 18  # IoUs the reference holds at a time: 1 MB of float32, inside the L2 cache
 
@@ -107,11 +105,13 @@ _CHUNK = 32  # ground truths looked at together: one a lane
 
 @triton.jit
 def _iou(x1, y1, x2, y2, area, box_x1, box_y1, box_x2, box_y2):
-    """IoU of a tile of anchors and one ground truth, rounded as pairwise_iou rounds."""
+    """The IoU of a tile of anchors and one ground truth, rounded as pairwise_iou rounds, or -1 where they do not
+    intersect. Most pairs do not, and to divide 0 would take the slow path of div.rn, some 30 instructions."""
     width = tl.maximum(tl.minimum(box_x2, x2) - tl.maximum(box_x1, x1), 0.0)
     height = tl.maximum(tl.minimum(box_y2, y2) - tl.maximum(box_y1, y1), 0.0)
     intersection = width * height
-    return tl.div_rn(intersection, (box_x2 - box_x1) * (box_y2 - box_y1) + area - intersection)
+    union = (box_x2 - box_x1) * (box_y2 - box_y1) + area - intersection
+    return tl.div_rn(tl.where(intersection > 0, intersection, -union), union)
 
 
 @triton.jit(do_not_specialize=["num_anchors", "anchors_stride"])
@@ -120,13 +120,14 @@ def _anchor_matching_kernel(
     num_anchors, fg_iou_thresh, bg_iou_thresh, FIND_PEAKS: tl.constexpr, LOW_QUALITY: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): tile t of image b's anchors. With FIND_PEAKS only the ground truths' highest IoUs are found, as
-    bits in int32, which order as the floats do; without, they are given."""
+    """Program (t, b): tile t of the anchors of image b.
+
+    With FIND_PEAKS it finds the highest IoU of every ground truth, and stores the bits of the float32 number as an
+    int32, since the integers order as the numbers do. Without, the peaks are given and the anchors are matched.
+    """
     image = tl.program_id(1).to(tl.int64)
-    start = tl.load(offsets_ptr + image)
-    num_boxes = (tl.load(offsets_ptr + image + 1) - start).to(tl.int32)
-    boxes_ptr += start * 4
-    peaks_ptr += start
+    start = tl.load(offsets_ptr + image).to(tl.int32)
+    stop = tl.load(offsets_ptr + image + 1).to(tl.int32)
     anchor = tl.program_id(0) * TILE + tl.arange(0, TILE)
     valid = anchor < num_anchors
     x1, y1, x2, y2 = load_rows(anchors_ptr + image * anchors_stride, anchor, valid)
@@ -137,37 +138,39 @@ def _anchor_matching_kernel(
     bottom = tl.max(tl.where(valid, y2, float("-inf")), axis=0)
 
     best = tl.zeros([TILE], tl.float32)
-    index = tl.zeros([TILE], tl.int32)
+    best_box = tl.zeros([TILE], tl.int32) + start
     ties = tl.zeros([TILE], tl.int1)
-    first = 0
-    while first < num_boxes:
+    first = start
+    while first < stop:
         g = first + tl.arange(0, CHUNK)
-        g_x1, g_y1, g_x2, g_y2 = load_rows(boxes_ptr, g, g < num_boxes)
-        near = (g < num_boxes) & (g_x1 < right) & (g_x2 > left) & (g_y1 < bottom) & (g_y2 > top)
+        g_x1, g_y1, g_x2, g_y2 = load_rows(boxes_ptr, g, g < stop)
+        near = tl.where((g < stop) & (g_x1 < right) & (g_x2 > left) & (g_y1 < bottom) & (g_y2 > top), g, stop)
         if LOW_QUALITY and not FIND_PEAKS:
-            peak = tl.load(peaks_ptr + g, mask=g < num_boxes, other=1)
-            ties |= tl.min(peak, axis=0) == 0  # touches no anchor of the image, so that all of them tie
-        box = tl.min(tl.where(near, g, num_boxes), axis=0)
-        while box < num_boxes:
+            peak = tl.load(peaks_ptr + g, mask=g < stop, other=1)
+            ties |= tl.min(peak, axis=0) == 0  # a ground truth that touches no anchor of the image: all anchors tie
+        box = tl.min(near, axis=0)
+        while box < stop:
             ptr = boxes_ptr + box * 4
             iou = _iou(x1, y1, x2, y2, area, tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3))
             if FIND_PEAKS:
                 peak = tl.max(iou, axis=0)
                 tl.atomic_max(peaks_ptr + box, peak.to(tl.int32, bitcast=True), mask=peak > 0, sem="relaxed")
             else:
-                index = tl.where(iou > best, box, index)
+                best_box = tl.where(iou > best, box, best_box)
                 best = tl.maximum(iou, best)
                 if LOW_QUALITY:
                     ties |= iou == tl.load(peaks_ptr + box).to(tl.float32, bitcast=True)
-            box = tl.min(tl.where(near & (g > box), g, num_boxes), axis=0)
+            box = tl.min(tl.where(near > box, near, stop), axis=0)
         first += CHUNK
 
     if not FIND_PEAKS:
-        matched = tl.where(best < bg_iou_thresh, -1, tl.where(best < fg_iou_thresh, -2, index))
+        index = best_box - start
+        matched = tl.where(best < fg_iou_thresh, TL_IGNORED, index)
+        matched = tl.where(best < bg_iou_thresh, TL_BACKGROUND, matched)
         matched = tl.where(ties, index, matched)
-        matched = tl.where(num_boxes > 0, matched, -1)
+        matched = tl.where(start < stop, matched, TL_BACKGROUND)
         foreground = valid & (matched >= 0)
-        label = tl.load(labels_ptr + start + matched, mask=foreground, other=0).to(tl.int32)
+        label = tl.load(labels_ptr + best_box, mask=foreground, other=0).to(tl.int32)
         row = image * num_anchors + anchor
         tl.store(indices_ptr + row, matched, mask=valid)
         tl.store(classes_ptr + row, tl.where(foreground, label, matched), mask=valid)

@@ -24,11 +24,9 @@ from torch import Tensor
 from retina_fast.kernels.compiler import HAS_TRITON, PTX, tl, triton
 from retina_fast.kernels.fast_math import LOG2E, exp2, reciprocal, sigmoid
 from retina_fast.kernels.focal_loss_cpu import at_least_float32, focal_loss_cpu, weights
+from retina_fast.kernels.labels import IGNORED, TL_BACKGROUND, TL_IGNORED
 from retina_fast.kernels.levels import count_anchors, encode_sizes, flatten_all, level_of, pick, pick_size
 from retina_fast.kernels.one_pass import OnePass, refuse_double_backward
-
-BACKGROUND = -1
-IGNORED = -2
 
 
 def focal_loss_reference(
@@ -91,22 +89,28 @@ def _background_tile(
 @triton.jit
 def _mixed_tile(
     x_ptr, grad_ptr, labels_ptr, begin, end, background_weight, class_weight, factor, K: tl.constexpr,
-    GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
+    GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, WITH_GRADS: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     losses = tl.zeros([CHUNK], tl.float32)
     for chunk in range(0, TILE, CHUNK):
         i = chunk + tl.arange(0, CHUNK)
         element = begin + i
-        mask = (element >= 0) & (element < end)
         anchor = element // K
-        label = tl.load(labels_ptr + anchor, mask=mask, other=-2)
+        if MASKED:
+            mask = (element >= 0) & (element < end)
+            label = tl.load(labels_ptr + anchor, mask=mask, other=TL_IGNORED)
+            x = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32)
+        else:
+            mask = None
+            label = tl.load(labels_ptr + anchor)
+            x = tl.load(x_ptr + i).to(tl.float32)
         is_class = label == element - anchor * K
-        x = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32)
         loss, slope = _focal(tl.where(is_class, -x, x), GAMMA, PTX)
         weight = tl.where(is_class, class_weight, background_weight)
-        losses += tl.where(label == -2, 0.0, loss * weight)
+        losses += tl.where(label == TL_IGNORED, 0.0, loss * weight)
         if WITH_GRADS:
-            grad = tl.where(label == -2, 0.0, slope * (tl.where(is_class, -weight, weight) * factor))
+            grad = tl.where(label == TL_IGNORED, 0.0, slope * (tl.where(is_class, -weight, weight) * factor))
             tl.store(grad_ptr + i, grad.to(grad_ptr.dtype.element_ty), mask=mask)
     return losses
 
@@ -133,8 +137,9 @@ def _focal_loss_kernel(
 
     first_anchor = tl.maximum(begin, 0) // K
     anchor = first_anchor + tl.arange(0, TILE_ANCHORS)
-    label = tl.load(labels_ptr + anchor, mask=anchor * K < tl.minimum(begin + TILE, end), other=-1)
-    is_background = (begin >= 0) & (begin + TILE <= end) & (tl.max((label != -1).to(tl.int32), axis=0) == 0)
+    label = tl.load(labels_ptr + anchor, mask=anchor * K < tl.minimum(begin + TILE, end), other=TL_BACKGROUND)
+    is_whole = (begin >= 0) & (begin + TILE <= end)
+    is_background = is_whole & (tl.max((label != TL_BACKGROUND).to(tl.int32), axis=0) == 0)
 
     scale = reciprocal(tl.load(normalizers_ptr + image), PTX)
     background_weight *= scale
@@ -146,10 +151,15 @@ def _focal_loss_kernel(
         losses = _background_tile(
             x_ptr + offset, grad_ptr + offset, background_weight, factor, GAMMA, TILE, CHUNK, WITH_GRADS, PTX
         )
+    elif is_whole:
+        losses = _mixed_tile(
+            x_ptr + offset, grad_ptr + offset, labels_ptr, begin, end, background_weight, class_weight, factor,
+            K, GAMMA, TILE, CHUNK, False, WITH_GRADS, PTX,
+        )  # fmt: skip
     else:
         losses = _mixed_tile(
             x_ptr + offset, grad_ptr + offset, labels_ptr, begin, end, background_weight, class_weight, factor,
-            K, GAMMA, TILE, CHUNK, WITH_GRADS, PTX,
+            K, GAMMA, TILE, CHUNK, True, WITH_GRADS, PTX,
         )  # fmt: skip
     if partials_ptr is not None:
         tl.store(partials_ptr + image * tl.num_programs(0) + tile, tl.sum(losses, axis=0))

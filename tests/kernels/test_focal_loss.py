@@ -219,15 +219,18 @@ def test_scaling_in_place(factor, device, small_tiles):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="hardware faults on a misaligned access by itself")
-def test_background_tiles_start_on_16_byte_boundaries(monkeypatch, small_tiles):
+@pytest.mark.parametrize("kind", ["_background_tile", "_mixed_tile"])
+def test_tiles_without_a_mask_start_on_16_byte_boundaries(kind, monkeypatch, small_tiles):
     """The compiler is told so, and makes 16-byte accesses of it."""
-    background_tile, addresses = module._background_tile, []
+    tile, addresses = getattr(module, kind), []
 
     def checked(x_ptr, *arguments):
-        addresses.append(x_ptr.handle.data.item())
-        return background_tile(x_ptr, *arguments)
+        masked = kind == "_mixed_tile" and arguments[-3]
+        if not masked:
+            addresses.append(x_ptr.handle.data.item())
+        return tile(x_ptr, *arguments)
 
-    monkeypatch.setattr(module, "_background_tile", checked)
+    monkeypatch.setattr(module, kind, checked)
     loss_and_grads(kernel_loss, case(7), 7)
     assert addresses
     assert not any(address % 16 for address in addresses)
