@@ -108,10 +108,13 @@ def _overlap(boxes_ptr, labels_ptr, above, below, comparable, iou_thresh, below_
     height = tl.maximum(tl.minimum(y2, v2) - tl.maximum(y1, v1), 0.0)
     intersection = width * height
     union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - intersection
-    # a division costs as much as all of this, and nearly no pair comes near the threshold
-    suppressed = (comparable & ~(intersection < below_thresh * union)).to(tl.int32)
+    # A division costs as much as all of this, and nearly no pair comes near the threshold. The quotient of the other
+    # pairs is not looked at: 1 instead of mostly 0, which would take the slow path of the division.
+    near = comparable & ~(intersection < below_thresh * union)
+    suppressed = near.to(tl.int32)
     if tl.max(tl.max(suppressed, axis=1), axis=0) > 0:
-        suppressed &= (tl.div_rn(intersection, union) > iou_thresh).to(tl.int32)
+        iou = tl.div_rn(tl.where(near, intersection, union), union)
+        suppressed &= (iou > iou_thresh).to(tl.int32)
     return suppressed
 
 
