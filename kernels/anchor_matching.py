@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.arguments import check_devices, check_integers
+from retina_fast.kernels.compiler import runs_triton, tl, triton
 from retina_fast.kernels.labels import BACKGROUND, IGNORED, TL_BACKGROUND, TL_IGNORED
 from retina_fast.kernels.levels import load_rows
 
@@ -206,15 +207,28 @@ def _anchor_matching_triton(
     return indices, classes, counts
 
 
-_anchor_matching_op = torch.library.custom_op("retina_fast::anchor_matching", _anchor_matching_triton, mutates_args=())
+_op = torch.library.custom_op("retina_fast::anchor_matching", _anchor_matching_triton, mutates_args=())
 
 
-@_anchor_matching_op.register_kernel("cpu")
-def _(*arguments):
-    return tuple(anchor_matching_reference(*arguments))
+@torch.library.custom_op("retina_fast::anchor_matching_reference", mutates_args=())
+def _reference_op(
+    anchors: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    offsets: Tensor,
+    fg_iou_thresh: float,
+    bg_iou_thresh: float,
+    allow_low_quality_matches: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference reads offsets on the host: as an operation it is one node of a compiled or exported graph."""
+    indices, classes, counts = anchor_matching_reference(
+        anchors, boxes, labels, offsets, fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches
+    )
+    return indices, classes, counts
 
 
-@_anchor_matching_op.register_fake
+@_op.register_fake
+@_reference_op.register_fake
 def _(anchors, boxes, labels, offsets, *thresholds):
     indices = anchors.new_empty((len(offsets) - 1, anchors.shape[-2]), dtype=torch.int32)
     return indices, torch.empty_like(indices), indices.new_empty(len(indices))
@@ -232,8 +246,8 @@ def anchor_matching(
     """Match the anchors of a batch of images to their ground truths.
 
     Args:
-        anchors: ``(N, 4)`` float32 xyxy pixels, shared by the images, or ``(B, N, 4)``.
-        boxes: ``(G, 4)`` float32 ground truths of all images, concatenated.
+        anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``; read as float32.
+        boxes: ``(G, 4)`` ground truths of all images, concatenated; read as float32.
         labels: ``(G,)`` integer classes.
         offsets: ``(B + 1,)`` integers: image b owns rows offsets[b] to offsets[b + 1].
         fg_iou_thresh: IoU from which an anchor is foreground.
@@ -241,7 +255,8 @@ def anchor_matching(
         allow_low_quality_matches: whether the low-quality rule applies.
 
     Raises:
-        ValueError: for shapes that do not fit each other.
+        ValueError: for shapes that do not fit each other, labels or offsets that are not integers, or tensors on
+            different devices.
 
     Example::
 
@@ -249,12 +264,15 @@ def anchor_matching(
         >>> anchor_matching(anchors, anchors[:1], torch.tensor([7]), torch.tensor([0, 1])).labels
         tensor([[ 7, -1, -1]], dtype=torch.int32)
     """
+    if offsets.dim() != 1 or not len(offsets):
+        raise ValueError(f"offsets must be (B + 1,), got {tuple(offsets.shape)}")
     batch = len(offsets) - 1
     if anchors.dim() not in (2, 3) or anchors.shape[-1] != 4 or (anchors.dim() == 3 and len(anchors) != batch):
         raise ValueError(f"anchors must be (N, 4) or ({batch}, N, 4), got {tuple(anchors.shape)}")
     if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
         raise ValueError(f"boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)} must be (G, 4) and (G,)")
-    arguments = anchors, boxes, labels, offsets, fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches
-    if anchors.is_cuda and not HAS_TRITON:
-        return anchor_matching_reference(*arguments)
-    return Matches(*_anchor_matching_op(*arguments))
+    check_integers(labels=labels, offsets=offsets)
+    check_devices(anchors.device, boxes=boxes, labels=labels, offsets=offsets)
+    anchors, boxes = anchors.float(), boxes.float()
+    op = _op if runs_triton(anchors) else _reference_op
+    return Matches(*op(anchors, boxes, labels, offsets, fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches))

@@ -18,7 +18,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.arguments import at_least_float32, check_devices, check_integers, check_shape
+from retina_fast.kernels.compiler import runs_triton, tl, triton
 from retina_fast.kernels.key_sort import rising, sort_keys
 
 
@@ -34,7 +35,7 @@ class Kept(NamedTuple):
 def nms_image(boxes: Tensor, scores: Tensor | None, labels: Tensor | None, iou_thresh: float) -> Tensor:
     """Positions of the kept boxes of one image, best first; without scores the boxes lie best first."""
     order = None if scores is None else scores.sort(descending=True, stable=True).indices
-    boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
+    boxes = at_least_float32(boxes)
     boxes = boxes if order is None else boxes[order]
     falling = torch.arange(len(boxes), 0, -1, device=boxes.device).to(boxes.dtype)  # for the scores: no ties left
     if labels is None or bool((labels == labels[:1]).all()):
@@ -245,7 +246,7 @@ def _batched_nms_triton(
 ) -> tuple[Tensor, Tensor]:
     """Launches; their number does not depend on any size but whether M is above 8192."""
     batch, width = boxes.shape[:2]
-    boxes, counts = boxes.float().contiguous(), counts.contiguous()
+    boxes, counts = boxes.contiguous(), counts.contiguous()
     labels = None if labels is None else labels.contiguous()
     positions = boxes.new_zeros(batch, max_detections, dtype=torch.int64)
     kept_counts = torch.empty_like(counts, dtype=torch.int64)
@@ -274,8 +275,11 @@ def _batched_nms_triton(
     return positions, kept_counts
 
 
-@torch.library.custom_op("retina_fast::batched_nms", mutates_args=())
-def _op(
+_op = torch.library.custom_op("retina_fast::batched_nms", _batched_nms_triton, mutates_args=())
+
+
+@torch.library.custom_op("retina_fast::batched_nms_reference", mutates_args=())
+def _reference_op(
     boxes: Tensor,
     scores: Tensor | None,
     labels: Tensor | None,
@@ -283,15 +287,13 @@ def _op(
     iou_thresh: float,
     max_detections: int,
 ) -> tuple[Tensor, Tensor]:
-    """The fields of Kept."""
-    wide = boxes.dtype == torch.float64 or (scores is not None and scores.dtype == torch.float64)
-    if boxes.is_cuda and HAS_TRITON and not wide:
-        return _batched_nms_triton(boxes, scores, labels, counts, iou_thresh, max_detections)
+    """The reference reads counts on the host: as an operation it is one node of a compiled or exported graph."""
     positions, kept_counts = batched_nms_reference(boxes, scores, labels, counts, iou_thresh, max_detections)
     return positions, kept_counts
 
 
 @_op.register_fake
+@_reference_op.register_fake
 def _(boxes, scores, labels, counts, iou_thresh, max_detections):
     positions = boxes.new_empty((boxes.shape[0], max_detections), dtype=torch.int64)
     return positions, boxes.new_empty(boxes.shape[0], dtype=torch.int64)
@@ -308,7 +310,8 @@ def batched_nms(
     """Suppress overlapping boxes of one class in every image of a padded batch.
 
     Args:
-        boxes: ``(B, M, 4)`` xyxy, M below 2^31. Float64 boxes or scores take the reference's path on a GPU, too.
+        boxes: ``(B, M, 4)`` xyxy, M below 2^29: offsets of coordinates, up to 4 M, are 32 bits wide. Float64 boxes or
+            scores take the reference's path on a GPU, too.
         scores: ``(B, M)``; a NaN ranks above all. None: the boxes lie best first already.
         labels: ``(B, M)`` integer classes; None suppresses across classes.
         counts: ``(B,)`` integers up to M: only the first counts[b] boxes of image b count.
@@ -316,7 +319,8 @@ def batched_nms(
         max_detections: D, the most boxes kept of an image.
 
     Raises:
-        ValueError: if the shapes do not fit or max_detections is negative.
+        ValueError: if the shapes do not fit, M is 2^29 or more, labels or counts are not integers, max_detections is
+            negative, or the tensors lie on different devices.
 
     Example::
 
@@ -326,12 +330,18 @@ def batched_nms(
     """
     if boxes.dim() != 3 or boxes.shape[2] != 4:
         raise ValueError(f"boxes must be (B, M, 4), got {tuple(boxes.shape)}")
+    batch, width = boxes.shape[:2]
+    if width >= 2**29:
+        raise ValueError(f"boxes must be fewer than 2^29 an image, got {width}")
     for name, rows in (("scores", scores), ("labels", labels)):
-        if rows is not None and rows.shape != boxes.shape[:2]:
-            raise ValueError(f"{name} must be (B, M) = {tuple(boxes.shape[:2])}, got {tuple(rows.shape)}")
-    if counts.shape != boxes.shape[:1]:
-        raise ValueError(f"counts must be (B,) = ({boxes.shape[0]},), got {tuple(counts.shape)}")
+        if rows is not None:
+            check_shape(name, rows, "(B, M)", (batch, width))
+    check_shape("counts", counts, "(B,)", (batch,))
+    check_integers(labels=labels, counts=counts)
+    check_devices(boxes.device, scores=scores, labels=labels, counts=counts)
     if max_detections < 0:
         raise ValueError(f"max_detections must be at least 0, got {max_detections}")
     scores = None if scores is None else scores.detach()
-    return Kept(*_op(boxes.detach(), scores, labels, counts, iou_thresh, max_detections))
+    boxes = at_least_float32(boxes.detach())
+    op = _op if runs_triton(boxes, scores) else _reference_op
+    return Kept(*op(boxes, scores, labels, counts, iou_thresh, max_detections))

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
-from retina_fast.kernels.levels import count_anchors, decode_size, encode_sizes, flatten_all
+from retina_fast.kernels.arguments import check_anchors, check_devices, check_integers, check_shape
+from retina_fast.kernels.compiler import runs_triton, tl, triton
+from retina_fast.kernels.levels import check_levels, decode_size, encode_sizes, flatten_all
 
 MAX_LOG_SCALE = math.log(1000 / 16)
 
@@ -116,12 +117,13 @@ def box_decode(deltas: Sequence[Tensor], anchors: Tensor, index: Tensor, image_s
     Args:
         deltas: the levels as the heads wrote them, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``; any float dtype.
             Differentiable.
-        anchors: ``(N, 4)`` float32 xyxy pixels, shared by the images, or ``(B, N, 4)``.
+        anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``; read as float32.
         index: ``(B, M)`` integers: which anchors to decode.
         image_sizes: ``(B, 2)`` height and width that boxes are clipped to.
 
     Raises:
-        ValueError: if the levels do not hold four deltas for each of the anchors.
+        ValueError: if the shapes do not fit, index is not integers, the levels differ in dtype, or the tensors lie on
+            different devices.
 
     Example::
 
@@ -129,8 +131,14 @@ def box_decode(deltas: Sequence[Tensor], anchors: Tensor, index: Tensor, image_s
         >>> box_decode([torch.zeros(1, 2, 4)], anchors, torch.tensor([[1]]), torch.tensor([[12, 20]]))
         tensor([[[ 5.,  5., 15., 12.]]])
     """
-    if anchors.shape[-2] != sum(count_anchors(level, 4) for level in deltas):
-        raise ValueError(f"anchors {tuple(anchors.shape)} do not fit levels {[tuple(level.shape) for level in deltas]}")
+    batch = deltas[0].shape[0]
+    check_anchors(anchors, batch, check_levels(deltas, 4))
+    check_shape("index", index, "(B, M)", (batch, index.shape[-1]))
+    check_shape("image_sizes", image_sizes, "(B, 2)", (batch, 2))
+    check_integers(index=index)
+    check_devices(deltas[0].device, anchors=anchors, index=index, image_sizes=image_sizes)
+    anchors = anchors.float()
     differentiable = torch.is_grad_enabled() and any(level.requires_grad for level in deltas)
-    fast = index.is_cuda and HAS_TRITON and not differentiable and anchors.dtype == torch.float32
-    return (_box_decode_triton if fast else box_decode_reference)(deltas, anchors, index, image_sizes)
+    if runs_triton(*deltas) and not differentiable:
+        return _box_decode_triton(deltas, anchors, index, image_sizes)
+    return box_decode_reference(deltas, anchors, index, image_sizes)

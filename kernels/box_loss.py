@@ -24,11 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
+from retina_fast.kernels.arguments import (
+    at_least_float32,
+    check_anchors,
+    check_devices,
+    check_integers,
+    check_shape,
+    loss_normalizers,
+)
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.compiler import HAS_TRITON, runs_triton, tl, triton
 from retina_fast.kernels.fast_math import atan
 from retina_fast.kernels.levels import (
-    count_anchors,
+    check_levels,
     encode_sizes,
     flatten_all,
     level_of,
@@ -62,7 +70,7 @@ def box_loss_reference(
     """The definition, differentiable by autograd; see :func:`box_loss`."""
     image, anchor = (indices >= 0).nonzero(as_tuple=True)  # (F,) each, F the foreground anchors
     flat = torch.cat(flatten_all(deltas, 4), dim=1)[image, anchor]  # (F, 4)
-    flat = flat if flat.dtype == torch.float64 else flat.float()
+    flat = at_least_float32(flat)
     anchors = anchors[anchor] if anchors.dim() == 2 else anchors[image, anchor]  # (F, 4)
     matched = boxes[indices[image, anchor] + offsets[image]]  # (F, 4)
     if loss_type in _IOU_LOSSES:
@@ -292,16 +300,19 @@ def box_loss(
 
     Args:
         deltas: the levels as the heads wrote them, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``; any float dtype.
-        anchors: ``(N, 4)`` float32 xyxy pixels, shared by the images, or ``(B, N, 4)``.
+        anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``; read as float32, as boxes are, or as
+            they are for float64 deltas.
         indices: ``(B, N)`` integers: row of the matched ground truth within its image; negative is not foreground.
-        boxes: ``(G, 4)`` float32 ground truths of all images, concatenated.
+        boxes: ``(G, 4)`` ground truths of all images, concatenated.
         offsets: ``(B + 1,)`` integers: image b owns rows offsets[b] to offsets[b + 1] of boxes.
-        normalizers: ``(B,)``, the foreground counts (at least 1) times B for torchvision's mean over images.
+        normalizers: ``(B,)`` of any dtype: the foreground counts (at least 1) times B for torchvision's mean over
+            images.
         loss_type: one of l1, smooth_l1, giou, diou, ciou.
 
     Raises:
         AssertionError: for an unknown ``loss_type``, as torchvision's.
-        ValueError: if the levels do not hold B*N*4 deltas, or differ in dtype.
+        ValueError: if the shapes do not fit, indices or offsets are not integers, the levels differ in dtype, or the
+            tensors lie on different devices.
         RuntimeError: on a GPU, in backward with create_graph=True; :func:`box_loss_reference` can be differentiated
             twice.
 
@@ -314,10 +325,17 @@ def box_loss(
     """
     if loss_type not in LOSS_TYPES:
         raise AssertionError(f"Unsupported loss: {loss_type!r}; choose one of {', '.join(LOSS_TYPES)}")
-    if tuple(indices.shape) != (len(deltas[0]), sum(count_anchors(level, 4) for level in deltas)):
-        raise ValueError(f"indices {tuple(indices.shape)} do not fit levels {[tuple(level.shape) for level in deltas]}")
-    if any(level.dtype != deltas[0].dtype for level in deltas):
-        raise ValueError(f"levels must share a dtype, got {[level.dtype for level in deltas]}")
-    if not indices.is_cuda or not HAS_TRITON or deltas[0].dtype == torch.float64:
-        return box_loss_reference(deltas, anchors, indices, boxes, offsets, normalizers, loss_type)
-    return _box_loss_triton(flatten_all(deltas, 4), anchors, indices, boxes, offsets, normalizers, loss_type)
+    first, count = deltas[0], check_levels(deltas, 4)
+    batch = first.shape[0]
+    check_anchors(anchors, batch, count)
+    check_shape("indices", indices, "(B, N)", (batch, count))
+    check_shape("boxes", boxes, "(G, 4)", (boxes.shape[0], 4))
+    check_shape("offsets", offsets, "(B + 1,)", (batch + 1,))
+    check_integers(indices=indices, offsets=offsets)
+    check_devices(first.device, anchors=anchors, indices=indices, boxes=boxes, offsets=offsets)
+    normalizers = loss_normalizers(normalizers, batch, first)
+    if first.dtype != torch.float64:
+        anchors, boxes = anchors.float(), boxes.float()
+    if runs_triton(first):
+        return _box_loss_triton(flatten_all(deltas, 4), anchors, indices, boxes, offsets, normalizers, loss_type)
+    return box_loss_reference(deltas, anchors, indices, boxes, offsets, normalizers, loss_type)

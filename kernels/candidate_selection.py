@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.compiler import runs_triton, tl, triton
 from retina_fast.kernels.key_sort import PADDING, rising, sort_keys
-from retina_fast.kernels.levels import encode_sizes, flatten_all, level_of, pick, pick_size
+from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, pick, pick_size
 
 
 class Candidates(NamedTuple):
@@ -262,9 +262,10 @@ def _emit_kernel(
 
 
 def _candidate_selection_triton(
-    levels: Sequence[Tensor], num_classes: int, score_thresh: float, topk: int
+    levels: list[Tensor], num_classes: int, score_thresh: float, topk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches for contiguous levels ``(B, N_l, K)``; their number depends on the dtype and on N alone."""
+    """The fields of Candidates, of levels ``(B, N_l, K)``. The number of launches depends on the dtype and N alone."""
+    levels = [level.contiguous() for level in levels]
     first = levels[0]
     batch, width = len(first), _width(levels, topk)
     tile, run = _TILE_BYTES // first.element_size(), 16 // first.element_size()
@@ -307,19 +308,20 @@ def _candidate_selection_triton(
     return anchors, scores, labels, counts
 
 
-@torch.library.custom_op("retina_fast::candidate_selection", mutates_args=())
-def _op(
+_op = torch.library.custom_op("retina_fast::candidate_selection", _candidate_selection_triton, mutates_args=())
+
+
+@torch.library.custom_op("retina_fast::candidate_selection_reference", mutates_args=())
+def _reference_op(
     levels: list[Tensor], num_classes: int, score_thresh: float, topk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of Candidates, of levels ``(B, N_l, K)``."""
-    if levels[0].is_cuda and HAS_TRITON:
-        contiguous = [level.contiguous() for level in levels]
-        return _candidate_selection_triton(contiguous, num_classes, score_thresh, topk)
+    """The reference's shapes depend on values: as an operation it is one node of a compiled or exported graph."""
     anchors, scores, labels, counts = candidate_selection_reference(levels, num_classes, score_thresh, topk)
     return anchors, scores, labels, counts
 
 
 @_op.register_fake
+@_reference_op.register_fake
 def _(levels, num_classes, score_thresh, topk):
     shape = levels[0].shape[0], _width(levels, topk)
     anchors, labels = (levels[0].new_empty(shape, dtype=torch.int64) for _ in range(2))
@@ -341,8 +343,8 @@ def candidate_selection(
             min(topk, N_l * K), and at least 1.
 
     Raises:
-        ValueError: if a level does not hold K logits an anchor, the levels differ in dtype, topk is negative, or an
-            image has 2^30 - 2^15 logits or more.
+        ValueError: if a level does not hold K logits an anchor, the levels differ in batch size, dtype or device, topk
+            is negative, or an image has 2^30 - 2^15 logits or more.
 
     Example::
 
@@ -350,18 +352,16 @@ def candidate_selection(
         >>> candidates.anchors, candidates.labels, candidates.counts
         (tensor([[1, 1, 0, 0]]), tensor([[ 0,  1,  0, -1]]), tensor([3]))
     """
-    levels = flatten_all(logits, num_classes)
-    if any(level.dtype != levels[0].dtype for level in levels):
-        raise ValueError(f"levels must share a dtype, got {[level.dtype for level in levels]}")
+    count = check_levels(logits, num_classes)
     if topk < 0:
         raise ValueError(f"topk must be at least 0, got {topk}")
-    if sum(level.shape[1] for level in levels) * num_classes >= 2**30 - 2**15:  # codes of sizes are 32 bits wide
-        raise ValueError(
-            f"levels must hold fewer than 2^30 - 2^15 logits an image, got {[level.shape for level in levels]}"
-        )
+    if count * num_classes >= 2**30 - 2**15:  # encoded sizes are 32 bits wide
+        raise ValueError(f"levels must hold fewer than 2^30 - 2^15 logits an image, got {count * num_classes}")
+    levels = flatten_all(logits, num_classes)
     if levels[0].dtype == torch.float64:
         levels = [level.float() for level in levels]
-    candidates = Candidates(*_op([level.detach() for level in levels], num_classes, score_thresh, topk))
+    op = _op if runs_triton(levels[0]) else _reference_op
+    candidates = Candidates(*op([level.detach() for level in levels], num_classes, score_thresh, topk))
     if torch.is_grad_enabled() and any(level.requires_grad for level in levels):
         joined = torch.cat([level.flatten(1) for level in levels], dim=1)
         index = candidates.anchors * num_classes + candidates.labels.clamp(min=0)

@@ -21,11 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, PTX, tl, triton
+from retina_fast.kernels.arguments import (
+    at_least_float32,
+    check_devices,
+    check_integers,
+    check_shape,
+    loss_normalizers,
+)
+from retina_fast.kernels.compiler import PTX, runs_triton, tl, triton
 from retina_fast.kernels.fast_math import LOG2E, exp2, reciprocal, sigmoid
-from retina_fast.kernels.focal_loss_cpu import at_least_float32, focal_loss_cpu, weights
+from retina_fast.kernels.focal_loss_cpu import focal_loss_cpu, weights
 from retina_fast.kernels.labels import IGNORED, TL_BACKGROUND, TL_IGNORED
-from retina_fast.kernels.levels import count_anchors, encode_sizes, flatten_all, level_of, pick, pick_size
+from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, pick, pick_size
 from retina_fast.kernels.one_pass import OnePass, refuse_double_backward
 
 
@@ -38,12 +45,11 @@ def focal_loss_reference(
     gamma: float = 2.0,
 ) -> Tensor:
     """The definition, differentiable by autograd; see :func:`focal_loss`."""
-    x = torch.cat(flatten_all(logits, num_classes), dim=1)  # (B, N, K)
-    x = at_least_float32(x)
+    x = at_least_float32(torch.cat(flatten_all(logits, num_classes), dim=1))  # (B, N, K)
     target = labels[..., None] == torch.arange(num_classes, device=x.device)  # (B, N, K)
     x = torch.where((labels == IGNORED)[..., None], 0, x)
     x = torch.where(target, -x, x)  # the logit of the wrong answer
-    background_weight, class_weight = weights(alpha)
+    background_weight, class_weight = (1 - alpha, alpha) if alpha >= 0 else (1.0, 1.0)
     weight = torch.where(target, class_weight, background_weight)
     loss = weight * torch.sigmoid(x) ** gamma * -F.logsigmoid(-x)
     loss = torch.where((labels == IGNORED)[..., None], 0, loss)
@@ -250,13 +256,15 @@ def focal_loss(
         logits: the levels as the heads wrote them, each ``(B, A*K, H, W)`` or ``(B, N_l, K)``; any float dtype. Levels
             in channels_last memory are read and their gradients written as they lie, NCHW ones are copied once.
         labels: ``(B, N)`` integers, N the anchors of all levels: a class in [0, K), -1 background, -2 ignored.
-        normalizers: ``(B,)``, the foreground counts (at least 1) times B for torchvision's mean over images.
+        normalizers: ``(B,)`` of any dtype: the foreground counts (at least 1) times B for torchvision's mean over
+            images.
         num_classes: K.
         alpha: weight of the positive class, 1 - alpha of the background; negative: no weights.
         gamma: focusing exponent, at least 0.
 
     Raises:
-        ValueError: if the levels do not hold B*N*K logits, or differ in dtype.
+        ValueError: if the shapes do not fit, labels are not integers, the levels differ in dtype, or the tensors lie
+            on different devices.
         RuntimeError: in backward with create_graph=True; :func:`focal_loss_reference` can be differentiated twice.
 
     Example::
@@ -267,14 +275,14 @@ def focal_loss(
         >>> focal_loss(logits, labels, torch.tensor([2.0, 2.0]), num_classes=91).shape
         torch.Size([])
     """
-    anchors = sum(count_anchors(level, num_classes) for level in logits)
-    if tuple(labels.shape) != (len(logits[0]), anchors):
-        raise ValueError(f"labels {tuple(labels.shape)} do not fit levels {[tuple(level.shape) for level in logits]}")
-    if any(level.dtype != logits[0].dtype for level in logits):
-        raise ValueError(f"levels must share a dtype, got {[level.dtype for level in logits]}")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    first, count = logits[0], check_levels(logits, num_classes)
+    check_shape("labels", labels, "(B, N)", (first.shape[0], count))
+    check_integers(labels=labels)
+    check_devices(first.device, labels=labels)
+    normalizers = loss_normalizers(normalizers, first.shape[0], first)
+    if runs_triton(first):
+        levels = flatten_all(logits, num_classes)
+        return _focal_loss_triton(levels, labels, normalizers, num_classes, alpha, gamma)
+    if first.device.type == "cpu" and not torch.compiler.is_compiling():
         return focal_loss_cpu(logits, labels, normalizers, num_classes, alpha, gamma)
-    if labels.device.type != "cuda" or not HAS_TRITON or logits[0].dtype == torch.float64:
-        return focal_loss_reference(logits, labels, normalizers, num_classes, alpha, gamma)
-    levels = flatten_all(logits, num_classes)
-    return _focal_loss_triton(levels, labels, normalizers, num_classes, alpha, gamma)
+    return focal_loss_reference(logits, labels, normalizers, num_classes, alpha, gamma)

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
-from retina_fast.kernels.levels import decode_size, encode_sizes, pick, pick_size
+from retina_fast.kernels.arguments import check_devices
+from retina_fast.kernels.compiler import runs_triton, tl, triton
+from retina_fast.kernels.levels import check_levels, decode_size, encode_sizes, pick, pick_size
 from retina_fast.kernels.one_pass import refuse_double_backward
 
 
@@ -286,6 +287,13 @@ def _backward(ctx, grad_outputs):
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _group_norm_relu_triton(
+    levels: Sequence[Tensor], weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5
+) -> list[Tensor]:
+    levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
+    return _forward_op(levels, weight, bias, num_groups, eps)[:-1]
+
+
 def group_norm_relu(
     levels: Sequence[Tensor], weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5
 ) -> list[Tensor]:
@@ -298,7 +306,8 @@ def group_norm_relu(
         eps: added to the variance.
 
     Raises:
-        ValueError: if C differs between the arguments, or num_groups does not divide it.
+        ValueError: if C differs between the arguments, num_groups does not divide it, the levels differ in batch size
+            or dtype, or the tensors lie on different devices.
         RuntimeError: in backward with create_graph=True; :func:`group_norm_relu_reference` can be differentiated twice.
 
     Example::
@@ -315,13 +324,8 @@ def group_norm_relu(
             f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit levels "
             f"{[tuple(level.shape) for level in levels]}"
         )
-    if levels[0].device.type != "cuda" or not HAS_TRITON or levels[0].dtype == torch.float64:
-        return group_norm_relu_reference(levels, weight, bias, num_groups, eps)
-    return _group_norm_relu_triton(levels, weight, bias, num_groups, eps)
-
-
-def _group_norm_relu_triton(
-    levels: Sequence[Tensor], weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5
-) -> list[Tensor]:
-    levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
-    return _forward_op(levels, weight, bias, num_groups, eps)[:-1]
+    check_levels(levels, channels)
+    check_devices(levels[0].device, weight=weight, bias=bias)
+    if runs_triton(levels[0], weight, bias):
+        return _group_norm_relu_triton(levels, weight, bias, num_groups, eps)
+    return group_norm_relu_reference(levels, weight, bias, num_groups, eps)

@@ -19,13 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.compiler import HAS_TRITON, runs_triton, tl, triton
 
 Sizes = Sequence[tuple[int, int]]
 
 
 def batch_shape(images: Sequence[Tensor], sizes: Sizes, constants: int, size_divisible: int) -> tuple[int, ...]:
-    """(B, C, H, W) of the batch of images resized to ``sizes``, for as many normalisation constants."""
+    """(B, C, H, W) of the batch of images resized to ``sizes``, for as many normalisation constants.
+
+    Raises:
+        ValueError: if the images lie on different devices: their addresses go into one table.
+    """
+    for i, image in enumerate(images):
+        if image.device != images[0].device:
+            raise ValueError(f"images[{i}] must be on {images[0].device} as images[0] is, got {image.device}")
     height, width = (math.ceil(max(side) / size_divisible) * size_divisible for side in zip(*sizes, strict=True))
     return len(images), max(constants, *(len(image) for image in images)), height, width
 
@@ -171,7 +178,10 @@ def image_batch(
         mean: C means to subtract, or one for all channels.
         std: C standard deviations to divide by, or one.
         size_divisible: H and W are the largest sizes rounded up to a multiple of it.
-        out: a batch of that shape to be filled, of any float dtype and memory format.
+        out: a batch of that shape to be filled, of any float dtype and memory format, on the images' device.
+
+    Raises:
+        ValueError: if the images, or ``out``, lie on different devices, or ``out`` has another shape.
 
     Example::
 
@@ -187,8 +197,10 @@ def image_batch(
         out = torch.empty(shape, dtype=dtype, device=first.device, memory_format=layout)
     elif tuple(out.shape) != shape:
         raise ValueError(f"out must be {shape}, got {tuple(out.shape)}")
+    elif out.device != first.device:
+        raise ValueError(f"out must be on {first.device} as the images are, got {out.device}")
     channels_last = out.is_contiguous(memory_format=torch.channels_last)
-    if not first.is_cuda or not channels_last or out.dtype == torch.float64 or not kernel_serves(images, shape[1]):
-        return image_batch_reference(images, sizes, mean, std, out)
-    _image_batch_op(list(images), [side for size in sizes for side in size], list(mean), list(std), out)
-    return out
+    if runs_triton(out) and channels_last and kernel_serves(images, shape[1]):
+        _image_batch_op(list(images), [side for size in sizes for side in size], list(mean), list(std), out)
+        return out
+    return image_batch_reference(images, sizes, mean, std, out)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss as sigmoid_focal_loss_reference
 
-from retina_fast.kernels.compiler import HAS_TRITON, PTX, tl, triton
+from retina_fast.kernels.compiler import PTX, runs_triton, tl, triton
 from retina_fast.kernels.fast_math import exp2, log2, reciprocal, sigmoid
 
 _TILE = 2048
@@ -155,16 +155,14 @@ def sigmoid_focal_loss(
         >>> sigmoid_focal_loss(torch.zeros(3), torch.tensor([0.0, 1.0, 0.5]), reduction="sum")
         tensor(0.2599)
     """
-    fast = (
-        HAS_TRITON
-        and inputs.is_cuda
-        and targets.is_cuda
+    kernel_serves = (
+        runs_triton(inputs, targets)
+        and inputs.device == targets.device
         and inputs.shape == targets.shape
-        and {inputs.dtype, targets.dtype} <= {torch.float32, torch.bfloat16, torch.float16}
         and not targets.requires_grad
         and (0 <= alpha <= 1 or alpha == -1)
         and reduction in ("none", "mean", "sum")
     )
-    if not fast:  # torchvision's own, its errors with it
-        return sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction)
-    return _sigmoid_focal_loss_triton(inputs, targets, alpha, gamma, reduction)
+    if kernel_serves:
+        return _sigmoid_focal_loss_triton(inputs, targets, alpha, gamma, reduction)
+    return sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction)  # torchvision's own, with its errors
