@@ -10,9 +10,7 @@ from torchvision.models.detection._utils import BoxCoder, _box_loss
 from benchmarks.static.launches import CASES
 from benchmarks.static.recorder import record
 from retina_fast.kernels import box_loss as module
-from retina_fast.kernels import fast_math
 from retina_fast.kernels.box_loss import LOSS_TYPES, box_loss, box_loss_reference
-from retina_fast.kernels.compiler import INTERPRETED, tl, triton
 from retina_fast.kernels.levels import flatten_all
 
 
@@ -206,18 +204,3 @@ def test_fullgraph_compile(device, monkeypatch):
 
 def test_one_launch_forward_and_one_to_scale():
     assert [launch.kernel.__name__ for launch in record(CASES["box_loss bf16 giou"].run)] == ["_box_loss_kernel"]
-
-
-@triton.jit
-def _atan_test(x_ptr, y_ptr, N: tl.constexpr):
-    i = tl.arange(0, N)
-    tl.store(y_ptr + i, fast_math.atan(tl.load(x_ptr + i)))
-
-
-def test_arc_tangent(device):
-    pytest.importorskip("triton")
-    x = torch.logspace(-8, 8, 4096, dtype=torch.float64).float().to(device)
-    y = torch.empty_like(x)
-    _atan_test[(1,)](x, y, N=4096)
-    exact = torch.atan(x.double())
-    assert ((y - exact).abs() <= (3e-7 if INTERPRETED else 5e-7) * exact).all()

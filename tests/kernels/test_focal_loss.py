@@ -212,14 +212,6 @@ def test_bytes_kept_for_backward(dtype, loss_fn, place):
     assert sum(kept.values()) <= 1.1 * sum(level.nbytes for level in logits)
 
 
-@pytest.mark.parametrize("factor", [1.0, -0.5, float("nan")])
-def test_scaling_in_place(factor, device, small_tiles):
-    tensors = [torch.randn(n, device=device) for n in (1, 37, 2048, 5000)]
-    expected = [tensor * factor for tensor in tensors]
-    one_pass.scale_op(tensors, torch.tensor(factor, device=device))
-    torch.testing.assert_close(tensors, expected, rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="hardware faults on a misaligned access by itself")
 @pytest.mark.parametrize("kind", ["_background_tile", "_mixed_tile"])
 def test_tiles_without_a_mask_start_on_16_byte_boundaries(kind, monkeypatch, small_tiles):
@@ -372,12 +364,11 @@ def test_opcheck(with_grads, device, small_tiles):
     torch.library.opcheck(module._focal_loss_op, (levels, labels, normalizers, None, 2, 0.25, 2.0, True, with_grads))
 
 
-def test_opcheck_of_the_backward_ops(device, small_tiles):
+def test_opcheck_of_the_backward_op(device, small_tiles):
     logits, labels, normalizers = case(2, device, shapes=((3, 2),))
     levels = [level.detach().contiguous() for level in flatten_all(logits, 2)]
     factor = torch.tensor(3.0, device=device)
     torch.library.opcheck(module._focal_loss_op, (levels, labels, normalizers, factor, 2, 0.25, 2.0, False, True))
-    torch.library.opcheck(one_pass.scale_op, (levels, factor))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
