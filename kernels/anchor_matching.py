@@ -221,10 +221,9 @@ def _reference_op(
     allow_low_quality_matches: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reference reads offsets on the host: as an operation it is one node of a compiled or exported graph."""
-    indices, classes, counts = anchor_matching_reference(
+    return anchor_matching_reference(
         anchors, boxes, labels, offsets, fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches
     )
-    return indices, classes, counts
 
 
 @_op.register_fake

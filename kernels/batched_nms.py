@@ -1,14 +1,14 @@
 """Greedy non-maximum suppression, exact per class, for a batch of images at once (Neubeck and Van Gool 2006).
 
-By falling score, the lower index first on a tie and NaN before everything, a box is kept unless its IoU with a kept box
-of its class exceeds the threshold; IoU = I / (A + B - I) in float32, or in float64 for float64 boxes. A box with a NaN
-or of infinite area overlaps nothing. torchvision's ``batched_nms`` moves classes apart by adding label * (largest
-coordinate + 1) to small inputs, which rounds: its two paths disagree on borderline boxes, and 16-bit offsets overflow.
-Nothing is added here.
+Boxes are visited by falling score. On a tie the lower index goes first, and NaN goes before all numbers. A box is kept
+unless its IoU with a kept box of its class exceeds the threshold. IoU = I / (A + B - I) is computed in float32, or in
+float64 for float64 boxes. A box with a NaN or of infinite area overlaps nothing.
 
-torchvision writes the overlaps of all pairs as bits, and one block reads them through to the end. Here each image's
-classes are dealt to 16 programs. One walks down the boxes of its classes in tiles of 32: a tile is tested against what
-the program has kept so far, then within itself, and the walk ends at the last box that the result can hold.
+torchvision's ``batched_nms`` keeps classes apart by adding label * (largest coordinate + 1) to the boxes of small
+inputs. The sum is rounded: its two paths disagree on borderline boxes, and 16-bit coordinates overflow. Here nothing is
+added. torchvision also writes the overlaps of all pairs as bits, which one block then reads to the end. Here each
+image's classes are shared out to 16 programs. A program walks down the boxes of its classes in tiles of 32: it compares
+a tile with the boxes it has kept so far, then within itself. It ends when it has kept as many as the result can hold.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from retina_fast.kernels.arguments import at_least_float32, check_devices, check_integers, check_shape
 from retina_fast.kernels.compiler import runs_triton, tl, triton
-from retina_fast.kernels.key_sort import rising, sort_keys
+from retina_fast.kernels.key_sort import pack, sort_keys, unpack_index
 
 
 class Kept(NamedTuple):
@@ -72,17 +72,18 @@ def batched_nms_reference(
 
 _GROUPS = 16  # programs an image; a power of two
 _SCAN = 512  # boxes whose class a program looks at in one go
+_POSITION_BITS = tl.constexpr(31)  # of a key
 _WORD = tl.constexpr(32)  # boxes of a tile, one bit each; with 64 the pairs no longer fit the registers
 
 
 @triton.jit(do_not_specialize=["width"])
 def _score_keys_kernel(scores_ptr, keys_ptr, counts_ptr, width, TILE: tl.constexpr):
-    """Program (t, b): keys that order by score, then by falling position."""
+    """Program (t, b) makes the keys of TILE boxes of image b, which order by falling score, then by position."""
     image = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     scores = tl.load(scores_ptr + image * width + i, mask=i < width, other=0.0).to(tl.float32)
-    keys = ((rising(scores).to(tl.int64) + 0x80000000) << 31) + (0x7FFFFFFF - i)
-    tl.store(keys_ptr + image * width + i, tl.where(i < tl.load(counts_ptr + image), keys, -1), mask=i < width)
+    keys = tl.where(i < tl.load(counts_ptr + image), pack(scores, i, _POSITION_BITS, 0), -1)
+    tl.store(keys_ptr + image * width + i, keys, mask=i < width)
 
 
 @triton.jit
@@ -91,8 +92,8 @@ def _position(keys_ptr, i, mask):
     if keys_ptr is None:
         position = tl.where(mask, i, 0)
     else:
-        key = tl.load(keys_ptr + i, mask=mask, other=0x7FFFFFFF)
-        position = (0x7FFFFFFF - (key & 0x7FFFFFFF)).to(tl.int32)
+        key = tl.load(keys_ptr + i, mask=mask, other=-1)
+        position = unpack_index(key, _POSITION_BITS)
     return position
 
 
@@ -124,7 +125,7 @@ def _deal(
     labels_ptr, keys_ptr, members_ptr, scanned, tail, count, group, GROUPS: tl.constexpr, SCAN: tl.constexpr,
     RING: tl.constexpr,
 ):  # fmt: skip
-    """Appends those of the next SCAN boxes that are of the program's classes to its members; how many."""
+    """Appends to the members those of the next SCAN boxes that belong to the program's classes; returns how many."""
     i = scanned + tl.arange(0, SCAN)
     mine = i < count
     if labels_ptr is not None:
@@ -140,7 +141,7 @@ def _keep(
     boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, flags_ptr, head, tail, kept, max_kept, iou_thresh,
     below_thresh, RING: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
-    """Decides on the next WORD members; how many are kept."""
+    """Decides which of the next WORD members are kept; returns how many."""
     t = tl.arange(0, WORD)
     waiting = head + t < tail
     i = tl.load(members_ptr + (head + t) % RING, mask=waiting, other=0)
@@ -163,7 +164,7 @@ def _keep(
     bit = tl.full([WORD], 1, tl.int64) << t
     staying = tl.sum(tl.where(alive, bit, 0), axis=0)
     before = ~staying
-    while staying != before:  # after n rounds the first n boxes are right; mostly two or three do for all
+    while staying != before:  # after n rounds the first n boxes are decided; two or three rounds mostly decide all
         before = staying
         staying = tl.sum(tl.where(alive & ((by & before) == 0), bit, 0), axis=0)
     chosen = ((staying >> t) & 1) == 1
@@ -179,8 +180,8 @@ def _suppress_kernel(
     boxes_ptr, labels_ptr, keys_ptr, counts_ptr, members_ptr, kept_ptr, flags_ptr, width, max_kept, iou_thresh,
     below_thresh, GROUPS: tl.constexpr, SCAN: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
-    """Program (g, b): the classes of image b whose low bits are g. Raises the flags, in order of score, of the boxes
-    it keeps, at most max_kept. Its boxes wait in a ring of members; kept lists the positions of those it has kept."""
+    """Program (g, b) handles the classes of image b whose low bits are g. It raises the flags of the boxes it keeps, at
+    most max_kept; the flags are in the order of the scores. Boxes not yet decided wait in a ring of members."""
     group = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     count = tl.load(counts_ptr + image).to(tl.int32)
@@ -211,7 +212,7 @@ def _suppress_kernel(
 def _first_kernel(
     flags_ptr, keys_ptr, counts_ptr, positions_ptr, kept_counts_ptr, width, max_detections, SCAN: tl.constexpr
 ):
-    """Program b: the positions of the first flagged boxes of image b, and how many there are."""
+    """Program b writes the positions of the first flagged boxes of image b, and their number."""
     image = tl.program_id(0).to(tl.int64)
     count = tl.load(counts_ptr + image).to(tl.int32)
     flags_ptr += image * width
@@ -231,20 +232,15 @@ def _first_kernel(
 
 
 def rounded_down(value: float) -> float:
-    """The greatest float32 that is not above a float64: float32 numbers exceed either or neither."""
+    """The greatest float32 that is not above a float64: a float32 number exceeds either both or neither."""
     near = np.float32(value)
     return float(near if float(near) <= value else np.nextafter(near, np.float32(-np.inf)))
 
 
 def _batched_nms_triton(
-    boxes: Tensor,
-    scores: Tensor | None,
-    labels: Tensor | None,
-    counts: Tensor,
-    iou_thresh: float,
-    max_detections: int,
+    boxes: Tensor, scores: Tensor | None, labels: Tensor | None, counts: Tensor, iou_thresh: float, max_detections: int
 ) -> tuple[Tensor, Tensor]:
-    """Launches; their number does not depend on any size but whether M is above 8192."""
+    """The fields of Kept. The number of launches depends on nothing but whether M is above 8192."""
     batch, width = boxes.shape[:2]
     boxes, counts = boxes.contiguous(), counts.contiguous()
     labels = None if labels is None else labels.contiguous()
@@ -280,16 +276,10 @@ _op = torch.library.custom_op("retina_fast::batched_nms", _batched_nms_triton, m
 
 @torch.library.custom_op("retina_fast::batched_nms_reference", mutates_args=())
 def _reference_op(
-    boxes: Tensor,
-    scores: Tensor | None,
-    labels: Tensor | None,
-    counts: Tensor,
-    iou_thresh: float,
-    max_detections: int,
+    boxes: Tensor, scores: Tensor | None, labels: Tensor | None, counts: Tensor, iou_thresh: float, max_detections: int
 ) -> tuple[Tensor, Tensor]:
     """The reference reads counts on the host: as an operation it is one node of a compiled or exported graph."""
-    positions, kept_counts = batched_nms_reference(boxes, scores, labels, counts, iou_thresh, max_detections)
-    return positions, kept_counts
+    return batched_nms_reference(boxes, scores, labels, counts, iou_thresh, max_detections)
 
 
 @_op.register_fake
