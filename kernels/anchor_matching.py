@@ -1,4 +1,5 @@
-"""Anchor matching: which ground truth each anchor answers for (Ren et al. 2015, section 3.1.2; torchvision's Matcher).
+"""Anchor matching: the ground truth that each anchor has to predict (Ren et al. 2015, section 3.1.2; torchvision's
+Matcher).
 
 For anchor n let best(n) be the ground truth of highest IoU, the first one on a tie. Then
 
@@ -7,13 +8,13 @@ For anchor n let best(n) be the ground truth of highest IoU, the first one on a 
                  -2        if bg_iou_thresh <= IoU < fg_iou_thresh: ignored
                  -1        otherwise: background, and every anchor of an image without ground truth
 
-A ground truth that touches no anchor has a highest IoU of 0, which every anchor that misses it ties: all of those
-become foreground for their own best. That is torchvision's rule, and it is kept.
+A ground truth that touches no anchor has a highest IoU of 0. Every anchor ties this, and becomes foreground for its own
+best ground truth. That is torchvision's rule, and it is kept.
 
-torchvision builds ground truths x anchors matrices: 36 bytes a pair at its peak, 3.6 GB an image at 500 ground truths
-and 201,600 anchors. Here a tile of anchors stays in registers while the ground truths pass by, twice: first to find the
-highest IoU of each, then to match. Memory is O(anchors + ground truths), 8 bytes an anchor. A tile meets only the
-ground truths that reach into the rectangle around it: any other pair has an IoU of 0.
+torchvision builds matrices of ground truths x anchors: 36 bytes a pair at its peak, 3.6 GB an image at 500 ground
+truths and 201,600 anchors. Here a tile of anchors stays in registers, and the ground truths are read one by one. This
+is done twice, to find the highest IoU of each ground truth, and then to match. Memory is O(anchors + ground truths), 8
+bytes an anchor. A tile skips the ground truths outside the rectangle around its anchors: their IoU with them is 0.
 """
 
 from itertools import pairwise
@@ -31,14 +32,14 @@ _TILE_PAIRS = 1 << 18  # IoUs the reference holds at a time: 1 MB of float32, in
 
 
 class Matches(NamedTuple):
-    """What every anchor answers for; N anchors, B images."""
+    """The matches of N anchors in each of B images."""
 
     indices: Tensor
     """(B, N) int32: row of the matched ground truth within its image, -1 background, -2 ignored."""
     labels: Tensor
     """(B, N) int32: class of the matched ground truth, -1 background, -2 ignored."""
     num_foreground: Tensor
-    """(B,) int32: how many anchors of each image matched a ground truth."""
+    """(B,) int32: the number of anchors of each image that matched a ground truth."""
 
 
 def pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
@@ -98,7 +99,8 @@ def anchor_matching_reference(
     return Matches(indices, classes, (indices >= 0).sum(dim=1, dtype=torch.int32))
 
 
-# Triton. Equality with the reference is exact, so the division rounds to nearest and nothing is contracted to an fma.
+# Triton. The results equal the reference's exactly, so divisions round to nearest, and no product is contracted with a
+# sum to an fma.
 
 _TILE = 512  # anchors of a program: by instruction counts, 128 costs twice as much at 16 ground truths
 _CHUNK = 32  # ground truths looked at together: one a lane

@@ -4,9 +4,10 @@ With an anchor's centre (cx, cy) and size (w, h), and deltas (dx, dy, dw, dh):
 
     centre = (dx w + cx, dy h + cy)     size = (exp(min(dw, c)) w, exp(min(dh, c)) h),  c = log(1000 / 16)
 
-then clipped to the image. All of it in float32 whatever the deltas' dtype. Only the candidates are read, from the
-levels as they lie: 4 deltas and 4 anchor coordinates each, in one launch for the batch. The boxes stay in the pixels of
-the batch, in which torchvision compares them; :mod:`retina_fast.kernels.take_kept` scales the few that are kept.
+The boxes are then clipped to the image. All is computed in float32, whatever the deltas' dtype. One launch serves the
+batch, and reads only the candidates, 4 deltas and 4 anchor coordinates each, from the levels as they lie in memory. The
+boxes stay in the pixels of the batch, in which torchvision compares them. :mod:`retina_fast.kernels.take_kept` scales
+the few that are kept.
 """
 
 import math
@@ -55,7 +56,7 @@ def _box_decode_kernel(
     levels, starts, anchors_ptr, index_ptr, sizes_ptr, boxes_ptr, width, anchors_stride, max_log_scale,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): the boxes of TILE chosen anchors of image b."""
+    """Program (t, b) writes the boxes of TILE chosen anchors of image b."""
     image = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = i < width

@@ -13,8 +13,8 @@ On the decoded box, per axis, with the overlap o of two intervals and the predic
 where [.] is 1/2 on a tie, as autograd has it, and every gradient follows by the chain rule. The kernel works relative
 to the anchor's centre, where float32 keeps more digits of a small box.
 
-Only foreground anchors are read: a few hundred rows of deltas an image, where torchvision gathers image by image. Their
-finished gradient, zeros between them, is written in the same pass: 8 bytes an anchor in bfloat16.
+Only the deltas of foreground anchors are read, a few hundred rows an image, which torchvision gathers image by image.
+The finished gradient, 0 for all other anchors, is written in the same pass: 8 bytes an anchor in bfloat16.
 """
 
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ def box_loss_reference(
 _TILE = 512
 _EPS = tl.constexpr(1e-7)  # torchvision's, in every quotient of the IoU losses
 _MAX_LOG_SCALE = tl.constexpr(MAX_LOG_SCALE)
-_NAN = tl.constexpr(tl.PropagateNan.ALL if HAS_TRITON else None)  # or a minimum drops NaN, and no one sees it
+_NAN = tl.constexpr(tl.PropagateNan.ALL if HAS_TRITON else None)  # otherwise a minimum would hide a NaN
 
 
 @triton.jit
@@ -109,7 +109,8 @@ def _l1(delta, target, SMOOTH: tl.constexpr):
 
 @triton.jit
 def _overlap(c, h, b1, b2):
-    """Of [c - h, c + h] and [b1, b2]: the overlap, negative where they are apart, and its slopes in c and h."""
+    """The overlap of the intervals [c - h, c + h] and [b1, b2], negative where they are apart, and its slopes in c and
+    h."""
     above, below = _less(c + h, b2), _less(b1, c - h)
     overlap = tl.minimum(c + h, b2, _NAN) - tl.maximum(c - h, b1, _NAN)
     return overlap, above - below, above + below
@@ -117,7 +118,7 @@ def _overlap(c, h, b1, b2):
 
 @triton.jit
 def _iou_loss(cx, cy, hx, hy, bx1, by1, bx2, by2, LOSS: tl.constexpr):
-    """The loss of boxes around (cx, cy) of half sizes (hx, hy), and its slopes in those four."""
+    """The loss of boxes with centre (cx, cy) and half sizes (hx, hy), and its slopes in these four numbers."""
     bw, bh = bx2 - bx1, by2 - by1
     ox, ox_c, ox_h = _overlap(cx, hx, bx1, bx2)
     oy, oy_c, oy_h = _overlap(cy, hy, by1, by2)
@@ -166,8 +167,8 @@ def _box_loss_kernel(
     levels, grads, anchors_ptr, anchors_stride, indices_ptr, boxes_ptr, offsets_ptr, normalizers_ptr, partials_ptr,
     factor_ptr, starts, first_tiles, num_anchors, LOSS: tl.constexpr, TILE: tl.constexpr, WITH_GRADS: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): tile t, counted through the levels, of image b. Writes its share of the loss to partials (B, T)
-    and its gradients; one of the two may be left out. The gradients are multiplied by factor if there is one."""
+    """Program (t, b) handles tile t, counted through the levels, of image b. It writes the tile's share of the loss to
+    partials (B, T), and its gradients, times factor if there is one. Either output may be left out."""
     tile = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     level = level_of(first_tiles, tile)
@@ -231,7 +232,8 @@ def _box_loss_op(
     with_loss: bool,
     with_grads: bool,
 ) -> list[Tensor]:
-    """[the loss (), the gradient of each contiguous level (B, N_l, 4), times factor ()], each if wanted."""
+    """A list of the loss (), if wanted, and the gradients of all contiguous levels (B, N_l, 4), if wanted. The
+    gradients are multiplied by factor (), if there is one."""
     starts, first_tiles = [0], [0]
     for level in levels:
         starts.append(starts[-1] + level.shape[1])

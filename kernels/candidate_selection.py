@@ -1,15 +1,14 @@
 """Candidate selection: which (anchor, class) pairs are worth decoding (torchvision's postprocess).
 
-The survivors of an image and level are the pairs whose score sigmoid(logit) exceeds the threshold. Its candidates are
-the topk survivors with the highest logits. The candidates of all levels are ordered by falling logit. Among equal
-logits the lower index goes first, where pairs are counted by level, anchor and class. Since sigmoid is monotone, logits
-are compared with logit(threshold), and sigmoid is computed of candidates only, in float32 whatever the logits' dtype. A
-NaN logit is never a candidate.
+The survivors of an image and level are the pairs whose score sigmoid(logit) exceeds the threshold; its candidates are
+the topk survivors with the highest logits. The candidates of all levels are ordered by falling logit, and among equal
+logits by index: by level, anchor and class. Since sigmoid is monotone, logits are compared with logit(threshold), and
+sigmoid is computed of candidates only, in float32 whatever the logits' dtype. A NaN logit is never a candidate.
 
-torchvision writes the sigmoid of every logit, a mask, and an index of every survivor. Here the logits are read once, and
-the survivors of each image and level are listed, each as one integer key that orders it by logit and then by index.
-Where more than topk survive, a radix search over the keys, 8 bits a pass, finds the lowest key that stays. A list holds
-3% of the logits; where more survive, the passes read the logits instead.
+torchvision writes the sigmoid of every logit, a mask, and an index of every survivor. Here the logits are read once,
+and the survivors of each image and level are listed, each as one integer key that orders it. Where more than topk
+survive, a radix search over the keys, 8 bits a pass, finds the lowest key that stays. A list has room for 3% of the
+logits; where more survive, the passes read the logits instead.
 """
 
 import math
@@ -256,8 +255,7 @@ _Fields = tuple[Tensor, Tensor, Tensor, Tensor]  # of Candidates
 
 def _candidate_selection_triton(levels: list[Tensor], num_classes: int, score_thresh: float, topk: int) -> _Fields:
     """The fields of Candidates, of levels ``(B, N_l, K)``. The number of launches depends on the dtype and N alone."""
-    levels = [level.contiguous() for level in levels]
-    first = levels[0]
+    first, *_ = levels = [level.contiguous() for level in levels]
     batch, width = len(first), _width(levels, topk)
     tile, run = _TILE_BYTES // first.element_size(), 16 // first.element_size()
     logits = [level.shape[1] * num_classes for level in levels]
@@ -273,8 +271,7 @@ def _candidate_selection_triton(levels: list[Tensor], num_classes: int, score_th
     counts = first.new_zeros(batch, dtype=torch.int64)
     states, lists = (counts.new_empty(shape) for shape in ((segments, passes, 2), (batch, list_starts[-1])))
     rows = counts.new_full((batch, width), PADDING)
-    anchors, labels = torch.empty_like(rows), torch.empty_like(rows)
-    scores = torch.empty_like(rows, dtype=torch.float32)
+    anchors, scores, labels = (torch.empty_like(rows, dtype=x) for x in (torch.int64, torch.float32, torch.int64))
     programs = max(1, min(_SEARCH_PROGRAMS // max(1, segments), triton.cdiv(starts[-1], 8 * _SEARCH_TILE)))
     with torch.cuda.device_of(first):
         _list_kernel[(first_tiles[-1], batch)](
@@ -349,5 +346,5 @@ def candidate_selection(
         joined = torch.cat([level.flatten(1) for level in levels], dim=1)
         index = candidates.anchors * num_classes + candidates.labels.clamp(min=0)
         scores = torch.where(candidates.labels >= 0, torch.sigmoid(joined.gather(1, index).float()), 0)
-        candidates = candidates._replace(scores=scores)
+        return candidates._replace(scores=scores)
     return candidates

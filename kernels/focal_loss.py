@@ -4,15 +4,15 @@ With p = sigmoid(x), s = softplus(x) = -log(1 - p), a = alpha, g = gamma, an ele
 
     L = (1-a) p^g s              dL/dx = (1-a) p^g (g (1-p) s + p)
 
-and the one element of a foreground anchor that is its class costs the same of -x, with a for 1-a and the slope's sign
-turned. A label >= 0 is that class (0 is a real class: there is no background channel), -1 is background, -2 drops the
-anchor.
+The element of a foreground anchor that is its class costs the loss of -x, with a in place of 1-a and the opposite sign
+of the slope. A label from 0 up is a class (0 is a real class: there is no background channel), -1 is background, and an
+anchor labelled -2 is ignored.
 
 torchvision makes 87 passes over the logits (one-hot targets, eight saved tensors). Here the forward pass reads them
-once and writes the finished gradient once, since the foreground counts are known before it runs; backward only scales
-it by the incoming gradient, and reads nothing where that is 1. Two cases read the logits again in backward instead,
-three passes in all: float16, whose finished gradients would be flushed to zero before GradScaler's factor reaches
-them, and compiled graphs, where scaling a saved tensor in place becomes a copy.
+once and writes the finished gradient once, since the foreground counts are known before it runs. Backward scales this
+gradient by the incoming one, and reads nothing where that is 1. In two cases backward reads the logits again, three
+passes in all: in float16, since small finished gradients would become zero before GradScaler's factor reaches them, and
+in compiled graphs, where scaling a saved tensor in place becomes a copy.
 """
 
 from collections.abc import Sequence
@@ -57,10 +57,11 @@ def focal_loss_reference(
 
 
 # Triton. A tile is a run of logits of one image and level that starts on a 16-byte boundary. Nearly all tiles hold
-# background only: those need one look at their anchors' labels, no label an element and no mask.
+# background only: they need one look at their anchors' labels, no label for each element and no mask. Of the others
+# nearly all are whole, so that they need no mask either. Only tiles at the ends of an image and level do.
 
 _TILE = 8192  # by instruction counts: at 4096 a tile's set-up costs 3 more an element
-_CHUNK = 1024  # the most elements that a program holds at once: 16 bytes a thread in bf16, no spills
+_CHUNK = 1024  # the elements that a program holds at once: 16 bytes a thread in bf16, and no register spills
 
 
 @triton.jit
@@ -127,8 +128,8 @@ def _focal_loss_kernel(
     background_weight, class_weight, K: tl.constexpr, GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     TILE_ANCHORS: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): tile t, counted through the levels, of image b. Writes its share of the loss to partials (B, T)
-    and its gradients; one of the two may be left out. The gradients are multiplied by factor if there is one."""
+    """Program (t, b) handles tile t, counted through the levels, of image b. It writes the tile's share of the loss to
+    partials (B, T), and its gradients, times factor if there is one. Either output may be left out."""
     tile = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     level = level_of(first_tiles, tile)
@@ -183,9 +184,10 @@ def _focal_loss_op(
     with_loss: bool,
     with_grads: bool,
 ) -> list[Tensor]:
-    """[the loss (), the gradient of each contiguous level (B, N_l, K), times factor ()], each if wanted.
+    """A list of the loss (), if wanted, and the gradients of all contiguous levels (B, N_l, K), if wanted. The
+    gradients are multiplied by factor (), if there is one.
 
-    One launch over all levels: at batch 1 the whole work is 10 us, the time of two launches.
+    All levels take one launch: at batch 1 the whole work is 10 us, the time of two launches.
     """
     starts, first_tiles = [0], [0]
     for level in levels:

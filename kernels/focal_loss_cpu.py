@@ -1,7 +1,7 @@
-"""The focal loss of integer labels without a GPU: one tiled pass, its gradient written by hand; see focal_loss.py.
+"""The focal loss of integer labels on a CPU: one pass over tiles, with the gradient written by hand; see focal_loss.py.
 
-A tile's temporaries stay in the L2 cache, a label touches one element of its row, and nothing of the logits' size is
-kept but the finished gradient. Tiles are views of the levels as they lie, NCHW or channels_last.
+The temporaries of a tile stay in the L2 cache. A label changes one element of its row. Of the tensors of the logits'
+size only the finished gradient is kept. Tiles are views of the levels as they lie in memory, NCHW or channels_last.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from retina_fast.kernels.labels import IGNORED
 from retina_fast.kernels.levels import count_anchors, flatten
 from retina_fast.kernels.one_pass import refuse_double_backward
 
-_TILE = 1 << 17  # swept 2^14 to 2^19 on two cores, 8.9 M logits: 112, 88, 55, 44, 47, 49 ms
+_TILE = 1 << 17  # logits; 2^14 to 2^19 took 112, 88, 55, 44, 47, 49 ms on two cores for 8.9 M logits
 
 
 def weights(alpha: float) -> tuple[float, float]:
@@ -28,7 +28,7 @@ class _Tile(NamedTuple):
     logits: Tensor  # (n, K), or (K, n) of an NCHW level
     labels: Tensor  # (n,)
     grad: Tensor | None  # as the logits
-    scale: float  # of the image
+    scale: float  # 1 / the image's normalizer
     class_dim: int  # 1, or 0
 
 
@@ -67,7 +67,8 @@ def _tile_pass(tile: _Tile, alpha: float, gamma: float) -> Tensor:
 
 
 def _laid_out(level: Tensor, num_classes: int) -> Tensor:
-    """The level as it lies if its tiles are large enough: an NCHW level is cut by anchor of the cell, (K, H * W)."""
+    """The level itself. An NCHW level is copied to channels_last memory if its rows, (K, H * W) for one anchor of every
+    cell, would make tiles that are too small."""
     if level.dim() == 3:
         return level.contiguous()
     small = level.shape[2:].numel() * num_classes < _TILE // 4
@@ -81,7 +82,7 @@ def _is_nchw(level: Tensor) -> bool:
 
 
 def _rows(level: Tensor, num_classes: int) -> Iterator[Tensor]:
-    """A level as 2-D views: one (K, H * W) an anchor of the cell where it is NCHW, else one (N_l, K) an image."""
+    """A level as 2-D views: (K, H * W) for each image and anchor of a cell if it is NCHW, else (N_l, K) an image."""
     if _is_nchw(level):
         yield from level.flatten(2).unflatten(1, (-1, num_classes)).flatten(0, 1)
     else:
@@ -117,7 +118,7 @@ def _pass(
     alpha: float,
     gamma: float,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss with image b weighed by scales[b], and its gradients if wanted."""
+    """The loss, with image b multiplied by scales[b], and its gradients if wanted."""
     levels = [_laid_out(level.detach(), num_classes) for level in levels]
     grads = [torch.empty_like(level) for level in levels] if with_grads else []
     tiles: list[_Tile] = []
@@ -133,7 +134,7 @@ def _pass(
 
 
 class _FocalLoss(torch.autograd.Function):
-    """Loss and finished gradient in one pass over the levels; float16 is read again in backward."""
+    """Loss and finished gradient in one pass over the levels. In float16 backward reads the levels again."""
 
     @staticmethod
     def forward(
@@ -156,7 +157,7 @@ class _FocalLoss(torch.autograd.Function):
             _, grads = _pass(levels, labels, scales * grad_loss, True, *ctx.constants)
         else:
             grads = ctx.saved_tensors
-            # a second backward may come, and needs them as they are
+            # a second backward needs the gradients unchanged
             if grad_loss != 1 or torch._C._autograd._get_current_graph_task_keep_graph():
                 grads = [grad * grad_loss.to(grad.dtype) for grad in grads]
         return None, None, None, None, None, *grads

@@ -5,10 +5,10 @@ With mean m and variance v of a group of channels over an image's level, r = 1 /
     z = h w + b      y = max(z, 0)      dz = dy where z > 0, else 0
     dw = sum dz h    db = sum dz        dx = r (w dz - mean(w dz) - h mean(w dz h)),  means over the group
 
-PyTorch's CUDA GroupNorm returns NCHW memory, which undoes channels_last at every conv of torchvision's v2 heads, and
-runs level by level; the ReLU is one more pass. Here all levels take part in each launch and stay channels_last. Forward
-reads x twice and writes y once (3 passes; eager makes 5 and the layout changes), backward reads x and dy twice and
-writes dx once. Sums are taken in float32 in a fixed order, without atomics: the same input gives the same bits.
+PyTorch's GroupNorm on CUDA returns NCHW memory, which undoes channels_last at every conv of torchvision's v2 heads. It
+runs level by level, and the ReLU is one more pass. Here each launch handles all levels, and they stay channels_last.
+Forward reads x twice and writes y once (3 passes; eager makes 5 and the layout changes), backward reads x and dy twice
+and writes dx once. Sums are taken in float32 in a fixed order, without atomics: the same input gives the same bits.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,8 @@ def group_norm_relu_reference(
 
 
 # Triton. A tile is a run of pixels of one image and level, with all their channels: (R, C) in channels_last memory.
-# Three launches each way: sums of every tile by channel, their means by group, and the tiles written.
+# Forward and backward take three launches each: the first sums every tile by channel, the second combines these sums to
+# means of the groups, and the third writes the tiles.
 
 _TILE = 8192  # elements: 32 a thread in float32, 16-byte accesses, no spills
 _WARPS = 8
@@ -50,7 +51,7 @@ def _tile_of_level(tiles, pixels, tile):
 
 @triton.jit
 def _normalised(x, weight_ptr, bias_ptr, stats_ptr, c, channels, PER_GROUP: tl.constexpr):
-    """h (R, C), z (R, C), and r, w (1, C), of the group statistics (m, r) of one image and level."""
+    """h and z (R, C), and r and w (1, C), from the group statistics (m, r) of one image and level."""
     inside = c < channels
     group = c // PER_GROUP
     m = tl.load(stats_ptr + 2 * group, mask=inside, other=0.0)[None, :]
@@ -66,8 +67,8 @@ def _tile_sums_kernel(
     levels, grads, weight_ptr, bias_ptr, stats_ptr, sums_ptr, tiles, pixels, channels, PER_GROUP: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): two sums by channel of tile t of image b, (B, T, 2, C). Forward: sum x, and the sum of squares
-    of x minus the tile's own mean. Backward: sum dz, sum dz h."""
+    """Program (t, b) writes two sums by channel of tile t of image b, (B, T, 2, C). In forward they are the sum of x,
+    and the sum of squares of x minus the tile's own mean; in backward the sums of dz and of dz h."""
     tile, image = tl.program_id(0), tl.program_id(1)
     level, count, position = _tile_of_level(tiles, pixels, tile)
     x_ptr, grad_ptr = pick(levels, level), pick(grads, level)
@@ -97,7 +98,8 @@ def _group_stats_kernel(
     sums_ptr, stats_ptr, tiles, pixels, channels, eps, LEVELS: tl.constexpr, PER_GROUP: tl.constexpr, R: tl.constexpr,
     GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program (g, l, b): (m, r) of group g in level l of image b, from its tiles' sums, by Chan's formula."""
+    """Program (g, l, b) computes (m, r) of group g in level l of image b from the sums of its tiles, by the formula of
+    Chan et al. (1983) for combining variances."""
     group, level, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, last, count = pick_size(tiles, level), pick_size(tiles[1:], level), pick_size(pixels, level)
     c = tl.arange(0, GROUP)
@@ -135,8 +137,8 @@ def _group_means_kernel(
     sums_ptr, weight_ptr, means_ptr, channel_sums_ptr, tiles, pixels, channels, LEVELS: tl.constexpr,
     PER_GROUP: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program (g, l, b): the means of w dz and w dz h over group g in level l of image b, and the channels' own sums
-    of dz and dz h, (B, L, 2, C)."""
+    """Program (g, l, b) computes the means of w dz and w dz h over group g in level l of image b, and for each channel
+    the sums of dz and dz h, (B, L, 2, C)."""
     group, level, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, last, count = pick_size(tiles, level), pick_size(tiles[1:], level), pick_size(pixels, level)
     c = tl.arange(0, GROUP)
@@ -168,7 +170,7 @@ def _group_norm_relu_kernel(
     levels, grads, outputs, weight_ptr, bias_ptr, stats_ptr, means_ptr, tiles, pixels, channels,
     PER_GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): tile t of image b written: y, or with BACKWARD dx."""
+    """Program (t, b) writes tile t of image b: y, or with BACKWARD dx."""
     tile, image = tl.program_id(0), tl.program_id(1)
     level, count, position = _tile_of_level(tiles, pixels, tile)
     x_ptr, grad_ptr = pick(levels, level), pick(grads, level)
@@ -192,7 +194,7 @@ def _group_norm_relu_kernel(
 
 
 class _Tiles:
-    """How the levels are cut, and the launches' common arguments."""
+    """How the levels are cut into tiles, and the launches that read or write them."""
 
     def __init__(self, levels: Sequence[Tensor], num_groups: int) -> None:
         self.batch, self.channels = levels[0].shape[:2]
@@ -225,7 +227,7 @@ class _Tiles:
 
 @torch.library.custom_op("retina_fast::group_norm_relu", mutates_args=())
 def _forward_op(levels: list[Tensor], weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> list[Tensor]:
-    """The channels_last levels normalised, and last (m, r) of each group, (B, L, num_groups, 2)."""
+    """The outputs for channels_last levels, and last (m, r) of each group, (B, L, num_groups, 2)."""
     tiles = _Tiles(levels, num_groups)
     stats = weight.new_empty((tiles.batch, len(levels), num_groups, 2), dtype=torch.float32)
     with torch.cuda.device_of(weight):

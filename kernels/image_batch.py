@@ -7,9 +7,9 @@ first. On a GPU the batch is channels_last, as the convs of the trunk want it; o
 as torchvision's do.
 
 torchvision launches about eight kernels an image (subtract, divide, resize, copy, and the constants' uploads) and makes
-five passes over it, in the model's dtype. Here one launch serves the batch: each image is read as it lies, whatever its
+five passes over it, in the model's dtype. Here one launch serves the batch. Each image is read in place, whatever its
 strides, through its address in a table on the device, and each element of the batch, padding included, is written once.
-Interpolating comes first and normalising second, once an output element: the weights sum to 1, so the order is free.
+An output element is interpolated first and then normalised. The weights sum to 1, so that this gives the same result.
 """
 
 import math
@@ -64,8 +64,8 @@ _DTYPES = {torch.uint8: "uint8", torch.float32: "float32", torch.float16: "float
 
 @triton.jit
 def _source(position, size_in, size_out):
-    """The two pixels between which an output pixel lies, and how far along. Rounded once, by an fma, as in torch's own
-    resize: near position 64 two roundings would already move a pixel by 1e-5."""
+    """The two pixels between which an output pixel lies, and its distance from the first. The position is rounded once,
+    by an fma, as in torch's own resize: near 64 two roundings would already move it by 1e-5."""
     scale = tl.div_rn(size_in.to(tl.float32), size_out.to(tl.float32))
     at = tl.maximum(tl.fma(scale, position + 0.5, -0.5), 0.0)
     first = tl.minimum(at.to(tl.int32), size_in - 1)
@@ -77,7 +77,8 @@ def _image_batch_kernel(
     table_ptr, out_ptr, factors, terms, height, row, DTYPE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j, b): piece i of the j-th rows of image b; out = bilinear(image) * factor + term, by channel."""
+    """Program (i, j, b) writes piece i of the j-th group of ROWS rows of image b, with the factor and the term of each
+    channel: out = bilinear(image) * factor + term."""
     image = tl.program_id(2)
     table_ptr += image * 8
     pixels = tl.load(table_ptr).to(tl.pointer_type(getattr(tl, DTYPE)))
@@ -113,8 +114,8 @@ def _image_batch_kernel(
 
 
 def image_table(images: Sequence[Tensor], sizes: Sizes) -> Tensor:
-    """(B, 8) int64 on the CPU, an image a row: address, height and width, the height and width it is resized to, and
-    its three strides."""
+    """(B, 8) int64 on the CPU, one row for each image: its address, height and width, the height and width it is
+    resized to, and its three strides."""
     rows = [
         [image.data_ptr(), *image.shape[1:], *size, image.stride(0) if len(image) > 1 else 0, *image.stride()[1:]]
         for image, size in zip(images, sizes, strict=True)
@@ -126,7 +127,7 @@ def image_table(images: Sequence[Tensor], sizes: Sizes) -> Tensor:
 def launch_image_batch(
     table: Tensor, out: Tensor, dtype: torch.dtype, mean: Sequence[float], std: Sequence[float]
 ) -> None:
-    """Fills ``out``, channels_last, from the images of ``dtype`` that the table on ``out``'s device tells of."""
+    """Fills ``out``, which is channels_last, from the images of ``dtype`` in the table, which lies on its device."""
     batch, channels, height, width = out.shape
     top = 1.0 if dtype.is_floating_point else 255.0
     means, stds = (values * channels if len(values) == 1 else values for values in (list(mean), list(std)))

@@ -5,9 +5,9 @@ probability of the wrong answer, a = alpha t + (1-alpha) (1-t) and g = gamma,
 
     L = a w^g c              dL/dx = a w^g (g (1-2t) p (1-p) c / w + p - t)
 
-torchvision makes 87 passes over tensors of the logits' size, forward and backward, and saves eight of them. Here
-forward reads the two inputs, and writes the losses only if they are not reduced; backward reads the inputs again and
-writes the gradient: 5 passes for a sum, 7 without reduction.
+torchvision makes 87 passes over tensors of the logits' size, forward and backward, and saves eight of them. Here the
+forward pass reads the two inputs, and writes the losses only if they are not reduced. Backward reads the inputs again
+and writes the gradient. That makes 5 passes for a sum, and 7 without reduction.
 """
 
 import torch
@@ -83,7 +83,8 @@ def _op(
     output: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The "losses" of two contiguous tensors, their "sums" a tile (T,), or the "gradients" times incoming."""
+    """One output of two contiguous tensors: the "losses", their "sums" over each tile, (T,), or the "gradients" times
+    incoming."""
     tiles = triton.cdiv(inputs.numel(), _TILE)
     out = inputs.new_empty((tiles,) if output == "sums" else inputs.shape, dtype=dtype)
     background_weight, class_weight = (1 - alpha, alpha) if alpha >= 0 else (1.0, 1.0)

@@ -2,7 +2,7 @@
 
     box[b, d] = candidate box[b, position[b, d]] * original size[b] / image size[b]     for d < count[b]
 
-In PyTorch these are a dozen small operations; here they are one launch.
+PyTorch needs a dozen small operations for this. Here it is one launch.
 """
 
 import torch
@@ -40,7 +40,7 @@ def _take_kept_kernel(
     boxes_ptr, scores_ptr, labels_ptr, positions_ptr, counts_ptr, sizes_ptr, original_ptr, out_boxes_ptr,
     out_scores_ptr, out_labels_ptr, width, max_detections, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): TILE detections of image b."""
+    """Program (t, b) writes TILE detections of image b."""
     image = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * TILE + tl.arange(0, TILE)
     out = image * max_detections + d
