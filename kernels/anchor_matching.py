@@ -1,4 +1,5 @@
-"""Anchor matching: which ground truth each anchor answers for (Ren et al. 2015, section 3.1.2; torchvision's Matcher).
+"""Anchor matching: the ground truth that each anchor has to predict (Ren et al. 2015, section 3.1.2; torchvision's
+Matcher).
 
 For anchor n let best(n) be the ground truth of highest IoU, the first one on a tie. Then
 
@@ -7,13 +8,13 @@ For anchor n let best(n) be the ground truth of highest IoU, the first one on a 
                  -2        if bg_iou_thresh <= IoU < fg_iou_thresh: ignored
                  -1        otherwise: background, and every anchor of an image without ground truth
 
-A ground truth that touches no anchor has a highest IoU of 0, which every anchor that misses it ties: all of those
-become foreground for their own best. That is torchvision's rule, and it is kept.
+A ground truth that touches no anchor has a highest IoU of 0. Every anchor ties this, and becomes foreground for its own
+best ground truth. That is torchvision's rule, and it is kept.
 
-torchvision builds ground truths x anchors matrices: 36 bytes a pair at its peak, 3.6 GB an image at 500 ground truths
-and 201,600 anchors. Here a tile of anchors stays in registers while the ground truths pass by, twice: first to find the
-highest IoU of each, then to match. Memory is O(anchors + ground truths), 8 bytes an anchor. A tile meets only the
-ground truths that reach into the rectangle around it: any other pair has an IoU of 0.
+torchvision builds matrices of ground truths x anchors: 36 bytes a pair at its peak, 3.6 GB an image at 500 ground
+truths and 201,600 anchors. Here a tile of anchors stays in registers, and the ground truths are read one by one. This
+is done twice, to find the highest IoU of each ground truth, and then to match. Memory is O(anchors + ground truths), 8
+bytes an anchor. A tile skips the ground truths outside the rectangle around its anchors: their IoU with them is 0.
 """
 
 from itertools import pairwise
@@ -22,24 +23,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
-from retina_fast.kernels.rows import load_rows
-
-BACKGROUND = -1
-IGNORED = -2
+from retina_fast.kernels.arguments import check_devices, check_integers
+from retina_fast.kernels.compiler import runs_triton, tl, triton
+from retina_fast.kernels.labels import BACKGROUND, IGNORED, TL_BACKGROUND, TL_IGNORED
+from retina_fast.kernels.levels import load_rows
 
 _TILE_PAIRS = 1 << 18  # IoUs the reference holds at a time: 1 MB of float32, inside the L2 cache
 
 
 class Matches(NamedTuple):
-    """What every anchor answers for; N anchors, B images."""
+    """The matches of N anchors in each of B images."""
 
     indices: Tensor
     """(B, N) int32: row of the matched ground truth within its image, -1 background, -2 ignored."""
     labels: Tensor
     """(B, N) int32: class of the matched ground truth, -1 background, -2 ignored."""
     num_foreground: Tensor
-    """(B,) int32: how many anchors of each image matched a ground truth."""
+    """(B,) int32: the number of anchors of each image that matched a ground truth."""
 
 
 def pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
@@ -99,7 +99,8 @@ def anchor_matching_reference(
     return Matches(indices, classes, (indices >= 0).sum(dim=1, dtype=torch.int32))
 
 
-# Triton. Equality with the reference is exact, so the division rounds to nearest and nothing is contracted to an fma.
+# Triton. The results equal the reference's exactly, so divisions round to nearest, and no product is contracted with a
+# sum to an fma.
 
 _TILE = 512  # anchors of a program: by instruction counts, 128 costs twice as much at 16 ground truths
 _CHUNK = 32  # ground truths looked at together: one a lane
@@ -107,11 +108,13 @@ _CHUNK = 32  # ground truths looked at together: one a lane
 
 @triton.jit
 def _iou(x1, y1, x2, y2, area, box_x1, box_y1, box_x2, box_y2):
-    """IoU of a tile of anchors and one ground truth, rounded as pairwise_iou rounds."""
+    """The IoU of a tile of anchors and one ground truth, rounded as pairwise_iou rounds, or -1 where they do not
+    intersect. Most pairs do not, and to divide 0 would take the slow path of div.rn, some 30 instructions."""
     width = tl.maximum(tl.minimum(box_x2, x2) - tl.maximum(box_x1, x1), 0.0)
     height = tl.maximum(tl.minimum(box_y2, y2) - tl.maximum(box_y1, y1), 0.0)
     intersection = width * height
-    return tl.div_rn(intersection, (box_x2 - box_x1) * (box_y2 - box_y1) + area - intersection)
+    union = (box_x2 - box_x1) * (box_y2 - box_y1) + area - intersection
+    return tl.div_rn(tl.where(intersection > 0, intersection, -union), union)
 
 
 @triton.jit(do_not_specialize=["num_anchors", "anchors_stride"])
@@ -120,13 +123,14 @@ def _anchor_matching_kernel(
     num_anchors, fg_iou_thresh, bg_iou_thresh, FIND_PEAKS: tl.constexpr, LOW_QUALITY: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): tile t of image b's anchors. With FIND_PEAKS only the ground truths' highest IoUs are found, as
-    bits in int32, which order as the floats do; without, they are given."""
+    """Program (t, b): tile t of the anchors of image b.
+
+    With FIND_PEAKS it finds the highest IoU of every ground truth, and stores the bits of the float32 number as an
+    int32, since the integers order as the numbers do. Without, the peaks are given and the anchors are matched.
+    """
     image = tl.program_id(1).to(tl.int64)
-    start = tl.load(offsets_ptr + image)
-    num_boxes = (tl.load(offsets_ptr + image + 1) - start).to(tl.int32)
-    boxes_ptr += start * 4
-    peaks_ptr += start
+    start = tl.load(offsets_ptr + image).to(tl.int32)
+    stop = tl.load(offsets_ptr + image + 1).to(tl.int32)
     anchor = tl.program_id(0) * TILE + tl.arange(0, TILE)
     valid = anchor < num_anchors
     x1, y1, x2, y2 = load_rows(anchors_ptr + image * anchors_stride, anchor, valid)
@@ -137,37 +141,39 @@ def _anchor_matching_kernel(
     bottom = tl.max(tl.where(valid, y2, float("-inf")), axis=0)
 
     best = tl.zeros([TILE], tl.float32)
-    index = tl.zeros([TILE], tl.int32)
+    best_box = tl.zeros([TILE], tl.int32) + start
     ties = tl.zeros([TILE], tl.int1)
-    first = 0
-    while first < num_boxes:
+    first = start
+    while first < stop:
         g = first + tl.arange(0, CHUNK)
-        g_x1, g_y1, g_x2, g_y2 = load_rows(boxes_ptr, g, g < num_boxes)
-        near = (g < num_boxes) & (g_x1 < right) & (g_x2 > left) & (g_y1 < bottom) & (g_y2 > top)
+        g_x1, g_y1, g_x2, g_y2 = load_rows(boxes_ptr, g, g < stop)
+        near = tl.where((g < stop) & (g_x1 < right) & (g_x2 > left) & (g_y1 < bottom) & (g_y2 > top), g, stop)
         if LOW_QUALITY and not FIND_PEAKS:
-            peak = tl.load(peaks_ptr + g, mask=g < num_boxes, other=1)
-            ties |= tl.min(peak, axis=0) == 0  # touches no anchor of the image, so that all of them tie
-        box = tl.min(tl.where(near, g, num_boxes), axis=0)
-        while box < num_boxes:
+            peak = tl.load(peaks_ptr + g, mask=g < stop, other=1)
+            ties |= tl.min(peak, axis=0) == 0  # a ground truth that touches no anchor of the image: all anchors tie
+        box = tl.min(near, axis=0)
+        while box < stop:
             ptr = boxes_ptr + box * 4
             iou = _iou(x1, y1, x2, y2, area, tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3))
             if FIND_PEAKS:
                 peak = tl.max(iou, axis=0)
                 tl.atomic_max(peaks_ptr + box, peak.to(tl.int32, bitcast=True), mask=peak > 0, sem="relaxed")
             else:
-                index = tl.where(iou > best, box, index)
+                best_box = tl.where(iou > best, box, best_box)
                 best = tl.maximum(iou, best)
                 if LOW_QUALITY:
                     ties |= iou == tl.load(peaks_ptr + box).to(tl.float32, bitcast=True)
-            box = tl.min(tl.where(near & (g > box), g, num_boxes), axis=0)
+            box = tl.min(tl.where(near > box, near, stop), axis=0)
         first += CHUNK
 
     if not FIND_PEAKS:
-        matched = tl.where(best < bg_iou_thresh, -1, tl.where(best < fg_iou_thresh, -2, index))
+        index = best_box - start
+        matched = tl.where(best < fg_iou_thresh, TL_IGNORED, index)
+        matched = tl.where(best < bg_iou_thresh, TL_BACKGROUND, matched)
         matched = tl.where(ties, index, matched)
-        matched = tl.where(num_boxes > 0, matched, -1)
+        matched = tl.where(start < stop, matched, TL_BACKGROUND)
         foreground = valid & (matched >= 0)
-        label = tl.load(labels_ptr + start + matched, mask=foreground, other=0).to(tl.int32)
+        label = tl.load(labels_ptr + best_box, mask=foreground, other=0).to(tl.int32)
         row = image * num_anchors + anchor
         tl.store(indices_ptr + row, matched, mask=valid)
         tl.store(classes_ptr + row, tl.where(foreground, label, matched), mask=valid)
@@ -203,15 +209,27 @@ def _anchor_matching_triton(
     return indices, classes, counts
 
 
-_anchor_matching_op = torch.library.custom_op("retina_fast::anchor_matching", _anchor_matching_triton, mutates_args=())
+_op = torch.library.custom_op("retina_fast::anchor_matching", _anchor_matching_triton, mutates_args=())
 
 
-@_anchor_matching_op.register_kernel("cpu")
-def _(*arguments):
-    return tuple(anchor_matching_reference(*arguments))
+@torch.library.custom_op("retina_fast::anchor_matching_reference", mutates_args=())
+def _reference_op(
+    anchors: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    offsets: Tensor,
+    fg_iou_thresh: float,
+    bg_iou_thresh: float,
+    allow_low_quality_matches: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference reads offsets on the host: as an operation it is one node of a compiled or exported graph."""
+    return anchor_matching_reference(
+        anchors, boxes, labels, offsets, fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches
+    )
 
 
-@_anchor_matching_op.register_fake
+@_op.register_fake
+@_reference_op.register_fake
 def _(anchors, boxes, labels, offsets, *thresholds):
     indices = anchors.new_empty((len(offsets) - 1, anchors.shape[-2]), dtype=torch.int32)
     return indices, torch.empty_like(indices), indices.new_empty(len(indices))
@@ -229,8 +247,8 @@ def anchor_matching(
     """Match the anchors of a batch of images to their ground truths.
 
     Args:
-        anchors: ``(N, 4)`` float32 xyxy pixels, shared by the images, or ``(B, N, 4)``.
-        boxes: ``(G, 4)`` float32 ground truths of all images, concatenated.
+        anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``; read as float32.
+        boxes: ``(G, 4)`` ground truths of all images, concatenated; read as float32.
         labels: ``(G,)`` integer classes.
         offsets: ``(B + 1,)`` integers: image b owns rows offsets[b] to offsets[b + 1].
         fg_iou_thresh: IoU from which an anchor is foreground.
@@ -238,7 +256,8 @@ def anchor_matching(
         allow_low_quality_matches: whether the low-quality rule applies.
 
     Raises:
-        ValueError: for shapes that do not fit each other.
+        ValueError: for shapes that do not fit each other, labels or offsets that are not integers, or tensors on
+            different devices.
 
     Example::
 
@@ -246,12 +265,15 @@ def anchor_matching(
         >>> anchor_matching(anchors, anchors[:1], torch.tensor([7]), torch.tensor([0, 1])).labels
         tensor([[ 7, -1, -1]], dtype=torch.int32)
     """
+    if offsets.dim() != 1 or not len(offsets):
+        raise ValueError(f"offsets must be (B + 1,), got {tuple(offsets.shape)}")
     batch = len(offsets) - 1
     if anchors.dim() not in (2, 3) or anchors.shape[-1] != 4 or (anchors.dim() == 3 and len(anchors) != batch):
         raise ValueError(f"anchors must be (N, 4) or ({batch}, N, 4), got {tuple(anchors.shape)}")
     if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
         raise ValueError(f"boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)} must be (G, 4) and (G,)")
-    arguments = anchors, boxes, labels, offsets, fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches
-    if anchors.is_cuda and not HAS_TRITON:
-        return anchor_matching_reference(*arguments)
-    return Matches(*_anchor_matching_op(*arguments))
+    check_integers(labels=labels, offsets=offsets)
+    check_devices(anchors.device, boxes=boxes, labels=labels, offsets=offsets)
+    anchors, boxes = anchors.float(), boxes.float()
+    op = _op if runs_triton(anchors) else _reference_op
+    return Matches(*op(anchors, boxes, labels, offsets, fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches))

@@ -1,14 +1,14 @@
 """Greedy non-maximum suppression, exact per class, for a batch of images at once (Neubeck and Van Gool 2006).
 
-By falling score, the lower index first on a tie and NaN before everything, a box is kept unless its IoU with a kept box
-of its class exceeds the threshold; IoU = I / (A + B - I) in float32, or in float64 for float64 boxes. A box with a NaN
-or of infinite area overlaps nothing. torchvision's ``batched_nms`` moves classes apart by adding label * (largest
-coordinate + 1) to small inputs, which rounds: its two paths disagree on borderline boxes, and 16-bit offsets overflow.
-Nothing is added here.
+Boxes are visited by falling score. On a tie the lower index goes first, and NaN goes before all numbers. A box is kept
+unless its IoU with a kept box of its class exceeds the threshold. IoU = I / (A + B - I) is computed in float32, or in
+float64 for float64 boxes. A box with a NaN or of infinite area overlaps nothing.
 
-torchvision writes the overlaps of all pairs as bits, and one block reads them through to the end. Here each image's
-classes are dealt to 16 programs. One walks down the boxes of its classes in tiles of 32: a tile is tested against what
-the program has kept so far, then within itself, and the walk ends at the last box that the result can hold.
+torchvision's ``batched_nms`` keeps classes apart by adding label * (largest coordinate + 1) to the boxes of small
+inputs. The sum is rounded: its two paths disagree on borderline boxes, and 16-bit coordinates overflow. Here nothing is
+added. torchvision also writes the overlaps of all pairs as bits, which one block then reads to the end. Here each
+image's classes are shared out to 16 programs. A program walks down the boxes of its classes in tiles of 32: it compares
+a tile with the boxes it has kept so far, then within itself. It ends when it has kept as many as the result can hold.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
-from retina_fast.kernels.key_sort import rising, sort_keys
+from retina_fast.kernels.arguments import at_least_float32, check_devices, check_integers, check_shape
+from retina_fast.kernels.compiler import runs_triton, tl, triton
+from retina_fast.kernels.key_sort import pack, sort_keys, unpack_index
 
 
 class Kept(NamedTuple):
@@ -34,7 +35,7 @@ class Kept(NamedTuple):
 def nms_image(boxes: Tensor, scores: Tensor | None, labels: Tensor | None, iou_thresh: float) -> Tensor:
     """Positions of the kept boxes of one image, best first; without scores the boxes lie best first."""
     order = None if scores is None else scores.sort(descending=True, stable=True).indices
-    boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
+    boxes = at_least_float32(boxes)
     boxes = boxes if order is None else boxes[order]
     falling = torch.arange(len(boxes), 0, -1, device=boxes.device).to(boxes.dtype)  # for the scores: no ties left
     if labels is None or bool((labels == labels[:1]).all()):
@@ -71,17 +72,18 @@ def batched_nms_reference(
 
 _GROUPS = 16  # programs an image; a power of two
 _SCAN = 512  # boxes whose class a program looks at in one go
+_POSITION_BITS = tl.constexpr(31)  # of a key
 _WORD = tl.constexpr(32)  # boxes of a tile, one bit each; with 64 the pairs no longer fit the registers
 
 
 @triton.jit(do_not_specialize=["width"])
 def _score_keys_kernel(scores_ptr, keys_ptr, counts_ptr, width, TILE: tl.constexpr):
-    """Program (t, b): keys that order by score, then by falling position."""
+    """Program (t, b) makes the keys of TILE boxes of image b, which order by falling score, then by position."""
     image = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     scores = tl.load(scores_ptr + image * width + i, mask=i < width, other=0.0).to(tl.float32)
-    keys = ((rising(scores).to(tl.int64) + 0x80000000) << 31) + (0x7FFFFFFF - i)
-    tl.store(keys_ptr + image * width + i, tl.where(i < tl.load(counts_ptr + image), keys, -1), mask=i < width)
+    keys = tl.where(i < tl.load(counts_ptr + image), pack(scores, i, _POSITION_BITS, 0), -1)
+    tl.store(keys_ptr + image * width + i, keys, mask=i < width)
 
 
 @triton.jit
@@ -90,8 +92,8 @@ def _position(keys_ptr, i, mask):
     if keys_ptr is None:
         position = tl.where(mask, i, 0)
     else:
-        key = tl.load(keys_ptr + i, mask=mask, other=0x7FFFFFFF)
-        position = (0x7FFFFFFF - (key & 0x7FFFFFFF)).to(tl.int32)
+        key = tl.load(keys_ptr + i, mask=mask, other=-1)
+        position = unpack_index(key, _POSITION_BITS)
     return position
 
 
@@ -108,10 +110,13 @@ def _overlap(boxes_ptr, labels_ptr, above, below, comparable, iou_thresh, below_
     height = tl.maximum(tl.minimum(y2, v2) - tl.maximum(y1, v1), 0.0)
     intersection = width * height
     union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - intersection
-    # a division costs as much as all of this, and nearly no pair comes near the threshold
-    suppressed = (comparable & ~(intersection < below_thresh * union)).to(tl.int32)
+    # A division costs as much as all of this, and nearly no pair comes near the threshold. The quotient of the other
+    # pairs is not looked at: 1 instead of mostly 0, which would take the slow path of the division.
+    near = comparable & ~(intersection < below_thresh * union)
+    suppressed = near.to(tl.int32)
     if tl.max(tl.max(suppressed, axis=1), axis=0) > 0:
-        suppressed &= (tl.div_rn(intersection, union) > iou_thresh).to(tl.int32)
+        iou = tl.div_rn(tl.where(near, intersection, union), union)
+        suppressed &= (iou > iou_thresh).to(tl.int32)
     return suppressed
 
 
@@ -120,7 +125,7 @@ def _deal(
     labels_ptr, keys_ptr, members_ptr, scanned, tail, count, group, GROUPS: tl.constexpr, SCAN: tl.constexpr,
     RING: tl.constexpr,
 ):  # fmt: skip
-    """Appends those of the next SCAN boxes that are of the program's classes to its members; how many."""
+    """Appends to the members those of the next SCAN boxes that belong to the program's classes; returns how many."""
     i = scanned + tl.arange(0, SCAN)
     mine = i < count
     if labels_ptr is not None:
@@ -136,7 +141,7 @@ def _keep(
     boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, flags_ptr, head, tail, kept, max_kept, iou_thresh,
     below_thresh, RING: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
-    """Decides on the next WORD members; how many are kept."""
+    """Decides which of the next WORD members are kept; returns how many."""
     t = tl.arange(0, WORD)
     waiting = head + t < tail
     i = tl.load(members_ptr + (head + t) % RING, mask=waiting, other=0)
@@ -159,7 +164,7 @@ def _keep(
     bit = tl.full([WORD], 1, tl.int64) << t
     staying = tl.sum(tl.where(alive, bit, 0), axis=0)
     before = ~staying
-    while staying != before:  # after n rounds the first n boxes are right; mostly two or three do for all
+    while staying != before:  # after n rounds the first n boxes are decided; two or three rounds mostly decide all
         before = staying
         staying = tl.sum(tl.where(alive & ((by & before) == 0), bit, 0), axis=0)
     chosen = ((staying >> t) & 1) == 1
@@ -175,8 +180,8 @@ def _suppress_kernel(
     boxes_ptr, labels_ptr, keys_ptr, counts_ptr, members_ptr, kept_ptr, flags_ptr, width, max_kept, iou_thresh,
     below_thresh, GROUPS: tl.constexpr, SCAN: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
-    """Program (g, b): the classes of image b whose low bits are g. Raises the flags, in order of score, of the boxes
-    it keeps, at most max_kept. Its boxes wait in a ring of members; kept lists the positions of those it has kept."""
+    """Program (g, b) handles the classes of image b whose low bits are g. It raises the flags of the boxes it keeps, at
+    most max_kept; the flags are in the order of the scores. Boxes not yet decided wait in a ring of members."""
     group = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     count = tl.load(counts_ptr + image).to(tl.int32)
@@ -207,7 +212,7 @@ def _suppress_kernel(
 def _first_kernel(
     flags_ptr, keys_ptr, counts_ptr, positions_ptr, kept_counts_ptr, width, max_detections, SCAN: tl.constexpr
 ):
-    """Program b: the positions of the first flagged boxes of image b, and how many there are."""
+    """Program b writes the positions of the first flagged boxes of image b, and their number."""
     image = tl.program_id(0).to(tl.int64)
     count = tl.load(counts_ptr + image).to(tl.int32)
     flags_ptr += image * width
@@ -227,22 +232,17 @@ def _first_kernel(
 
 
 def rounded_down(value: float) -> float:
-    """The greatest float32 that is not above a float64: float32 numbers exceed either or neither."""
+    """The greatest float32 that is not above a float64: a float32 number exceeds either both or neither."""
     near = np.float32(value)
     return float(near if float(near) <= value else np.nextafter(near, np.float32(-np.inf)))
 
 
 def _batched_nms_triton(
-    boxes: Tensor,
-    scores: Tensor | None,
-    labels: Tensor | None,
-    counts: Tensor,
-    iou_thresh: float,
-    max_detections: int,
+    boxes: Tensor, scores: Tensor | None, labels: Tensor | None, counts: Tensor, iou_thresh: float, max_detections: int
 ) -> tuple[Tensor, Tensor]:
-    """Launches; their number does not depend on any size but whether M is above 8192."""
+    """The fields of Kept. The number of launches depends on nothing but whether M is above 8192."""
     batch, width = boxes.shape[:2]
-    boxes, counts = boxes.float().contiguous(), counts.contiguous()
+    boxes, counts = boxes.contiguous(), counts.contiguous()
     labels = None if labels is None else labels.contiguous()
     positions = boxes.new_zeros(batch, max_detections, dtype=torch.int64)
     kept_counts = torch.empty_like(counts, dtype=torch.int64)
@@ -271,24 +271,19 @@ def _batched_nms_triton(
     return positions, kept_counts
 
 
-@torch.library.custom_op("retina_fast::batched_nms", mutates_args=())
-def _op(
-    boxes: Tensor,
-    scores: Tensor | None,
-    labels: Tensor | None,
-    counts: Tensor,
-    iou_thresh: float,
-    max_detections: int,
+_op = torch.library.custom_op("retina_fast::batched_nms", _batched_nms_triton, mutates_args=())
+
+
+@torch.library.custom_op("retina_fast::batched_nms_reference", mutates_args=())
+def _reference_op(
+    boxes: Tensor, scores: Tensor | None, labels: Tensor | None, counts: Tensor, iou_thresh: float, max_detections: int
 ) -> tuple[Tensor, Tensor]:
-    """The fields of Kept."""
-    wide = boxes.dtype == torch.float64 or (scores is not None and scores.dtype == torch.float64)
-    if boxes.is_cuda and HAS_TRITON and not wide:
-        return _batched_nms_triton(boxes, scores, labels, counts, iou_thresh, max_detections)
-    positions, kept_counts = batched_nms_reference(boxes, scores, labels, counts, iou_thresh, max_detections)
-    return positions, kept_counts
+    """The reference reads counts on the host: as an operation it is one node of a compiled or exported graph."""
+    return batched_nms_reference(boxes, scores, labels, counts, iou_thresh, max_detections)
 
 
 @_op.register_fake
+@_reference_op.register_fake
 def _(boxes, scores, labels, counts, iou_thresh, max_detections):
     positions = boxes.new_empty((boxes.shape[0], max_detections), dtype=torch.int64)
     return positions, boxes.new_empty(boxes.shape[0], dtype=torch.int64)
@@ -305,7 +300,8 @@ def batched_nms(
     """Suppress overlapping boxes of one class in every image of a padded batch.
 
     Args:
-        boxes: ``(B, M, 4)`` xyxy, M below 2^31. Float64 boxes or scores take the reference's path on a GPU, too.
+        boxes: ``(B, M, 4)`` xyxy, M below 2^29: offsets of coordinates, up to 4 M, are 32 bits wide. Float64 boxes or
+            scores take the reference's path on a GPU, too.
         scores: ``(B, M)``; a NaN ranks above all. None: the boxes lie best first already.
         labels: ``(B, M)`` integer classes; None suppresses across classes.
         counts: ``(B,)`` integers up to M: only the first counts[b] boxes of image b count.
@@ -313,7 +309,8 @@ def batched_nms(
         max_detections: D, the most boxes kept of an image.
 
     Raises:
-        ValueError: if the shapes do not fit or max_detections is negative.
+        ValueError: if the shapes do not fit, M is 2^29 or more, labels or counts are not integers, max_detections is
+            negative, or the tensors lie on different devices.
 
     Example::
 
@@ -323,12 +320,18 @@ def batched_nms(
     """
     if boxes.dim() != 3 or boxes.shape[2] != 4:
         raise ValueError(f"boxes must be (B, M, 4), got {tuple(boxes.shape)}")
+    batch, width = boxes.shape[:2]
+    if width >= 2**29:
+        raise ValueError(f"boxes must be fewer than 2^29 an image, got {width}")
     for name, rows in (("scores", scores), ("labels", labels)):
-        if rows is not None and rows.shape != boxes.shape[:2]:
-            raise ValueError(f"{name} must be (B, M) = {tuple(boxes.shape[:2])}, got {tuple(rows.shape)}")
-    if counts.shape != boxes.shape[:1]:
-        raise ValueError(f"counts must be (B,) = ({boxes.shape[0]},), got {tuple(counts.shape)}")
+        if rows is not None:
+            check_shape(name, rows, "(B, M)", (batch, width))
+    check_shape("counts", counts, "(B,)", (batch,))
+    check_integers(labels=labels, counts=counts)
+    check_devices(boxes.device, scores=scores, labels=labels, counts=counts)
     if max_detections < 0:
         raise ValueError(f"max_detections must be at least 0, got {max_detections}")
     scores = None if scores is None else scores.detach()
-    return Kept(*_op(boxes.detach(), scores, labels, counts, iou_thresh, max_detections))
+    boxes = at_least_float32(boxes.detach())
+    op = _op if runs_triton(boxes, scores) else _reference_op
+    return Kept(*op(boxes, scores, labels, counts, iou_thresh, max_detections))

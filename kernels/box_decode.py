@@ -4,9 +4,10 @@ With an anchor's centre (cx, cy) and size (w, h), and deltas (dx, dy, dw, dh):
 
     centre = (dx w + cx, dy h + cy)     size = (exp(min(dw, c)) w, exp(min(dh, c)) h),  c = log(1000 / 16)
 
-then clipped to the image. All of it in float32 whatever the deltas' dtype. Only the candidates are read, from the
-levels as they lie: 4 deltas and 4 anchor coordinates each, in one launch for the batch. The boxes stay in the pixels of
-the batch, in which torchvision compares them; :mod:`retina_fast.kernels.take_kept` scales the few that are kept.
+The boxes are then clipped to the image. All is computed in float32, whatever the deltas' dtype. One launch serves the
+batch, and reads only the candidates, 4 deltas and 4 anchor coordinates each, from the levels as they lie in memory. The
+boxes stay in the pixels of the batch, in which torchvision compares them. :mod:`retina_fast.kernels.take_kept` scales
+the few that are kept.
 """
 
 import math
@@ -15,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
-from retina_fast.kernels.levels import count_anchors, flatten_all
-from retina_fast.kernels.sizes import codes, size
+from retina_fast.kernels.arguments import check_anchors, check_devices, check_integers, check_shape
+from retina_fast.kernels.compiler import runs_triton, tl, triton
+from retina_fast.kernels.levels import check_levels, decode_size, encode_sizes, flatten_all
 
 MAX_LOG_SCALE = math.log(1000 / 16)
 
@@ -55,14 +56,14 @@ def _box_decode_kernel(
     levels, starts, anchors_ptr, index_ptr, sizes_ptr, boxes_ptr, width, anchors_stride, max_log_scale,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): the boxes of TILE chosen anchors of image b."""
+    """Program (t, b) writes the boxes of TILE chosen anchors of image b."""
     image = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = i < width
     anchor = tl.load(index_ptr + image * width + i, mask=mask, other=0)
     dx, dy, dw, dh = (tl.zeros([TILE], tl.float32),) * 4
     for level in tl.static_range(len(levels)):
-        start, stop = size(starts[level]), size(starts[level + 1])
+        start, stop = decode_size(starts[level]), decode_size(starts[level + 1])
         here = mask & (anchor >= start) & (anchor < stop)
         ptr = levels[level] + (image * (stop - start) + anchor - start) * 4
         dx += tl.load(ptr, mask=here, other=0.0).to(tl.float32)
@@ -95,7 +96,7 @@ def _op(levels: list[Tensor], anchors: Tensor, index: Tensor, image_sizes: Tenso
     stride = 0 if anchors.dim() == 2 else 4 * starts[-1]
     with torch.cuda.device_of(anchors):
         _box_decode_kernel[(triton.cdiv(width, _TILE), batch)](
-            tuple(levels), codes(starts), anchors, index, image_sizes, boxes, width, stride, MAX_LOG_SCALE,
+            tuple(levels), encode_sizes(starts), anchors, index, image_sizes, boxes, width, stride, MAX_LOG_SCALE,
             TILE=_TILE, enable_fp_fusion=False,
         )  # fmt: skip
     return boxes
@@ -117,12 +118,13 @@ def box_decode(deltas: Sequence[Tensor], anchors: Tensor, index: Tensor, image_s
     Args:
         deltas: the levels as the heads wrote them, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``; any float dtype.
             Differentiable.
-        anchors: ``(N, 4)`` float32 xyxy pixels, shared by the images, or ``(B, N, 4)``.
+        anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``; read as float32.
         index: ``(B, M)`` integers: which anchors to decode.
         image_sizes: ``(B, 2)`` height and width that boxes are clipped to.
 
     Raises:
-        ValueError: if the levels do not hold four deltas for each of the anchors.
+        ValueError: if the shapes do not fit, index is not integers, the levels differ in dtype, or the tensors lie on
+            different devices.
 
     Example::
 
@@ -130,8 +132,14 @@ def box_decode(deltas: Sequence[Tensor], anchors: Tensor, index: Tensor, image_s
         >>> box_decode([torch.zeros(1, 2, 4)], anchors, torch.tensor([[1]]), torch.tensor([[12, 20]]))
         tensor([[[ 5.,  5., 15., 12.]]])
     """
-    if anchors.shape[-2] != sum(count_anchors(level, 4) for level in deltas):
-        raise ValueError(f"anchors {tuple(anchors.shape)} do not fit levels {[tuple(level.shape) for level in deltas]}")
+    batch = deltas[0].shape[0]
+    check_anchors(anchors, batch, check_levels(deltas, 4))
+    check_shape("index", index, "(B, M)", (batch, index.shape[-1]))
+    check_shape("image_sizes", image_sizes, "(B, 2)", (batch, 2))
+    check_integers(index=index)
+    check_devices(deltas[0].device, anchors=anchors, index=index, image_sizes=image_sizes)
+    anchors = anchors.float()
     differentiable = torch.is_grad_enabled() and any(level.requires_grad for level in deltas)
-    fast = index.is_cuda and HAS_TRITON and not differentiable and anchors.dtype == torch.float32
-    return (_box_decode_triton if fast else box_decode_reference)(deltas, anchors, index, image_sizes)
+    if runs_triton(*deltas) and not differentiable:
+        return _box_decode_triton(deltas, anchors, index, image_sizes)
+    return box_decode_reference(deltas, anchors, index, image_sizes)

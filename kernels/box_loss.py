@@ -13,8 +13,8 @@ On the decoded box, per axis, with the overlap o of two intervals and the predic
 where [.] is 1/2 on a tie, as autograd has it, and every gradient follows by the chain rule. The kernel works relative
 to the anchor's centre, where float32 keeps more digits of a small box.
 
-Only foreground anchors are read: a few hundred rows of deltas an image, where torchvision gathers image by image. Their
-finished gradient, zeros between them, is written in the same pass: 8 bytes an anchor in bfloat16.
+Only the deltas of foreground anchors are read, a few hundred rows an image, which torchvision gathers image by image.
+The finished gradient, 0 for all other anchors, is written in the same pass: 8 bytes an anchor in bfloat16.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
+from retina_fast.kernels.arguments import (
+    at_least_float32,
+    check_anchors,
+    check_devices,
+    check_integers,
+    check_shape,
+    loss_normalizers,
+)
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.compiler import HAS_TRITON, runs_triton, tl, triton
 from retina_fast.kernels.fast_math import atan
-from retina_fast.kernels.levels import count_anchors, flatten_all
+from retina_fast.kernels.levels import (
+    check_levels,
+    encode_sizes,
+    flatten_all,
+    level_of,
+    load_rows,
+    pick,
+    pick_size,
+    store_rows,
+)
 from retina_fast.kernels.one_pass import OnePass, refuse_double_backward
-from retina_fast.kernels.rows import load_rows, store_rows
-from retina_fast.kernels.sizes import codes, level_of, pick, size
 
 _IOU_LOSSES = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}
 LOSS_TYPES = ("l1", "smooth_l1", *_IOU_LOSSES)
@@ -55,7 +70,7 @@ def box_loss_reference(
     """The definition, differentiable by autograd; see :func:`box_loss`."""
     image, anchor = (indices >= 0).nonzero(as_tuple=True)  # (F,) each, F the foreground anchors
     flat = torch.cat(flatten_all(deltas, 4), dim=1)[image, anchor]  # (F, 4)
-    flat = flat if flat.dtype == torch.float64 else flat.float()
+    flat = at_least_float32(flat)
     anchors = anchors[anchor] if anchors.dim() == 2 else anchors[image, anchor]  # (F, 4)
     matched = boxes[indices[image, anchor] + offsets[image]]  # (F, 4)
     if loss_type in _IOU_LOSSES:
@@ -71,7 +86,7 @@ def box_loss_reference(
 _TILE = 512
 _EPS = tl.constexpr(1e-7)  # torchvision's, in every quotient of the IoU losses
 _MAX_LOG_SCALE = tl.constexpr(MAX_LOG_SCALE)
-_NAN = tl.constexpr(tl.PropagateNan.ALL if HAS_TRITON else None)  # or a minimum drops NaN, and no one sees it
+_NAN = tl.constexpr(tl.PropagateNan.ALL if HAS_TRITON else None)  # otherwise a minimum would hide a NaN
 
 
 @triton.jit
@@ -94,7 +109,8 @@ def _l1(delta, target, SMOOTH: tl.constexpr):
 
 @triton.jit
 def _overlap(c, h, b1, b2):
-    """Of [c - h, c + h] and [b1, b2]: the overlap, negative where they are apart, and its slopes in c and h."""
+    """The overlap of the intervals [c - h, c + h] and [b1, b2], negative where they are apart, and its slopes in c and
+    h."""
     above, below = _less(c + h, b2), _less(b1, c - h)
     overlap = tl.minimum(c + h, b2, _NAN) - tl.maximum(c - h, b1, _NAN)
     return overlap, above - below, above + below
@@ -102,7 +118,7 @@ def _overlap(c, h, b1, b2):
 
 @triton.jit
 def _iou_loss(cx, cy, hx, hy, bx1, by1, bx2, by2, LOSS: tl.constexpr):
-    """The loss of boxes around (cx, cy) of half sizes (hx, hy), and its slopes in those four."""
+    """The loss of boxes with centre (cx, cy) and half sizes (hx, hy), and its slopes in these four numbers."""
     bw, bh = bx2 - bx1, by2 - by1
     ox, ox_c, ox_h = _overlap(cx, hx, bx1, bx2)
     oy, oy_c, oy_h = _overlap(cy, hy, by1, by2)
@@ -151,15 +167,15 @@ def _box_loss_kernel(
     levels, grads, anchors_ptr, anchors_stride, indices_ptr, boxes_ptr, offsets_ptr, normalizers_ptr, partials_ptr,
     factor_ptr, starts, first_tiles, num_anchors, LOSS: tl.constexpr, TILE: tl.constexpr, WITH_GRADS: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): tile t, counted through the levels, of image b. Writes its share of the loss to partials (B, T)
-    and its gradients; one of the two may be left out. The gradients are multiplied by factor if there is one."""
+    """Program (t, b) handles tile t, counted through the levels, of image b. It writes the tile's share of the loss to
+    partials (B, T), and its gradients, times factor if there is one. Either output may be left out."""
     tile = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     level = level_of(first_tiles, tile)
     delta_ptr, grad_ptr = pick(levels, level), pick(grads, level)
-    start = size(pick(starts, level))
-    num_rows = size(pick(starts[1:], level)) - start
-    begin = (tile - size(pick(first_tiles, level))) * TILE
+    start = pick_size(starts, level)
+    num_rows = pick_size(starts[1:], level) - start
+    begin = (tile - pick_size(first_tiles, level)) * TILE
     row = begin + tl.arange(0, TILE)
     delta_ptr += image * num_rows * 4
     grad_ptr += image * num_rows * 4
@@ -216,7 +232,8 @@ def _box_loss_op(
     with_loss: bool,
     with_grads: bool,
 ) -> list[Tensor]:
-    """[the loss (), the gradient of each contiguous level (B, N_l, 4), times factor ()], each if wanted."""
+    """A list of the loss (), if wanted, and the gradients of all contiguous levels (B, N_l, 4), if wanted. The
+    gradients are multiplied by factor (), if there is one."""
     starts, first_tiles = [0], [0]
     for level in levels:
         starts.append(starts[-1] + level.shape[1])
@@ -226,8 +243,8 @@ def _box_loss_op(
     with torch.cuda.device_of(indices):
         _box_loss_kernel[(first_tiles[-1], len(indices))](
             tuple(levels), tuple(grads or levels), anchors, anchors.stride(0) if anchors.dim() == 3 else 0, indices,
-            boxes, offsets, normalizers, partials, factor, codes(starts), codes(first_tiles), indices.shape[1],
-            LOSS=loss_type, TILE=_TILE, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
+            boxes, offsets, normalizers, partials, factor, encode_sizes(starts), encode_sizes(first_tiles),
+            indices.shape[1], LOSS=loss_type, TILE=_TILE, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return ([] if partials is None else [partials.sum()]) + grads
 
@@ -285,16 +302,19 @@ def box_loss(
 
     Args:
         deltas: the levels as the heads wrote them, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``; any float dtype.
-        anchors: ``(N, 4)`` float32 xyxy pixels, shared by the images, or ``(B, N, 4)``.
+        anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``; read as float32, as boxes are, or as
+            they are for float64 deltas.
         indices: ``(B, N)`` integers: row of the matched ground truth within its image; negative is not foreground.
-        boxes: ``(G, 4)`` float32 ground truths of all images, concatenated.
+        boxes: ``(G, 4)`` ground truths of all images, concatenated.
         offsets: ``(B + 1,)`` integers: image b owns rows offsets[b] to offsets[b + 1] of boxes.
-        normalizers: ``(B,)``, the foreground counts (at least 1) times B for torchvision's mean over images.
+        normalizers: ``(B,)`` of any dtype: the foreground counts (at least 1) times B for torchvision's mean over
+            images.
         loss_type: one of l1, smooth_l1, giou, diou, ciou.
 
     Raises:
         AssertionError: for an unknown ``loss_type``, as torchvision's.
-        ValueError: if the levels do not hold B*N*4 deltas, or differ in dtype.
+        ValueError: if the shapes do not fit, indices or offsets are not integers, the levels differ in dtype, or the
+            tensors lie on different devices.
         RuntimeError: on a GPU, in backward with create_graph=True; :func:`box_loss_reference` can be differentiated
             twice.
 
@@ -307,10 +327,17 @@ def box_loss(
     """
     if loss_type not in LOSS_TYPES:
         raise AssertionError(f"Unsupported loss: {loss_type!r}; choose one of {', '.join(LOSS_TYPES)}")
-    if tuple(indices.shape) != (len(deltas[0]), sum(count_anchors(level, 4) for level in deltas)):
-        raise ValueError(f"indices {tuple(indices.shape)} do not fit levels {[tuple(level.shape) for level in deltas]}")
-    if any(level.dtype != deltas[0].dtype for level in deltas):
-        raise ValueError(f"levels must share a dtype, got {[level.dtype for level in deltas]}")
-    if not indices.is_cuda or not HAS_TRITON or deltas[0].dtype == torch.float64:
-        return box_loss_reference(deltas, anchors, indices, boxes, offsets, normalizers, loss_type)
-    return _box_loss_triton(flatten_all(deltas, 4), anchors, indices, boxes, offsets, normalizers, loss_type)
+    first, count = deltas[0], check_levels(deltas, 4)
+    batch = first.shape[0]
+    check_anchors(anchors, batch, count)
+    check_shape("indices", indices, "(B, N)", (batch, count))
+    check_shape("boxes", boxes, "(G, 4)", (boxes.shape[0], 4))
+    check_shape("offsets", offsets, "(B + 1,)", (batch + 1,))
+    check_integers(indices=indices, offsets=offsets)
+    check_devices(first.device, anchors=anchors, indices=indices, boxes=boxes, offsets=offsets)
+    normalizers = loss_normalizers(normalizers, batch, first)
+    if first.dtype != torch.float64:
+        anchors, boxes = anchors.float(), boxes.float()
+    if runs_triton(first):
+        return _box_loss_triton(flatten_all(deltas, 4), anchors, indices, boxes, offsets, normalizers, loss_type)
+    return box_loss_reference(deltas, anchors, indices, boxes, offsets, normalizers, loss_type)

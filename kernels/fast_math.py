@@ -1,14 +1,13 @@
-"""Special functions at one instruction each on NVIDIA, with a portable twin for the interpreter and for HIP.
+"""Special functions that take one instruction each on NVIDIA. The interpreter and HIP run a portable equivalent.
 
-Triton's own exp2 guards subnormal results and its division adds a correction: together they would nearly double what
-an element of a focal loss costs. The PTX documentation gives these errors over the full range, subnormals flushed:
+Triton's own exp2 guards subnormal results and its division adds a correction. Together they would nearly double the
+cost of an element of a focal loss. The PTX documentation bounds the errors over the full range, subnormals flushed:
 
     ex2.approx.ftz.f32    relative error 2^-22
     rcp.approx.ftz.f32    1 ulp, a relative error of 2^-23
-
     lg2.approx.ftz.f32    2^-22, absolute between 1/2 and 2, relative elsewhere
 
-So the last serves for powers, but not for softplus: log(1 + e) of a background logit of -7 would be wrong by 1e-4.
+So lg2 serves for powers, but not for softplus: log(1 + e) of a background logit of -7 would be wrong by 1e-4.
 """
 
 from retina_fast.kernels.compiler import tl, triton
@@ -53,7 +52,8 @@ def log2(x, PTX: tl.constexpr):
 def sigmoid(x, PTX: tl.constexpr):
     """p = sigmoid(x) and l = log(1 + exp(-|x|)), so that softplus(x) = max(x, 0) + l and log(p) = min(x, 0) - l.
 
-    l = -log(1 - q), q = min(p, 1 - p), by its minimax polynomial on [0, 1/2], relative error 1e-6. NaN gives NaN.
+    l = -log(1 - q) with q = min(p, 1 - p) is computed by the minimax polynomial of this function on [0, 1/2], which has
+    a relative error of 1e-6. NaN gives NaN.
     """
     p = reciprocal(1 + exp2(x * -LOG2E, PTX), PTX)
     q = tl.minimum(p, 1 - p)
@@ -68,7 +68,10 @@ def sigmoid(x, PTX: tl.constexpr):
 
 @triton.jit
 def atan(x):
-    """Arc tangent of x >= 0, float32, relative error 2e-7: its minimax polynomial on [0, 1], pi/2 - atan(1/x) above."""
+    """Arc tangent of x >= 0, float32, with a relative error of 2e-7.
+
+    On [0, 1] it is the minimax polynomial of the arc tangent, above 1 it is pi/2 - atan(1/x).
+    """
     t = tl.minimum(x, 1 / x)
     z = t * t
     h = 0.002849888987839222 * z - 0.016068626195192337

@@ -4,15 +4,15 @@ With p = sigmoid(x), s = softplus(x) = -log(1 - p), a = alpha, g = gamma, an ele
 
     L = (1-a) p^g s              dL/dx = (1-a) p^g (g (1-p) s + p)
 
-and the one element of a foreground anchor that is its class costs the same of -x, with a for 1-a and the slope's sign
-turned. A label >= 0 is that class (0 is a real class: there is no background channel), -1 is background, -2 drops the
-anchor.
+The element of a foreground anchor that is its class costs the loss of -x, with a in place of 1-a and the opposite sign
+of the slope. A label from 0 up is a class (0 is a real class: there is no background channel), -1 is background, and an
+anchor labelled -2 is ignored.
 
 torchvision makes 87 passes over the logits (one-hot targets, eight saved tensors). Here the forward pass reads them
-once and writes the finished gradient once, since the foreground counts are known before it runs; backward only scales
-it by the incoming gradient, and reads nothing where that is 1. Two cases read the logits again in backward instead,
-three passes in all: float16, whose finished gradients would be flushed to zero before GradScaler's factor reaches
-them, and compiled graphs, where scaling a saved tensor in place becomes a copy.
+once and writes the finished gradient once, since the foreground counts are known before it runs. Backward scales this
+gradient by the incoming one, and reads nothing where that is 1. In two cases backward reads the logits again, three
+passes in all: in float16, since small finished gradients would become zero before GradScaler's factor reaches them, and
+in compiled graphs, where scaling a saved tensor in place becomes a copy.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, PTX, tl, triton
+from retina_fast.kernels.arguments import (
+    at_least_float32,
+    check_devices,
+    check_integers,
+    check_shape,
+    loss_normalizers,
+)
+from retina_fast.kernels.compiler import PTX, runs_triton, tl, triton
 from retina_fast.kernels.fast_math import LOG2E, exp2, reciprocal, sigmoid
-from retina_fast.kernels.focal_loss_cpu import at_least_float32, focal_loss_cpu, weights
-from retina_fast.kernels.levels import count_anchors, flatten_all
+from retina_fast.kernels.focal_loss_cpu import focal_loss_cpu, weights
+from retina_fast.kernels.labels import IGNORED, TL_BACKGROUND, TL_IGNORED
+from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, pick, pick_size
 from retina_fast.kernels.one_pass import OnePass, refuse_double_backward
-from retina_fast.kernels.sizes import codes, level_of, pick, size
-
-BACKGROUND = -1
-IGNORED = -2
 
 
 def focal_loss_reference(
@@ -41,12 +45,11 @@ def focal_loss_reference(
     gamma: float = 2.0,
 ) -> Tensor:
     """The definition, differentiable by autograd; see :func:`focal_loss`."""
-    x = torch.cat(flatten_all(logits, num_classes), dim=1)  # (B, N, K)
-    x = at_least_float32(x)
+    x = at_least_float32(torch.cat(flatten_all(logits, num_classes), dim=1))  # (B, N, K)
     target = labels[..., None] == torch.arange(num_classes, device=x.device)  # (B, N, K)
     x = torch.where((labels == IGNORED)[..., None], 0, x)
     x = torch.where(target, -x, x)  # the logit of the wrong answer
-    background_weight, class_weight = weights(alpha)
+    background_weight, class_weight = (1 - alpha, alpha) if alpha >= 0 else (1.0, 1.0)
     weight = torch.where(target, class_weight, background_weight)
     loss = weight * torch.sigmoid(x) ** gamma * -F.logsigmoid(-x)
     loss = torch.where((labels == IGNORED)[..., None], 0, loss)
@@ -54,14 +57,15 @@ def focal_loss_reference(
 
 
 # Triton. A tile is a run of logits of one image and level that starts on a 16-byte boundary. Nearly all tiles hold
-# background only: those need one look at their anchors' labels, no label an element and no mask.
+# background only: they need one look at their anchors' labels, no label for each element and no mask. Of the others
+# nearly all are whole, so that they need no mask either. Only tiles at the ends of an image and level do.
 
 _TILE = 8192  # by instruction counts: at 4096 a tile's set-up costs 3 more an element
-_CHUNK = 1024  # the most elements that a program holds at once: 16 bytes a thread in bf16, no spills
+_CHUNK = 1024  # the elements that a program holds at once: 16 bytes a thread in bf16, and no register spills
 
 
 @triton.jit
-def _focal(x, GAMMA: tl.constexpr, PTX: tl.constexpr):
+def loss_and_slope(x, GAMMA: tl.constexpr, PTX: tl.constexpr):
     """p^g s and its slope p^g (g (1-p) s + p) for p = sigmoid(x), s = softplus(x); NaN gives NaN."""
     p, log1p = sigmoid(x, PTX)
     s = tl.maximum(x, 0.0) + log1p
@@ -82,7 +86,7 @@ def _background_tile(
     losses = tl.zeros([CHUNK], tl.float32)
     for begin in tl.static_range(0, TILE, CHUNK):
         i = begin + tl.arange(0, CHUNK)
-        loss, slope = _focal(tl.load(x_ptr + i).to(tl.float32), GAMMA, PTX)
+        loss, slope = loss_and_slope(tl.load(x_ptr + i).to(tl.float32), GAMMA, PTX)
         losses += loss
         if WITH_GRADS:
             tl.store(grad_ptr + i, (slope * (weight * factor)).to(grad_ptr.dtype.element_ty))
@@ -92,22 +96,28 @@ def _background_tile(
 @triton.jit
 def _mixed_tile(
     x_ptr, grad_ptr, labels_ptr, begin, end, background_weight, class_weight, factor, K: tl.constexpr,
-    GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
+    GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, WITH_GRADS: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     losses = tl.zeros([CHUNK], tl.float32)
     for chunk in range(0, TILE, CHUNK):
         i = chunk + tl.arange(0, CHUNK)
         element = begin + i
-        mask = (element >= 0) & (element < end)
         anchor = element // K
-        label = tl.load(labels_ptr + anchor, mask=mask, other=-2)
+        if MASKED:
+            mask = (element >= 0) & (element < end)
+            label = tl.load(labels_ptr + anchor, mask=mask, other=TL_IGNORED)
+            x = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32)
+        else:
+            mask = None
+            label = tl.load(labels_ptr + anchor)
+            x = tl.load(x_ptr + i).to(tl.float32)
         is_class = label == element - anchor * K
-        x = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32)
-        loss, slope = _focal(tl.where(is_class, -x, x), GAMMA, PTX)
+        loss, slope = loss_and_slope(tl.where(is_class, -x, x), GAMMA, PTX)
         weight = tl.where(is_class, class_weight, background_weight)
-        losses += tl.where(label == -2, 0.0, loss * weight)
+        losses += tl.where(label == TL_IGNORED, 0.0, loss * weight)
         if WITH_GRADS:
-            grad = tl.where(label == -2, 0.0, slope * (tl.where(is_class, -weight, weight) * factor))
+            grad = tl.where(label == TL_IGNORED, 0.0, slope * (tl.where(is_class, -weight, weight) * factor))
             tl.store(grad_ptr + i, grad.to(grad_ptr.dtype.element_ty), mask=mask)
     return losses
 
@@ -118,15 +128,15 @@ def _focal_loss_kernel(
     background_weight, class_weight, K: tl.constexpr, GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     TILE_ANCHORS: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): tile t, counted through the levels, of image b. Writes its share of the loss to partials (B, T)
-    and its gradients; one of the two may be left out. The gradients are multiplied by factor if there is one."""
+    """Program (t, b) handles tile t, counted through the levels, of image b. It writes the tile's share of the loss to
+    partials (B, T), and its gradients, times factor if there is one. Either output may be left out."""
     tile = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     level = level_of(first_tiles, tile)
     x_ptr, grad_ptr = pick(levels, level), pick(grads, level)
-    start = size(pick(starts, level))
-    end = (size(pick(starts[1:], level)) - start) * K  # logits of an image in this level
-    tile_of_level = tile - size(pick(first_tiles, level))
+    start = pick_size(starts, level)
+    end = (pick_size(starts[1:], level) - start) * K  # logits of an image in this level
+    tile_of_level = tile - pick_size(first_tiles, level)
     shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries
     begin = tile_of_level * TILE - shift
     offset = tl.multiple_of(image * end - shift, 16) + tile_of_level * TILE
@@ -134,8 +144,9 @@ def _focal_loss_kernel(
 
     first_anchor = tl.maximum(begin, 0) // K
     anchor = first_anchor + tl.arange(0, TILE_ANCHORS)
-    label = tl.load(labels_ptr + anchor, mask=anchor * K < tl.minimum(begin + TILE, end), other=-1)
-    is_background = (begin >= 0) & (begin + TILE <= end) & (tl.max((label != -1).to(tl.int32), axis=0) == 0)
+    label = tl.load(labels_ptr + anchor, mask=anchor * K < tl.minimum(begin + TILE, end), other=TL_BACKGROUND)
+    is_whole = (begin >= 0) & (begin + TILE <= end)
+    is_background = is_whole & (tl.max((label != TL_BACKGROUND).to(tl.int32), axis=0) == 0)
 
     scale = reciprocal(tl.load(normalizers_ptr + image), PTX)
     background_weight *= scale
@@ -147,10 +158,15 @@ def _focal_loss_kernel(
         losses = _background_tile(
             x_ptr + offset, grad_ptr + offset, background_weight, factor, GAMMA, TILE, CHUNK, WITH_GRADS, PTX
         )
+    elif is_whole:
+        losses = _mixed_tile(
+            x_ptr + offset, grad_ptr + offset, labels_ptr, begin, end, background_weight, class_weight, factor,
+            K, GAMMA, TILE, CHUNK, False, WITH_GRADS, PTX,
+        )  # fmt: skip
     else:
         losses = _mixed_tile(
             x_ptr + offset, grad_ptr + offset, labels_ptr, begin, end, background_weight, class_weight, factor,
-            K, GAMMA, TILE, CHUNK, WITH_GRADS, PTX,
+            K, GAMMA, TILE, CHUNK, True, WITH_GRADS, PTX,
         )  # fmt: skip
     if partials_ptr is not None:
         tl.store(partials_ptr + image * tl.num_programs(0) + tile, tl.sum(losses, axis=0))
@@ -168,9 +184,10 @@ def _focal_loss_op(
     with_loss: bool,
     with_grads: bool,
 ) -> list[Tensor]:
-    """[the loss (), the gradient of each contiguous level (B, N_l, K), times factor ()], each if wanted.
+    """A list of the loss (), if wanted, and the gradients of all contiguous levels (B, N_l, K), if wanted. The
+    gradients are multiplied by factor (), if there is one.
 
-    One launch over all levels: at batch 1 the whole work is 10 us, the time of two launches.
+    All levels take one launch: at batch 1 the whole work is 10 us, the time of two launches.
     """
     starts, first_tiles = [0], [0]
     for level in levels:
@@ -181,9 +198,9 @@ def _focal_loss_op(
     background_weight, class_weight = weights(alpha)
     with torch.cuda.device_of(labels):
         _focal_loss_kernel[(first_tiles[-1], len(labels))](
-            tuple(levels), tuple(grads or levels), labels, normalizers, partials, factor, codes(starts),
-            codes(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes, GAMMA=float(gamma),
-            TILE=_TILE, CHUNK=_CHUNK,
+            tuple(levels), tuple(grads or levels), labels, normalizers, partials, factor, encode_sizes(starts),
+            encode_sizes(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes,
+            GAMMA=float(gamma), TILE=_TILE, CHUNK=_CHUNK,
             TILE_ANCHORS=triton.next_power_of_2((_TILE - 2) // num_classes + 2), WITH_GRADS=with_grads, PTX=PTX,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
@@ -241,13 +258,15 @@ def focal_loss(
         logits: the levels as the heads wrote them, each ``(B, A*K, H, W)`` or ``(B, N_l, K)``; any float dtype. Levels
             in channels_last memory are read and their gradients written as they lie, NCHW ones are copied once.
         labels: ``(B, N)`` integers, N the anchors of all levels: a class in [0, K), -1 background, -2 ignored.
-        normalizers: ``(B,)``, the foreground counts (at least 1) times B for torchvision's mean over images.
+        normalizers: ``(B,)`` of any dtype: the foreground counts (at least 1) times B for torchvision's mean over
+            images.
         num_classes: K.
         alpha: weight of the positive class, 1 - alpha of the background; negative: no weights.
         gamma: focusing exponent, at least 0.
 
     Raises:
-        ValueError: if the levels do not hold B*N*K logits, or differ in dtype.
+        ValueError: if the shapes do not fit, labels are not integers, the levels differ in dtype, or the tensors lie
+            on different devices.
         RuntimeError: in backward with create_graph=True; :func:`focal_loss_reference` can be differentiated twice.
 
     Example::
@@ -258,14 +277,14 @@ def focal_loss(
         >>> focal_loss(logits, labels, torch.tensor([2.0, 2.0]), num_classes=91).shape
         torch.Size([])
     """
-    anchors = sum(count_anchors(level, num_classes) for level in logits)
-    if tuple(labels.shape) != (len(logits[0]), anchors):
-        raise ValueError(f"labels {tuple(labels.shape)} do not fit levels {[tuple(level.shape) for level in logits]}")
-    if any(level.dtype != logits[0].dtype for level in logits):
-        raise ValueError(f"levels must share a dtype, got {[level.dtype for level in logits]}")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    first, count = logits[0], check_levels(logits, num_classes)
+    check_shape("labels", labels, "(B, N)", (first.shape[0], count))
+    check_integers(labels=labels)
+    check_devices(first.device, labels=labels)
+    normalizers = loss_normalizers(normalizers, first.shape[0], first)
+    if runs_triton(first):
+        levels = flatten_all(logits, num_classes)
+        return _focal_loss_triton(levels, labels, normalizers, num_classes, alpha, gamma)
+    if first.device.type == "cpu" and not torch.compiler.is_compiling():
         return focal_loss_cpu(logits, labels, normalizers, num_classes, alpha, gamma)
-    if labels.device.type != "cuda" or not HAS_TRITON or logits[0].dtype == torch.float64:
-        return focal_loss_reference(logits, labels, normalizers, num_classes, alpha, gamma)
-    levels = flatten_all(logits, num_classes)
-    return _focal_loss_triton(levels, labels, normalizers, num_classes, alpha, gamma)
+    return focal_loss_reference(logits, labels, normalizers, num_classes, alpha, gamma)

@@ -1,7 +1,7 @@
-"""The focal loss of integer labels without a GPU: one tiled pass, its gradient written by hand; see focal_loss.py.
+"""The focal loss of integer labels on a CPU: one pass over tiles, with the gradient written by hand; see focal_loss.py.
 
-A tile's temporaries stay in the L2 cache, a label touches one element of its row, and nothing of the logits' size is
-kept but the finished gradient. Tiles are views of the levels as they lie, NCHW or channels_last.
+The temporaries of a tile stay in the L2 cache. A label changes one element of its row. Of the tensors of the logits'
+size only the finished gradient is kept. Tiles are views of the levels as they lie in memory, NCHW or channels_last.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,15 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retina_fast.kernels.arguments import at_least_float32
+from retina_fast.kernels.labels import IGNORED
 from retina_fast.kernels.levels import count_anchors, flatten
 from retina_fast.kernels.one_pass import refuse_double_backward
 
-_IGNORED = -2
-_TILE = 1 << 17  # swept 2^14 to 2^19 on two cores, 8.9 M logits: 112, 88, 55, 44, 47, 49 ms
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+_TILE = 1 << 17  # logits; 2^14 to 2^19 took 112, 88, 55, 44, 47, 49 ms on two cores for 8.9 M logits
 
 
 def weights(alpha: float) -> tuple[float, float]:
@@ -31,7 +28,7 @@ class _Tile(NamedTuple):
     logits: Tensor  # (n, K), or (K, n) of an NCHW level
     labels: Tensor  # (n,)
     grad: Tensor | None  # as the logits
-    scale: float  # of the image
+    scale: float  # 1 / the image's normalizer
     class_dim: int  # 1, or 0
 
 
@@ -58,7 +55,7 @@ def _tile_pass(tile: _Tile, alpha: float, gamma: float) -> Tensor:
         background[true] = 0
         if slope is not None:
             slope[true] = -modulation_true * (gamma * (1 - q_true) * s_true + q_true) * tile.scale
-    ignored = (tile.labels == _IGNORED).nonzero().squeeze(1)
+    ignored = (tile.labels == IGNORED).nonzero().squeeze(1)
     if len(ignored):
         background.index_fill_(1 - tile.class_dim, ignored, 0)
         if slope is not None:
@@ -70,7 +67,8 @@ def _tile_pass(tile: _Tile, alpha: float, gamma: float) -> Tensor:
 
 
 def _laid_out(level: Tensor, num_classes: int) -> Tensor:
-    """The level as it lies if its tiles are large enough: an NCHW level is cut by anchor of the cell, (K, H * W)."""
+    """The level itself. An NCHW level is copied to channels_last memory if its rows, (K, H * W) for one anchor of every
+    cell, would make tiles that are too small."""
     if level.dim() == 3:
         return level.contiguous()
     small = level.shape[2:].numel() * num_classes < _TILE // 4
@@ -84,7 +82,7 @@ def _is_nchw(level: Tensor) -> bool:
 
 
 def _rows(level: Tensor, num_classes: int) -> Iterator[Tensor]:
-    """A level as 2-D views: one (K, H * W) an anchor of the cell where it is NCHW, else one (N_l, K) an image."""
+    """A level as 2-D views: (K, H * W) for each image and anchor of a cell if it is NCHW, else (N_l, K) an image."""
     if _is_nchw(level):
         yield from level.flatten(2).unflatten(1, (-1, num_classes)).flatten(0, 1)
     else:
@@ -120,7 +118,7 @@ def _pass(
     alpha: float,
     gamma: float,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss with image b weighed by scales[b], and its gradients if wanted."""
+    """The loss, with image b multiplied by scales[b], and its gradients if wanted."""
     levels = [_laid_out(level.detach(), num_classes) for level in levels]
     grads = [torch.empty_like(level) for level in levels] if with_grads else []
     tiles: list[_Tile] = []
@@ -136,13 +134,13 @@ def _pass(
 
 
 class _FocalLoss(torch.autograd.Function):
-    """Loss and finished gradient in one pass over the levels; float16 is read again in backward."""
+    """Loss and finished gradient in one pass over the levels. In float16 backward reads the levels again."""
 
     @staticmethod
     def forward(
         ctx, labels: Tensor, normalizers: Tensor, num_classes: int, alpha: float, gamma: float, *levels: Tensor
     ) -> Tensor:
-        scales = normalizers.to(at_least_float32(levels[0]).dtype).reciprocal()
+        scales = normalizers.reciprocal()
         ctx.half = levels[0].dtype == torch.float16
         ctx.constants = num_classes, alpha, gamma
         wanted = any(ctx.needs_input_grad) and not ctx.half
@@ -159,7 +157,7 @@ class _FocalLoss(torch.autograd.Function):
             _, grads = _pass(levels, labels, scales * grad_loss, True, *ctx.constants)
         else:
             grads = ctx.saved_tensors
-            # a second backward may come, and needs them as they are
+            # a second backward needs the gradients unchanged
             if grad_loss != 1 or torch._C._autograd._get_current_graph_task_keep_graph():
                 grads = [grad * grad_loss.to(grad.dtype) for grad in grads]
         return None, None, None, None, None, *grads

@@ -5,10 +5,10 @@ With mean m and variance v of a group of channels over an image's level, r = 1 /
     z = h w + b      y = max(z, 0)      dz = dy where z > 0, else 0
     dw = sum dz h    db = sum dz        dx = r (w dz - mean(w dz) - h mean(w dz h)),  means over the group
 
-PyTorch's CUDA GroupNorm returns NCHW memory, which undoes channels_last at every conv of torchvision's v2 heads, and
-runs level by level; the ReLU is one more pass. Here all levels take part in each launch and stay channels_last. Forward
-reads x twice and writes y once (3 passes; eager makes 5 and the layout changes), backward reads x and dy twice and
-writes dx once. Sums are taken in float32 in a fixed order, without atomics: the same input gives the same bits.
+PyTorch's GroupNorm on CUDA returns NCHW memory, which undoes channels_last at every conv of torchvision's v2 heads. It
+runs level by level, and the ReLU is one more pass. Here each launch handles all levels, and they stay channels_last.
+Forward reads x twice and writes y once (3 passes; eager makes 5 and the layout changes), backward reads x and dy twice
+and writes dx once. Sums are taken in float32 in a fixed order, without atomics: the same input gives the same bits.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.arguments import check_devices
+from retina_fast.kernels.compiler import runs_triton, tl, triton
+from retina_fast.kernels.levels import check_levels, decode_size, encode_sizes, pick, pick_size
 from retina_fast.kernels.one_pass import refuse_double_backward
-from retina_fast.kernels.sizes import codes, size
 
 
 def group_norm_relu_reference(
@@ -30,38 +31,27 @@ def group_norm_relu_reference(
 
 
 # Triton. A tile is a run of pixels of one image and level, with all their channels: (R, C) in channels_last memory.
-# Three launches each way: sums of every tile by channel, their means by group, and the tiles written.
+# Forward and backward take three launches each: the first sums every tile by channel, the second combines these sums to
+# means of the groups, and the third writes the tiles.
 
 _TILE = 8192  # elements: 32 a thread in float32, 16-byte accesses, no spills
 _WARPS = 8
-_TILES = 128  # of partial sums that are combined at once
+_SUMS = 1024  # partial sums that a program combines at once; more of them spill
 
 
 @triton.jit
-def _find(codes_of_tiles, codes_of_pixels, tensors, others, tile):
-    """The level that holds a tile counted through the levels: its two tensors, pixels, the tile's number within it."""
-    x_ptr, other_ptr, level = tensors[0], others[0], 0
-    pixels, first = size(codes_of_pixels[0]), 0
-    for i in tl.static_range(1, len(tensors)):
-        if tile >= size(codes_of_tiles[i]):
-            x_ptr, other_ptr, level = tensors[i], others[i], i
-            pixels, first = size(codes_of_pixels[i]), size(codes_of_tiles[i])
-    return x_ptr, other_ptr, level, pixels, tile - first
-
-
-@triton.jit
-def _tiles_of(codes_of_tiles, codes_of_pixels, level, LEVELS: tl.constexpr):
-    """A level's first tile, the one after its last, and its pixels."""
-    first, last, pixels = 0, size(codes_of_tiles[1]), size(codes_of_pixels[0])
-    for i in tl.static_range(1, LEVELS):
-        if level == i:
-            first, last, pixels = size(codes_of_tiles[i]), size(codes_of_tiles[i + 1]), size(codes_of_pixels[i])
-    return first, last, pixels
+def _tile_of_level(tiles, pixels, tile):
+    """The level that holds a tile counted through the levels, the level's pixels, and the tile's number within it."""
+    level, count, first = 0, decode_size(pixels[0]), 0
+    for i in tl.static_range(1, len(pixels)):
+        if tile >= decode_size(tiles[i]):
+            level, count, first = i, decode_size(pixels[i]), decode_size(tiles[i])
+    return level, count, tile - first
 
 
 @triton.jit
 def _normalised(x, weight_ptr, bias_ptr, stats_ptr, c, channels, PER_GROUP: tl.constexpr):
-    """h (R, C), z (R, C), and r, w (1, C), of the group statistics (m, r) of one image and level."""
+    """h and z (R, C), and r and w (1, C), from the group statistics (m, r) of one image and level."""
     inside = c < channels
     group = c // PER_GROUP
     m = tl.load(stats_ptr + 2 * group, mask=inside, other=0.0)[None, :]
@@ -77,10 +67,11 @@ def _tile_sums_kernel(
     levels, grads, weight_ptr, bias_ptr, stats_ptr, sums_ptr, tiles, pixels, channels, PER_GROUP: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): two sums by channel of tile t of image b, (B, T, 2, C). Forward: sum x, and the sum of squares
-    of x minus the tile's own mean. Backward: sum dz, sum dz h."""
+    """Program (t, b) writes two sums by channel of tile t of image b, (B, T, 2, C). In forward they are the sum of x,
+    and the sum of squares of x minus the tile's own mean; in backward the sums of dz and of dz h."""
     tile, image = tl.program_id(0), tl.program_id(1)
-    x_ptr, grad_ptr, level, count, position = _find(tiles, pixels, levels, grads, tile)
+    level, count, position = _tile_of_level(tiles, pixels, tile)
+    x_ptr, grad_ptr = pick(levels, level), pick(grads, level)
     row, c = tl.arange(0, R), tl.arange(0, C)
     rows = count - position * R
     mask = (row < rows)[:, None] & (c < channels)[None, :]
@@ -107,11 +98,12 @@ def _group_stats_kernel(
     sums_ptr, stats_ptr, tiles, pixels, channels, eps, LEVELS: tl.constexpr, PER_GROUP: tl.constexpr, R: tl.constexpr,
     GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program (g, l, b): (m, r) of group g in level l of image b, from its tiles' sums, by Chan's formula."""
-    group, image = tl.program_id(0), tl.program_id(2)
-    first, last, count = _tiles_of(tiles, pixels, tl.program_id(1), LEVELS)
+    """Program (g, l, b) computes (m, r) of group g in level l of image b from the sums of its tiles, by the formula of
+    Chan et al. (1983) for combining variances."""
+    group, level, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, last, count = pick_size(tiles, level), pick_size(tiles[1:], level), pick_size(pixels, level)
     c = tl.arange(0, GROUP)
-    sums_ptr += image * size(tiles[LEVELS]) * 2 * channels + group * PER_GROUP
+    sums_ptr += image * decode_size(tiles[LEVELS]) * 2 * channels + group * PER_GROUP
     n = (count * PER_GROUP).to(tl.float32)
 
     totals = tl.zeros([TILES, GROUP], tl.float32)
@@ -135,7 +127,7 @@ def _group_stats_kernel(
         squares += tl.where(mask, within + rows * away * away, 0.0)
         begin += TILES
     variance = tl.sum(tl.sum(squares, axis=0), axis=0) / n
-    stats_ptr += ((image * LEVELS + tl.program_id(1)) * tl.num_programs(0) + group) * 2
+    stats_ptr += ((image * LEVELS + level) * tl.num_programs(0) + group) * 2
     tl.store(stats_ptr, mean)
     tl.store(stats_ptr + 1, 1 / tl.sqrt_rn(variance + eps))
 
@@ -145,12 +137,12 @@ def _group_means_kernel(
     sums_ptr, weight_ptr, means_ptr, channel_sums_ptr, tiles, pixels, channels, LEVELS: tl.constexpr,
     PER_GROUP: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program (g, l, b): the means of w dz and w dz h over group g in level l of image b, and the channels' own sums
-    of dz and dz h, (B, L, 2, C)."""
-    group, image = tl.program_id(0), tl.program_id(2)
-    first, last, count = _tiles_of(tiles, pixels, tl.program_id(1), LEVELS)
+    """Program (g, l, b) computes the means of w dz and w dz h over group g in level l of image b, and for each channel
+    the sums of dz and dz h, (B, L, 2, C)."""
+    group, level, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, last, count = pick_size(tiles, level), pick_size(tiles[1:], level), pick_size(pixels, level)
     c = tl.arange(0, GROUP)
-    sums_ptr += image * size(tiles[LEVELS]) * 2 * channels + group * PER_GROUP
+    sums_ptr += image * decode_size(tiles[LEVELS]) * 2 * channels + group * PER_GROUP
     dz, dz_h = tl.zeros([TILES, GROUP], tl.float32), tl.zeros([TILES, GROUP], tl.float32)
     begin = first
     while begin < last:
@@ -164,7 +156,7 @@ def _group_means_kernel(
     inside = c < PER_GROUP
     w = tl.load(weight_ptr + group * PER_GROUP + c, mask=inside, other=0.0).to(tl.float32)
     n = (count * PER_GROUP).to(tl.float32)
-    where = image * LEVELS + tl.program_id(1)
+    where = image * LEVELS + level
     means_ptr += (where * tl.num_programs(0) + group) * 2
     tl.store(means_ptr, tl.sum(w * by_channel, axis=0) / n)
     tl.store(means_ptr + 1, tl.sum(w * by_channel_h, axis=0) / n)
@@ -178,10 +170,10 @@ def _group_norm_relu_kernel(
     levels, grads, outputs, weight_ptr, bias_ptr, stats_ptr, means_ptr, tiles, pixels, channels,
     PER_GROUP: tl.constexpr, R: tl.constexpr, C: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): tile t of image b written: y, or with BACKWARD dx."""
+    """Program (t, b) writes tile t of image b: y, or with BACKWARD dx."""
     tile, image = tl.program_id(0), tl.program_id(1)
-    x_ptr, grad_ptr, level, count, position = _find(tiles, pixels, levels, grads, tile)
-    _, out_ptr, _, _, _ = _find(tiles, pixels, levels, outputs, tile)
+    level, count, position = _tile_of_level(tiles, pixels, tile)
+    x_ptr, grad_ptr = pick(levels, level), pick(grads, level)
     row, c = tl.arange(0, R), tl.arange(0, C)
     mask = (row < count - position * R)[:, None] & (c < channels)[None, :]
     offset = (image.to(tl.int64) * count + position * R) * channels
@@ -197,11 +189,12 @@ def _group_norm_relu_kernel(
         out = r * (w * tl.where(z > 0, dz, 0.0) - mean - h * mean_h)
     else:
         out = tl.where(z <= 0, 0.0, z)  # NaN stays NaN
+    out_ptr = pick(outputs, level)
     tl.store(out_ptr + offset + i, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 class _Tiles:
-    """How the levels are cut, and the launches' common arguments."""
+    """How the levels are cut into tiles, and the launches that read or write them."""
 
     def __init__(self, levels: Sequence[Tensor], num_groups: int) -> None:
         self.batch, self.channels = levels[0].shape[:2]
@@ -212,7 +205,8 @@ class _Tiles:
         for count in pixels:
             firsts.append(firsts[-1] + triton.cdiv(count, self.R))
         self.count, self.groups, self.per_group = firsts[-1], num_groups, self.channels // num_groups
-        self.cut = codes(firsts), codes(pixels), self.channels
+        self.GROUP = triton.next_power_of_2(self.per_group)
+        self.cut = encode_sizes(firsts), encode_sizes(pixels), self.channels
 
     def sums(self, levels: Sequence[Tensor], grads: Sequence[Tensor], *tensors: Tensor | None) -> Tensor:
         sums = levels[0].new_empty((self.batch, self.count, 2, self.channels), dtype=torch.float32)
@@ -233,14 +227,14 @@ class _Tiles:
 
 @torch.library.custom_op("retina_fast::group_norm_relu", mutates_args=())
 def _forward_op(levels: list[Tensor], weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> list[Tensor]:
-    """The channels_last levels normalised, and last (m, r) of each group, (B, L, num_groups, 2)."""
+    """The outputs for channels_last levels, and last (m, r) of each group, (B, L, num_groups, 2)."""
     tiles = _Tiles(levels, num_groups)
     stats = weight.new_empty((tiles.batch, len(levels), num_groups, 2), dtype=torch.float32)
     with torch.cuda.device_of(weight):
         sums = tiles.sums(levels, levels, None, None, None)
         _group_stats_kernel[(num_groups, len(levels), tiles.batch)](
             sums, stats, *tiles.cut, eps, LEVELS=len(levels), PER_GROUP=tiles.per_group, R=tiles.R,
-            GROUP=triton.next_power_of_2(tiles.per_group), TILES=_TILES, enable_fp_fusion=True,
+            GROUP=tiles.GROUP, TILES=max(1, _SUMS // tiles.GROUP), enable_fp_fusion=True,
         )  # fmt: skip
         return [*tiles.write(levels, levels, weight, bias, stats, None), stats]
 
@@ -263,7 +257,7 @@ def _backward_op(
         sums = tiles.sums(levels, grads, weight, bias, stats)
         _group_means_kernel[(tiles.groups, len(levels), tiles.batch)](
             sums, weight, means, channel_sums, *tiles.cut, LEVELS=len(levels), PER_GROUP=tiles.per_group,
-            GROUP=triton.next_power_of_2(tiles.per_group), TILES=_TILES, enable_fp_fusion=True,
+            GROUP=tiles.GROUP, TILES=max(1, _SUMS // tiles.GROUP), enable_fp_fusion=True,
         )  # fmt: skip
         return [*tiles.write(levels, grads, weight, bias, stats, means), channel_sums]
 
@@ -295,6 +289,13 @@ def _backward(ctx, grad_outputs):
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _group_norm_relu_triton(
+    levels: Sequence[Tensor], weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5
+) -> list[Tensor]:
+    levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
+    return _forward_op(levels, weight, bias, num_groups, eps)[:-1]
+
+
 def group_norm_relu(
     levels: Sequence[Tensor], weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5
 ) -> list[Tensor]:
@@ -307,7 +308,8 @@ def group_norm_relu(
         eps: added to the variance.
 
     Raises:
-        ValueError: if C differs between the arguments, or num_groups does not divide it.
+        ValueError: if C differs between the arguments, num_groups does not divide it, the levels differ in batch size
+            or dtype, or the tensors lie on different devices.
         RuntimeError: in backward with create_graph=True; :func:`group_norm_relu_reference` can be differentiated twice.
 
     Example::
@@ -324,13 +326,8 @@ def group_norm_relu(
             f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit levels "
             f"{[tuple(level.shape) for level in levels]}"
         )
-    if levels[0].device.type != "cuda" or not HAS_TRITON or levels[0].dtype == torch.float64:
-        return group_norm_relu_reference(levels, weight, bias, num_groups, eps)
-    return _group_norm_relu_triton(levels, weight, bias, num_groups, eps)
-
-
-def _group_norm_relu_triton(
-    levels: Sequence[Tensor], weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5
-) -> list[Tensor]:
-    levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
-    return _forward_op(levels, weight, bias, num_groups, eps)[:-1]
+    check_levels(levels, channels)
+    check_devices(levels[0].device, weight=weight, bias=bias)
+    if runs_triton(levels[0], weight, bias):
+        return _group_norm_relu_triton(levels, weight, bias, num_groups, eps)
+    return group_norm_relu_reference(levels, weight, bias, num_groups, eps)

@@ -7,9 +7,9 @@ first. On a GPU the batch is channels_last, as the convs of the trunk want it; o
 as torchvision's do.
 
 torchvision launches about eight kernels an image (subtract, divide, resize, copy, and the constants' uploads) and makes
-five passes over it, in the model's dtype. Here one launch serves the batch: each image is read as it lies, whatever its
+five passes over it, in the model's dtype. Here one launch serves the batch. Each image is read in place, whatever its
 strides, through its address in a table on the device, and each element of the batch, padding included, is written once.
-Interpolating comes first and normalising second, once an output element: the weights sum to 1, so the order is free.
+An output element is interpolated first and then normalised. The weights sum to 1, so that this gives the same result.
 """
 
 import math
@@ -19,13 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.compiler import HAS_TRITON, runs_triton, tl, triton
 
 Sizes = Sequence[tuple[int, int]]
 
 
 def batch_shape(images: Sequence[Tensor], sizes: Sizes, constants: int, size_divisible: int) -> tuple[int, ...]:
-    """(B, C, H, W) of the batch of images resized to ``sizes``, for as many normalisation constants."""
+    """(B, C, H, W) of the batch of images resized to ``sizes``, for as many normalisation constants.
+
+    Raises:
+        ValueError: if the images lie on different devices: their addresses go into one table.
+    """
+    for i, image in enumerate(images):
+        if image.device != images[0].device:
+            raise ValueError(f"images[{i}] must be on {images[0].device} as images[0] is, got {image.device}")
     height, width = (math.ceil(max(side) / size_divisible) * size_divisible for side in zip(*sizes, strict=True))
     return len(images), max(constants, *(len(image) for image in images)), height, width
 
@@ -57,8 +64,8 @@ _DTYPES = {torch.uint8: "uint8", torch.float32: "float32", torch.float16: "float
 
 @triton.jit
 def _source(position, size_in, size_out):
-    """The two pixels between which an output pixel lies, and how far along. Rounded once, by an fma, as in torch's own
-    resize: near position 64 two roundings would already move a pixel by 1e-5."""
+    """The two pixels between which an output pixel lies, and its distance from the first. The position is rounded once,
+    by an fma, as in torch's own resize: near 64 two roundings would already move it by 1e-5."""
     scale = tl.div_rn(size_in.to(tl.float32), size_out.to(tl.float32))
     at = tl.maximum(tl.fma(scale, position + 0.5, -0.5), 0.0)
     first = tl.minimum(at.to(tl.int32), size_in - 1)
@@ -70,7 +77,8 @@ def _image_batch_kernel(
     table_ptr, out_ptr, factors, terms, height, row, DTYPE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j, b): piece i of the j-th rows of image b; out = bilinear(image) * factor + term, by channel."""
+    """Program (i, j, b) writes piece i of the j-th group of ROWS rows of image b, with the factor and the term of each
+    channel: out = bilinear(image) * factor + term."""
     image = tl.program_id(2)
     table_ptr += image * 8
     pixels = tl.load(table_ptr).to(tl.pointer_type(getattr(tl, DTYPE)))
@@ -106,8 +114,8 @@ def _image_batch_kernel(
 
 
 def image_table(images: Sequence[Tensor], sizes: Sizes) -> Tensor:
-    """(B, 8) int64 on the CPU, an image a row: address, height and width, the height and width it is resized to, and
-    its three strides."""
+    """(B, 8) int64 on the CPU, one row for each image: its address, height and width, the height and width it is
+    resized to, and its three strides."""
     rows = [
         [image.data_ptr(), *image.shape[1:], *size, image.stride(0) if len(image) > 1 else 0, *image.stride()[1:]]
         for image, size in zip(images, sizes, strict=True)
@@ -119,7 +127,7 @@ def image_table(images: Sequence[Tensor], sizes: Sizes) -> Tensor:
 def launch_image_batch(
     table: Tensor, out: Tensor, dtype: torch.dtype, mean: Sequence[float], std: Sequence[float]
 ) -> None:
-    """Fills ``out``, channels_last, from the images of ``dtype`` that the table on ``out``'s device tells of."""
+    """Fills ``out``, which is channels_last, from the images of ``dtype`` in the table, which lies on its device."""
     batch, channels, height, width = out.shape
     top = 1.0 if dtype.is_floating_point else 255.0
     means, stds = (values * channels if len(values) == 1 else values for values in (list(mean), list(std)))
@@ -171,7 +179,10 @@ def image_batch(
         mean: C means to subtract, or one for all channels.
         std: C standard deviations to divide by, or one.
         size_divisible: H and W are the largest sizes rounded up to a multiple of it.
-        out: a batch of that shape to be filled, of any float dtype and memory format.
+        out: a batch of that shape to be filled, of any float dtype and memory format, on the images' device.
+
+    Raises:
+        ValueError: if the images, or ``out``, lie on different devices, or ``out`` has another shape.
 
     Example::
 
@@ -187,8 +198,10 @@ def image_batch(
         out = torch.empty(shape, dtype=dtype, device=first.device, memory_format=layout)
     elif tuple(out.shape) != shape:
         raise ValueError(f"out must be {shape}, got {tuple(out.shape)}")
+    elif out.device != first.device:
+        raise ValueError(f"out must be on {first.device} as the images are, got {out.device}")
     channels_last = out.is_contiguous(memory_format=torch.channels_last)
-    if not first.is_cuda or not channels_last or out.dtype == torch.float64 or not kernel_serves(images, shape[1]):
-        return image_batch_reference(images, sizes, mean, std, out)
-    _image_batch_op(list(images), [side for size in sizes for side in size], list(mean), list(std), out)
-    return out
+    if runs_triton(out) and channels_last and kernel_serves(images, shape[1]):
+        _image_batch_op(list(images), [side for size in sizes for side in size], list(mean), list(std), out)
+        return out
+    return image_batch_reference(images, sizes, mean, std, out)

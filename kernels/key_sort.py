@@ -1,10 +1,11 @@
-"""Rows of distinct 63-bit keys in falling order: how a batch of images is sorted without waiting for the GPU.
+"""Rows of distinct 63-bit keys in falling order: a batch of images is sorted without waiting for the GPU.
 
-A key holds what is sorted by in its high bits and the place among equals, counted down, in its low bits. So no two are
-equal, order and ties are exact, and the key is the payload. -1 pads a row.
+A key holds a number in its high bits, and in its low bits an index that is counted down. So keys order by falling
+number and then by rising index, no two keys of a row are equal, and a key carries all that is known of its entry: no
+other array has to be moved with it. -1 pads a row.
 
-Up to 8192 keys a row: runs of 256, sorted each by one program, then every key finds its place in the other runs by
-binary search; two launches, where torch.sort makes about ten. Longer rows go to torch.sort.
+Rows of up to 8192 keys take two launches, where torch.sort makes about ten. In the first, each program sorts a run of
+256 keys. In the second, every key finds its place in the other runs by binary search. Longer rows go to torch.sort.
 """
 
 import torch
@@ -21,15 +22,38 @@ _MERGE = 64  # keys whose places one program finds
 
 @triton.jit
 def rising(x):
-    """Integers in the order of float32 numbers, -0 equal to 0, every NaN above infinity."""
+    """Integers in the order of float32 numbers. -0 equals 0, and every NaN is the same integer, above infinity."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     bits = tl.where(x == x, bits, 0x7FFFFFFF)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
+@triton.jit
+def pack(x, index, index_bits, DROP: tl.constexpr):
+    """Keys that order by falling x, then by rising index below 2^index_bits. They are not negative. DROP is the number
+    of low bits of float32 that the dtype of x lacks: 0 for float32, 16 for bfloat16, 13 for float16."""
+    high = (rising(x) >> DROP).to(tl.int64) + (1 << (31 - DROP))
+    last = (tl.full([], 1, tl.int64) << index_bits) - 1
+    return (high << index_bits) + (last - index)
+
+
+@triton.jit
+def unpack_index(key, index_bits):
+    """The index within a key."""
+    last = (tl.full([], 1, tl.int64) << index_bits) - 1
+    return (last - (key & last)).to(tl.int32)
+
+
+@triton.jit
+def unpack_number(key, index_bits, DROP: tl.constexpr):
+    """The number within a key, float32."""
+    high = ((key >> index_bits) - (1 << (31 - DROP))).to(tl.int32)
+    return ((high ^ ((high >> 31) & (0x7FFFFFFF >> DROP))) << DROP).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["width"])
 def _sort_runs_kernel(keys_ptr, runs_ptr, counts_ptr, width, RUN: tl.constexpr, CHUNK: tl.constexpr):
-    """Program (r, b): run r of row b in falling order, each key at the number of greater ones."""
+    """Program (r, b) sorts run r of row b: the place of a key is the number of greater keys in the run."""
     image = tl.program_id(1).to(tl.int64)
     count = tl.load(counts_ptr + image).to(tl.int32)
     start = tl.program_id(0) * RUN
@@ -49,7 +73,7 @@ def _sort_runs_kernel(keys_ptr, runs_ptr, counts_ptr, width, RUN: tl.constexpr, 
 def _merge_runs_kernel(
     runs_ptr, out_ptr, counts_ptr, width, RUN: tl.constexpr, MAX_RUNS: tl.constexpr, KEYS: tl.constexpr
 ):
-    """Program (t, b): the places of KEYS keys, each the number of greater keys in the runs."""
+    """Program (t, b) places KEYS keys of row b: the place of a key is the number of greater keys in all runs."""
     image = tl.program_id(1).to(tl.int64)
     runs_ptr += image * width
     out_ptr += image * width
@@ -72,11 +96,11 @@ def _merge_runs_kernel(
 
 
 def sort_keys(keys: Tensor, counts: Tensor) -> Tensor:
-    """Each row in falling order.
+    """Each row in falling order, its padding last.
 
     Args:
-        keys: ``(B, M)`` int64, distinct and not negative but for the padding of -1.
-        counts: ``(B,)`` integers: the keys of a row, which come first in it.
+        keys: ``(B, M)`` int64. The keys of a row are distinct, not negative, and come first; the rest is PADDING.
+        counts: ``(B,)`` integers: the number of keys in each row.
     """
     batch, width = keys.shape
     if width > _RUN * _MAX_RUNS:

@@ -1,16 +1,22 @@
-"""The heads' outputs as the operations read them: a list of levels, each lying in memory as its conv wrote it.
+"""The heads' outputs as the operations read them: a list of levels, each in memory as its convolution wrote it.
 
-A level is ``(B, A*C, H, W)`` (a head's output) or ``(B, N, C)`` (already flattened, as torchvision concatenates them).
-In channels_last memory the first is the second, so ``flatten`` is a view there and a copy only for NCHW.
+A level is ``(B, A*C, H, W)``, the output of a head, or ``(B, N, C)``, flattened as torchvision concatenates them. In
+channels_last memory the first form is the second, so that ``flatten`` returns a view. Only NCHW memory is copied.
+
+A Triton kernel takes the levels, and the sizes that belong to them, as tuples with one entry a level. Triton
+specialises each integer of a tuple on being 1 or a multiple of 16, whatever do_not_specialize says, so that nearly
+every image size would compile the kernel again. Odd negative numbers are neither: sizes travel encoded as such.
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from retina_fast.kernels.compiler import tl, triton
+
 
 def count_anchors(level: Tensor, channels: int) -> int:
-    """How many anchors of ``channels`` values a level holds an image.
+    """The number of anchors in one image of a level, with ``channels`` values for each anchor.
 
     Raises:
         ValueError: if the level is neither ``(B, A*channels, H, W)`` nor ``(B, N, channels)``.
@@ -21,8 +27,28 @@ def count_anchors(level: Tensor, channels: int) -> int:
     return level.shape[1:].numel() // channels
 
 
+def check_levels(levels: Sequence[Tensor], channels: int) -> int:
+    """The number of anchors in one image of all levels, after a check that the levels belong together.
+
+    Raises:
+        ValueError: if there is no level, a level has the wrong shape, or the levels differ in batch size, dtype or
+            device.
+    """
+    if not levels:
+        raise ValueError("levels must hold at least one level")
+    anchors = sum(count_anchors(level, channels) for level in levels)
+    for kind, values in (
+        ("batch size", [level.shape[0] for level in levels]),
+        ("dtype", [level.dtype for level in levels]),
+        ("device", [level.device for level in levels]),
+    ):
+        if any(value != values[0] for value in values):
+            raise ValueError(f"levels must share a {kind}, got {values}")
+    return anchors
+
+
 def flatten(level: Tensor, channels: int) -> Tensor:
-    """One level as ``(B, H*W*A, channels)``, anchors in torchvision's order: row, column, anchor of the cell."""
+    """A level as ``(B, H*W*A, channels)``. The anchors are in torchvision's order: by row, column, anchor of a cell."""
     anchors = count_anchors(level, channels)
     return level.permute(0, 2, 3, 1).reshape(level.shape[0], anchors, channels) if level.dim() == 4 else level
 
@@ -30,3 +56,64 @@ def flatten(level: Tensor, channels: int) -> Tensor:
 def flatten_all(levels: Sequence[Tensor], channels: int) -> list[Tensor]:
     """Every level as ``(B, N_l, channels)``."""
     return [flatten(level, channels) for level in levels]
+
+
+def encode_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes as the tuple argument of a kernel takes them."""
+    return tuple(-1 - 2 * size for size in sizes)
+
+
+@triton.jit
+def decode_size(code):
+    """The size that ``encode_sizes`` made this code of."""
+    return (-1 - code) // 2
+
+
+@triton.jit
+def pick(entries, level):
+    """The entry of a level: a pointer or an encoded size. The level is known only when the kernel runs."""
+    entry = entries[0]
+    for i in tl.static_range(1, len(entries)):
+        if level == i:
+            entry = entries[i]
+    return entry
+
+
+@triton.jit
+def pick_size(codes, level):
+    """The size of a level, from encoded sizes."""
+    return decode_size(pick(codes, level))
+
+
+@triton.jit
+def level_of(first_tiles, tile):
+    """The level that holds a tile, where tiles are counted through the levels. ``first_tiles`` holds the encoded number
+    of each level's first tile, and last the number of all tiles."""
+    level = 0
+    for i in tl.static_range(1, len(first_tiles) - 1):
+        if tile >= decode_size(first_tiles[i]):
+            level = i
+    return level
+
+
+@triton.jit
+def load_rows(ptr, row, mask):
+    """The given rows of a (*, 4) tensor, such as boxes, as four float32 vectors: one a column, 0 where masked."""
+    ptr += row * 4
+    return (
+        tl.load(ptr, mask=mask, other=0.0).to(tl.float32),
+        tl.load(ptr + 1, mask=mask, other=0.0).to(tl.float32),
+        tl.load(ptr + 2, mask=mask, other=0.0).to(tl.float32),
+        tl.load(ptr + 3, mask=mask, other=0.0).to(tl.float32),
+    )
+
+
+@triton.jit
+def store_rows(ptr, row, a, b, c, d, mask):
+    """Writes four columns to the given rows of a (*, 4) tensor, in the tensor's dtype."""
+    ptr += row * 4
+    dtype = ptr.dtype.element_ty
+    tl.store(ptr, a.to(dtype), mask=mask)
+    tl.store(ptr + 1, b.to(dtype), mask=mask)
+    tl.store(ptr + 2, c.to(dtype), mask=mask)
+    tl.store(ptr + 3, d.to(dtype), mask=mask)

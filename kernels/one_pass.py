@@ -1,7 +1,7 @@
-"""Losses whose forward pass writes the finished gradient: backward only scales it by the incoming one.
+"""Losses whose forward pass writes the finished gradient, so that backward only multiplies it by the incoming one.
 
-The incoming gradient is a scalar on the device. One launch reads it there and returns at once where it is 1, as it is
-under ``loss.backward()``: comparing it on the host would wait for the GPU.
+The incoming gradient is a scalar on the device. One launch reads it there, and returns at once where it is 1, as it is
+under ``loss.backward()``. To compare it on the host would mean to wait for the GPU.
 """
 
 from collections.abc import Callable
@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.compiler import tl, triton
-from retina_fast.kernels.sizes import codes, size
+from retina_fast.kernels.levels import decode_size, encode_sizes
 
 _TILE = 4096
-_PROGRAMS = 1024  # about what an H200 holds at once; where the factor is 1 their launch is all that is paid
+_PROGRAMS = 1024  # about as many as an H200 runs at once; where the factor is 1, only their launch costs time
 
 
 @triton.jit
 def _scale_kernel(tensors, sizes, factor_ptr, TILE: tl.constexpr):
-    """Multiplies the tensors by factor in place; reads and writes nothing where that is 1."""
+    """Multiplies the tensors by factor in place. It reads and writes nothing where the factor is 1."""
     factor = tl.load(factor_ptr)
     if factor != 1:
         i = tl.arange(0, TILE)
         for t in tl.static_range(len(tensors)):
             offset = tl.program_id(0).to(tl.int64) * TILE
-            end = size(sizes[t])
+            end = decode_size(sizes[t])
             while offset < end:
                 ptr = tensors[t] + offset + i
                 if offset + TILE <= end:
@@ -42,7 +42,7 @@ def scale_op(tensors: list[Tensor], factor: Tensor) -> None:
     sizes = [tensor.numel() for tensor in tensors]
     with torch.cuda.device_of(factor):
         programs = min(_PROGRAMS, triton.cdiv(max(sizes), _TILE))
-        _scale_kernel[(programs,)](tuple(tensors), codes(sizes), factor, TILE=_TILE, enable_fp_fusion=False)
+        _scale_kernel[(programs,)](tuple(tensors), encode_sizes(sizes), factor, TILE=_TILE, enable_fp_fusion=False)
 
 
 @scale_op.register_fake
@@ -51,7 +51,7 @@ def _(tensors, factor):
 
 
 def refuse_double_backward(name: str) -> None:
-    """For the top of a backward: what it saved cannot be differentiated again."""
+    """Raises RuntimeError in a backward pass that is itself recorded: what was saved cannot be differentiated again."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name}: double backward (create_graph=True) is not supported; "
@@ -60,10 +60,11 @@ def refuse_double_backward(name: str) -> None:
 
 
 class OnePass(torch.autograd.Function):
-    """``OnePass.apply(name, run, *levels)``, where ``run(levels)`` gives [the loss (), the gradient of each level].
+    """``OnePass.apply(name, run, *levels)`` is the loss. ``run(levels)`` returns the loss (), and then the gradient of
+    each level.
 
-    For eager use only: in a compiled graph scaling a saved tensor in place becomes a copy. Outside one this also costs
-    the host half of what a custom op's own autograd does.
+    It is for eager use only, since in a compiled graph scaling a saved tensor in place becomes a copy. In eager use it
+    takes the host half the time of a custom op's own autograd.
     """
 
     @staticmethod
@@ -78,6 +79,6 @@ class OnePass(torch.autograd.Function):
         refuse_double_backward(ctx.name)
         grads = list(ctx.saved_tensors)
         if torch._C._autograd._get_current_graph_task_keep_graph():
-            grads = [grad.clone() for grad in grads]  # a second backward may come, and needs them as they are
+            grads = [grad.clone() for grad in grads]  # a second backward needs them unchanged
         scale_op(grads, factor)
         return None, None, *grads

@@ -5,16 +5,16 @@ probability of the wrong answer, a = alpha t + (1-alpha) (1-t) and g = gamma,
 
     L = a w^g c              dL/dx = a w^g (g (1-2t) p (1-p) c / w + p - t)
 
-torchvision makes 87 passes over tensors of the logits' size, forward and backward, and saves eight of them. Here
-forward reads the two inputs, and writes the losses only if they are not reduced; backward reads the inputs again and
-writes the gradient: 5 passes for a sum, 7 without reduction.
+torchvision makes 87 passes over tensors of the logits' size, forward and backward, and saves eight of them. Here the
+forward pass reads the two inputs, and writes the losses only if they are not reduced. Backward reads the inputs again
+and writes the gradient. That makes 5 passes for a sum, and 7 without reduction.
 """
 
 import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss as sigmoid_focal_loss_reference
 
-from retina_fast.kernels.compiler import HAS_TRITON, PTX, tl, triton
+from retina_fast.kernels.compiler import PTX, runs_triton, tl, triton
 from retina_fast.kernels.fast_math import exp2, log2, reciprocal, sigmoid
 
 _TILE = 2048
@@ -83,7 +83,8 @@ def _op(
     output: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The "losses" of two contiguous tensors, their "sums" a tile (T,), or the "gradients" times incoming."""
+    """One output of two contiguous tensors: the "losses", their "sums" over each tile, (T,), or the "gradients" times
+    incoming."""
     tiles = triton.cdiv(inputs.numel(), _TILE)
     out = inputs.new_empty((tiles,) if output == "sums" else inputs.shape, dtype=dtype)
     background_weight, class_weight = (1 - alpha, alpha) if alpha >= 0 else (1.0, 1.0)
@@ -155,16 +156,14 @@ def sigmoid_focal_loss(
         >>> sigmoid_focal_loss(torch.zeros(3), torch.tensor([0.0, 1.0, 0.5]), reduction="sum")
         tensor(0.2599)
     """
-    fast = (
-        HAS_TRITON
-        and inputs.is_cuda
-        and targets.is_cuda
+    kernel_serves = (
+        runs_triton(inputs, targets)
+        and inputs.device == targets.device
         and inputs.shape == targets.shape
-        and {inputs.dtype, targets.dtype} <= {torch.float32, torch.bfloat16, torch.float16}
         and not targets.requires_grad
         and (0 <= alpha <= 1 or alpha == -1)
         and reduction in ("none", "mean", "sum")
     )
-    if not fast:  # torchvision's own, its errors with it
-        return sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction)
-    return _sigmoid_focal_loss_triton(inputs, targets, alpha, gamma, reduction)
+    if kernel_serves:
+        return _sigmoid_focal_loss_triton(inputs, targets, alpha, gamma, reduction)
+    return sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction)  # torchvision's own, with its errors

@@ -2,13 +2,14 @@
 
     box[b, d] = candidate box[b, position[b, d]] * original size[b] / image size[b]     for d < count[b]
 
-In PyTorch these are a dozen small operations; here they are one launch.
+PyTorch needs a dozen small operations for this. Here it is one launch.
 """
 
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, tl, triton
+from retina_fast.kernels.arguments import at_least_float32, check_devices, check_integers, check_shape
+from retina_fast.kernels.compiler import runs_triton, tl, triton
 
 
 def take_kept_reference(
@@ -39,7 +40,7 @@ def _take_kept_kernel(
     boxes_ptr, scores_ptr, labels_ptr, positions_ptr, counts_ptr, sizes_ptr, original_ptr, out_boxes_ptr,
     out_scores_ptr, out_labels_ptr, width, max_detections, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): TILE detections of image b."""
+    """Program (t, b) writes TILE detections of image b."""
     image = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * TILE + tl.arange(0, TILE)
     out = image * max_detections + d
@@ -106,6 +107,10 @@ def take_kept(
         image_sizes: ``(B, 2)`` height and width of each image in the batch.
         original_sizes: ``(B, 2)`` height and width as it was given.
 
+    Raises:
+        ValueError: if the shapes do not fit, labels, positions or counts are not integers, or the tensors lie on
+            different devices.
+
     Example::
 
         >>> boxes, sizes = torch.tensor([[[0.0, 0.0, 4.0, 4.0], [1.0, 2.0, 3.0, 4.0]]]), torch.tensor([[8, 8]])
@@ -114,8 +119,22 @@ def take_kept(
         (tensor([[[2., 4., 6., 8.],
                  [0., 0., 0., 0.]]]), tensor([[0.8000, 0.0000]]), tensor([[ 7, -1]]))
     """
-    differentiable = torch.is_grad_enabled() and (boxes.requires_grad or scores.requires_grad)
+    batch, width = boxes.shape[:2]
+    check_shape("boxes", boxes, "(B, M, 4)", (batch, width, 4))
+    check_shape("scores", scores, "(B, M)", (batch, width))
+    check_shape("labels", labels, "(B, M)", (batch, width))
+    check_shape("positions", positions, "(B, D)", (batch, positions.shape[-1]))
+    check_shape("counts", counts, "(B,)", (batch,))
+    check_shape("image_sizes", image_sizes, "(B, 2)", (batch, 2))
+    check_shape("original_sizes", original_sizes, "(B, 2)", (batch, 2))
+    check_integers(labels=labels, positions=positions, counts=counts)
+    check_devices(
+        boxes.device, scores=scores, labels=labels, positions=positions, counts=counts, image_sizes=image_sizes,
+        original_sizes=original_sizes,
+    )  # fmt: skip
+    boxes, scores = at_least_float32(boxes), at_least_float32(scores)
     arguments = boxes, scores, labels, positions, counts, image_sizes, original_sizes
-    if not boxes.is_cuda or not HAS_TRITON or differentiable:
-        return take_kept_reference(*arguments)
-    return _op(*(argument.contiguous() for argument in arguments))
+    differentiable = torch.is_grad_enabled() and (boxes.requires_grad or scores.requires_grad)
+    if runs_triton(boxes, scores) and not differentiable:
+        return _op(*(argument.contiguous() for argument in arguments))
+    return take_kept_reference(*arguments)

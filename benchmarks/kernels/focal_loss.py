@@ -18,7 +18,7 @@ from torchvision.ops import sigmoid_focal_loss
 from benchmarks.case import Built, Case, run_benchmark
 from retina_fast.kernels.compiler import PTX, tl, triton
 from retina_fast.kernels.fast_math import reciprocal
-from retina_fast.kernels.focal_loss import _focal, focal_loss, focal_loss_reference
+from retina_fast.kernels.focal_loss import focal_loss, focal_loss_reference, loss_and_slope
 from retina_fast.kernels.levels import flatten_all
 
 ANCHORS_PER_CELL = 9
@@ -152,7 +152,7 @@ def _apex_forward_tile(x_ptr, labels_ptr, grad_ptr, first, left, alpha, K: tl.co
     label = tl.load(labels_ptr + element // K, mask=mask)
     is_class = label == element % K
     x = tl.load(x_ptr + i, mask=mask).to(tl.float32)
-    loss, slope = _focal(tl.where(is_class, -x, x), 2.0, PTX)
+    loss, slope = loss_and_slope(tl.where(is_class, -x, x), 2.0, PTX)
     weight = tl.where(is_class, alpha, 1 - alpha)
     tl.store(grad_ptr + i, (tl.where(is_class, -weight, weight) * slope).to(grad_ptr.dtype.element_ty), mask=mask)
     return tl.sum(tl.where(i < left, weight * loss, 0.0))

@@ -111,15 +111,15 @@ def _block_levels(dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]
     return levels, torch.empty(256, device="cuda")
 
 
-def _group_norm_relu(dtype: torch.dtype) -> None:
+def _group_norm_relu(dtype: torch.dtype, num_groups: int = 32) -> None:
     levels, weight = _block_levels(dtype)
-    group_norm_relu(levels, weight, weight, 32)
+    group_norm_relu(levels, weight, weight, num_groups)
 
 
-def _group_norm_relu_backward(dtype: torch.dtype) -> None:
+def _group_norm_relu_backward(dtype: torch.dtype, num_groups: int = 32) -> None:
     levels, weight = _block_levels(dtype)
     torch.ops.retina_fast.group_norm_relu_backward(
-        levels, levels, weight, weight, torch.empty(8, 5, 32, 2, device="cuda")
+        levels, levels, weight, weight, torch.empty(8, 5, num_groups, 2, device="cuda")
     )
 
 
@@ -202,6 +202,8 @@ KERNEL_CALLS = {
     "group_norm_relu fp32": KernelCall(lambda: _group_norm_relu(torch.float32)),
     "group_norm_relu bf16 backward": KernelCall(lambda: _group_norm_relu_backward(torch.bfloat16)),
     "group_norm_relu fp32 backward": KernelCall(lambda: _group_norm_relu_backward(torch.float32)),
+    "group_norm_relu bf16 one group": KernelCall(lambda: _group_norm_relu(torch.bfloat16, 1)),
+    "group_norm_relu bf16 one group backward": KernelCall(lambda: _group_norm_relu_backward(torch.bfloat16, 1)),
     "candidate_selection bf16": KernelCall(
         lambda: _candidate_selection(torch.bfloat16), _TILE, 2, 6, 0, "_list_kernel"
     ),

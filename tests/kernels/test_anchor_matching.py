@@ -195,7 +195,8 @@ def test_registration(anchors, device, low_quality):
     boxes = random_boxes(6, 104, torch.Generator().manual_seed(4)).to(device)
     offsets = torch.tensor([0, 2, 6], device=device)
     inputs = anchors.to(device), boxes, torch.arange(6, device=device), offsets, 0.5, 0.4, low_quality
-    torch.library.opcheck(module._anchor_matching_op, inputs)
+    torch.library.opcheck(module._op, inputs)
+    torch.library.opcheck(module._reference_op, inputs)
     compiled = torch.compile(anchor_matching, fullgraph=True, backend="aot_eager", dynamic=True)
     for ours, expected in zip(compiled(*inputs), anchor_matching_reference(*inputs), strict=True):
         assert torch.equal(ours, expected)

@@ -1,5 +1,7 @@
 """Non-maximum suppression against a plain Python loop, and against torchvision where that is exact."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torchvision
@@ -16,7 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarnin
 
 def by_kernels(*arguments):
     """By the kernels, whatever the device."""
-    return Kept(*module._batched_nms_triton(*arguments))
+    with mock.patch.object(module, "runs_triton", return_value=True):
+        return batched_nms(*arguments)
 
 
 def equal(ours, expected):
@@ -280,6 +283,7 @@ def test_opcheck(device, small_tiles):
     counts = torch.tensor([20], device=device)
     torch.library.opcheck(module._op, (boxes, scores, labels, counts, 0.5, 9))
     torch.library.opcheck(module._op, (boxes, None, None, counts, 0.5, 9))
+    torch.library.opcheck(module._reference_op, (boxes, scores, labels, counts, 0.5, 9))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

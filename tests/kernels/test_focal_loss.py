@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -10,14 +11,14 @@ from torchvision.ops import sigmoid_focal_loss
 from retina_fast.kernels import fast_math, one_pass
 from retina_fast.kernels import focal_loss as module
 from retina_fast.kernels.compiler import INTERPRETED, tl, triton
-from retina_fast.kernels.focal_loss import _focal_loss_triton, focal_loss, focal_loss_reference
-from retina_fast.kernels.levels import flatten_all
-from retina_fast.kernels.sizes import codes
+from retina_fast.kernels.focal_loss import focal_loss, focal_loss_reference
+from retina_fast.kernels.levels import encode_sizes, flatten_all
 
 
 def kernel_loss(logits, labels, normalizers, num_classes, alpha=0.25, gamma=2.0):
     """The loss by the kernels, whatever the device."""
-    return _focal_loss_triton(flatten_all(logits, num_classes), labels, normalizers, num_classes, alpha, gamma)
+    with mock.patch.object(module, "runs_triton", return_value=True):
+        return focal_loss(logits, labels, normalizers, num_classes, alpha, gamma)
 
 
 @pytest.fixture(params=["kernel", "cpu"])
@@ -211,24 +212,19 @@ def test_bytes_kept_for_backward(dtype, loss_fn, place):
     assert sum(kept.values()) <= 1.1 * sum(level.nbytes for level in logits)
 
 
-@pytest.mark.parametrize("factor", [1.0, -0.5, float("nan")])
-def test_scaling_in_place(factor, device, small_tiles):
-    tensors = [torch.randn(n, device=device) for n in (1, 37, 2048, 5000)]
-    expected = [tensor * factor for tensor in tensors]
-    one_pass.scale_op(tensors, torch.tensor(factor, device=device))
-    torch.testing.assert_close(tensors, expected, rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="hardware faults on a misaligned access by itself")
-def test_background_tiles_start_on_16_byte_boundaries(monkeypatch, small_tiles):
+@pytest.mark.parametrize("kind", ["_background_tile", "_mixed_tile"])
+def test_tiles_without_a_mask_start_on_16_byte_boundaries(kind, monkeypatch, small_tiles):
     """The compiler is told so, and makes 16-byte accesses of it."""
-    background_tile, addresses = module._background_tile, []
+    tile, addresses = getattr(module, kind), []
 
     def checked(x_ptr, *arguments):
-        addresses.append(x_ptr.handle.data.item())
-        return background_tile(x_ptr, *arguments)
+        masked = kind == "_mixed_tile" and arguments[-3]
+        if not masked:
+            addresses.append(x_ptr.handle.data.item())
+        return tile(x_ptr, *arguments)
 
-    monkeypatch.setattr(module, "_background_tile", checked)
+    monkeypatch.setattr(module, kind, checked)
     loss_and_grads(kernel_loss, case(7), 7)
     assert addresses
     assert not any(address % 16 for address in addresses)
@@ -332,7 +328,7 @@ def test_offsets_beyond_two_to_the_31(device):
     labels[:, : tile // k + 1] = -1
     labels[2, 5] = 17
     partials = torch.empty(3, 1, device=device)
-    starts, first_tiles = codes((0, anchors)), codes((0, 1))
+    starts, first_tiles = encode_sizes((0, anchors)), encode_sizes((0, 1))
     module._focal_loss_kernel[(1, 3)](
         (level,), (grad,), labels, torch.ones(3, device=device), partials, None, starts, first_tiles, anchors,
         0.75, 0.25, K=k, GAMMA=2.0, TILE=tile, CHUNK=module._CHUNK, TILE_ANCHORS=128, WITH_GRADS=True, PTX=module.PTX,
@@ -368,16 +364,15 @@ def test_opcheck(with_grads, device, small_tiles):
     torch.library.opcheck(module._focal_loss_op, (levels, labels, normalizers, None, 2, 0.25, 2.0, True, with_grads))
 
 
-def test_opcheck_of_the_backward_ops(device, small_tiles):
+def test_opcheck_of_the_backward_op(device, small_tiles):
     logits, labels, normalizers = case(2, device, shapes=((3, 2),))
     levels = [level.detach().contiguous() for level in flatten_all(logits, 2)]
     factor = torch.tensor(3.0, device=device)
     torch.library.opcheck(module._focal_loss_op, (levels, labels, normalizers, factor, 2, 0.25, 2.0, False, True))
-    torch.library.opcheck(one_pass.scale_op, (levels, factor))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole_with_no_copy_of_a_gradient(dynamic, device, small_tiles):
+def test_compiles_whole_with_no_copy_of_a_gradient(dynamic, device, small_tiles, monkeypatch):
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
 
@@ -389,7 +384,8 @@ def test_compiles_whole_with_no_copy_of_a_gradient(dynamic, device, small_tiles)
 
     logits, labels, normalizers = case(2, device, shapes=((3, 2),))
     backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=keep)
-    compiled = torch.compile(kernel_loss, fullgraph=True, backend=backend, dynamic=dynamic)
+    monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
+    compiled = torch.compile(focal_loss, fullgraph=True, backend=backend, dynamic=dynamic)
     loss, grads = loss_and_grads(compiled, (logits, labels, normalizers), 2, factor=3.0)
     expected, expected_grads = exact((logits, labels, normalizers), 2, factor=3.0)
     assert error(loss, expected) < 1e-5

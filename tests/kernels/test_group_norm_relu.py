@@ -13,7 +13,7 @@ from retina_fast.kernels.group_norm_relu import _group_norm_relu_triton, group_n
 def small_tiles(monkeypatch):
     """Several tiles a level, and several rounds of combining them."""
     monkeypatch.setattr(module, "_TILE", 128)
-    monkeypatch.setattr(module, "_TILES", 4)
+    monkeypatch.setattr(module, "_SUMS", 8)
 
 
 def case(channels, device="cpu", dtype=torch.float32, shapes=((7, 5), (3, 2), (1, 3)), shift=1.0):
@@ -61,11 +61,12 @@ def test_float32_is_within_1e_5_of_float64(channels, num_groups, device):
         assert error(ours, theirs) < 1e-5
 
 
-def test_the_real_tile_sizes(device, monkeypatch):
+@pytest.mark.parametrize("num_groups", [32, 1, 256])
+def test_the_real_tile_sizes(num_groups, device, monkeypatch):
     monkeypatch.undo()
     inputs = case(256, device, shapes=((9, 8), (2, 1)))
-    outputs, grads = outputs_and_grads(_group_norm_relu_triton, inputs, 32)
-    expected, expected_grads = exact(inputs, 32)
+    outputs, grads = outputs_and_grads(_group_norm_relu_triton, inputs, num_groups)
+    expected, expected_grads = exact(inputs, num_groups)
     for ours, theirs in zip((*outputs, *grads), (*expected, *expected_grads), strict=True):
         assert error(ours, theirs) < 1e-5
 

@@ -1,0 +1,50 @@
+"""Checks and conversions of arguments, which every public operation makes before it chooses a path.
+
+A kernel is given addresses: it would read the bits of an int32 as a float32, a host address as one of the GPU, and
+beyond the end of a tensor that is too short.
+"""
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor in float32, but float64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    """Raises ValueError, with its name, for a tensor that is not on the device. None passes."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on {device} as the other arguments are, got {tensor.device}")
+
+
+def check_integers(**tensors: Tensor | None) -> None:
+    """Raises ValueError, with its name, for a tensor that does not hold integers. None passes."""
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
+            raise ValueError(f"{name} must be integers, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, meaning: str, *shapes: tuple[int, ...]) -> None:
+    """Raises ValueError, with the name and what its shape means, for a tensor that has none of the shapes."""
+    if not any(tuple(tensor.shape) == shape for shape in shapes):
+        allowed = " or ".join(map(str, shapes))
+        raise ValueError(f"{name} must be {meaning} = {allowed}, got {tuple(tensor.shape)}")
+
+
+def check_anchors(anchors: Tensor, batch: int, count: int) -> None:
+    """Raises ValueError for anchors that are neither shared by the images, (N, 4), nor one set an image, (B, N, 4)."""
+    check_shape("anchors", anchors, "(N, 4) or (B, N, 4)", (count, 4), (batch, count, 4))
+
+
+def loss_normalizers(normalizers: Tensor, batch: int, like: Tensor) -> Tensor:
+    """Normalizers (B,) of any dtype and device as a loss divides by them: float32, or float64 for float64 levels, on
+    the device of ``like``, a level.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    check_shape("normalizers", normalizers, "(B,)", (batch,))
+    return normalizers.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)

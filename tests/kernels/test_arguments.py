@@ -1,0 +1,269 @@
+"""What public operations refuse or convert before a kernel reads it."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from retina_fast.kernels import (
+    anchor_matching,
+    batched_nms,
+    box_decode,
+    box_loss,
+    candidate_selection,
+    focal_loss,
+    group_norm_relu,
+    image_batch,
+    sigmoid_focal_loss,
+    take_kept,
+)
+from retina_fast.kernels.arguments import check_devices, check_integers, check_shape, loss_normalizers
+from retina_fast.kernels.compiler import runs_triton
+from tests.instruments.fake_gpu import launches_of
+
+DTYPES = [torch.float32, torch.int32, torch.int64, torch.float64, torch.bfloat16, torch.float16]
+
+
+def arguments(device="cpu"):
+    """Keyword arguments that fit every operation: 2 images, 8 anchors in two levels, 3 classes, 3 ground truths. On
+    another device they have no values."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(8, 2, generator=generator) * 20
+    anchors = torch.cat((corner, corner + 8), dim=1)
+    logits = [torch.randn(2, 2 * 3, n, 1, generator=generator) for n in (3, 1)]
+    deltas = [torch.randn(2, 2 * 4, n, 1, generator=generator) * 0.3 for n in (3, 1)]
+    indices = torch.tensor([[0, -1, -2, 1, -1, -1, 1, 0], [-1, 0, -1, -1, -2, -1, -1, -1]])
+    boxes, offsets = anchors[:3] + 1, torch.tensor([0, 2, 3])
+    sizes = torch.tensor([[20, 30], [25, 18]])
+    found = {
+        "boxes": torch.stack((anchors, anchors + 2)),
+        "scores": torch.rand(2, 8, generator=generator),
+        "labels": torch.randint(0, 3, (2, 8), generator=generator),
+        "counts": torch.tensor([8, 5]),
+    }
+    normalizers = torch.tensor([3.0, 300.0])
+    made = {
+        "anchor_matching": {"anchors": anchors, "boxes": boxes, "labels": torch.tensor([2, 0, 1]), "offsets": offsets},
+        "focal_loss": {"logits": logits, "labels": indices, "normalizers": normalizers, "num_classes": 3},
+        "box_loss": {
+            "deltas": deltas, "anchors": anchors, "indices": indices, "boxes": boxes, "offsets": offsets,
+            "normalizers": normalizers,
+        },
+        "candidate_selection": {"logits": logits, "num_classes": 3},
+        "box_decode": {
+            "deltas": deltas, "anchors": anchors, "index": torch.tensor([[7, 0, 3], [1, 1, 2]]), "image_sizes": sizes,
+        },
+        "batched_nms": found,
+        "take_kept": {
+            **found, "positions": torch.tensor([[1, 0], [4, 2]]), "counts": torch.tensor([2, 1]), "image_sizes": sizes,
+            "original_sizes": 2 * sizes,
+        },
+        "group_norm_relu": {
+            "levels": [torch.randn(2, 6, n, n, generator=generator) for n in (3, 2)], "weight": torch.ones(6),
+            "bias": torch.zeros(6), "num_groups": 2,
+        },
+    }  # fmt: skip
+    if device == "cpu":
+        return made
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: torch.empty_like(x, device=device), made)
+
+
+MODULES = {
+    "anchor_matching": anchor_matching, "focal_loss": focal_loss, "box_loss": box_loss, "box_decode": box_decode,
+    "candidate_selection": candidate_selection, "batched_nms": batched_nms, "take_kept": take_kept,
+    "group_norm_relu": group_norm_relu,
+}  # fmt: skip
+TENSORS = [
+    (name, key)
+    for name, keywords in arguments().items()
+    for key, value in keywords.items()
+    if isinstance(value, torch.Tensor)
+]
+INTEGERS = [
+    (name, key) for name, key in TENSORS if "size" not in key and not arguments()[name][key].is_floating_point()
+]
+SHAPES = [(name, key) for name, key in TENSORS if (name, key) != ("anchor_matching", "offsets")]
+
+
+def call(name, keywords):
+    return getattr(MODULES[name], name)(**keywords)
+
+
+def by_kernels(name, keywords):
+    with mock.patch.object(MODULES[name], "runs_triton", return_value=True):
+        return call(name, keywords)
+
+
+def leaves(result):
+    return [x.detach().cpu() for x in torch.utils._pytree.tree_leaves(result)]
+
+
+@pytest.mark.parametrize(("name", "key"), TENSORS)
+def test_a_tensor_on_another_device_is_named(name, key):
+    """On fake tensors, so that a machine without a GPU tests it; a kernel would read a host address."""
+
+    def run(made):
+        keywords = made[name]
+        keywords[key] = torch.empty(keywords[key].shape, dtype=keywords[key].dtype)
+        if key == next(iter(keywords)):  # the one that the others are compared with
+            with pytest.raises(ValueError, match="must be on cpu as the other arguments are, got cuda"):
+                call(name, keywords)
+        elif key == "normalizers":
+            with pytest.raises(RuntimeError, match="copies between"):  # converted, with a copy
+                call(name, keywords)
+        else:
+            with pytest.raises(ValueError, match=f"{key} must be on cuda:0 as the other arguments are, got cpu"):
+                call(name, keywords)
+
+    launches_of(run, lambda: arguments("cuda"))
+
+
+@pytest.mark.parametrize(("name", "key"), INTEGERS)
+def test_numbers_that_are_no_integers_are_named(name, key):
+    keywords = arguments()[name]
+    keywords[key] = keywords[key].float()
+    with pytest.raises(ValueError, match=f"{key} must be integers, got torch.float32"):
+        call(name, keywords)
+
+
+@pytest.mark.parametrize(("name", "key"), SHAPES)
+def test_a_shape_that_does_not_fit_is_named(name, key):
+    """A kernel would read beyond the end of a tensor."""
+    keywords = arguments()[name]
+    short = keywords[key][:-1] if key in ("index", "positions") else keywords[key][..., :-1]
+    keywords[key] = short
+    with pytest.raises(ValueError, match=rf"{key}.*\({short.shape[0]}.*"):
+        call(name, keywords)
+
+
+@pytest.mark.parametrize("name", ["box_loss", "box_decode"])
+@pytest.mark.parametrize("change", ["shorter", "one of two images"])
+def test_anchors_of_another_number_are_refused(name, change):
+    keywords = arguments()[name]
+    anchors = keywords["anchors"]
+    keywords["anchors"] = anchors[:-1] if change == "shorter" else anchors[None]
+    expected = r"\(7, 4\)" if change == "shorter" else r"\(1, 8, 4\)"
+    with pytest.raises(ValueError, match=rf"anchors must be .* = \(8, 4\) or \(2, 8, 4\), got {expected}"):
+        call(name, keywords)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["focal_loss", "box_loss"])
+@pytest.mark.parametrize("path", [call, by_kernels])
+def test_normalizers_of_any_dtype(path, name, dtype):
+    keywords = arguments()[name]
+    expected = call(name, keywords)
+    keywords["normalizers"] = keywords["normalizers"].to(dtype)
+    torch.testing.assert_close(path(name, keywords), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["focal_loss", "box_loss"])
+def test_a_kernel_is_given_normalizers_in_float32(name, dtype):
+    """Inline PTX would take the bits of an int32 as a float32, a number near 0. The interpreter does not."""
+
+    def run(made):
+        call(name, {**made[name], "normalizers": torch.empty(2, dtype=dtype, device="cuda")})
+
+    (launch,) = launches_of(run, lambda: arguments("cuda"))
+    of_images = [arg.dtype for arg in launch.args if isinstance(arg, torch.Tensor) and arg.shape == (2,)]
+    assert of_images == [torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("anchor_matching", ("anchors", "boxes")), ("box_loss", ("anchors", "boxes")), ("box_decode", ("anchors",)),
+     ("take_kept", ("boxes",)), ("batched_nms", ("boxes",))],
+)  # fmt: skip
+def test_geometry_of_another_dtype_is_read_as_float32(name, keys, dtype):
+    keywords = arguments()[name]
+    for key in keys:
+        keywords[key] = keywords[key].round()
+    expected = leaves(call(name, keywords))
+    for key in keys:
+        keywords[key] = keywords[key].to(dtype)
+    if name not in ("take_kept", "batched_nms") or dtype != torch.float64:  # which keep float64, by the reference
+        for ours, exact in zip(leaves(by_kernels(name, keywords)), expected, strict=True):
+            assert ours.dtype == exact.dtype
+            torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+    for ours, exact in zip(leaves(call(name, keywords)), expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
+def test_a_default_dtype_of_bfloat16_changes_no_loss():
+    keywords = arguments()
+    before = {name: call(name, keywords[name]) for name in ("focal_loss", "box_loss")}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        after = {name: by_kernels(name, keywords[name]) for name in ("focal_loss", "box_loss")}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, loss in before.items():
+        torch.testing.assert_close(after[name], loss, rtol=1e-5, atol=0)
+
+
+def test_levels_that_do_not_belong_together():
+    keywords = arguments()["focal_loss"]
+    first, second = keywords["logits"]
+    for levels, message in (
+        ([first, second.half()], "levels must share a dtype"),
+        ([first, second[:1]], "levels must share a batch size"),
+        ([first, second.to("meta")], "levels must share a device"),
+        ([], "at least one level"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call("candidate_selection", {"logits": levels, "num_classes": 3})
+
+
+def test_an_image_on_another_device_is_named():
+    """Its address would go into a table that the GPU reads."""
+
+    def run():
+        images = [torch.empty(3, 4, 4, device="cuda"), torch.empty(3, 4, 4)]
+        with pytest.raises(ValueError, match=r"images\[1\] must be on cuda:0 as images\[0\] is, got cpu"):
+            image_batch.image_batch(images, [(4, 4)] * 2, (0.5,), (0.2,))
+        with pytest.raises(ValueError, match="out must be on cuda:0 as the images are, got cpu"):
+            image_batch.image_batch(images[:1], [(4, 4)], (0.5,), (0.2,), 4, torch.empty(1, 3, 4, 4))
+
+    launches_of(run)
+
+
+def test_which_path_runs():
+    """Kernels on a GPU, in the dtypes they read."""
+    seen = []
+
+    def run():
+        dtypes = torch.float32, torch.bfloat16, torch.float16
+        on_gpu = [torch.empty(2, dtype=dtype, device="cuda") for dtype in dtypes]
+        seen.append(runs_triton(*on_gpu, None))
+        seen.append(runs_triton(on_gpu[0], torch.empty(2, dtype=torch.float64, device="cuda")))
+        seen.append(runs_triton(on_gpu[0], torch.empty(2)))
+
+    launches_of(run)
+    assert seen == [True, False, False]
+    assert not runs_triton(torch.empty(2))
+
+
+@pytest.mark.parametrize("name", [*MODULES, "sigmoid_focal_loss"])
+def test_every_operation_launches_its_kernels_on_a_gpu(name):
+    def run(made):
+        if name == "sigmoid_focal_loss":
+            sigmoid_focal_loss.sigmoid_focal_loss(torch.empty(7, device="cuda"), torch.empty(7, device="cuda"))
+        else:
+            call(name, made[name])
+
+    assert launches_of(run, lambda: arguments("cuda"))
+
+
+def test_the_checks_by_themselves():
+    x = torch.zeros(2, 3)
+    check_devices(x.device, x=x, absent=None)
+    check_integers(x=x.int(), absent=None)
+    check_shape("x", x, "(B, N)", (2, 3))
+    with pytest.raises(ValueError, match=r"x must be \(B, N\) = \(3, 2\) or \(2,\), got \(2, 3\)"):
+        check_shape("x", x, "(B, N)", (3, 2), (2,))
+    assert loss_normalizers(x[:, 0].double(), 2, x).dtype == torch.float32
+    assert loss_normalizers(x[:, 0].int(), 2, x.double()).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"normalizers must be \(B,\) = \(2,\), got \(\)"):
+        loss_normalizers(torch.tensor(3.0), 2, x)
