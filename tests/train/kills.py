@@ -1,10 +1,10 @@
-"""A training run that is killed again and again, and resumed each time: it must end as one that was left alone.
+"""Kills a training run again and again and resumes it each time; it must end like a run that was left alone.
 
     python -m tests.train.kills --kills 20 [--processes 2]
 
 A kill is SIGKILL to all of its processes, at a random moment of one and a half intervals. In every other life these
 begin with its first new checkpoint, so that the run makes progress on a slow machine, too; in the other lives with its
-first step. So a kill meets steps, validations and half-written files alike.
+first step. So a kill meets steps, validations and half-written files.
 """
 
 import argparse

@@ -7,7 +7,7 @@ from tests.train.kills import kill_and_resume
 
 @pytest.fixture(autouse=True)
 def _ready_to_fork(one_thread):
-    """The processes of a run are forked from this one; what it has imported, they need not."""
+    """Imports here what the processes of a run would import, since they are forked from this one."""
     importlib.import_module("retina_fast.train")
 
 
