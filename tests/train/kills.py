@@ -28,7 +28,7 @@ def kill_and_resume(folder: Path, kills: int, processes: int, seed: int) -> list
     """The step of the newest file after each kill. Raises an AssertionError if the runs end differently."""
     json_file, images = write_shapes(folder / "shapes", count=6)
     data = ("--json", json_file, "--images", images, "--val-json", json_file, "--val-images", images)
-    steps = _INTERVAL * 3 * (kills + 2)  # more than they can live through
+    steps = _INTERVAL * 3 * (kills + 1)  # more than the lives that are killed reach
     size = ("--crop", 32, "--batch-size", 2, "--steps", steps, "--every", _INTERVAL, "--keep", 2, "--workers", 1)
 
     def start(output: Path, *more: str) -> Run:
