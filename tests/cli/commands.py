@@ -49,8 +49,10 @@ class Forked:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
-    def communicate(self, timeout: float = 120) -> tuple[str, None]:
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         self._process.join(timeout)
+        if timeout is not None and self.returncode is None:
+            raise subprocess.TimeoutExpired("retina-fast", timeout)
         self._output.seek(0)
         return self._output.read(), None
 
@@ -107,7 +109,7 @@ def free_port() -> int:
 def finish(*runs: Run) -> str:
     """Wait for the processes, which must end with code 0, and return what they wrote."""
     outputs = [run.communicate()[0] for run in runs]
-    assert not any(run.returncode for run in runs), "".join(outputs)
+    assert all(run.returncode == 0 for run in runs), "".join(outputs)
     return "".join(outputs)
 
 
