@@ -20,7 +20,7 @@ BOXES = torch.tensor([[5.0, 5, 25, 25], [60, 10, 78, 30], [66, 40, 90, 60], [95,
 
 
 def photograph(name: str) -> Picture:
-    """80x100 px, with a white rectangle in each box."""
+    """A photograph of 80x100 px with a white rectangle in each box."""
     image = torch.zeros(3, 80, 100, dtype=torch.uint8)
     for x1, y1, x2, y2 in BOXES.int().tolist():
         image[:, y1:y2, x1:x2] = 255

@@ -142,7 +142,7 @@ _WARMUP_EPOCHS = 2000 / 463  # 2,000 steps of 256 images, 463 of which are an ep
 
 
 def _spinenet(epochs: int, scales: tuple[float, float], **changes: Any) -> Recipe:
-    """A protocol of SpineNet with so many epochs, and scales between which images are jittered."""
+    """A protocol of SpineNet that trains for `epochs` and scales images by factors between `scales`."""
     lr = changes.pop("lr", 0.28)
     drops = {1 - 30 / epochs: 0.1, 1 - 10 / epochs: 0.01}
     return Recipe(

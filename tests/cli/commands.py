@@ -1,4 +1,7 @@
-"""retina-fast in processes of its own: forked from this one, which has imported everything, or started anew."""
+"""Running retina-fast in processes of its own, which are forked from the test's or started by torchrun.
+
+A forked process has nothing to import, which saves the seconds that a new interpreter needs. It cannot use CUDA.
+"""
 
 import importlib
 import multiprocessing
@@ -18,7 +21,10 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 class Forked:
-    """A command in a process that is forked from this one, which is ready to run it; with methods as of Popen."""
+    """A command in a process that is forked from this one. Its methods are those of `subprocess.Popen`.
+
+    `module` is imported there before the command runs, and `variables` are set in its environment.
+    """
 
     def __init__(self, arguments: tuple[object, ...], module: str = "retina_fast.cli", **variables: object) -> None:
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -43,8 +49,10 @@ class Forked:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
-    def communicate(self, timeout: float = 120) -> tuple[str, None]:
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         self._process.join(timeout)
+        if timeout is not None and self.returncode is None:
+            raise subprocess.TimeoutExpired("retina-fast", timeout)
         self._output.seek(0)
         return self._output.read(), None
 
@@ -55,7 +63,7 @@ Run = Forked | subprocess.Popen[str]
 def forked_by_srun(
     *arguments: object, processes: int, module: str = "retina_fast.cli", **variables: object
 ) -> list[Forked]:
-    """The command in the processes, and with the variables, that SLURM's srun gives it on one machine."""
+    """The command in forked processes that have the variables of SLURM's srun, on one machine."""
     job: dict[str, Any] = {
         "SLURM_JOB_ID": os.getpid(),
         "SLURM_JOB_NAME": "train",
@@ -69,7 +77,7 @@ def forked_by_srun(
 
 
 def forked_by_torchrun(*arguments: object, machines: int, processes: int, module: str) -> list[Forked]:
-    """The command with the variables that torchrun gives it on several machines, so many processes on each."""
+    """The command in forked processes that have the variables of torchrun, `processes` on each of several machines."""
     job: dict[str, object] = {"TORCHELASTIC_RUN_ID": os.getpid(), "WORLD_SIZE": machines * processes}
     job |= {"LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     return [
@@ -80,14 +88,14 @@ def forked_by_torchrun(*arguments: object, machines: int, processes: int, module
 
 
 def started_by_torchrun(*arguments: object, processes: int, module: str = "retina_fast.cli", options: Any = ()) -> Run:
-    """The command in new processes by torchrun itself."""
+    """The command in new processes that torchrun starts."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", *(options or ["--standalone"])]
     line = [*torchrun, f"--nproc-per-node={processes}", "-m", module, *map(str, arguments)]
     return subprocess.Popen(line, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def started_on_two_machines(*arguments: object, processes: int, module: str) -> list[Run]:
-    """The command by torchrun on each of two machines, with so many processes on each; both machines are this one."""
+    """The command by torchrun, started twice on this machine as if on two machines, with `processes` on each."""
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", f"--rdzv-id={os.getpid()}"]
     options = ["--nnodes=2", *meeting]
     return [started_by_torchrun(*arguments, processes=processes, module=module, options=options) for _ in range(2)]
@@ -99,9 +107,9 @@ def free_port() -> int:
 
 
 def finish(*runs: Run) -> str:
-    """What the processes wrote; they must have ended well."""
+    """Wait for the processes, which must end with code 0, and return what they wrote."""
     outputs = [run.communicate()[0] for run in runs]
-    assert not any(run.returncode for run in runs), "".join(outputs)
+    assert all(run.returncode == 0 for run in runs), "".join(outputs)
     return "".join(outputs)
 
 
@@ -119,7 +127,7 @@ def children(process: int) -> list[int]:
 
 
 def wait_for(condition: Callable[[], bool], run: Run) -> None:
-    """Until the condition holds, or the process ends, which it must not."""
+    """Wait until the condition holds. The process must not end before."""
     while not condition():
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.02)

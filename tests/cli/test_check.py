@@ -86,7 +86,7 @@ def test_a_planted_box_is_named_and_nothing_else(planted_one, message, tmp_path)
 
 
 def test_all_of_them_together(tmp_path):
-    """And: twins, a box far outside, images missing, damaged and of another size, ids and names twice, look-alikes."""
+    """The planted boxes with duplicates, a box far outside, bad images, repeated ids and names, and similar names."""
     json_file, images = planted(tmp_path, [one for one, _ in PLANTED])
     content = json.loads(json_file.read_text())
     first = content["annotations"][0]
@@ -195,7 +195,7 @@ def test_training_data_leaves_out_what_lies_outside(tmp_path):
 
 
 def test_twins_are_those_of_all_pairs():
-    """Of boxes on a coarse grid, so that many are the same, or near, or stand in rows."""
+    """The boxes lie on a coarse grid, so that many are the same, near each other, or in rows."""
     rng = random.Random(0)
     boxes = [
         annotation(

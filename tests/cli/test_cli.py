@@ -26,7 +26,7 @@ def invoke(*arguments: object) -> Result:
 
 
 def problem(*arguments: object) -> str:
-    """The message of a command that fails: one sentence on stderr, no traceback."""
+    """The message of a command that fails, which is one sentence on stderr without a traceback."""
     result = invoke(*arguments)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)

@@ -1,4 +1,4 @@
-"""The commands of docs/coco.md on a miniature of COCO: its folders, its category ids, weights as torchvision's."""
+"""The commands of docs/coco.md on a miniature of COCO with its folders and category ids, and with other weights."""
 
 import functools
 import json
@@ -45,7 +45,7 @@ def _one_thread(one_thread):
 
 @pytest.fixture
 def published(monkeypatch):
-    """Weights in the place of the published ones that see a cat in every anchor, as large as the anchor.
+    """Weights in place of the published ones, which detect a cat of the anchor's size at every anchor.
 
     And pictures resized to 96 px instead of 800, which is 70 times less to compute.
     """
@@ -70,7 +70,7 @@ def published(monkeypatch):
 
 @pytest.fixture
 def coco(tmp_path) -> Path:
-    """Two pictures in COCO's layout, the true boxes of each where `published` finds its cats."""
+    """Two pictures in COCO's layout, whose true boxes are where the weights of `published` detect cats."""
     (tmp_path / "val2017").mkdir()
     (tmp_path / "annotations").mkdir()
     images: list[dict] = []
@@ -136,7 +136,7 @@ COMMANDS = {"v1": ["evaluate", "train", "evaluate"], "v2": ["evaluate", "check",
 
 @pytest.mark.parametrize("version", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
 def test_the_commands_of_the_page(version, published, coco, monkeypatch):
-    """In their order, on the miniature, without torchrun, two steps of two images in place of 190,554 of 16."""
+    """They run in their order, on the miniature and without torchrun, for two steps of two images."""
     page = (Path(__file__).parents[2] / "docs" / "coco.md").read_text()
     blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     lines = list(filter(None, "".join(blocks).replace("\\\n", " ").splitlines()))

@@ -1,4 +1,4 @@
-"""`retina-fast detect` over folders and lists: every image once, in order, and none of them held."""
+"""`retina-fast detect` over folders and lists: every image comes once and in order, and none stays in memory."""
 
 import gc
 import io
@@ -105,7 +105,7 @@ def test_paths_are_taken_as_they_are_needed(photos):
 
 
 def test_memory_does_not_grow_with_the_images(photos, tmp_path, monkeypatch):
-    """Held are the names alone: far less than the 100 boxes of each image, or its pixels."""
+    """Only names stay in memory: far less than the 100 boxes of each image, or its pixels."""
     alive: weakref.WeakSet = weakref.WeakSet()
     most = 0
 

@@ -1,4 +1,4 @@
-"""Several processes do what one does: train, evaluate, detect. They talk by gloo."""
+"""Several processes, which communicate by gloo, train, evaluate and detect with the results of one process."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def _one_thread(one_thread):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> tuple[Any, ...]:
-    """Images of which every second has no object: with four processes, each has one such image, or more, a step."""
+    """Images of which every second has no object, so that some processes have a step without one."""
     json_file, images = write_shapes(tmp_path_factory.mktemp("processes") / "shapes", count=11)
     content = json.loads(json_file.read_text())
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] % 2]
@@ -58,9 +58,9 @@ def training(data: tuple[Any, ...], output: Path) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory) -> dict[int, Path]:
-    """The folders of the same training by one process, by two as srun starts them, by four as torchrun on two machines.
+    """The folders of the same run by one process, by two as of srun, and by four as of torchrun on two machines.
 
-    Forked: what their starters are to them is the variables alone.
+    All are forked, since srun and torchrun differ for them only in the variables that they set.
     """
     folders = {count: tmp_path_factory.mktemp("runs") / str(count) for count in (1, 2, 4)}
     lines = {count: training(data, folder) for count, folder in folders.items()}
@@ -75,7 +75,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def assert_close(one: Path, several: Path) -> None:
-    """The same run but for rounding, in float64."""
+    """Asserts that two runs in float64 differ by rounding only."""
     a, b = state(one), state(several)
     assert a["global_step"] == b["global_step"] == STEPS
     for key in ("state_dict", "current_model_state"):
@@ -106,7 +106,7 @@ def test_a_run_is_resumed_by_another_number_of_processes(data, runs, tmp_path):
 
 
 def test_processes_that_are_killed_or_stopped_are_resumed_to_the_same_weights(data, runs, tmp_path):
-    """Killed under torchrun; stopped, and resumed to the end, as by srun."""
+    """The run is killed under torchrun, then resumed and stopped, then resumed to its end, as under srun."""
     line = training(data, tmp_path)
     run = started_by_torchrun(*line, processes=2, module=DOUBLE)
     wait_for((tmp_path / "last.ckpt").exists, run)

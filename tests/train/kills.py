@@ -1,10 +1,10 @@
-"""A training run that is killed again and again, and resumed each time: it must end as one that was left alone.
+"""Kills a training run again and again and resumes it each time; it must end like a run that was left alone.
 
     python -m tests.train.kills --kills 20 [--processes 2]
 
 A kill is SIGKILL to all of its processes, at a random moment of one and a half intervals. In every other life these
 begin with its first new checkpoint, so that the run makes progress on a slow machine, too; in the other lives with its
-first step. So a kill meets steps, validations and half-written files alike.
+first step. So a kill meets steps, validations and half-written files.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def kill_and_resume(folder: Path, kills: int, processes: int, seed: int) -> list
     """The step of the newest file after each kill. Raises an AssertionError if the runs end differently."""
     json_file, images = write_shapes(folder / "shapes", count=6)
     data = ("--json", json_file, "--images", images, "--val-json", json_file, "--val-images", images)
-    steps = _INTERVAL * 3 * (kills + 2)  # more than they can live through
+    steps = _INTERVAL * 3 * (kills + 1)  # more than the lives that are killed reach
     size = ("--crop", 32, "--batch-size", 2, "--steps", steps, "--every", _INTERVAL, "--keep", 2, "--workers", 1)
 
     def start(output: Path, *more: str) -> Run:

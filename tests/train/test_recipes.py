@@ -1,4 +1,4 @@
-"""The published recipes, their numbers at given steps, and short runs by them."""
+"""The published recipes: their hyper-parameters, and short runs by them."""
 
 import csv
 from dataclasses import replace
@@ -57,7 +57,7 @@ def test_decay_clipping_crops_and_models():
 
 
 def test_the_box_loss_pulls_as_the_published_one_beyond_its_delta():
-    """50 times Huber with delta 0.1, a mean over 4 coordinates, beside the factor of torchvision's L1."""
+    """Published is 50 times Huber's loss with delta 0.1, a mean over 4 coordinates; ours is torchvision's L1 loss."""
     errors = torch.tensor([0.1, 0.3, 2.0], requires_grad=True)
     published = 50 * torch.nn.functional.huber_loss(errors, torch.zeros(3), reduction="sum", delta=0.1) / 4
     (slopes,) = torch.autograd.grad(published, errors)

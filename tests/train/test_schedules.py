@@ -1,4 +1,4 @@
-"""The learning rate at every step, by the published programs."""
+"""The learning rate at every step is that of the published programs."""
 
 from collections.abc import Iterator
 
@@ -37,7 +37,7 @@ def test_learning_rate_rises_and_falls_to_a_hundredth():
 
 
 def published_rates(lr: float, epoch_steps: int) -> Iterator[float]:
-    """Of each step, by the schedulers that torchvision's reference makes from `--epochs 26 --lr-steps 16 22`."""
+    """The rate of each step, by the schedulers of torchvision's reference for `--epochs 26 --lr-steps 16 22`."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     drops = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[16, 22], gamma=0.1)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 1000, total_iters=min(1000, epoch_steps - 1))

@@ -1,4 +1,4 @@
-"""What the recipe, the data and the machine decide where a person leaves a choice open."""
+"""The recipe, the data and the machine decide where a person leaves a choice open."""
 
 import json
 from dataclasses import replace

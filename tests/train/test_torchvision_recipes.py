@@ -1,4 +1,4 @@
-"""torchvision's recipes against torchvision: the same rates, parameter groups, batches and steps from its numbers."""
+"""torchvision's recipes have the rates, parameter groups, batches and steps of torchvision's training script."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def _one_thread(one_thread):
 
 @pytest.fixture
 def _published(monkeypatch):
-    """Those weights where torchvision would download, and pictures of 96 px."""
+    """Random weights in place of those that torchvision would download, and pictures of 96 px."""
     for recipe, kwargs in SIZES.items():
         monkeypatch.setitem(RECIPES, recipe, replace(RECIPES[recipe], kwargs=kwargs))
 
@@ -87,7 +87,7 @@ def settings_of(recipe: str, model: str, batch_size: int, data: CocoDataset, **c
 
 
 def published_optimizer(recipe: str, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """As torchvision's reference makes it from `--lr 0.01`, or from `--opt adamw ... --norm-weight-decay 0`."""
+    """The optimizer of torchvision's reference for `--lr 0.01`, or for `--opt adamw ... --norm-weight-decay 0`."""
     if recipe == V1:
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.SGD(trained, lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -149,7 +149,7 @@ def test_parameter_groups_are_torchvisions(recipe, data):
 @pytest.mark.usefixtures("_published")
 @pytest.mark.parametrize("recipe", [V1, V2])
 def test_a_step_is_torchvisions(recipe, data, tmp_path, monkeypatch):
-    """In float64, where what is left of a difference is not rounding."""
+    """The step is in float64, where a difference would not be rounding."""
     seen: list[tuple[Any, Any, Any]] = []
     original = Detector.training_step
 
@@ -250,7 +250,7 @@ def test_a_run_stopped_within_an_epoch_and_resumed_gives_the_same_weights(data, 
 
 
 def test_two_processes_give_the_weights_of_one_that_pads_as_they_do(files, tmp_path):
-    """From weights in the folder of torchvision's downloads. What is wrong with the data is said once."""
+    """They start from weights in the folder of torchvision's downloads. Only one process warns of faulty data."""
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     torch.save(imagenet(resnet18), folder / ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2])
@@ -317,7 +317,7 @@ def test_whole_images_alone(data, tmp_path):
 
 @pytest.mark.usefixtures("_published")
 def test_a_run_from_a_model_file_is_resumed_without_it(data, tmp_path):
-    """What the file says of the model, here that all stages of the ResNet are frozen, is the run's."""
+    """The run has the builder's arguments of the file, here those that freeze all stages of the ResNet."""
     frozen: dict[str, Any] = {"trainable_backbone_layers": 0}
     weights = checkpoint.build("retinanet_resnet18_fpn", 2, weights_backbone="IMAGENET1K_V1", **frozen).state_dict()
     file = tmp_path / "model.pt"

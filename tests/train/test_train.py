@@ -52,7 +52,7 @@ def whole(data, tmp_path_factory) -> Path:
 
 
 def interrupt(patch: pytest.MonkeyPatch, step: int, how) -> None:
-    """Have `how` called while that step is under way."""
+    """Has `how` called during that step."""
     original = Detector.training_step
 
     def training_step(self, batch, batch_idx):
@@ -295,7 +295,7 @@ def test_the_network_is_built_once(data, tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_begun_with_earlier_settings_is_resumed(data, whole, tmp_path):
-    """There, random weights of the backbone are None; and the first runs have no such setting, and no bf16."""
+    """There, None stands for random weights of the backbone; the first runs have no such setting, and no bf16."""
     for missing in ((), ("weights_backbone", "bf16", "accumulate")):
         saved = state(whole)
         saved["settings"] |= {"weights_backbone": None}
