@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
+from torchvision.ops.boxes import nms as torchvision_nms  # bound now: ours may come to stand in its place
 
 from retina_fast.kernels.arguments import at_least_float32, check_devices, check_integers, check_shape
 from retina_fast.kernels.compiler import runs_triton, tl, triton
@@ -39,13 +39,13 @@ def nms_image(boxes: Tensor, scores: Tensor | None, labels: Tensor | None, iou_t
     boxes = boxes if order is None else boxes[order]
     falling = torch.arange(len(boxes), 0, -1, device=boxes.device).to(boxes.dtype)  # for the scores: no ties left
     if labels is None or bool((labels == labels[:1]).all()):
-        kept = torchvision.ops.nms(boxes, falling, iou_thresh)
+        kept = torchvision_nms(boxes, falling, iou_thresh)
     else:
         by_class = (labels if order is None else labels[order]).sort(stable=True)
         is_kept = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
         for members in by_class.indices.split(by_class.values.unique_consecutive(return_counts=True)[1].tolist()):
             if len(members) > 1:
-                members = members[torchvision.ops.nms(boxes[members], falling[members], iou_thresh)]
+                members = members[torchvision_nms(boxes[members], falling[members], iou_thresh)]
             is_kept[members] = True
         kept = is_kept.nonzero().squeeze(1)
     return kept if order is None else order[kept]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.arguments import check_anchors, check_devices, check_integers, check_shape
-from retina_fast.kernels.compiler import runs_triton, tl, triton
+from retina_fast.kernels.compiler import is_differentiated, runs_triton, tl, triton
 from retina_fast.kernels.levels import check_levels, decode_size, encode_sizes, flatten_all
 
 MAX_LOG_SCALE = math.log(1000 / 16)
@@ -139,7 +139,6 @@ def box_decode(deltas: Sequence[Tensor], anchors: Tensor, index: Tensor, image_s
     check_integers(index=index)
     check_devices(deltas[0].device, anchors=anchors, index=index, image_sizes=image_sizes)
     anchors = anchors.float()
-    differentiable = torch.is_grad_enabled() and any(level.requires_grad for level in deltas)
-    if runs_triton(*deltas) and not differentiable:
+    if runs_triton(*deltas) and not is_differentiated(*deltas):
         return _box_decode_triton(deltas, anchors, index, image_sizes)
     return box_decode_reference(deltas, anchors, index, image_sizes)

@@ -17,6 +17,7 @@ Only the deltas of foreground anchors are read, a few hundred rows an image, whi
 The finished gradient, 0 for all other anchors, is written in the same pass: 8 bytes an anchor in bfloat16.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -45,7 +46,7 @@ from retina_fast.kernels.levels import (
     pick_size,
     store_rows,
 )
-from retina_fast.kernels.one_pass import OnePass, refuse_double_backward
+from retina_fast.kernels.one_pass import OnePass, grads_by_reference
 
 _IOU_LOSSES = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}
 LOSS_TYPES = ("l1", "smooth_l1", *_IOU_LOSSES)
@@ -255,6 +256,10 @@ def _(levels, anchors, indices, boxes, offsets, normalizers, factor, loss_type, 
     return loss + ([torch.empty_like(level) for level in levels] if with_grads else [])
 
 
+def _reference_of_levels(tensors, loss_type, *levels):
+    return box_loss_reference(levels, *tensors, loss_type)
+
+
 def _setup_context(ctx, inputs, output):
     levels, *tensors, _, ctx.loss_type, with_loss, _ = inputs
     ctx.mark_non_differentiable(*output[int(with_loss) :])
@@ -262,8 +267,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_outputs):
-    refuse_double_backward("box_loss")
     tensors, levels = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        reference = functools.partial(_reference_of_levels, tensors, ctx.loss_type)
+        return grads_by_reference("box_loss", reference, levels, grad_outputs[0]), *[None] * 9
     return _box_loss_op(levels, *tensors, grad_outputs[0], ctx.loss_type, False, True), *[None] * 9
 
 
@@ -284,7 +291,10 @@ def _box_loss_triton(
     wanted = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
     if wanted and levels[0].dtype != torch.float16 and not torch.compiler.is_compiling():
         return OnePass.apply(
-            "box_loss", lambda levels: _box_loss_op(levels, *tensors, None, loss_type, True, True), *levels
+            "box_loss",
+            lambda levels: _box_loss_op(levels, *tensors, None, loss_type, True, True),
+            functools.partial(_reference_of_levels, tensors, loss_type),
+            *levels,
         )
     return _box_loss_op(levels, *tensors, None, loss_type, True, False)[0]
 
@@ -315,8 +325,6 @@ def box_loss(
         AssertionError: for an unknown ``loss_type``, as torchvision's.
         ValueError: if the shapes do not fit, indices or offsets are not integers, the levels differ in dtype, or the
             tensors lie on different devices.
-        RuntimeError: on a GPU, in backward with create_graph=True; :func:`box_loss_reference` can be differentiated
-            twice.
 
     Example::
 
@@ -338,6 +346,6 @@ def box_loss(
     normalizers = loss_normalizers(normalizers, batch, first)
     if first.dtype != torch.float64:
         anchors, boxes = anchors.float(), boxes.float()
-    if runs_triton(first):
+    if runs_triton(*deltas):
         return _box_loss_triton(flatten_all(deltas, 4), anchors, indices, boxes, offsets, normalizers, loss_type)
     return box_loss_reference(deltas, anchors, indices, boxes, offsets, normalizers, loss_type)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.compiler import runs_triton, tl, triton
+from retina_fast.kernels.compiler import is_differentiated, runs_triton, tl, triton
 from retina_fast.kernels.key_sort import PADDING, pack, sort_keys, unpack_index, unpack_number
 from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, pick, pick_size
 
@@ -342,7 +342,7 @@ def candidate_selection(
     levels = [level.float() if level.dtype == torch.float64 else level for level in flatten_all(logits, num_classes)]
     op = _op if runs_triton(levels[0]) else _reference_op
     candidates = Candidates(*op([level.detach() for level in levels], num_classes, score_thresh, topk))
-    if torch.is_grad_enabled() and any(level.requires_grad for level in levels):
+    if is_differentiated(*levels):
         joined = torch.cat([level.flatten(1) for level in levels], dim=1)
         index = candidates.anchors * num_classes + candidates.labels.clamp(min=0)
         scores = torch.where(candidates.labels >= 0, torch.sigmoid(joined.gather(1, index).float()), 0)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 try:
     import triton
@@ -27,10 +28,30 @@ def _probe():
 INTERPRETED = type(_probe).__name__ == "InterpretedFunction"  # TRITON_INTERPRET=1: kernels run on CPU tensors
 PTX = HAS_TRITON and not INTERPRETED and torch.version.hip is None  # inline PTX needs NVIDIA's compiler
 
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func or forward-mode AD looks into one of the tensors, which only plain PyTorch operations let it
+    do: a kernel would give it a derivative of zero, or none."""
+    if torch.compiler.is_compiling():
+        return False
+    given = [x for x in tensors if x is not None]
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None for x in given)
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether somebody may ask for derivatives with respect to one of the tensors, forward or backward."""
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return recorded or is_transformed(*tensors)
+
+
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def runs_triton(*tensors: Tensor | None) -> bool:
-    """Whether an operation runs its kernels on these floating-point tensors: Triton is installed, and they lie on a GPU
-    in a dtype that the kernels read. Float64 is left to the references. None stands for an argument not given."""
-    return HAS_TRITON and all(x is None or (x.is_cuda and x.dtype in _SERVED) for x in tensors)
+    """Whether an operation runs its kernels on these floating-point tensors.
+
+    It does where Triton is installed, and they lie on a GPU in a dtype that the kernels read, and torch.func does not
+    look into them. Float64 is left to the references. None stands for an argument not given.
+    """
+    served = HAS_TRITON and all(x is None or (x.is_cuda and x.dtype in _SERVED) for x in tensors)
+    return served and not is_transformed(*tensors)

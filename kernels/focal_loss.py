@@ -15,6 +15,7 @@ passes in all: in float16, since small finished gradients would become zero befo
 in compiled graphs, where scaling a saved tensor in place becomes a copy.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -28,12 +29,12 @@ from retina_fast.kernels.arguments import (
     check_shape,
     loss_normalizers,
 )
-from retina_fast.kernels.compiler import PTX, runs_triton, tl, triton
+from retina_fast.kernels.compiler import PTX, is_transformed, runs_triton, tl, triton
 from retina_fast.kernels.fast_math import LOG2E, exp2, reciprocal, sigmoid
 from retina_fast.kernels.focal_loss_cpu import focal_loss_cpu, weights
 from retina_fast.kernels.labels import IGNORED, TL_BACKGROUND, TL_IGNORED
 from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, pick, pick_size
-from retina_fast.kernels.one_pass import OnePass, refuse_double_backward
+from retina_fast.kernels.one_pass import OnePass, grads_by_reference
 
 
 def focal_loss_reference(
@@ -213,6 +214,10 @@ def _(levels, labels, normalizers, factor, num_classes, alpha, gamma, with_loss,
     return loss + ([torch.empty_like(level) for level in levels] if with_grads else [])
 
 
+def _reference_of_levels(labels, normalizers, constants, *levels):
+    return focal_loss_reference(levels, labels, normalizers, *constants)
+
+
 def _setup_context(ctx, inputs, output):
     levels, labels, normalizers, _, *ctx.constants, with_loss, _ = inputs
     ctx.mark_non_differentiable(*output[int(with_loss) :])
@@ -220,8 +225,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_outputs):
-    refuse_double_backward("focal_loss")
     *levels, labels, normalizers = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        reference = functools.partial(_reference_of_levels, labels, normalizers, ctx.constants)
+        return grads_by_reference("focal_loss", reference, levels, grad_outputs[0]), *[None] * 8
     constants = *ctx.constants, False, True
     return _focal_loss_op(levels, labels, normalizers, grad_outputs[0], *constants), *[None] * 8
 
@@ -239,6 +246,7 @@ def _focal_loss_triton(
         return OnePass.apply(
             "focal_loss",
             lambda levels: _focal_loss_op(levels, labels, normalizers, None, num_classes, alpha, gamma, True, True),
+            functools.partial(_reference_of_levels, labels, normalizers, (num_classes, alpha, gamma)),
             *levels,
         )
     return _focal_loss_op(levels, labels, normalizers, None, num_classes, alpha, gamma, True, False)[0]
@@ -267,7 +275,6 @@ def focal_loss(
     Raises:
         ValueError: if the shapes do not fit, labels are not integers, the levels differ in dtype, or the tensors lie
             on different devices.
-        RuntimeError: in backward with create_graph=True; :func:`focal_loss_reference` can be differentiated twice.
 
     Example::
 
@@ -282,9 +289,10 @@ def focal_loss(
     check_integers(labels=labels)
     check_devices(first.device, labels=labels)
     normalizers = loss_normalizers(normalizers, first.shape[0], first)
-    if runs_triton(first):
+    if runs_triton(*logits):
         levels = flatten_all(logits, num_classes)
         return _focal_loss_triton(levels, labels, normalizers, num_classes, alpha, gamma)
-    if first.device.type == "cpu" and not torch.compiler.is_compiling():
-        return focal_loss_cpu(logits, labels, normalizers, num_classes, alpha, gamma)
+    if first.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed(*logits):
+        reference = functools.partial(_reference_of_levels, labels, normalizers, (num_classes, alpha, gamma))
+        return focal_loss_cpu(logits, labels, normalizers, num_classes, alpha, gamma, reference)
     return focal_loss_reference(logits, labels, normalizers, num_classes, alpha, gamma)

@@ -4,7 +4,7 @@ The temporaries of a tile stay in the L2 cache. A label changes one element of i
 size only the finished gradient is kept. Tiles are views of the levels as they lie in memory, NCHW or channels_last.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from retina_fast.kernels.arguments import at_least_float32
 from retina_fast.kernels.labels import IGNORED
 from retina_fast.kernels.levels import count_anchors, flatten
-from retina_fast.kernels.one_pass import refuse_double_backward
+from retina_fast.kernels.one_pass import grads_by_reference
 
 _TILE = 1 << 17  # logits; 2^14 to 2^19 took 112, 88, 55, 44, 47, 49 ms on two cores for 8.9 M logits
 
@@ -138,33 +138,49 @@ class _FocalLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, labels: Tensor, normalizers: Tensor, num_classes: int, alpha: float, gamma: float, *levels: Tensor
+        ctx,
+        labels: Tensor,
+        normalizers: Tensor,
+        num_classes: int,
+        alpha: float,
+        gamma: float,
+        reference: Callable[..., Tensor],
+        *levels: Tensor,
     ) -> Tensor:
         scales = normalizers.reciprocal()
+        ctx.reference = reference
         ctx.half = levels[0].dtype == torch.float16
         ctx.constants = num_classes, alpha, gamma
         wanted = any(ctx.needs_input_grad) and not ctx.half
         loss, grads = _pass(levels, labels, scales, wanted, *ctx.constants)
-        ctx.save_for_backward(*((labels, scales, *levels) if ctx.half else grads))
+        ctx.save_for_backward(labels, scales, *levels, *grads)
+        ctx.count = len(levels)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("focal_loss")
-        grads: Sequence[Tensor]
+        labels, scales, *saved = ctx.saved_tensors
+        levels, grads = saved[: ctx.count], saved[ctx.count :]
+        nothing = [None] * 6
+        if torch.is_grad_enabled():
+            return *nothing, *grads_by_reference("focal_loss", ctx.reference, levels, grad_loss)
         if ctx.half:
-            labels, scales, *levels = ctx.saved_tensors
             _, grads = _pass(levels, labels, scales * grad_loss, True, *ctx.constants)
         else:
-            grads = ctx.saved_tensors
             # a second backward needs the gradients unchanged
             if grad_loss != 1 or torch._C._autograd._get_current_graph_task_keep_graph():
                 grads = [grad * grad_loss.to(grad.dtype) for grad in grads]
-        return None, None, None, None, None, *grads
+        return *nothing, *grads
 
 
 def focal_loss_cpu(
-    levels: Sequence[Tensor], labels: Tensor, normalizers: Tensor, num_classes: int, alpha: float, gamma: float
+    levels: Sequence[Tensor],
+    labels: Tensor,
+    normalizers: Tensor,
+    num_classes: int,
+    alpha: float,
+    gamma: float,
+    reference: Callable[..., Tensor],
 ) -> Tensor:
-    """:func:`retina_fast.kernels.focal_loss.focal_loss` on a CPU."""
-    return _FocalLoss.apply(labels, normalizers, num_classes, alpha, gamma, *levels)
+    """:func:`retina_fast.kernels.focal_loss.focal_loss` on a CPU; ``reference`` is the same of the levels alone."""
+    return _FocalLoss.apply(labels, normalizers, num_classes, alpha, gamma, reference, *levels)

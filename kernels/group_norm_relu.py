@@ -20,7 +20,7 @@ from torch import Tensor
 from retina_fast.kernels.arguments import check_devices
 from retina_fast.kernels.compiler import runs_triton, tl, triton
 from retina_fast.kernels.levels import check_levels, decode_size, encode_sizes, pick, pick_size
-from retina_fast.kernels.one_pass import refuse_double_backward
+from retina_fast.kernels.one_pass import grads_by_reference
 
 
 def group_norm_relu_reference(
@@ -269,18 +269,25 @@ def _(grads, levels, weight, bias, stats):
 
 
 def _setup_context(ctx, inputs, output):
-    levels, weight, bias, _, _ = inputs
+    levels, weight, bias, *ctx.constants = inputs
     ctx.mark_non_differentiable(output[-1])
     ctx.save_for_backward(*levels, weight, bias, output[-1])
 
 
 def _backward(ctx, grad_outputs):
-    refuse_double_backward("group_norm_relu")
     *levels, weight, bias, stats = ctx.saved_tensors
     grads = [
         torch.zeros_like(level) if grad is None else grad.to(level.dtype).contiguous(memory_format=torch.channels_last)
         for grad, level in zip(grad_outputs[:-1], levels, strict=True)
     ]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        num_groups, eps = ctx.constants
+
+        def reference(*inputs):
+            return group_norm_relu_reference(inputs[:-2], *inputs[-2:], num_groups, eps)
+
+        *grads, dw, db = grads_by_reference("group_norm_relu", reference, (*levels, weight, bias), grads)
+        return grads, dw, db, None, None
     *grads, channel_sums = _backward_op(grads, levels, weight, bias, stats)
     db, dw = channel_sums.sum(dim=(0, 1))
     return grads, dw.to(weight.dtype), db.to(bias.dtype), None, None

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, runs_triton, tl, triton
+from retina_fast.kernels.compiler import HAS_TRITON, is_differentiated, runs_triton, tl, triton
 
 Sizes = Sequence[tuple[int, int]]
 
@@ -158,7 +158,7 @@ def kernel_serves(images: Sequence[Tensor], channels: int) -> bool:
         HAS_TRITON
         and images[0].dtype in _DTYPES
         and all(image.dtype == images[0].dtype and len(image) in (1, channels) for image in images)
-        and not (torch.is_grad_enabled() and any(image.requires_grad for image in images))
+        and not is_differentiated(*images)
     )
 
 

@@ -4,7 +4,8 @@ The incoming gradient is a scalar on the device. One launch reads it there, and 
 under ``loss.backward()``. To compare it on the host would mean to wait for the GPU.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,35 +51,55 @@ def _(tensors, factor):
     return None
 
 
-def refuse_double_backward(name: str) -> None:
-    """Raises RuntimeError in a backward pass that is itself recorded: what was saved cannot be differentiated again."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name}: double backward (create_graph=True) is not supported; "
-            f"{name}_reference can be differentiated twice"
-        )
+def grads_by_reference(
+    name: str, reference: Callable[..., Any], inputs: Sequence[Tensor], grad_outputs: Any
+) -> list[Tensor | None]:
+    """Gradients in a form that can be differentiated again, as backward with create_graph=True asks for.
+
+    What the kernels compute is a finished gradient, which has no history. So the reference computes the operation once
+    more. It is as slow as PyTorch's own, and a warning says so.
+
+    Args:
+        name: of the operation, for the warning.
+        reference: from the inputs to the output, or to several.
+        inputs: as forward was given them, with their history.
+        grad_outputs: the gradient of each output.
+    """
+    warnings.warn(f"{name}: create_graph=True computes gradients by the PyTorch reference, which is slow", stacklevel=2)
+    wanted = [x for x in inputs if x.requires_grad]
+    outputs = reference(*inputs)
+    grads = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, materialize_grads=True))
+    return [next(grads) if x.requires_grad else None for x in inputs]
 
 
 class OnePass(torch.autograd.Function):
-    """``OnePass.apply(name, run, *levels)`` is the loss. ``run(levels)`` returns the loss (), and then the gradient of
-    each level.
+    """``OnePass.apply(name, run, reference, *levels)`` is the loss. ``run(levels)`` returns the loss (), and then the
+    gradient of each level; ``reference(*levels)`` is the loss in PyTorch, for backward with create_graph=True.
 
     It is for eager use only, since in a compiled graph scaling a saved tensor in place becomes a copy. In eager use it
     takes the host half the time of a custom op's own autograd.
     """
 
     @staticmethod
-    def forward(ctx: Any, name: str, run: Callable[[list[Tensor]], list[Tensor]], *levels: Tensor) -> Tensor:
-        ctx.name = name
+    def forward(
+        ctx: Any,
+        name: str,
+        run: Callable[[list[Tensor]], list[Tensor]],
+        reference: Callable[..., Tensor],
+        *levels: Tensor,
+    ) -> Tensor:
+        ctx.name, ctx.reference = name, reference
         loss, *grads = run(list(levels))
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*levels, *grads)
         return loss
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward(ctx.name)
-        grads = list(ctx.saved_tensors)
+        saved = list(ctx.saved_tensors)
+        levels, grads = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        if torch.is_grad_enabled():
+            return None, None, None, *grads_by_reference(ctx.name, ctx.reference, levels, factor)
         if torch._C._autograd._get_current_graph_task_keep_graph():
             grads = [grad.clone() for grad in grads]  # a second backward needs them unchanged
         scale_op(grads, factor)
-        return None, None, *grads
+        return None, None, None, *grads

@@ -16,6 +16,7 @@ from torchvision.ops import sigmoid_focal_loss as sigmoid_focal_loss_reference
 
 from retina_fast.kernels.compiler import PTX, runs_triton, tl, triton
 from retina_fast.kernels.fast_math import exp2, log2, reciprocal, sigmoid
+from retina_fast.kernels.one_pass import grads_by_reference
 
 _TILE = 2048
 
@@ -104,17 +105,22 @@ def _(inputs, targets, incoming, alpha, gamma, output, dtype):
 
 
 def _setup_context(ctx, inputs, output):
-    logits, targets, _, *ctx.constants, _, _ = inputs
+    logits, targets, _, *ctx.constants, ctx.output, _ = inputs
     ctx.save_for_backward(logits, targets)
 
 
 def _backward(ctx, grad_output):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "sigmoid_focal_loss: double backward (create_graph=True) is not supported; torchvision's can be "
-            "differentiated twice"
-        )
     logits, targets = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if ctx.output == "sums":  # of tiles
+            grad_output = grad_output.repeat_interleave(_TILE)[: logits.numel()].view_as(logits)
+        (grad,) = grads_by_reference(
+            "sigmoid_focal_loss",
+            lambda x: sigmoid_focal_loss_reference(x, targets, *ctx.constants),
+            [logits],
+            grad_output.to(torch.promote_types(logits.dtype, targets.dtype)),
+        )
+        return grad, *[None] * 6
     # a gradient that a sum or mean has spread over all elements is one number
     incoming = grad_output.contiguous() if any(grad_output.stride()) else grad_output.as_strided((1,), (1,))
     grad = _op(logits, targets, incoming, *ctx.constants, "gradients", logits.dtype)
@@ -149,14 +155,20 @@ def sigmoid_focal_loss(
 
     Raises:
         ValueError: for an alpha outside [0, 1] that is not -1, an unknown reduction, or shapes that differ.
-        RuntimeError: on a GPU, in backward with create_graph=True.
 
     Example::
 
         >>> sigmoid_focal_loss(torch.zeros(3), torch.tensor([0.0, 1.0, 0.5]), reduction="sum")
         tensor(0.2599)
     """
-    kernel_serves = (
+    if not torch.jit.is_scripting():  # noqa: SIM102 - this very form is what TorchScript leaves out
+        if _kernel_serves(inputs, targets, alpha, reduction):
+            return _sigmoid_focal_loss_triton(inputs, targets, alpha, gamma, reduction)
+    return sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction)  # torchvision's own, with its errors
+
+
+def _kernel_serves(inputs: Tensor, targets: Tensor, alpha: float, reduction: str) -> bool:
+    return (
         runs_triton(inputs, targets)
         and inputs.device == targets.device
         and inputs.shape == targets.shape
@@ -164,6 +176,3 @@ def sigmoid_focal_loss(
         and (0 <= alpha <= 1 or alpha == -1)
         and reduction in ("none", "mean", "sum")
     )
-    if kernel_serves:
-        return _sigmoid_focal_loss_triton(inputs, targets, alpha, gamma, reduction)
-    return sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction)  # torchvision's own, with its errors

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.arguments import at_least_float32, check_devices, check_integers, check_shape
-from retina_fast.kernels.compiler import runs_triton, tl, triton
+from retina_fast.kernels.compiler import is_differentiated, runs_triton, tl, triton
 
 
 def take_kept_reference(
@@ -134,7 +134,6 @@ def take_kept(
     )  # fmt: skip
     boxes, scores = at_least_float32(boxes), at_least_float32(scores)
     arguments = boxes, scores, labels, positions, counts, image_sizes, original_sizes
-    differentiable = torch.is_grad_enabled() and (boxes.requires_grad or scores.requires_grad)
-    if runs_triton(boxes, scores) and not differentiable:
+    if runs_triton(boxes, scores) and not is_differentiated(boxes, scores):
         return _op(*(argument.contiguous() for argument in arguments))
     return take_kept_reference(*arguments)

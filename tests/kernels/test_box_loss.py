@@ -12,6 +12,7 @@ from retina_fast.kernels.box_loss import LOSS_TYPES, box_loss, box_loss_referenc
 from retina_fast.kernels.levels import flatten_all
 from tests.instruments.fake_gpu import launches_of
 from tests.instruments.kernel_calls import KERNEL_CALLS
+from tests.kernels.twice import assert_differentiable_twice
 
 
 def kernel_loss(deltas, *arguments):
@@ -147,8 +148,13 @@ def test_backward_twice(device):
     loss = kernel_loss(*arguments) * 3
     first = torch.autograd.grad(loss, arguments[0], retain_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, arguments[0]), strict=True))
-    with pytest.raises(RuntimeError, match="box_loss: double backward"):
-        torch.autograd.grad(kernel_loss(*arguments), arguments[0], create_graph=True)
+
+
+@pytest.mark.parametrize("loss_type", ["smooth_l1", "giou"])
+def test_second_derivatives(device, loss_type):
+    arguments = (*case(torch.float32, device=device), loss_type)
+    losses = (lambda: kernel_loss(*arguments)), (lambda: box_loss_reference(*arguments))
+    assert_differentiable_twice("box_loss", *losses, arguments[0], 1e-4)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -13,6 +13,7 @@ from retina_fast.kernels import focal_loss as module
 from retina_fast.kernels.compiler import INTERPRETED, tl, triton
 from retina_fast.kernels.focal_loss import focal_loss, focal_loss_reference
 from retina_fast.kernels.levels import encode_sizes, flatten_all
+from tests.kernels.twice import assert_differentiable_twice
 
 
 def kernel_loss(logits, labels, normalizers, num_classes, alpha=0.25, gamma=2.0):
@@ -180,11 +181,10 @@ def test_second_backward(dtype, loss_fn, place, small_tiles):
         assert error(grads, exact((logits, labels, normalizers), 7, factor=factor)[1]) < tolerance
 
 
-def test_double_backward_is_refused(loss_fn, place, small_tiles):
-    logits, labels, normalizers = case(7, place)
-    loss = loss_fn(logits, labels, normalizers, 7)
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(loss, logits, create_graph=True)
+def test_second_derivatives(loss_fn, place, small_tiles):
+    arguments = *case(7, place), 7
+    losses = (lambda: loss_fn(*arguments)), (lambda: focal_loss_reference(*arguments))
+    assert_differentiable_twice("focal_loss", *losses, arguments[0], 1e-4)
 
 
 def test_float16_under_a_gradient_scaler_flushes_nothing(loss_fn, place, small_tiles):

@@ -7,6 +7,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from retina_fast.heads import run_tower
 from retina_fast.kernels import group_norm_relu as module
 from retina_fast.kernels.group_norm_relu import _group_norm_relu_triton, group_norm_relu, group_norm_relu_reference
+from tests.kernels.twice import assert_differentiable_twice
 
 
 @pytest.fixture(autouse=True)
@@ -146,11 +147,11 @@ def test_constant_values_and_nan(device):
     assert not output[1].isnan().any()
 
 
-def test_double_backward_is_refused(device):
+def test_second_derivatives(device):
     levels, weight, bias, _ = case(12, device)
-    outputs = _group_norm_relu_triton(levels, weight, bias, 3)
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(outputs[0].sum(), weight, create_graph=True)
+    functions = _group_norm_relu_triton, group_norm_relu_reference
+    losses = [lambda f=f: sum(y.square().sum() for y in f(levels, weight, bias, 3)) for f in functions]
+    assert_differentiable_twice("group_norm_relu", *losses, [*levels, weight, bias], 1e-3)
 
 
 def test_arguments_that_do_not_fit_are_named():

@@ -6,6 +6,7 @@ from torchvision.ops import sigmoid_focal_loss as reference
 
 from retina_fast.kernels import sigmoid_focal_loss as module
 from retina_fast.kernels.sigmoid_focal_loss import _sigmoid_focal_loss_triton, sigmoid_focal_loss
+from tests.kernels.twice import assert_differentiable_twice
 
 
 def case(device, dtype=torch.float32, soft=False, shape=(5, 7, 131)):
@@ -69,10 +70,12 @@ def test_an_expanded_gradient_is_read_as_one_number(device):
     assert error(grad * 2, torch.autograd.grad(losses.mean() * 2, x)[0]) < 1e-6
 
 
-def test_double_backward_is_refused(device):
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_second_derivatives(device, reduction):
     x, targets = case(device)
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(_sigmoid_focal_loss_triton(x, targets, 0.25, 2, "sum"), x, create_graph=True)
+    functions = _sigmoid_focal_loss_triton, reference
+    losses = [lambda f=f: f(x, targets, 0.25, 2, reduction).square().sum() for f in functions]
+    assert_differentiable_twice("sigmoid_focal_loss", *losses, [x], 1e-4)
 
 
 # Edges

@@ -123,3 +123,30 @@ def test_where_boxes_are_right_the_labels_are_named():
     for labels, error in (({}, KeyError), ({"labels": [1, 2]}, TypeError), ({"labels": torch.rand(2)}, IndexError)):
         with pytest.raises(error, match=r"targets\[0\]"):
             fast(IMAGES, [{"boxes": TARGETS[0]["boxes"], **labels}])
+
+
+# Derivatives
+
+
+def test_torch_func_sees_into_losses_and_scores():
+    slow, fast = pair(score_thresh=0.0, detections_per_img=5)
+    image = IMAGES[0]
+    slopes = [torch.func.grad(lambda x, m=m: sum(m([x], TARGETS).values()))(image) for m in (slow, fast)]
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-4, atol=1e-7)
+    for name in ("scores", "boxes"):
+        found = [
+            torch.func.jvp(lambda x, m=m, n=name: m.eval()([x])[0][n], (image,), (torch.ones_like(image),))
+            for m in (slow, fast)
+        ]
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+        assert found[1][1].any()
+
+
+def test_a_gradient_penalty_is_torchvisions():
+    grads = []
+    for model in pair():
+        weight = model.head.classification_head.conv[0][0].weight
+        loss = sum(model(IMAGES, TARGETS).values())
+        (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
+        grads.append(torch.autograd.grad(grad.square().sum(), weight)[0])
+    assert (grads[1] - grads[0]).norm() <= 1e-4 * grads[0].norm()
