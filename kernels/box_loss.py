@@ -14,7 +14,7 @@ where [.] is 1/2 on a tie, as autograd has it, and every gradient follows by the
 to the anchor's centre, where float32 keeps more digits of a small box.
 
 Only the deltas of foreground anchors are read, a few hundred rows an image, which torchvision gathers image by image.
-The finished gradient, 0 for all other anchors, is written in the same pass: 8 bytes an anchor in bfloat16.
+The finished gradient, 0 for all others, is written in the same pass: 8 bytes an anchor in bfloat16.
 """
 
 import functools
@@ -233,8 +233,7 @@ def _box_loss_op(
     with_loss: bool,
     with_grads: bool,
 ) -> list[Tensor]:
-    """A list of the loss (), if wanted, and the gradients of all contiguous levels (B, N_l, 4), if wanted. The
-    gradients are multiplied by factor (), if there is one."""
+    """The loss (), if wanted, and the gradients of all contiguous levels (B, N_l, 4), times factor (), if wanted."""
     starts, first_tiles = [0], [0]
     for level in levels:
         starts.append(starts[-1] + level.shape[1])
@@ -256,8 +255,8 @@ def _(levels, anchors, indices, boxes, offsets, normalizers, factor, loss_type, 
     return loss + ([torch.empty_like(level) for level in levels] if with_grads else [])
 
 
-def _reference_of_levels(tensors, loss_type, *levels):
-    return box_loss_reference(levels, *tensors, loss_type)
+def _reference_of_levels(arguments, *levels):
+    return box_loss_reference(levels, *arguments)
 
 
 def _setup_context(ctx, inputs, output):
@@ -269,7 +268,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_outputs):
     tensors, levels = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        reference = functools.partial(_reference_of_levels, tensors, ctx.loss_type)
+        reference = functools.partial(_reference_of_levels, (*tensors, ctx.loss_type))
         return grads_by_reference("box_loss", reference, levels, grad_outputs[0]), *[None] * 9
     return _box_loss_op(levels, *tensors, grad_outputs[0], ctx.loss_type, False, True), *[None] * 9
 
@@ -293,7 +292,7 @@ def _box_loss_triton(
         return OnePass.apply(
             "box_loss",
             lambda levels: _box_loss_op(levels, *tensors, None, loss_type, True, True),
-            functools.partial(_reference_of_levels, tensors, loss_type),
+            functools.partial(_reference_of_levels, (*tensors, loss_type)),
             *levels,
         )
     return _box_loss_op(levels, *tensors, None, loss_type, True, False)[0]

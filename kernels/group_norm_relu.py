@@ -284,7 +284,7 @@ def _backward(ctx, grad_outputs):
         num_groups, eps = ctx.constants
 
         def reference(*inputs):
-            return group_norm_relu_reference(inputs[:-2], *inputs[-2:], num_groups, eps)
+            return group_norm_relu_reference(inputs[:-2], inputs[-2], inputs[-1], num_groups, eps)
 
         *grads, dw, db = grads_by_reference("group_norm_relu", reference, (*levels, weight, bias), grads)
         return grads, dw, db, None, None

@@ -154,7 +154,7 @@ def test_backward_twice(device):
 def test_second_derivatives(device, loss_type):
     arguments = (*case(torch.float32, device=device), loss_type)
     losses = (lambda: kernel_loss(*arguments)), (lambda: box_loss_reference(*arguments))
-    assert_differentiable_twice("box_loss", *losses, arguments[0], 1e-4)
+    assert_differentiable_twice("box_loss", losses, arguments[0], 1e-4)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -184,7 +184,7 @@ def test_second_backward(dtype, loss_fn, place, small_tiles):
 def test_second_derivatives(loss_fn, place, small_tiles):
     arguments = *case(7, place), 7
     losses = (lambda: loss_fn(*arguments)), (lambda: focal_loss_reference(*arguments))
-    assert_differentiable_twice("focal_loss", *losses, arguments[0], 1e-4)
+    assert_differentiable_twice("focal_loss", losses, arguments[0], 1e-4)
 
 
 def test_float16_under_a_gradient_scaler_flushes_nothing(loss_fn, place, small_tiles):

@@ -151,7 +151,7 @@ def test_second_derivatives(device):
     levels, weight, bias, _ = case(12, device)
     functions = _group_norm_relu_triton, group_norm_relu_reference
     losses = [lambda f=f: sum(y.square().sum() for y in f(levels, weight, bias, 3)) for f in functions]
-    assert_differentiable_twice("group_norm_relu", *losses, [*levels, weight, bias], 1e-3)
+    assert_differentiable_twice("group_norm_relu", losses, [*levels, weight, bias], 1e-3)
 
 
 def test_arguments_that_do_not_fit_are_named():

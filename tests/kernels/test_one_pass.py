@@ -69,8 +69,7 @@ def test_second_derivatives_are_the_references_and_warned_of(device):
     levels = case(device)
     assert_differentiable_twice(
         "squares",
-        lambda: OnePass.apply("squares", squares, cubes_instead, *levels) * 3,
-        lambda: cubes_instead(*levels) * 3,
+        (lambda: OnePass.apply("squares", squares, cubes_instead, *levels) * 3, lambda: cubes_instead(*levels) * 3),
         levels,
         1e-6,
     )

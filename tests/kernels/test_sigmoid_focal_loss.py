@@ -75,7 +75,7 @@ def test_second_derivatives(device, reduction):
     x, targets = case(device)
     functions = _sigmoid_focal_loss_triton, reference
     losses = [lambda f=f: f(x, targets, 0.25, 2, reduction).square().sum() for f in functions]
-    assert_differentiable_twice("sigmoid_focal_loss", *losses, [x], 1e-4)
+    assert_differentiable_twice("sigmoid_focal_loss", losses, [x], 1e-4)
 
 
 # Edges

@@ -110,6 +110,11 @@ def test_written_as_onnx(tmp_path):
 
 
 def test_scripted():
+    scripted = torch.jit.script(ops.nms), torch.jit.script(ops.batched_nms)
     for count in (40, 0):
-        for function, arguments in ((ops.nms, many(count)[:2]), (ops.batched_nms, many(count))):
-            assert torch.equal(torch.jit.script(function)(*arguments, 0.5), function(*arguments, 0.5))
+        boxes, scores, idxs = many(count)
+        assert torch.equal(scripted[0](boxes, scores, 0.5), ops.nms(boxes, scores, 0.5))
+        assert torch.equal(scripted[1](boxes, scores, idxs, 0.5), ops.batched_nms(boxes, scores, idxs, 0.5))
+    x, targets = torch.randn(7, 3), torch.rand(7, 3).round()
+    focal = torch.jit.script(ops.sigmoid_focal_loss)
+    assert torch.equal(focal(x, targets, reduction="mean"), ops.sigmoid_focal_loss(x, targets, reduction="mean"))
