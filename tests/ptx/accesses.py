@@ -62,8 +62,8 @@ class Access:
         raise NotImplementedError
 
     def check_written(self, target: _Target, width: int, site: int) -> None:
-        """Whether somebody wrote the bytes. Of shared memory that is not asked: a reduction reads, beyond its data, what
-        it then drops."""
+        """Faults where nobody wrote the bytes. Shared memory is not asked: a reduction reads there, beyond its data,
+        what it then drops."""
 
     def _active(self, mask: Array | None) -> Array:
         return np.arange(self.machine.count) if mask is None else np.nonzero(mask)[0]

@@ -11,7 +11,7 @@ from tests.ptx.program import WIDTH, Block, Instruction, Program, names_in, pars
 from tests.ptx.writer import NUMPY, Writer
 
 _STORES = ("st", "red", "stmatrix", "bra", "brx")  # which read their first operand
-_NUMPY_FUNCTIONS = "where sqrt minimum maximum abs trunc rint floor ceil bitwise_count".split()
+_NUMPY_FUNCTIONS = ["where", "sqrt", "minimum", "maximum", "abs", "trunc", "rint", "floor", "ceil", "bitwise_count"]
 _NAMES: dict[str, Any] = {
     **{name: value for module in (integers, floats) for name, value in vars(module).items() if name[0] != "_"},
     **{name: getattr(np, name) for name in _NUMPY_FUNCTIONS},

@@ -48,18 +48,41 @@ def _code(ptx: str) -> Code:
 
 @dataclass
 class Log:
-    """What ran: of each launch what it did, and the PTX."""
+    """What ran: of each launch what it did."""
 
     results: list[Result] = field(default_factory=list)
-    ptx: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Launch:
+    """A kernel that is about to run.
+
+    Args:
+        shared: bytes of shared memory of a CTA.
+        params: the kernel's parameters, numpy scalars.
+    """
+
+    ptx: str
+    shared: int
+    params: list[Any]
+    grid: tuple[int, int, int]
+    memory: Memory
+
+    def run(self, ptx: str, options: Options) -> Result:
+        """Runs the kernel in the form of ``ptx``, its own or a changed one."""
+        code = _code(ptx)
+        scratch = [np.uint64(0)] * (len(code.program.params) - len(self.params))  # Triton's, which no kernel here uses
+        return Machine(code, self.memory, [*self.params, *scratch], self.grid, self.shared, options).run()
 
 
 class Device:
     """The emulated GPU: its memory is the storages of the CPU tensors that kernels were given."""
 
-    def __init__(self, capability: int, options: Options, edit: Callable[[str], str] | None) -> None:
+    def __init__(self, capability: int, options: Options) -> None:
         self.target = GPUTarget("cuda", capability, 32)
-        self.options, self.edit = options, edit
+        self.options = options
+        self.edit: Callable[[str], str] | None = None
+        self.before: Callable[[Launch], None] | None = None
         self.memory, self.log = Memory(), Log()
         self._buffers: dict[int, tuple[torch.UntypedStorage, Buffer]] = {}  # by the storage's address on the CPU
 
@@ -91,12 +114,11 @@ class Device:
             buffer.data[:] = POISON
             buffer.poisoned = True
 
-    def launch(self, ptx: str, shared: int, values: list[Any], grid: tuple[int, int, int]) -> None:
-        text = self.edit(ptx) if self.edit else ptx
-        code = _code(text)
-        values = values + [np.uint64(0)] * (len(code.program.params) - len(values))  # Triton's scratch memory, not used
-        self.log.ptx.append(text)
-        self.log.results.append(Machine(code, self.memory, values, grid, shared, self.options).run())
+    def launch(self, ptx: str, shared: int, params: list[Any], grid: tuple[int, int, int]) -> None:
+        launch = Launch(ptx, shared, params, grid, self.memory)
+        if self.before:
+            self.before(launch)
+        self.log.results.append(launch.run(self.edit(ptx) if self.edit else ptx, self.options))
 
 
 class _Driver:
@@ -166,6 +188,7 @@ def emulated(
     together: int = 4,
     count: bool = False,
     edit: Callable[[str], str] | None = None,
+    before: Callable[[Launch], None] | None = None,
     modules: tuple[str, ...] = ("retina_fast.kernels", "tests."),
 ) -> Iterator[Log]:
     """Launches of Triton kernels on CPU tensors within are compiled for a GPU and run on the emulator.
@@ -174,6 +197,7 @@ def emulated(
         capability: the GPU's compute capability: 80 (A100) or 90 (H100, H200).
         seed, shuffle, perturb, together, count: see machine.Options.
         edit: changes the PTX before it runs, to plant a fault.
+        before: is called with each launch before it runs.
         modules: the beginnings of the names of the modules whose kernels are compiled, and whose uninitialised tensors
             (torch.empty) are poisoned.
 
@@ -187,7 +211,8 @@ def emulated(
         >>> log.results[0].name
         '_scale_kernel'
     """
-    device = Device(capability, Options(seed, shuffle, perturb, together, count), edit)
+    device = Device(capability, Options(seed, shuffle, perturb, together, count))
+    device.edit, device.before = edit, before
 
     def data_ptr(tensor: torch.Tensor) -> int:
         return device.address(tensor) if tensor.device.type == "cpu" else _native_data_ptr(tensor)

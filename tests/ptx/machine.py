@@ -5,7 +5,6 @@ with ``shuffle`` a random one and a random part of its warps. A block with a war
 only. A barrier opens when all living threads of its CTA have come; where none opens and nothing runs, that is a hang.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -207,7 +206,8 @@ class Machine:
         warps = int(mask.reshape(-1, 32).any(1).sum())
         self.result.warp_instructions += warps * len(block.instructions)
         self.result.thread_instructions += int(mask.sum()) * len(block.instructions)
-        self.result.opcodes += Counter({op: warps * n for op, n in Counter(i.opcode for i in block.instructions).items()})
+        for i in block.instructions:
+            self.result.opcodes[i.opcode] += warps
 
     # What the functions and the accesses call.
 

@@ -69,6 +69,10 @@ class Memory:
     def drop(self, buffer: Buffer) -> None:
         self._buffers = {slot: other for slot, other in self._buffers.items() if other is not buffer}
 
+    def contents(self) -> dict[Buffer, np.ndarray]:
+        """A copy of all bytes."""
+        return {buffer: buffer.data.copy() for buffer in {*self._buffers.values()}}
+
     def begin_launch(self) -> None:
         """Forgets the accesses of the launch before, with which those of the next do not race."""
         for buffer in self._buffers.values():
