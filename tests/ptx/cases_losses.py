@@ -151,6 +151,6 @@ def image_batch(generator: Generator, dtype: torch.dtype, out_dtype: torch.dtype
     def run() -> Iterator[Comparison]:
         out = torch.full(shape, float("nan"), dtype=out_dtype).contiguous(memory_format=torch.channels_last)
         ops.image_batch_(images, [side for size in sizes for side in size], mean, std, out)
-        yield close("batch", [out], [expected], max(limit_of(out_dtype), 2.0**-9 if dtype == torch.float16 else 0))
+        yield close("batch", [out], [expected], limit_of(out_dtype))
 
     return run

@@ -1,8 +1,8 @@
 """Prints what each kernel executes: python -m tests.ptx.counts [CASE ...].
 
 Of each element (of the logits, or of what the row names): instructions, and requests of a warp to memory for every 32
-elements. Of each request: sectors of 32 bytes in global memory, or wavefronts in shared memory, and how many there would
-be if the bytes lay next to each other. Of each program: the barriers that it passes.
+elements. Of each request: sectors of 32 bytes in global memory, or wavefronts in shared memory, and how many there
+would be if the bytes lay next to each other. Of each program: the barriers that it passes.
 """
 
 import sys

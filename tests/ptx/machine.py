@@ -103,8 +103,7 @@ class Machine:
         garbage = {1: 0xEF, 2: 0xBEEF, 4: 0xDEADBEEF, 8: 0xDEADBEEFDEADBEEF}
         self._registers: list[Array] = [None] * len(self.program.registers)
         for index, kind in self.program.registers.values():
-            size = 2 if kind in ("bf", "h2") else int(kind[1])
-            value = np.bool_(False) if kind == "b1" else np.dtype(f"u{size}").type(garbage[size])
+            value = np.bool_(False) if kind == "b1" else np.dtype(kind).type(garbage[int(kind[1])])
             self._registers[index] = np.full(self.count, value)
 
     # The scheduler. ``_waiting`` holds of each block the threads that are to run it next.

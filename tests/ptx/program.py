@@ -68,7 +68,8 @@ class Program:
     Args:
         params: name and bytes of each parameter.
         threads: of one CTA, the group of threads that is one program of Triton.
-        registers: the number and the type of each register.
+        registers: the number of each register, and the unsigned type of its width (b1 for a predicate): a register is
+            bits, which each instruction reads as its own type.
         shared_granule: bytes of the smallest access to shared memory, at most 4.
         tables: the targets of each indexed jump.
     """
@@ -165,7 +166,7 @@ def _registers(instructions: list[Instruction], declared: dict[str, str]) -> dic
         for register in names_in(" ".join([i.guard or "", *i.operands])):
             kind = declared.get(re.sub(r"\d+$", "", register)) or declared.get(register)
             if kind and register not in numbers:
-                numbers[register] = (len(numbers), kind)
+                numbers[register] = (len(numbers), kind if kind == "b1" else f"u{WIDTH[kind]}")
     return numbers
 
 
