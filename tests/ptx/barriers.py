@@ -8,7 +8,6 @@ after it no two warps touch the same bytes with at least one of them writing.
 import re
 import sys
 from collections import Counter, defaultdict
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,67 +15,69 @@ import torch
 from tests.ptx.cases import CASES, run_case
 from tests.ptx.launch import Launch
 from tests.ptx.machine import Options
-from tests.ptx.memory import Fault
+from tests.ptx.memory import Buffer, Fault
+from tests.ptx.program import Unsupported
+
+_Contents = dict[Buffer, np.ndarray]
 
 _BARRIER = re.compile(r"bar(?:rier)?\.sync\s+0;")
 _ORDERS = (Options(), Options(seed=1, shuffle=True), Options(seed=2, shuffle=True))
+_UNDECIDED = ("redundant", "never reached")
 
 
-def without_barrier(ptx: str, number: int) -> str:
+def without_barrier(ptx: str, number: int, instead: str = "") -> str:
     """The kernel without one of its barriers, counted from 0 as they stand in the text."""
     first, last = [found.span() for found in _BARRIER.finditer(ptx)][number]
-    return ptx[:first] + ptx[last:]
-
-
-class Removal(NamedTuple):
-    """What became of a kernel without one barrier: "race", "hang", "other result" or "redundant"."""
-
-    kernel: str
-    number: int
-    seen_as: str
+    return ptx[:first] + instead + ptx[last:]
 
 
 class Study:
-    """Called with each launch, looks at those kernels that it has not seen."""
+    """Called with each launch, runs it without each barrier whose need no launch before has shown.
+
+    ``seen_as`` holds, by kernel and number of the barrier: "race", "hang", "other result", "redundant" or
+    "never reached". A kernel is its PTX, so a name may have several.
+    """
 
     def __init__(self) -> None:
-        self.removals: list[Removal] = []
-        self._seen: set[str] = set()
+        self.seen_as: dict[tuple[str, int], str] = {}
 
     def __call__(self, launch: Launch) -> None:
-        count = len(_BARRIER.findall(launch.ptx))
-        if launch.ptx in self._seen or not count:
+        keys = [(launch.ptx, number) for number in range(len(_BARRIER.findall(launch.ptx)))]
+        open_ones = [key for key in keys if self.seen_as.get(key, "never reached") in _UNDECIDED]
+        if not open_ones:
             return
-        self._seen.add(launch.ptx)
         before = launch.memory.contents()
-        expected = self._run(launch, launch.ptx, _ORDERS[0])
-        name = re.search(r"\.entry\s+(\w+)", launch.ptx)
-        for number in range(count):
-            seen_as = "redundant"
-            for options in _ORDERS:
-                self._restore(before)
-                seen_as = self._seen_as(launch, without_barrier(launch.ptx, number), options, expected)
-                if seen_as != "redundant":
-                    break
-            self.removals.append(Removal(name[1] if name else "?", number, seen_as))
-        self._restore(before)
+        launch.run(launch.ptx, _ORDERS[0])
+        expected = launch.memory.contents()
+        for key in open_ones:
+            seen_as = self._look_at(launch, key[1], before, expected)
+            if seen_as != "never reached" or key not in self.seen_as:
+                self.seen_as[key] = seen_as
+        _restore(before)
 
-    def _run(self, launch: Launch, ptx: str, options: Options) -> dict:
-        launch.run(ptx, options)
-        return launch.memory.contents()
-
-    def _restore(self, contents: dict) -> None:
-        for buffer, data in contents.items():
-            buffer.data[:] = data
-
-    def _seen_as(self, launch: Launch, ptx: str, options: Options, expected: dict) -> str:
+    def _look_at(self, launch: Launch, number: int, before: _Contents, expected: _Contents) -> str:
+        _restore(before)
         try:
-            after = self._run(launch, ptx, options)
-        except Fault as fault:
-            return "race" if "race" in str(fault) else "hang" if "wait" in str(fault) else str(fault)
-        same_order = options == _ORDERS[0]
-        same = all(np.array_equal(data, after[buffer]) for buffer, data in expected.items())
-        return "redundant" if same or not same_order else "other result"
+            launch.run(without_barrier(launch.ptx, number, "brkpt;"), _ORDERS[0])
+        except Unsupported:  # which a block raises when it is entered
+            pass
+        else:
+            return "never reached"
+        for options in _ORDERS:
+            _restore(before)
+            try:
+                launch.run(without_barrier(launch.ptx, number), options)
+            except Fault as fault:
+                return "race" if "race" in str(fault) else "hang" if "wait" in str(fault) else str(fault)
+            same = all(np.array_equal(buffer.data, data) for buffer, data in expected.items())
+            if not same and options == _ORDERS[0]:  # other orders may give another result with all barriers
+                return "other result"
+        return "redundant"
+
+
+def _restore(contents: _Contents) -> None:
+    for buffer, data in contents.items():
+        buffer.data[:] = data
 
 
 def main() -> None:
@@ -86,15 +87,19 @@ def main() -> None:
         if not sys.argv[1:] or any(part in name for part in sys.argv[1:]):
             run_case(case, before=study)
     table: dict[str, Counter[str]] = defaultdict(Counter)
-    for removal in study.removals:
-        table[removal.kernel][removal.seen_as] += 1
-    columns = sorted({removal.seen_as for removal in study.removals})
+    undecided: Counter[str] = Counter()
+    for (ptx, number), seen_as in study.seen_as.items():
+        name = re.findall(r"\.entry\s+(\w+)", ptx)[0]
+        table[name][seen_as] += 1
+        if seen_as in _UNDECIDED:
+            place = without_barrier(ptx, number, "BARRIER").partition("BARRIER")[0].rfind("// ")
+            undecided[f"{seen_as}: {name}, {ptx[place + 3 :].partition(chr(10))[0]}"] += 1
+    columns = sorted({*study.seen_as.values()})
     print("| kernel |", " | ".join(columns), "|\n|---|" + "---|" * len(columns))
     for kernel, counts in sorted(table.items()):
         print(f"| {kernel} |", " | ".join(str(counts[column]) for column in columns), "|")
-    for removal in study.removals:
-        if removal.seen_as == "redundant":
-            print(f"redundant: barrier {removal.number} of {removal.kernel}")
+    for line, count in undecided.items():
+        print(f"{line} ({count})")
 
 
 if __name__ == "__main__":

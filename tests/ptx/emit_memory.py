@@ -48,7 +48,7 @@ def _load(w: Writer, i: Instruction) -> None:
     if space == "param":
         base, offset = _base_and_offset(i.operands[1])
         if base in w.program.registers:
-            result = f"X.param_at({w.value(base, 'u8')}, {offset}, {width})"
+            result = f"X.param_at({w.value(base, 'u8')}, {offset}, {width}, {w.mask})"
         else:
             number = [name for name, _ in w.program.params].index(base)
             result = f"X.param({number}, {offset}, {width})"

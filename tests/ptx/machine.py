@@ -229,10 +229,11 @@ class Machine:
         data = self.params[number].tobytes()[offset : offset + width]
         return np.full(self.count, np.frombuffer(data, f"u{width}")[0])
 
-    def param_at(self, address: np.ndarray, offset: int, width: int) -> np.ndarray:
+    def param_at(self, address: np.ndarray, offset: int, width: int, mask: np.ndarray | None) -> np.ndarray:
         """The parameter at a computed address, as of a tuple that a kernel indexes."""
         index = (address - np.uint64(PARAM_BASE)).astype(np.int64) // 8
-        if offset or (index < 0).any() or (index >= len(self.params)).any():
+        outside = (index < 0) | (index >= len(self.params))
+        if offset or (outside if mask is None else outside & mask).any():
             raise Fault(f"{self.program.name}: a parameter beyond the last")
         table = np.array([np.frombuffer(p.tobytes().ljust(8, b"\0"), np.uint64)[0] for p in self.params])
-        return table[index].astype(f"u{width}")
+        return table[np.where(outside, 0, index)].astype(f"u{width}")
