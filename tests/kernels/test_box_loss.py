@@ -13,6 +13,7 @@ from retina_fast.kernels import fast_math
 from retina_fast.kernels.box_loss import LOSS_TYPES, _box_loss_triton, box_loss, box_loss_reference
 from retina_fast.kernels.compiler import INTERPRETED, tl, triton
 from retina_fast.kernels.levels import flatten_all
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 
 def kernel_loss(deltas, *arguments):
@@ -218,3 +219,18 @@ def test_arc_tangent(device):
     _atan_test[(1,)](x, y, N=4096)
     exact = torch.atan(x.double())
     assert ((y - exact).abs() <= (3e-7 if INTERPRETED else 5e-7) * exact).all()
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("box_loss"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("box_loss"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])

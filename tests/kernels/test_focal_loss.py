@@ -13,6 +13,7 @@ from retina_fast.kernels.compiler import INTERPRETED, tl, triton
 from retina_fast.kernels.focal_loss import _focal_loss_triton, focal_loss, focal_loss_reference
 from retina_fast.kernels.levels import flatten_all
 from retina_fast.kernels.sizes import codes
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 
 def kernel_loss(logits, labels, normalizers, num_classes, alpha=0.25, gamma=2.0):
@@ -426,3 +427,18 @@ print(focal_loss([torch.zeros(1, 1, 1)], torch.tensor([[0]]), torch.ones(1), 1).
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("0.043")
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("focal_loss"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("focal_loss"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])
