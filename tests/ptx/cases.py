@@ -19,6 +19,7 @@ from tests.ptx.launch import Log, emulated
 from tests.ptx.memory import Fault
 
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
+_SMALL = ((7, 6), (3, 2), (1, 1))
 _WIDE = ((33, 40), (7, 5))  # levels for one class, so that there are several tiles
 
 CASES: dict[str, Callable[[Generator], Run]] = {
@@ -52,7 +53,9 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "anchor_matching": partial(detection.anchor_matching, low_quality=True),
     "anchor_matching without low quality": partial(detection.anchor_matching, low_quality=False),
     "anchor_matching unaligned": partial(detection.anchor_matching, low_quality=True, boxes_each=9, shift=1),
-    "candidate_selection bf16 K=91": partial(detection.candidate_selection, dtype=BF16, num_classes=91, topk=1000),
+    "candidate_selection bf16 K=91": partial(
+        detection.candidate_selection, dtype=BF16, num_classes=91, topk=1000, shapes=_SMALL
+    ),
     "candidate_selection fp32 K=91 few above": partial(
         detection.candidate_selection, dtype=F32, num_classes=91, score_thresh=0.7, topk=50, ties=True
     ),

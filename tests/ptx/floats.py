@@ -145,5 +145,5 @@ def to_int(x: Array, mode: str, kind: type) -> Array:
     rounded = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[mode](x.astype(F8))
     info = np.iinfo(kind)
     above, below = rounded >= float(info.max) + 1, rounded < info.min
-    inside = np.where(above | below | (rounded != rounded), 0, rounded).astype(kind)
+    inside: Array = np.where(above | below | (rounded != rounded), 0, rounded).astype(kind)
     return np.where(above, kind(info.max), np.where(below, kind(info.min), inside))

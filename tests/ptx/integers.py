@@ -89,7 +89,7 @@ def bfi(a: Array, b: Array, start: Array, length: Array) -> Array:
 def prmt(a: Array, b: Array, selector: Array) -> Array:
     """prmt: four of the eight bytes of a and b, each perhaps replaced by its sign."""
     both = np.asarray(a, U8) | (np.asarray(b, U8) << U8(32))
-    result = U4(0)
+    result: Array = U4(0)
     for n in range(4):
         nibble = (np.asarray(selector, U4) >> U4(4 * n)) & U4(15)
         byte = ((both >> ((nibble & U4(7)).astype(U8) * U8(8))) & U8(255)).astype(U4)

@@ -105,7 +105,7 @@ class Device:
         if tensor.untyped_storage().nbytes() == 0:
             return self.memory.add("an empty tensor", np.zeros(0, np.uint8)).base
         name = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-        return self._buffer(tensor, name).base + tensor.storage_offset() * tensor.element_size()
+        return self._buffer(tensor, name).base + int(tensor.storage_offset()) * tensor.element_size()
 
     def poison(self, tensor: torch.Tensor) -> None:
         """Marks a new tensor, so that a read of what nobody wrote is seen."""

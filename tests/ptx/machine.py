@@ -170,8 +170,8 @@ class Machine:
         return None, np.zeros(0, bool)
 
     def _some_warps(self, mask: np.ndarray) -> np.ndarray:
-        present = mask.reshape(-1, 32).any(1)
-        some = present & (self.random.random(len(present)) < self.random.choice([0.2, 0.5, 1.0]))
+        present = mask.reshape(-1, 32).any(axis=1)
+        some = present & (self.random.random(present.size) < self.random.choice([0.2, 0.5, 1.0]))
         return mask & np.repeat(some, 32) if some.any() else mask
 
     def _open_barriers(self) -> None:

@@ -12,7 +12,17 @@ from tests.ptx.program import Unsupported
 
 F4, U4, I4 = np.float32, np.uint32, np.int32
 RANDOM = np.random.default_rng(0)
-SPECIAL = F4([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 2**-126, 2**-149, 3.4e38, -3.4e38, 1e-40, 0.1, 3.0])
+
+
+def f32(values: list[float]) -> np.ndarray:
+    return np.array(values, F4)
+
+
+def u32(values: list[int]) -> np.ndarray:
+    return np.array(values, U4)
+
+
+SPECIAL = f32([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 2**-126, 2**-149, 3.4e38, -3.4e38, 1e-40, 0.1, 3.0])
 
 
 def pairs() -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +105,7 @@ def test_fma_is_rounded_once():
 def test_roots_and_reciprocals_are_rounded_to_nearest(opcode, exact):
     """Rounding to float64 first is harmless: neither gives a number just beside the middle of two floats."""
     x = np.abs(any_floats(3000))
-    assert np.array_equal(execute(opcode, "f32 f32", x), F4([exact(float(value)) for value in x]))
+    assert np.array_equal(execute(opcode, "f32 f32", x), f32([exact(float(value)) for value in x]))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +119,7 @@ def test_roots_and_reciprocals_are_rounded_to_nearest(opcode, exact):
     ],
 )
 def test_approximations_keep_their_bounds(opcode, function, bound):
-    x = 2 + np.abs(RANDOM.standard_normal(2000) * 20 + 30).astype(F4)
+    x = (2 + np.abs(RANDOM.standard_normal(2000) * 20 + 30)).astype(F4)
     name = {"sqrt": "sqrt_approx"}.get(opcode.split(".")[0], opcode.split(".")[0])
     exact = np.array([function(float(value)) for value in x])
     unperturbed, perturbed = (getattr(floats, name)(x, perturb) for perturb in (0, 1))
@@ -126,17 +136,17 @@ def bits(x: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("name", ["min", "max"])
 def test_min_and_max_drop_nan_or_keep_it(name):
-    a, b = F4([math.nan, 1, math.nan, 0.0, -0.0, 2]), F4([1, math.nan, math.nan, -0.0, 0.0, 3])
+    a, b = f32([math.nan, 1, math.nan, 0.0, -0.0, 2]), f32([1, math.nan, math.nan, -0.0, 0.0, 3])
     zero = 0x80000000 if name == "min" else 0
     smaller = 2.0 if name == "min" else 3.0
-    dropped = [*bits(F4([1, 1])), 0x7FFFFFFF, zero, zero, *bits(F4([smaller]))]
+    dropped = [*bits(f32([1, 1])), 0x7FFFFFFF, zero, zero, *bits(f32([smaller]))]
     assert bits(execute(f"{name}.f32", "f32 f32 f32", a, b)) == dropped
-    kept = [*[0x7FFFFFFF] * 3, zero, zero, *bits(F4([smaller]))]
+    kept = [*[0x7FFFFFFF] * 3, zero, zero, *bits(f32([smaller]))]
     assert bits(execute(f"{name}.NaN.f32", "f32 f32 f32", a, b)) == kept
 
 
 def test_comparisons_with_nan():
-    a, b = F4([1, 1, math.nan, 2, math.nan]), F4([1, 2, 1, 1, math.nan])
+    a, b = f32([1, 1, math.nan, 2, math.nan]), f32([1, 2, 1, 1, math.nan])
     expected = {
         "eq": [1, 0, 0, 0, 0], "ne": [0, 1, 0, 1, 0], "lt": [0, 1, 0, 0, 0], "ge": [1, 0, 0, 1, 0],
         "equ": [1, 0, 1, 0, 1], "neu": [0, 1, 1, 1, 1], "ltu": [0, 1, 1, 0, 1], "geu": [1, 0, 1, 1, 1],
@@ -170,14 +180,14 @@ def test_conversion_to_16_bits(to, precision):
 
 
 def test_a_pair_of_16_bits_has_its_first_operand_above():
-    a, b = F4([1.5, -2.0]), F4([3.0, math.nan])
+    a, b = f32([1.5, -2.0]), f32([3.0, math.nan])
     pair = execute("cvt.rn.bf16x2.f32", "b32 f32 f32", a, b)
     assert [hex(x) for x in pair] == ["0x3fc04040", "0xc0007fff"]
     assert [hex(x) for x in execute("cvt.rn.relu.bf16x2.f32", "b32 f32 f32", a, b)] == ["0x3fc04040", "0x7fff"]
 
 
 def test_conversion_to_integers_saturates():
-    x = F4([2.5, -2.5, 3.5, 3e9, -3e9, math.nan, math.inf])
+    x = f32([2.5, -2.5, 3.5, 3e9, -3e9, math.nan, math.inf])
     top, bottom = 2**31 - 1, -(2**31)
     assert execute("cvt.rzi.s32.f32", "s32 f32", x).tolist() == [2, -2, 3, top, bottom, 0, top]
     assert execute("cvt.rni.s32.f32", "s32 f32", x).tolist() == [2, -2, 4, top, bottom, 0, top]
@@ -287,7 +297,7 @@ def test_bits():
 
 def test_signed_bit_fields():
     x = np.array([0b1011_0110] * 3, I4)
-    assert execute("bfe.s32", "s32 s32 u32 u32", x, U4([1, 4, 0]), U4([3, 4, 0])).tolist() == [3, -5, 0]
+    assert execute("bfe.s32", "s32 s32 u32 u32", x, u32([1, 4, 0]), u32([3, 4, 0])).tolist() == [3, -5, 0]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from tests.ptx.program import WIDTH, Block, Instruction, Program, Unsupported
 SHARED_BASE = 1024
 """Where shared memory begins in its own address space."""
 
-PARAM_BASE = 0xFFFF << 48
-"""Where the parameters would begin if they lay in memory."""
+PARAM_BASE = 0x10000
+"""Where the parameters begin in their own address space, whose addresses have 32 or 64 bits; each takes 8 bytes."""
 
 NUMPY = {"h2": "f2", "bf": "u2", "b1": "?"}
 """numpy's types, where the emulator's have other names."""
