@@ -21,7 +21,7 @@ from tests.ptx.writer import PARAM_BASE
 
 Array = Any
 
-_MAX_STEPS = 10_000_000  # of one group of CTAs; a program that takes more does not end
+MAX_STEPS = 10_000_000  # of one group of CTAs; a program that takes more does not end
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Machine:
     def _run_group(self) -> None:
         everyone = np.ones(self.count, bool)
         self._alive, self._waiting = everyone, {0: everyone}
-        for _ in range(_MAX_STEPS):
+        for _ in range(MAX_STEPS):
             if not self._waiting:
                 return
             block, mask = self._choose()

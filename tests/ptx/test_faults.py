@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tests.ptx import machine
 from tests.ptx.barriers import without_barrier
 from tests.ptx.cases import CASES, run_case
 from tests.ptx.launch import emulated
@@ -162,14 +163,44 @@ def test_a_missing_barrier_of_global_memory():
             _reverse[(1,)](a, c, BARRIER=False)
 
 
-def test_a_barrier_that_part_of_the_threads_never_reaches():
-    def skip_for_one_warp(ptx):
-        skip = "setp.eq.u32 %p77, %tid.x, 0;\n@%p77 bra $skipped;\n"
-        with_jump = re.sub(r"bar\.sync\s+0;", skip + "bar.sync 0;\n$skipped:\nbar.sync 0;", ptx, count=1)
-        return with_jump.replace(".reg .pred", ".reg .pred %p<99>;\n.reg .pred", 1)
+def skipped_by_a_thread(ptx: str, instruction: str) -> str:
+    """The kernel in which thread 0 jumps over the first such instruction."""
+    jump = ".reg .pred %skip<1>;\nsetp.eq.u32 %skip0, %tid.x, 0;\n@%skip0 bra $skipped;\n"
+    return re.sub(rf"({instruction}[^;]*;)", rf"{jump}\1\n$skipped:", ptx, count=1)
 
-    with emulated(edit=skip_for_one_warp), pytest.raises(Fault, match="wait for each other"):
+
+@pytest.mark.parametrize(
+    ("instruction", "warps", "message"),
+    [
+        (r"bar\.sync", 4, "wait for each other"),
+        (r"shfl\.sync", 4, "wait for each other"),  # thread 0 at the barrier after it
+        (r"shfl\.sync", 1, "part of a warp never reaches"),
+    ],
+)
+def test_an_instruction_that_part_of_the_threads_never_reaches(instruction, warps, message):
+    with emulated(edit=lambda ptx: skipped_by_a_thread(ptx, instruction)), pytest.raises(Fault, match=message):
+        _sum[(1,)](torch.randn(1024), torch.zeros(1), 1024, BLOCK=1024, num_warps=warps)
+
+
+def test_a_shuffle_of_part_of_a_warp():
+    with (
+        emulated(edit=lambda ptx: re.sub(r"(shfl\.sync[^;]*), -1;", r"\1, 255;", ptx)),
+        pytest.raises(Fault, match="not the whole warp"),
+    ):
         _sum[(1,)](torch.randn(1024), torch.zeros(1), 1024, BLOCK=1024)
+
+
+def test_a_kernel_that_does_not_end(monkeypatch):
+    monkeypatch.setattr(machine, "MAX_STEPS", 1000)
+    with emulated(edit=lambda ptx: ptx.replace("ret;", "$again:\nbra $again;")), pytest.raises(Fault, match="not end"):
+        _all_to_one[(1,)](torch.zeros(1, dtype=torch.int32))
+
+
+def test_inexact_functions_are_moved():
+    """The compiled focal loss uses the approximate instructions, whose error shows in its own."""
+    exact, moved = (run_case(CASES["sigmoid_focal_loss fp32"], perturb=perturb).comparisons for perturb in (0, 1))
+    assert exact[0].what == "losses"
+    assert exact[0].error < moved[0].error < moved[0].limit
 
 
 def test_out_of_bounds():
