@@ -17,6 +17,7 @@ from retina_fast.kernels import anchor_matching as module
 from retina_fast.kernels.anchor_matching import Matches, anchor_matching, anchor_matching_reference
 from tests.instruments.fake_gpu import launches_of
 from tests.instruments.kernel_calls import KERNEL_CALLS
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 PATHS = pytest.mark.parametrize("path", ["reference", "kernel"])
 
@@ -249,3 +250,18 @@ def test_memory_of_500_ground_truths_and_201600_anchors(path):
 def test_launches_do_not_grow_with_the_batch():
     launches = launches_of(KERNEL_CALLS["anchor_matching"].run)
     assert [launch.kwargs["FIND_PEAKS"] for launch in launches] == [True, False]
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("anchor_matching"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("anchor_matching"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])

@@ -12,6 +12,7 @@ from retina_fast import ops
 from retina_fast.kernels import batched_nms as module
 from retina_fast.kernels.batched_nms import Kept, batched_nms, batched_nms_reference
 from retina_fast.kernels.compiler import INTERPRETED
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy's, of interpreted kernels
 
@@ -294,3 +295,18 @@ def test_compiles_whole(dynamic, device):
     counts = torch.tensor([20, 11], device=device)
     compiled = torch.compile(batched_nms, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     equal(compiled(boxes, scores, labels, counts, 0.5, 9), batched_nms(boxes, scores, labels, counts, 0.5, 9))
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("batched_nms"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("batched_nms"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])

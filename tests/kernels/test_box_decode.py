@@ -7,6 +7,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from retina_fast.kernels import box_decode as module
 from retina_fast.kernels.box_decode import box_decode, box_decode_reference
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 
 def case(dtype=torch.float32):
@@ -92,3 +93,18 @@ def test_compiles_whole(dynamic, device):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         expected = box_decode_reference(deltas, anchors, index, sizes)
         torch.testing.assert_close(compiled(*arguments).cpu(), expected, rtol=0, atol=64e-6)
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("box_decode"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("box_decode"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])

@@ -13,6 +13,7 @@ from retina_fast.kernels.levels import flatten_all
 from tests.instruments.fake_gpu import launches_of
 from tests.instruments.kernel_calls import KERNEL_CALLS
 from tests.kernels.twice import assert_differentiable_twice
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 
 def kernel_loss(deltas, *arguments):
@@ -212,3 +213,18 @@ def test_one_launch_forward_and_one_to_scale():
     assert [launch.kernel.__name__ for launch in launches_of(KERNEL_CALLS["box_loss bf16 giou"].run)] == [
         "_box_loss_kernel"
     ]
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("box_loss"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("box_loss"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])

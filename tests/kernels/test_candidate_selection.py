@@ -8,6 +8,7 @@ import torch
 
 from retina_fast.kernels import candidate_selection as module
 from retina_fast.kernels.candidate_selection import candidate_selection, candidate_selection_reference
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 
 def by_kernels(logits, num_classes, score_thresh=0.05, topk=1000):
@@ -211,3 +212,18 @@ def test_compiles_whole(dynamic, device, small_tiles):
     levels = [torch.randn(2, 9, n, n, device=device) for n in (4, 2)]
     compiled = torch.compile(candidate_selection, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     equal(compiled(levels, 3, 0.4, 7), candidate_selection_reference(levels, 3, 0.4, 7))
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("candidate_selection"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("candidate_selection"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])

@@ -8,6 +8,7 @@ from retina_fast.heads import run_tower
 from retina_fast.kernels import group_norm_relu as module
 from retina_fast.kernels.group_norm_relu import _group_norm_relu_triton, group_norm_relu, group_norm_relu_reference
 from tests.kernels.twice import assert_differentiable_twice
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 
 @pytest.fixture(autouse=True)
@@ -227,3 +228,18 @@ def test_parts_of_the_users_own_keep_running(device):
         (output,) = run_tower(tower, levels, norm=must_not_run)
         torch.testing.assert_close(output, tower(levels[0]))
     assert len(calls) == 4
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("group_norm_relu"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("group_norm_relu"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])

@@ -10,6 +10,7 @@ from retina_fast.kernels import image_batch as module
 from retina_fast.kernels.compiler import tl, triton
 from retina_fast.kernels.image_batch import batch_shape, image_batch, image_batch_reference
 from retina_fast.transform import RetinaNetTransform, batch_images, resized_sizes
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -225,3 +226,18 @@ def test_vanishing_side_is_named():
     transform = GeneralizedRCNNTransform(800, 1333, MEAN, STD)
     with pytest.raises(RuntimeError, match=r"images\[1\] of \(1, 5000\) pixels"):
         resized_sizes(transform, [torch.rand(3, 50, 70), torch.rand(3, 1, 5000)])
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("image_batch"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("image_batch"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])

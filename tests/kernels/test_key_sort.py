@@ -8,6 +8,7 @@ from retina_fast.kernels import key_sort as module
 from retina_fast.kernels.compiler import tl, triton
 from retina_fast.kernels.key_sort import PADDING, sort_keys
 from tests.instruments.fake_gpu import launches_of
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 LARGEST = 2**63 - 1
 
@@ -113,3 +114,18 @@ def test_two_launches_for_a_batch():
         sort_keys(*(torch.empty(shape, dtype=torch.int64, device="cuda") for shape in ((8, 5000), (8,))))
 
     assert [launch.kernel.__name__ for launch in launches_of(run)] == ["_sort_runs_kernel", "_merge_runs_kernel"]
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("key_sort"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("key_sort"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])

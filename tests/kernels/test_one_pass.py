@@ -6,6 +6,7 @@ import torch
 from retina_fast.kernels import one_pass as module
 from retina_fast.kernels.one_pass import OnePass, scale_op
 from tests.kernels.twice import assert_differentiable_twice
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +79,18 @@ def test_second_derivatives_are_the_references_and_warned_of(device):
 def test_opcheck(device):
     levels = [level.detach() for level in case(device)]
     torch.library.opcheck(scale_op, (levels, torch.tensor(3.0, device=device)))
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("one_pass"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("one_pass"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])

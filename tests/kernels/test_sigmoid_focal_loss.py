@@ -7,6 +7,7 @@ from torchvision.ops import sigmoid_focal_loss as reference
 from retina_fast.kernels import sigmoid_focal_loss as module
 from retina_fast.kernels.sigmoid_focal_loss import _sigmoid_focal_loss_triton, sigmoid_focal_loss
 from tests.kernels.twice import assert_differentiable_twice
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 
 def case(device, dtype=torch.float32, soft=False, shape=(5, 7, 131)):
@@ -143,3 +144,18 @@ def test_autocast_returns_float32_as_torchvision_does_on_a_gpu(device):
     x, targets = case(device, torch.bfloat16)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         assert _sigmoid_focal_loss_triton(x, targets, 0.25, 2, "sum").dtype == torch.float32
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("sigmoid_focal_loss"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("sigmoid_focal_loss"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])

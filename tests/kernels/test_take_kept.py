@@ -5,6 +5,7 @@ import torch
 
 from retina_fast.kernels import take_kept as module
 from retina_fast.kernels.take_kept import take_kept, take_kept_reference
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 
 def case(device="cpu"):
@@ -47,3 +48,18 @@ def test_opcheck_and_compiles_whole(device):
     compiled = torch.compile(take_kept, fullgraph=True, backend="aot_eager", dynamic=True)
     for field, expected in zip(compiled(*case(device)), take_kept_reference(*case()), strict=True):
         assert torch.equal(field.cpu(), expected)
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("take_kept"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("take_kept"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])

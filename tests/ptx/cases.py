@@ -1,0 +1,133 @@
+"""Calls of every operation of the project, as compiled code, against its reference.
+
+A case makes inputs from a generator, computes what is expected, and gives a function that calls the operation and
+yields comparisons. CASES names the cases, each by its operation first; :func:`run_case` runs one on the emulator.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator
+
+from tests.ptx import cases_detection as detection
+from tests.ptx import cases_losses as losses
+from tests.ptx.inputs import Comparison, Run
+from tests.ptx.launch import Log, emulated
+from tests.ptx.memory import Fault
+
+BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
+_SMALL = ((7, 6), (3, 2), (1, 1))
+_WIDE = ((33, 40), (7, 5))  # levels for one class, so that there are several tiles
+
+CASES: dict[str, Callable[[Generator], Run]] = {
+    "focal_loss bf16 K=91": partial(losses.focal_loss, dtype=BF16, num_classes=91),
+    "focal_loss fp32 K=91": partial(losses.focal_loss, dtype=F32, num_classes=91),
+    "focal_loss fp16 K=91": partial(losses.focal_loss, dtype=F16, num_classes=91),
+    "focal_loss bf16 K=1": partial(losses.focal_loss, dtype=BF16, num_classes=1, shapes=_WIDE),
+    "focal_loss fp32 K=1 gamma=1.5": partial(losses.focal_loss, dtype=F32, num_classes=1, gamma=1.5, shapes=_WIDE),
+    "focal_loss bf16 K=7 unaligned": partial(losses.focal_loss, dtype=BF16, num_classes=7, shift=3),
+    "focal_loss fp32 K=7 NaN": partial(losses.focal_loss, dtype=F32, num_classes=7, nan=True),
+    "sigmoid_focal_loss bf16": partial(losses.sigmoid_focal_loss, dtype=BF16, soft=False),
+    "sigmoid_focal_loss fp32": partial(losses.sigmoid_focal_loss, dtype=F32, soft=True),
+    "sigmoid_focal_loss fp32 gamma=1.5": partial(losses.sigmoid_focal_loss, dtype=F32, soft=True, gamma=1.5),
+    "sigmoid_focal_loss bf16 unaligned": partial(losses.sigmoid_focal_loss, dtype=BF16, soft=True, shift=1),
+    "box_loss fp32 l1": partial(losses.box_loss, dtype=F32, loss_type="l1"),
+    "box_loss bf16 smooth_l1": partial(losses.box_loss, dtype=BF16, loss_type="smooth_l1"),
+    "box_loss fp32 giou": partial(losses.box_loss, dtype=F32, loss_type="giou"),
+    "box_loss bf16 giou unaligned": partial(losses.box_loss, dtype=BF16, loss_type="giou", shift=3),
+    "box_loss fp32 diou": partial(losses.box_loss, dtype=F32, loss_type="diou"),
+    "box_loss fp32 ciou": partial(losses.box_loss, dtype=F32, loss_type="ciou"),
+    "box_loss bf16 ciou": partial(losses.box_loss, dtype=BF16, loss_type="ciou"),
+    "one_pass bf16": partial(losses.scale, dtype=BF16),
+    "one_pass fp32": partial(losses.scale, dtype=F32),
+    "one_pass bf16 unaligned": partial(losses.scale, dtype=BF16, shift=1),
+    "group_norm_relu bf16 C=256": partial(losses.group_norm_relu, dtype=BF16, channels=256, groups=32),
+    "group_norm_relu fp32 C=256": partial(losses.group_norm_relu, dtype=F32, channels=256, groups=32),
+    "group_norm_relu fp32 C=12": partial(losses.group_norm_relu, dtype=F32, channels=12, groups=3),
+    "group_norm_relu bf16 unaligned": partial(losses.group_norm_relu, dtype=BF16, channels=24, groups=8, shift=1),
+    "image_batch uint8 to bf16": partial(losses.image_batch, dtype=torch.uint8, out_dtype=BF16),
+    "image_batch fp32 to fp32": partial(losses.image_batch, dtype=F32, out_dtype=F32),
+    "anchor_matching": partial(detection.anchor_matching, low_quality=True),
+    "anchor_matching without low quality": partial(detection.anchor_matching, low_quality=False),
+    "anchor_matching unaligned": partial(detection.anchor_matching, low_quality=True, boxes_each=9, shift=1),
+    "candidate_selection bf16 K=91": partial(
+        detection.candidate_selection, dtype=BF16, num_classes=91, topk=1000, shapes=_SMALL
+    ),
+    "candidate_selection fp32 K=91 few above": partial(
+        detection.candidate_selection, dtype=F32, num_classes=91, score_thresh=0.7, topk=50, ties=True
+    ),
+    "candidate_selection bf16 K=1": partial(
+        detection.candidate_selection, dtype=BF16, num_classes=1, topk=100, ties=True, shapes=_WIDE
+    ),
+    "candidate_selection fp32 K=7 unaligned": partial(
+        detection.candidate_selection, dtype=F32, num_classes=7, topk=50, shift=3
+    ),
+    "key_sort": detection.key_sort,
+    "batched_nms": partial(detection.batched_nms, by_class=True, best_first=False),
+    "batched_nms best first": partial(detection.batched_nms, by_class=True, best_first=True),
+    "batched_nms class-agnostic unaligned": partial(
+        detection.batched_nms, by_class=False, best_first=True, count=400, iou_thresh=0.3, limit=40, shift=1
+    ),
+    "box_decode bf16": partial(detection.box_decode, dtype=BF16),
+    "box_decode fp32": partial(detection.box_decode, dtype=F32),
+    "take_kept": detection.take_kept,
+}
+
+OPERATIONS = sorted({name.split()[0] for name in CASES})
+
+OTHER_ORDERS: dict[str, dict[str, Any]] = {
+    "sm_90, another order": {"seed": 1, "together": 3},
+    "sm_90, random warps, inexact functions": {"seed": 2, "shuffle": True, "perturb": 1},
+    "sm_80": {"capability": 80},
+    "sm_80, random warps, inexact functions": {"capability": 80, "seed": 3, "shuffle": True, "perturb": 1},
+}
+"""Options of ``emulated`` beside its defaults, in which every case must hold, too."""
+
+
+def names(operation: str) -> list[str]:
+    """The cases of an operation."""
+    return [name for name in CASES if name.split()[0] == operation]
+
+
+class Outcome(NamedTuple):
+    """What became of a case.
+
+    Args:
+        fault: the emulator's, or "".
+        comparisons: of the results with the reference.
+        seconds: of processor time, compilation included.
+    """
+
+    fault: str
+    comparisons: list[Comparison]
+    seconds: float
+    log: Log
+
+    @property
+    def failures(self) -> list[str]:
+        wrong = [f"{c.what}: error {c.error:.1e}, limit {c.limit:.1e}" for c in self.comparisons if not c.holds]
+        return [*([self.fault] if self.fault else []), *wrong]
+
+
+def run_case(case: Callable[[Generator], Run], seed_of_inputs: int = 0, **options: Any) -> Outcome:
+    """Runs a case on the emulator, with the options of ``emulated``."""
+    start = time.process_time()
+    run = case(torch.Generator().manual_seed(seed_of_inputs))
+    fault, comparisons = "", []
+    with emulated(**options) as log:
+        try:
+            for comparison in run():
+                comparisons.append(comparison)
+        except Fault as error:
+            fault = str(error)
+    return Outcome(fault, comparisons, time.process_time() - start, log)
+
+
+def check(name: str, **options: Any) -> None:
+    """Asserts that a case faults nowhere, launches a kernel and gives what its reference gives."""
+    outcome = run_case(CASES[name], **options)
+    assert not outcome.failures
+    assert outcome.log.results

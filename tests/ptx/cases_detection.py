@@ -1,0 +1,121 @@
+"""Cases of matching and of the operations from logits to detections. Discrete results are compared exactly."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Generator, Tensor
+
+from retina_fast.kernels.anchor_matching import _anchor_matching_triton, anchor_matching_reference
+from retina_fast.kernels.batched_nms import _batched_nms_triton, batched_nms_reference
+from retina_fast.kernels.box_decode import box_decode_reference
+from retina_fast.kernels.candidate_selection import _candidate_selection_triton, candidate_selection_reference
+from retina_fast.kernels.key_sort import sort_keys
+from retina_fast.kernels.take_kept import take_kept_reference
+from tests.ptx.inputs import SHAPES, Comparison, Run, Shapes, close, equal, head_outputs, random_boxes, shifted
+
+ops = torch.ops.retina_fast
+
+
+def anchor_matching(
+    generator: Generator, low_quality: bool, boxes_each: int = 37, anchors: int = 1100, shift: int = 0
+) -> Run:
+    """Three images: one with equal ground truths and one far from every anchor, one without any, one with a single."""
+    places = shifted(random_boxes(generator, anchors), shift)
+    far = torch.tensor([[900.0, 900.0, 910.0, 910.0]])
+    boxes = torch.cat(
+        (random_boxes(generator, boxes_each), places[[40 % anchors] * 2], far, places[77 % anchors][None])
+    )
+    boxes = shifted(boxes, shift)
+    offsets = torch.tensor([0, boxes_each + 3, boxes_each + 3, boxes_each + 4])
+    labels = torch.randint(0, 91, (len(boxes),), generator=generator)
+    arguments = places, boxes, labels, offsets, 0.5, 0.4, low_quality
+    expected = anchor_matching_reference(*arguments)
+
+    def run() -> Iterator[Comparison]:
+        yield equal("matches", _anchor_matching_triton(*arguments), expected)
+
+    return run
+
+
+def candidate_selection(
+    generator: Generator, dtype: torch.dtype, num_classes: int, topk: int, score_thresh: float = 0.05,
+    ties: bool = False, shapes: Shapes = SHAPES, shift: int = 0,
+) -> Run:  # fmt: skip
+    """``ties`` rounds the logits, so that many are equal."""
+    levels = head_outputs(generator, dtype, num_classes, shapes, 2.0, -4.0, shift)
+    if ties:
+        levels = [shifted((level * 4).round() / 4, shift) for level in levels]
+    levels[0][0, : min(3, levels[0].shape[1]), 0] = float("nan")
+    levels[-1][-1, 0, 0], levels[-1][0, 0, -1] = float("inf"), -float("inf")
+    expected = candidate_selection_reference(levels, num_classes, score_thresh, topk)
+
+    def run() -> Iterator[Comparison]:
+        anchors, scores, labels, counts = _candidate_selection_triton(levels, num_classes, score_thresh, topk)
+        discrete = expected.anchors, expected.labels, expected.counts
+        yield equal("candidates", [anchors, labels, counts], discrete)
+        yield close("scores", [scores], [expected.scores], 2e-6)
+
+    return run
+
+
+def key_sort(generator: Generator, width: int = 700) -> Run:
+    counts = torch.tensor([width, 0, 1, min(width, 257)])
+    keys = torch.stack([torch.randperm(2 * width, generator=generator)[:width] << 31 for _ in counts])
+    keys[0, 0] = 2**63 - 1
+    keys = torch.where(torch.arange(width) < counts[:, None], keys, -1)
+    expected = keys.sort(dim=1, descending=True).values
+
+    def run() -> Iterator[Comparison]:
+        yield equal("order", [sort_keys(keys, counts)], [expected])
+
+    return run
+
+
+def batched_nms(
+    generator: Generator, by_class: bool, best_first: bool, count: int = 700, iou_thresh: float = 0.5,
+    limit: int = 300, shift: int = 0,
+) -> Run:  # fmt: skip
+    """Clusters of boxes with few distinct scores, in three images of which one is empty."""
+    which = torch.randint(0, max(count // 5, 1), (3, count, 1), generator=generator).expand(-1, -1, 2)
+    corner = torch.rand(3, max(count // 5, 1), 2, generator=generator).gather(1, which) * 300
+    corner = corner + torch.randn(3, count, 2, generator=generator) * 3
+    boxes = torch.cat((corner, corner + 10 + torch.rand(3, count, 2, generator=generator) * 8), dim=2)
+    scores: Tensor | None = torch.rand(3, count, generator=generator).mul(50).round() / 50
+    labels = shifted(torch.randint(0, 91, (3, count), generator=generator), shift) if by_class else None
+    counts = torch.tensor([count, 0, count // 2 + 1])
+    scores = None if best_first or scores is None else shifted(scores, shift)
+    arguments = shifted(boxes, shift), scores, labels, counts, iou_thresh, limit
+    expected = batched_nms_reference(*arguments)
+
+    def run() -> Iterator[Comparison]:
+        yield equal("kept boxes", _batched_nms_triton(*arguments), expected)
+
+    return run
+
+
+def box_decode(generator: Generator, dtype: torch.dtype, shift: int = 0) -> Run:
+    levels = head_outputs(generator, dtype, 4, scale=1.5, shift=shift)
+    count = sum(level.shape[1] for level in levels)
+    anchors = shifted(random_boxes(generator, count), shift)
+    index = torch.randint(0, count, (2, 301), generator=generator)
+    sizes = torch.tensor([[70, 90], [80, 60]])
+    expected = box_decode_reference([level.float() for level in levels], anchors, index, sizes)
+
+    def run() -> Iterator[Comparison]:
+        yield close("boxes", [ops.box_decode(levels, anchors, index, sizes)], [expected], 1e-6)
+
+    return run
+
+
+def take_kept(generator: Generator, shift: int = 0) -> Run:
+    boxes = shifted(random_boxes(generator, 1500).reshape(3, 500, 4), shift)
+    scores = shifted(torch.rand(3, 500, generator=generator), shift)
+    labels, positions = (torch.randint(0, n, (3, m), generator=generator) for n, m in ((91, 500), (500, 300)))
+    sizes, original_sizes = (torch.randint(50, 900, (3, 2), generator=generator) for _ in range(2))
+    arguments = boxes, scores, labels, positions, torch.tensor([300, 0, 131]), sizes, original_sizes
+    expected = take_kept_reference(*arguments)
+
+    def run() -> Iterator[Comparison]:
+        yield equal("detections", ops.take_kept(*arguments), expected)
+
+    return run

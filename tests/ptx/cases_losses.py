@@ -1,0 +1,156 @@
+"""Cases of the operations of training: losses, GroupNorm, the batch of images. Expected values are in float64."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Generator, Tensor
+
+from retina_fast.kernels.box_loss import box_loss_reference
+from retina_fast.kernels.focal_loss import focal_loss_reference
+from retina_fast.kernels.group_norm_relu import group_norm_relu_reference
+from retina_fast.kernels.image_batch import batch_shape, image_batch_reference
+from retina_fast.kernels.sigmoid_focal_loss import sigmoid_focal_loss_reference
+from tests.ptx.inputs import SHAPES, Comparison, Run, Shapes, close, head_outputs, limit_of, random_boxes, shifted
+
+ops = torch.ops.retina_fast
+
+
+def _doubles(tensors: list[Tensor]) -> list[Tensor]:
+    return [x.double().requires_grad_() for x in tensors]
+
+
+def focal_loss(
+    generator: Generator, dtype: torch.dtype, num_classes: int, gamma: float = 2.0, shapes: Shapes = SHAPES,
+    shift: int = 0, nan: bool = False,
+) -> Run:  # fmt: skip
+    levels = head_outputs(generator, dtype, num_classes, shapes, 1.5, -3.0, shift)
+    if nan:
+        levels[0][0, 5, 2] = float("nan")
+    count = sum(level.shape[1] for level in levels)
+    drawn = torch.rand(2, count, generator=generator)
+    labels = torch.randint(0, num_classes, (2, count), generator=generator, dtype=torch.int32)
+    labels = torch.where(drawn < 0.004, labels, torch.where(drawn < 0.996, -1, -2)).int()
+    normalizers = torch.tensor([3.0, 17.0])
+    exact = _doubles(levels)
+    expected = focal_loss_reference(exact, labels, normalizers.double(), num_classes, 0.25, gamma)
+    grads = torch.autograd.grad(expected, exact)
+    factor = torch.tensor(1024.0 if dtype == torch.float16 else 0.5)  # as loss scaling would, or float16 underflows
+
+    def run() -> Iterator[Comparison]:
+        constants = num_classes, 0.25, gamma
+        if dtype == torch.float16:
+            yield close(
+                "loss", ops.focal_loss(levels, labels, normalizers, None, *constants, True, False), [expected], 1e-5
+            )
+        else:
+            loss, *ours = ops.focal_loss(levels, labels, normalizers, None, *constants, True, True)
+            yield close("loss", [loss], [expected], 1e-5)
+            yield close("gradients", ours, grads, limit_of(dtype))
+        ours = ops.focal_loss(levels, labels, normalizers, factor, *constants, False, True)
+        yield close("scaled gradients", ours, [grad * factor for grad in grads], limit_of(dtype))
+
+    return run
+
+
+def sigmoid_focal_loss(
+    generator: Generator, dtype: torch.dtype, soft: bool, gamma: float = 2.0, count: int = 3007, shift: int = 0
+) -> Run:
+    x = shifted((torch.randn(count, generator=generator) * 4).to(dtype), shift)
+    targets = torch.rand(count, generator=generator)
+    targets = shifted((targets if soft else targets.round()).to(dtype), 2 * shift)
+    incoming = torch.randn(count, generator=generator).to(dtype)
+    (exact,) = _doubles([x])
+    expected = sigmoid_focal_loss_reference(exact, targets.double(), 0.25, gamma)
+    (grad,) = torch.autograd.grad(expected, exact, incoming.double())
+
+    def run() -> Iterator[Comparison]:
+        arguments = x, targets, None, 0.25, gamma
+        yield close("losses", [ops.sigmoid_focal_loss(*arguments, "losses", dtype)], [expected], limit_of(dtype))
+        sums = ops.sigmoid_focal_loss(*arguments, "sums", torch.float32)
+        yield close("sum", [sums.sum()], [expected.sum()], 1e-5)
+        ours = ops.sigmoid_focal_loss(x, targets, incoming, 0.25, gamma, "gradients", dtype)
+        yield close("gradients", [ours], [grad], limit_of(dtype))
+
+    return run
+
+
+def box_loss(generator: Generator, dtype: torch.dtype, loss_type: str, shapes: Shapes = SHAPES, shift: int = 0) -> Run:
+    levels = head_outputs(generator, dtype, 4, shapes, scale=0.3, shift=shift)
+    count = sum(level.shape[1] for level in levels)
+    anchors, boxes = (shifted(random_boxes(generator, n), shift) for n in (count, 9))
+    offsets, normalizers = torch.tensor([0, 4, 9]), torch.tensor([5.0, 8.0])
+    drawn = torch.rand(2, count, generator=generator)
+    indices = torch.where(drawn < 0.03, torch.randint(0, 4, (2, count), generator=generator), -1).int()
+    indices[0, -1] = 3  # so that there is a foreground anchor, however few anchors there are
+    exact = _doubles(levels)
+    rest = anchors, indices, boxes, offsets, normalizers
+    rest_exact = anchors.double(), indices, boxes.double(), offsets, normalizers.double()
+    expected = box_loss_reference(exact, *rest_exact, loss_type)
+    grads = torch.autograd.grad(expected, exact)
+    limit = max(limit_of(dtype), 2e-5)
+
+    def run() -> Iterator[Comparison]:
+        loss, *ours = ops.box_loss(levels, *rest, None, loss_type, True, True)
+        yield close("loss", [loss], [expected], 1e-5)
+        yield close("gradients", ours, grads, limit)
+        ours = ops.box_loss(levels, *rest, torch.tensor(2.0), loss_type, False, True)
+        yield close("scaled gradients", ours, [2 * grad for grad in grads], limit)
+
+    return run
+
+
+def scale(generator: Generator, dtype: torch.dtype, shift: int = 0) -> Run:
+    tensors = [torch.randn(n, generator=generator).to(dtype) for n in (9001, 3, 0)]
+    tensors = [shifted(x, shift) for x in tensors]
+    expected = [x.double() * 0.3 for x in tensors]
+
+    def run() -> Iterator[Comparison]:
+        ops.scale_(tensors, torch.tensor(0.3))
+        yield close("product", tensors, expected, limit_of(dtype))
+
+    return run
+
+
+def group_norm_relu(
+    generator: Generator, dtype: torch.dtype, channels: int, groups: int,
+    shapes: Shapes = ((9, 8), (13, 5), (1, 1)), shift: int = 0,
+) -> Run:  # fmt: skip
+    def level(height: int, width: int, shift: int) -> Tensor:
+        x = torch.randn(2, channels, height, width, generator=generator) * 2 + 1
+        return shifted(x.to(dtype).contiguous(memory_format=torch.channels_last), shift)
+
+    levels, incoming = ([level(h, w, shift) for h, w in shapes] for _ in range(2))
+    weight, bias = (shifted(0.5 * torch.randn(channels, generator=generator) + n, shift) for n in (1, 0))
+    *exact, exact_weight, exact_bias = _doubles([*levels, weight, bias])
+    expected = group_norm_relu_reference(exact, exact_weight, exact_bias, groups)
+    grads = torch.autograd.grad(expected, [*exact, exact_weight, exact_bias], [x.double() for x in incoming])
+    *level_grads, weight_grad, bias_grad = grads
+
+    def run() -> Iterator[Comparison]:
+        *ours, stats = ops.group_norm_relu(levels, weight, bias, groups, 1e-5)
+        yield close("output", ours, expected, limit_of(dtype))
+        *ours, sums = ops.group_norm_relu_backward(incoming, levels, weight, bias, stats)
+        yield close("gradients", ours, level_grads, 1.5 * limit_of(dtype))
+        ours_bias, ours_weight = sums.sum(dim=(0, 1))
+        yield close("gradient of weight and bias", [ours_weight, ours_bias], [weight_grad, bias_grad], 1e-4)
+
+    return run
+
+
+def image_batch(generator: Generator, dtype: torch.dtype, out_dtype: torch.dtype) -> Run:
+    images = [torch.randint(0, 256, (3, h, w), generator=generator) for h, w in ((37, 53), (64, 41), (9, 100))]
+    images = [image.to(dtype) / 255 if dtype.is_floating_point else image.to(dtype) for image in images]
+    images = [image.to(dtype) for image in images]
+    images[1] = images[1].permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    sizes = [(40, 57), (64, 41), (18, 99)]
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    shape = batch_shape(images, sizes, 3, 32)
+    exact = [image.double() / (1 if dtype.is_floating_point else 255) for image in images]
+    expected = image_batch_reference(exact, sizes, mean, std, torch.empty(shape, dtype=torch.float64))
+
+    def run() -> Iterator[Comparison]:
+        out = torch.full(shape, float("nan"), dtype=out_dtype).contiguous(memory_format=torch.channels_last)
+        ops.image_batch_(images, [side for size in sizes for side in size], mean, std, out)
+        yield close("batch", [out], [expected], limit_of(out_dtype))
+
+    return run

@@ -1,0 +1,153 @@
+"""How each instruction that accesses memory, or that a warp runs together, is written as Python; see writer.Writer."""
+
+import re
+
+from tests.ptx.emit_arithmetic import emits, last_type
+from tests.ptx.program import WIDTH, Instruction, Unsupported, split_operands
+from tests.ptx.writer import NUMPY, SHARED_BASE, Writer
+
+_ATOMICS = ("add", "min", "max", "and", "or", "xor", "exch", "cas")
+
+
+def _space(i: Instruction) -> str:
+    for part in i.parts:
+        if part.startswith("shared"):
+            return "shared"
+        if part in ("global", "param"):
+            return part
+    raise Unsupported(i.text)
+
+
+def _base_and_offset(operand: str) -> tuple[str, int]:
+    found = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
+    if not found:
+        raise Unsupported(f"address {operand!r}")
+    return found[1], int(found[2] or "0", 0)
+
+
+def _address(w: Writer, operand: str, space: str) -> str:
+    """An array of addresses, of 64 bits in global memory and of 32 in shared."""
+    kind = "u8" if space == "global" else "u4"
+    base, offset = _base_and_offset(operand)
+    if base not in w.program.registers:
+        return f"X.full({w.constant(SHARED_BASE + offset, kind)})"
+    if kind == "u8" and w.program.registers[base][1] == "u4":
+        raise Unsupported(f"32-bit global address {operand}")
+    expression = w.value(base, kind)
+    return f"({expression} + {w.constant(offset, kind)})" if offset else expression
+
+
+def _listed(operand: str) -> list[str]:
+    return split_operands(operand[1:-1]) if operand[0] == "{" else [operand]
+
+
+@emits("ld")
+def _load(w: Writer, i: Instruction) -> None:
+    space, kind = _space(i), last_type(i)
+    width, names = WIDTH[kind], _listed(i.operands[0])
+    if space == "param":
+        base, offset = _base_and_offset(i.operands[1])
+        if base in w.program.registers:
+            result = f"X.param_at({w.value(base, 'u8')}, {offset}, {width}, {w.mask})"
+        else:
+            number = [name for name, _ in w.program.params].index(base)
+            result = f"X.param({number}, {offset}, {width})"
+        w.put(names[0], result if kind[0] == "u" else f"{result}.view({kind.upper()})", kind)
+        return
+    address = _address(w, i.operands[1], space)
+    loaded = w.temporary(f"X.{space}_memory.load({address}, {w.mask}, {w.site(i)}, {width}, {len(names)})")
+    for n, name in enumerate(names):
+        if kind[0] in "ub":
+            w.put(name, f"{loaded}[{n}]", f"u{width}")
+        else:
+            w.put(name, f"{loaded}[{n}].view({NUMPY.get(kind, kind).upper()})", kind)
+
+
+@emits("st")
+def _store(w: Writer, i: Instruction) -> None:
+    space, width = _space(i), WIDTH[last_type(i)]
+    values = ", ".join(w.array(name, f"u{width}") for name in _listed(i.operands[1]))
+    address = _address(w, i.operands[0], space)
+    w.lines.append(f"X.{space}_memory.store({address}, [{values}], {w.mask}, {w.site(i)}, {width})")
+
+
+def _atomic(w: Writer, i: Instruction, to: str, operand: str, sources: list[str]) -> None:
+    space, kind = _space(i), last_type(i)
+    name = next((part for part in i.parts[1:] if part in _ATOMICS), None)
+    if name is None or kind in ("bf", "h2") or i.parts[-1].endswith("x2"):
+        raise Unsupported(i.text)
+    values = ", ".join(w.array(source, kind) for source in sources)
+    wanted = to in w.read
+    old = w.temporary(
+        f"X.{space}_memory.atomic({_address(w, operand, space)}, [{values}], {w.mask}, {w.site(i)}, {WIDTH[kind]}, "
+        f"'{name}', {wanted})"
+    )
+    if wanted:
+        w.put(to, old, kind)
+
+
+@emits("atom")
+def _atom(w: Writer, i: Instruction) -> None:
+    _atomic(w, i, i.operands[0].strip("{} "), i.operands[1], i.operands[2:])
+
+
+@emits("red")
+def _red(w: Writer, i: Instruction) -> None:
+    _atomic(w, i, "_", i.operands[0], i.operands[1:])
+
+
+@emits("ldmatrix")
+def _load_matrix(w: Writer, i: Instruction) -> None:
+    names = _listed(i.operands[0])
+    if "trans" in i.parts or i.parts[-1] != "b16":
+        raise Unsupported(i.text)
+    address = _address(w, i.operands[1], "shared")
+    loaded = w.temporary(f"X.shared_memory.load_matrix({address}, {w.mask}, {w.site(i)}, {len(names)})")
+    for n, name in enumerate(names):
+        w.put(name, f"{loaded}[{n}]", "u4")
+
+
+@emits("stmatrix")
+def _store_matrix(w: Writer, i: Instruction) -> None:
+    if "trans" in i.parts or i.parts[-1] != "b16":
+        raise Unsupported(i.text)
+    values = ", ".join(w.value(name, "u4") for name in _listed(i.operands[1]))
+    address = _address(w, i.operands[0], "shared")
+    w.lines.append(f"X.shared_memory.store_matrix({address}, [{values}], {w.mask}, {w.site(i)})")
+
+
+def _check_members(w: Writer, i: Instruction, operand: str) -> None:
+    w.lines.append(f"X.warps.check_members({w.value(operand, 'u4')}, {w.mask}, {w.site(i)})")
+
+
+@emits("shfl")
+def _shuffle(w: Writer, i: Instruction) -> None:
+    names = [name.strip() for name in i.operands[0].split("|")]
+    a, b, c = (w.value(operand, "u4") for operand in i.operands[1:4])
+    _check_members(w, i, i.operands[4])
+    both = w.temporary(f"X.warps.shuffle('{i.parts[2]}', {a}, {b}, {c})")
+    w.put(names[0], f"{both}[0]", "u4")
+    if len(names) > 1:
+        w.put(names[1], f"{both}[1]", "b1")
+
+
+@emits("redux")
+def _reduce(w: Writer, i: Instruction) -> None:
+    kind = last_type(i)
+    if kind == "f4":
+        raise Unsupported(i.text)
+    _check_members(w, i, i.operands[2])
+    w.put(i.operands[0], f"X.warps.reduce({w.value(i.operands[1], kind)}, '{i.parts[2]}')", kind)
+
+
+@emits("vote")
+def _vote(w: Writer, i: Instruction) -> None:
+    to, source, members = i.operands
+    _check_members(w, i, members)
+    value = f"~{w.value(source[1:], 'b1')}" if source[0] == "!" else w.value(source, "b1")
+    w.put(to, f"X.warps.vote({value}, '{i.parts[2]}')", "u4" if i.parts[2] == "ballot" else "b1")
+
+
+@emits("bar", "barrier", "fence", "membar")
+def _nothing(w: Writer, i: Instruction) -> None:
+    """A barrier is the scheduler's to handle, and memory is the same for all threads without a fence."""

@@ -1,0 +1,239 @@
+"""Runs a launch: several CTAs at a time, each thread with its own place in the program.
+
+A step takes the threads that wait at one block and runs it for them: the first block of the program where any wait, or
+with ``shuffle`` a random one and a random part of its warps. A block with a warp-wide instruction runs for whole warps
+only. A barrier opens when all living threads of its CTA have come; where none opens and nothing runs, that is a hang.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from tests.ptx.accesses import GlobalMemory, SharedMemory
+from tests.ptx.code import Code
+from tests.ptx.memory import Fault, Memory
+from tests.ptx.program import Block
+from tests.ptx.traffic import Result, Traffic
+from tests.ptx.warps import Warps
+from tests.ptx.writer import PARAM_BASE
+
+Array = Any
+
+MAX_STEPS = 10_000_000  # of one group of CTAs; a program that takes more does not end
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a launch runs.
+
+    Args:
+        seed: chooses the order of the CTAs, of lanes that store to one address, and of atomics; 0 is their own order.
+        shuffle: whether warps run in random order.
+        perturb: approximate functions are moved by up to so many times their documented error.
+        together: CTAs that run at once.
+        count: whether instructions and memory traffic are counted, which takes time.
+    """
+
+    seed: int = 0
+    shuffle: bool = False
+    perturb: float = 0
+    together: int = 4
+    count: bool = False
+
+
+class Machine:
+    """The threads that run, as arrays of one entry a thread; it is the ``X`` of the functions of ``code``.
+
+    Args:
+        params: the kernel's parameters, numpy scalars.
+        shared: bytes of shared memory of a CTA.
+    """
+
+    def __init__(self, code: Code, memory: Memory, params: Sequence[Any], grid: tuple[int, int, int], shared: int,
+                 options: Options) -> None:  # fmt: skip
+        self.code, self.program, self.memory, self.params = code, code.program, memory, params
+        self.options, self.perturb = options, options.perturb
+        self.random = np.random.default_rng(options.seed)
+        self.warps_per_cta = self.program.threads // 32
+        self.result = Result(self.program.name, int(np.prod(grid)), self.program.threads)
+        self.global_memory, self.warps = GlobalMemory(self), Warps(self)
+        self._grid, self._shared = grid, shared
+        self._traffic: dict[int, Traffic] = {}
+        for param, (name, size) in zip(params, self.program.params, strict=True):
+            if param.nbytes != size:
+                raise TypeError(f"parameter {name} has {size} bytes, got {param.nbytes}")
+
+    def run(self) -> Result:
+        """Runs all CTAs.
+
+        Raises:
+            Fault: on the first access or wait that would be undefined, crash or hang on a GPU.
+        """
+        ctas = self.random.permutation(self.result.ctas) if self.options.seed else np.arange(self.result.ctas)
+        self.memory.begin_launch()
+        with np.errstate(all="ignore"):
+            for first in range(0, len(ctas), self.options.together):
+                self._start(ctas[first : first + self.options.together])
+                self._run_group()
+        for number, traffic in self._traffic.items():
+            i = self.code.sites[number]
+            space = "shared" if "shared" in i.opcode or "matrix" in i.name else "global"
+            self.result.traffic[f"{space} {i.name} {i.source} {i.text}"] = traffic
+        return self.result
+
+    def _start(self, ctas: np.ndarray) -> None:
+        """The threads of these CTAs at the beginning; registers hold what nobody wrote."""
+        threads, number = self.program.threads, len(ctas)
+        self.count = number * threads
+        self.zero = np.zeros(self.count, np.uint32)
+        self.tid = np.tile(np.arange(threads, dtype=np.uint32), number)
+        self.ntid = np.full(self.count, threads, np.uint32)
+        self.laneid, self.warpid = self.tid & np.uint32(31), self.tid >> np.uint32(5)
+        self.local_cta = np.repeat(np.arange(number), threads)
+        x, y, _ = self._grid
+        cta = np.repeat(ctas, threads)
+        self.ctaid = [place.astype(np.uint32) for place in (cta % x, cta // x % y, cta // (x * y))]
+        self.nctaid = [np.full(self.count, n, np.uint32) for n in self._grid]
+        self.warp = (cta * self.warps_per_cta + self.warpid + 1).astype(np.int32)  # counted over all CTAs
+        self._barriers_passed = np.zeros(number, np.int32)
+        self.epoch = np.zeros(self.count, np.int32)
+        self.shared_memory = SharedMemory(self, number, self._shared)
+        garbage = {1: 0xEF, 2: 0xBEEF, 4: 0xDEADBEEF, 8: 0xDEADBEEFDEADBEEF}
+        self._registers: list[Array] = [None] * len(self.program.registers)
+        for index, kind in self.program.registers.values():
+            value = np.bool_(False) if kind == "b1" else np.dtype(kind).type(garbage[int(kind[1])])
+            self._registers[index] = np.full(self.count, value)
+
+    # The scheduler. ``_waiting`` holds of each block the threads that are to run it next.
+
+    def _run_group(self) -> None:
+        everyone = np.ones(self.count, bool)
+        self._alive, self._waiting = everyone, {0: everyone}
+        for _ in range(MAX_STEPS):
+            if not self._waiting:
+                return
+            block, mask = self._choose()
+            if block is None:
+                self._open_barriers()
+                continue
+            self._leave(block.number, mask)
+            everybody = bool(mask.all())
+            went = self.code.function(block, not everybody)(self, self._registers, None if everybody else mask)
+            if self.options.count:
+                self._count_block(block, mask)
+            if isinstance(went, int):
+                self._arrive(went, mask)
+            elif len(went) == 3:
+                self._arrive(went[1], went[0] & mask)
+                self._arrive(went[2], ~went[0] & mask)
+            else:
+                index, targets = went
+                if (mask & (index >= len(targets))).any():
+                    raise Fault(f"{self.program.name}: brx.idx beyond its table")
+                for n, target in enumerate(targets):
+                    self._arrive(target, mask & (index == n))
+        raise Fault(f"{self.program.name} does not end")
+
+    def _arrive(self, number: int, mask: np.ndarray) -> None:
+        if number == -1:
+            self._alive = self._alive & ~mask
+        elif mask.any():
+            self._waiting[number] = self._waiting[number] | mask if number in self._waiting else mask
+
+    def _leave(self, number: int, mask: np.ndarray) -> None:
+        rest = self._waiting.pop(number) & ~mask
+        if rest.any():
+            self._waiting[number] = rest
+
+    def _choose(self) -> tuple[Block | None, np.ndarray]:
+        """The block to run next and for which threads; no block where all threads wait at barriers."""
+        numbers = sorted(self._waiting)
+        if self.options.shuffle:
+            numbers = [numbers[n] for n in self.random.permutation(len(numbers))]
+        stuck = []
+        for number in numbers:
+            block, mask = self.program.blocks[number], self._waiting[number]
+            if block.barrier:
+                continue
+            if block.warp_wide and not mask.all():
+                whole = mask.reshape(-1, 32).all(1)
+                if not whole.any():
+                    stuck.append(block)
+                    continue
+                mask = mask & np.repeat(whole, 32)
+            return block, self._some_warps(mask) if self.options.shuffle else mask
+        if stuck and not any(self.program.blocks[number].barrier for number in numbers):
+            places = [block.instructions[0].source for block in stuck]
+            raise Fault(f"{self.program.name}: a warp-wide instruction that part of a warp never reaches, at {places}")
+        return None, np.zeros(0, bool)
+
+    def _some_warps(self, mask: np.ndarray) -> np.ndarray:
+        present = mask.reshape(-1, 32).any(axis=1)
+        some = present & (self.random.random(present.size) < self.random.choice([0.2, 0.5, 1.0]))
+        return mask & np.repeat(some, 32) if some.any() else mask
+
+    def _open_barriers(self) -> None:
+        threads, opened = self.program.threads, False
+        for number in sorted(self._waiting):
+            if not self.program.blocks[number].barrier:
+                continue
+            waiting, alive = self._waiting[number].reshape(-1, threads), self._alive.reshape(-1, threads)
+            complete = waiting.any(1) & (waiting == alive).all(1)
+            if not complete.any():
+                continue
+            opened = True
+            if not alive[complete].all():
+                self.result.notes["a barrier after some threads of the CTA have left"] += 1
+            self._barriers_passed += complete
+            self.epoch = np.repeat(self._barriers_passed, threads)
+            self.result.barriers += int(complete.sum())
+            mask = np.repeat(complete, threads) & self._waiting[number]
+            if self.options.count:
+                self._count_block(self.program.blocks[number], mask)
+            self._leave(number, mask)
+            self._arrive(number + 1, mask)
+        if not opened:
+            places = {
+                self.program.blocks[number].instructions[0].source: int(mask.sum())
+                for number, mask in self._waiting.items()
+            }
+            raise Fault(f"{self.program.name}: threads wait for each other at different places: {places}")
+
+    def _count_block(self, block: Block, mask: np.ndarray) -> None:
+        warps = int(mask.reshape(-1, 32).any(1).sum())
+        self.result.warp_instructions += warps * len(block.instructions)
+        self.result.thread_instructions += int(mask.sum()) * len(block.instructions)
+        for i in block.instructions:
+            self.result.opcodes[i.opcode] += warps
+
+    # What the functions and the accesses call.
+
+    def traffic_of(self, site: int) -> Traffic:
+        return self._traffic.setdefault(site, Traffic())
+
+    def any_order(self, count: int) -> Array:
+        """An index of the lanes of one access, in the order in which they take their turns."""
+        return self.random.permutation(count) if self.options.seed else slice(None)
+
+    def fault(self, what: str, site: int, lane: int) -> NoReturn:
+        i = self.code.sites[site]
+        place = tuple(int(axis[lane]) for axis in self.ctaid)
+        raise Fault(f"{self.program.name}: {what}, thread {self.tid[lane]} of CTA {place}, {i.source}: {i.text}")
+
+    def full(self, value: Any) -> np.ndarray:
+        return value if np.ndim(value) else np.full(self.count, value)
+
+    def param(self, number: int, offset: int, width: int) -> np.ndarray:
+        data = self.params[number].tobytes()[offset : offset + width]
+        return np.full(self.count, np.frombuffer(data, f"u{width}")[0])
+
+    def param_at(self, address: np.ndarray, offset: int, width: int, mask: np.ndarray | None) -> np.ndarray:
+        """The parameter at a computed address, as of a tuple that a kernel indexes."""
+        index = (address - np.uint64(PARAM_BASE)).astype(np.int64) // 8
+        outside = (index < 0) | (index >= len(self.params))
+        if offset or (outside if mask is None else outside & mask).any():
+            raise Fault(f"{self.program.name}: a parameter beyond the last")
+        table = np.array([np.frombuffer(p.tobytes().ljust(8, b"\0"), np.uint64)[0] for p in self.params])
+        return table[np.where(outside, 0, index)].astype(f"u{width}")
