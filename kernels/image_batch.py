@@ -116,12 +116,27 @@ def _image_batch_kernel(
 def image_table(images: Sequence[Tensor], sizes: Sizes) -> Tensor:
     """(B, 8) int64 on the CPU, one row for each image: its address, height and width, the height and width it is
     resized to, and its three strides."""
-    rows = [
+    table = torch.tensor(_table_rows(images, sizes))
+    return table.pin_memory() if images[0].is_cuda else table
+
+
+def _table_rows(images: Sequence[Tensor], sizes: Sizes) -> list[list[int]]:
+    return [
         [image.data_ptr(), *image.shape[1:], *size, image.stride(0) if len(image) > 1 else 0, *image.stride()[1:]]
         for image, size in zip(images, sizes, strict=True)
     ]
-    table = torch.tensor(rows)
-    return table.pin_memory() if images[0].is_cuda else table
+
+
+def _table_on_device(images: Sequence[Tensor], sizes: Sizes, device: torch.device) -> Tensor:
+    """The table (B, 8) where the kernel reads it. Within a user's own CUDA graph it is filled number by number: an
+    upload would be repeated by each replay, from host memory that is long in use for something else."""
+    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        return image_table(images, sizes).to(device, non_blocking=True)
+    table = torch.empty((len(images), 8), dtype=torch.int64, device=device)
+    for row, values in zip(table.unbind(), _table_rows(images, sizes), strict=True):
+        for cell, value in zip(row.unbind(), values, strict=True):
+            cell.fill_(value)
+    return table
 
 
 def launch_image_batch(
@@ -143,7 +158,7 @@ def launch_image_batch(
 def _image_batch_op(images: list[Tensor], sizes: list[int], mean: list[float], std: list[float], out: Tensor) -> None:
     """``sizes`` are flat: a height and a width an image."""
     pairs = list(zip(sizes[::2], sizes[1::2], strict=True))
-    table = image_table(images, pairs).to(out.device, non_blocking=True)
+    table = _table_on_device(images, pairs, out.device)
     launch_image_batch(table, out, images[0].dtype, mean, std)
 
 

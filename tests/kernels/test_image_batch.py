@@ -10,6 +10,7 @@ from retina_fast.kernels import image_batch as module
 from retina_fast.kernels.compiler import tl, triton
 from retina_fast.kernels.image_batch import batch_shape, image_batch, image_batch_reference
 from retina_fast.transform import RetinaNetTransform, batch_images, resized_sizes
+from tests.instruments.fake_gpu import gpu_work_of
 from tests.ptx.cases import OTHER_ORDERS, check, names
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -120,7 +121,9 @@ def test_half_precision_out_and_in(dtype, device, large_tiles):
 def test_one_constant_for_all_channels_and_other_channel_counts(device, large_tiles):
     for channels, mean, std in ((1, [0.5], [0.2]), (5, [0.5], [0.2]), (2, [0.5, 0.4], [0.2])):
         image = random_image(torch.Generator().manual_seed(0), 9, 7, torch.float32, device, channels)
-        expected = image_batch_reference([image], [(18, 14)], mean, std, torch.empty(1, channels, 32, 32))
+        expected = image_batch_reference(
+            [image], [(18, 14)], mean, std, torch.empty(1, channels, 32, 32, device=device)
+        )
         torch.testing.assert_close(
             kernel_batch([image], [(18, 14)], mean, std), expected, rtol=0, atol=tolerance(device)
         )
@@ -176,6 +179,29 @@ def test_compiles_in_one_graph(device):
 
     compiled = torch.compile(batch, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images), batch(images))
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_graph_of_the_users_own_holds_no_upload(capturing, monkeypatch):
+    """A replay would repeat it from a pinned buffer that is long in use for something else."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    def call():
+        images = [torch.empty(3, 20, 30, device="cuda") for _ in range(2)]
+        image_batch(images, [(31, 40)] * 2, MEAN, STD)
+
+    names_of_work = [getattr(step, "name", "our kernel") for step in gpu_work_of(call)]
+    assert names_of_work[-1] == "our kernel"
+    assert names_of_work[:-1] == (["fill_"] * 16 if capturing else ["to"])
+
+
+def test_the_table_filled_number_by_number_is_the_one_that_is_uploaded(monkeypatch):
+    images, sizes = [torch.rand(3, 20, 30), torch.rand(1, 5, 7).mT], [(31, 40), (3, 2)]
+    uploaded = module._table_on_device(images, sizes, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert torch.equal(module._table_on_device(images, sizes, torch.device("cpu")), uploaded)
 
 
 # Sizes, as the model's transform asks for them
