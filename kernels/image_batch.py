@@ -127,10 +127,14 @@ def _table_rows(images: Sequence[Tensor], sizes: Sizes) -> list[list[int]]:
     ]
 
 
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _table_on_device(images: Sequence[Tensor], sizes: Sizes, device: torch.device) -> Tensor:
     """The table (B, 8) where the kernel reads it. Within a user's own CUDA graph it is filled number by number: an
     upload would be repeated by each replay, from host memory that is long in use for something else."""
-    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+    if not _is_capturing():
         return image_table(images, sizes).to(device, non_blocking=True)
     table = torch.empty((len(images), 8), dtype=torch.int64, device=device)
     for row, values in zip(table.unbind(), _table_rows(images, sizes), strict=True):

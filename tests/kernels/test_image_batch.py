@@ -184,8 +184,7 @@ def test_compiles_in_one_graph(device):
 @pytest.mark.parametrize("capturing", [False, True])
 def test_a_graph_of_the_users_own_holds_no_upload(capturing, monkeypatch):
     """A replay would repeat it from a pinned buffer that is long in use for something else."""
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(module, "_is_capturing", lambda: capturing)
 
     def call():
         images = [torch.empty(3, 20, 30, device="cuda") for _ in range(2)]
@@ -199,8 +198,7 @@ def test_a_graph_of_the_users_own_holds_no_upload(capturing, monkeypatch):
 def test_the_table_filled_number_by_number_is_the_one_that_is_uploaded(monkeypatch):
     images, sizes = [torch.rand(3, 20, 30), torch.rand(1, 5, 7).mT], [(31, 40), (3, 2)]
     uploaded = module._table_on_device(images, sizes, torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(module, "_is_capturing", lambda: True)
     assert torch.equal(module._table_on_device(images, sizes, torch.device("cpu")), uploaded)
 
 
