@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from retina_fast.cuda_graph import CaptureStream
+
 Call = Callable[[], Any]
 
 WARM_UP = 3  # calls on a GPU before the first is timed
@@ -114,16 +116,10 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 def graph_of(call: Call) -> Call:
     """Returns the replay of a call captured as a CUDA graph, which also proves that it never waits for the GPU."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    stream = CaptureStream(torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(WARM_UP):
+        stream.run(call)
+    return stream.capture(call)[0].replay
 
 
 def peak_mb(call: Call, device: torch.device) -> float:
