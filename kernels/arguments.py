@@ -1,7 +1,7 @@
 """Checks and conversions of arguments, which every public operation makes before it chooses a path.
 
-A kernel is given addresses: it would read the bits of an int32 as a float32, a host address as one of the GPU, and
-beyond the end of a tensor that is too short.
+A kernel gets nothing but addresses. Unchecked, it would read the bits of an int32 as a float32, take a host address for
+one of the GPU, and read beyond the end of a tensor that is too short.
 """
 
 import torch

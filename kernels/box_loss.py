@@ -311,8 +311,8 @@ def box_loss(
 
     Args:
         deltas: the levels as the heads wrote them, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``; any float dtype.
-        anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``; read as float32, as boxes are, or as
-            they are for float64 deltas.
+        anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``. Anchors and boxes are converted to
+            float32, unless the deltas are float64.
         indices: ``(B, N)`` integers: row of the matched ground truth within its image; negative is not foreground.
         boxes: ``(G, 4)`` ground truths of all images, concatenated.
         offsets: ``(B + 1,)`` integers: image b owns rows offsets[b] to offsets[b + 1] of boxes.

@@ -1,6 +1,6 @@
 """Triton, or a stand-in on systems that have none (macOS, Windows), under which the kernel files still import.
 
-Every public operation asks ``runs_triton`` which path it takes, after it has checked and converted its arguments.
+Every public operation asks ``runs_triton`` whether its kernels or its PyTorch reference should run.
 """
 
 from types import SimpleNamespace
@@ -30,8 +30,8 @@ PTX = HAS_TRITON and not INTERPRETED and torch.version.hip is None  # inline PTX
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func or forward-mode AD looks into one of the tensors, which only plain PyTorch operations let it
-    do: a kernel would give it a derivative of zero, or none."""
+    """Whether torch.func or forward-mode AD traces one of the tensors. They need plain PyTorch operations: through a
+    kernel they would get a derivative of zero, or none."""
     if torch.compiler.is_compiling():
         return False
     given = [x for x in tensors if x is not None]
@@ -50,8 +50,8 @@ _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 def runs_triton(*tensors: Tensor | None) -> bool:
     """Whether an operation runs its kernels on these floating-point tensors.
 
-    It does where Triton is installed, and they lie on a GPU in a dtype that the kernels read, and torch.func does not
-    look into them. Float64 is left to the references. None stands for an argument not given.
+    It does if Triton is installed, the tensors are on a GPU in a dtype that the kernels read, and torch.func does not
+    trace them. Float64 is left to the references. None stands for an optional argument that was not given.
     """
     served = HAS_TRITON and all(x is None or (x.is_cuda and x.dtype in _SERVED) for x in tensors)
     return served and not is_transformed(*tensors)

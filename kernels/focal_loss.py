@@ -4,9 +4,9 @@ With p = sigmoid(x), s = softplus(x) = -log(1 - p), a = alpha, g = gamma, an ele
 
     L = (1-a) p^g s              dL/dx = (1-a) p^g (g (1-p) s + p)
 
-The element of a foreground anchor that is its class costs the loss of -x, with a in place of 1-a and the opposite sign
-of the slope. A label from 0 up is a class (0 is a real class: there is no background channel), -1 is background, and an
-anchor labelled -2 is ignored.
+In the row of a foreground anchor, the element of the anchor's class costs L(-x), with a in place of 1-a; its slope has
+the opposite sign. A label from 0 up is a class (0 is a real class: there is no background channel), -1 is background,
+and an anchor labelled -2 is ignored.
 
 torchvision makes 87 passes over the logits (one-hot targets, eight saved tensors). Here the forward pass reads them
 once and writes the finished gradient once, since the foreground counts are known before it runs. Backward scales this
@@ -58,10 +58,10 @@ def focal_loss_reference(
 
 
 # Triton. A tile is a run of logits of one image and level that starts on a 16-byte boundary. Nearly all tiles hold
-# background only: they need one look at their anchors' labels, no label for each element and no mask. Of the others
-# nearly all are whole, so that they need no mask either. Only tiles at the ends of an image and level do.
+# background only: the kernel reads their anchors' labels once, and then needs no labels by element and no mask. Most
+# other tiles lie wholly inside their image and level, and need no mask either. Only tiles at its ends do.
 
-_TILE = 8192  # by instruction counts: at 4096 a tile's set-up costs 3 more an element
+_TILE = 8192  # with 4096, the set-up of a tile costs 3 more instructions an element
 _CHUNK = 1024  # the elements that a program holds at once: 16 bytes a thread in bf16, and no register spills
 
 

@@ -1,7 +1,8 @@
 """The focal loss of integer labels on a CPU: one pass over tiles, with the gradient written by hand; see focal_loss.py.
 
-The temporaries of a tile stay in the L2 cache. A label changes one element of its row. Of the tensors of the logits'
-size only the finished gradient is kept. Tiles are views of the levels as they lie in memory, NCHW or channels_last.
+The temporaries of a tile stay in the L2 cache. Each tile is first computed as background; then one element is corrected
+in each foreground row. The finished gradient is the only tensor of the logits' size that is kept. Tiles are views of
+the levels in their own memory format, NCHW or channels_last.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -182,5 +183,5 @@ def focal_loss_cpu(
     gamma: float,
     reference: Callable[..., Tensor],
 ) -> Tensor:
-    """:func:`retina_fast.kernels.focal_loss.focal_loss` on a CPU; ``reference`` is the same of the levels alone."""
+    """:func:`retina_fast.kernels.focal_loss.focal_loss` on a CPU; ``reference(*levels)`` is the loss in PyTorch."""
     return _FocalLoss.apply(labels, normalizers, num_classes, alpha, gamma, reference, *levels)

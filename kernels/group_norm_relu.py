@@ -34,7 +34,7 @@ def group_norm_relu_reference(
 # Forward and backward take three launches each: the first sums every tile by channel, the second combines these sums to
 # means of the groups, and the third writes the tiles.
 
-_TILE = 8192  # elements: 32 a thread in float32, 16-byte accesses, no spills
+_TILE = 8192  # elements, 32 for each thread: 16-byte accesses, no register spills
 _WARPS = 8
 _SUMS = 1024  # partial sums that a program combines at once; more of them spill
 
@@ -317,7 +317,8 @@ def group_norm_relu(
     Raises:
         ValueError: if C differs between the arguments, num_groups does not divide it, the levels differ in batch size
             or dtype, or the tensors lie on different devices.
-        RuntimeError: in backward with create_graph=True; :func:`group_norm_relu_reference` can be differentiated twice.
+
+    Backward with create_graph=True on a GPU computes the gradients by the slow reference, and warns of it.
 
     Example::
 

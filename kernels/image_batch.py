@@ -25,7 +25,7 @@ Sizes = Sequence[tuple[int, int]]
 
 
 def batch_shape(images: Sequence[Tensor], sizes: Sizes, constants: int, size_divisible: int) -> tuple[int, ...]:
-    """(B, C, H, W) of the batch of images resized to ``sizes``, for as many normalisation constants.
+    """The shape (B, C, H, W) of a batch; C is ``constants`` or the images' channels, whichever is more.
 
     Raises:
         ValueError: if the images lie on different devices: their addresses go into one table.
@@ -132,8 +132,8 @@ def _is_capturing() -> bool:
 
 
 def _table_on_device(images: Sequence[Tensor], sizes: Sizes, device: torch.device) -> Tensor:
-    """The table (B, 8) where the kernel reads it. Within a user's own CUDA graph it is filled number by number: an
-    upload would be repeated by each replay, from host memory that is long in use for something else."""
+    """The table (B, 8) on the device. While a user's own CUDA graph is captured, it is filled number by number: each
+    replay would repeat an upload, from host memory that was freed long before."""
     if not _is_capturing():
         return image_table(images, sizes).to(device, non_blocking=True)
     table = torch.empty((len(images), 8), dtype=torch.int64, device=device)
@@ -172,7 +172,7 @@ def _(images, sizes, mean, std, out):
 
 
 def kernel_serves(images: Sequence[Tensor], channels: int) -> bool:
-    """Whether the kernel serves these images: of one dtype that it knows, each with one or all of the channels."""
+    """Whether the kernel takes these images: of one known dtype, with 1 or ``channels`` channels, without gradients."""
     return (
         HAS_TRITON
         and images[0].dtype in _DTYPES

@@ -1,6 +1,6 @@
-"""What anchor matching says of an anchor that matches no ground truth, in torchvision's numbers.
+"""The numbers that mark an anchor without a ground truth, in matched indices and in labels, as in torchvision.
 
-A matched index or a label from 0 up is a ground truth or its class: class 0 is a real class.
+An index from 0 up is that of a ground truth, and a label from 0 up is its class: class 0 is a real class.
 """
 
 from retina_fast.kernels.compiler import tl

@@ -3,9 +3,9 @@
 A level is ``(B, A*C, H, W)``, the output of a head, or ``(B, N, C)``, flattened as torchvision concatenates them. In
 channels_last memory the first form is the second, so that ``flatten`` returns a view. Only NCHW memory is copied.
 
-A Triton kernel takes the levels, and the sizes that belong to them, as tuples with one entry a level. Triton
-specialises each integer of a tuple on being 1 or a multiple of 16, whatever do_not_specialize says, so that nearly
-every image size would compile the kernel again. Odd negative numbers are neither: sizes travel encoded as such.
+A Triton kernel takes the levels, and their sizes, as tuples with one entry a level. For the integers in a tuple Triton
+ignores do_not_specialize and compiles variants for 1 and for multiples of 16, so that nearly every image size would
+compile the kernel again. Odd negative numbers are neither, so ``encode_sizes`` turns sizes into such numbers.
 """
 
 from collections.abc import Sequence

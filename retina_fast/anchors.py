@@ -1,6 +1,7 @@
-"""Anchors in float32, whatever the features' dtype (torchvision's follow it: bf16 moves them by up to 8 pixels).
+"""Anchors in float32, whatever the features' dtype. torchvision's have that dtype: bf16 moves them by up to 8 pixels.
 
-They depend on sizes alone, so those of a generator's last sizes are kept: a training step launches nothing for them.
+Anchors depend on sizes alone. So they are cached for a generator's last sizes, and a training step whose sizes are
+cached launches no kernel for them.
 """
 
 from collections import OrderedDict
@@ -20,7 +21,7 @@ _KEPT = 16  # sizes a generator; 3.2 MB each at 800x1344
 
 
 class _Kept(NamedTuple):
-    cells: list[Tensor]  # held, so that their ids stay theirs
+    cells: list[Tensor]  # kept alive, so that their ids are not reused
     anchors: Tensor
     version: int
 
@@ -43,7 +44,7 @@ def is_stock_generator(generator: object) -> bool:
 
 
 def cell_versions(generator: AnchorGenerator) -> tuple[tuple[int, int], ...]:
-    """What changes when someone replaces the cell anchors of a generator, or writes to them."""
+    """A key that changes when the cell anchors of a generator are replaced or written to."""
     return tuple((id(cell), 0 if cell.is_inference() else cell._version) for cell in generator.cell_anchors)
 
 
@@ -67,7 +68,7 @@ def shared_anchors(generator: AnchorGenerator, batch: Tensor, features: Sequence
     cache = _CACHES.setdefault(generator, OrderedDict())
     kept = cache.pop(key, None)
     if kept is None or kept.version != kept.anchors._version:  # a caller may have changed what it was given
-        with torch.inference_mode(False), torch.no_grad():  # they serve training, even if inference asked first
+        with torch.inference_mode(False), torch.no_grad():  # else training could not use what inference cached
             anchors = to_device(_anchors(cells, batch.shape[-2:], grids), device)
         kept = _Kept(cells, anchors, anchors._version)
     if type(kept.anchors) is Tensor:  # and not one that only a tracer understands
@@ -78,7 +79,7 @@ def shared_anchors(generator: AnchorGenerator, batch: Tensor, features: Sequence
 
 
 def _anchors(cells: list[Tensor], size: Sequence[int], grids: Sequence[tuple[int, int]]) -> Tensor:
-    """(N, 4) of all levels, made where the cell anchors lie."""
+    """The anchors (N, 4) of all levels, on the device of the cell anchors."""
     height, width = size
     return torch.cat(
         [_grid(cell, (h, w), (height // h, width // w)) for cell, (h, w) in zip(cells, grids, strict=True)]

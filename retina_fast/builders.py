@@ -1,4 +1,4 @@
-"""The models by name: torchvision's two builders with their exact signatures, and their kin on other ResNets."""
+"""Builders of models: torchvision's two with their exact signatures, and others for more ResNets and for SpineNet."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

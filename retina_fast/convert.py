@@ -14,7 +14,7 @@ from retina_fast.model import RetinaNet
 
 @functools.cache
 def _fast_class(cls: Any) -> type[RetinaNet]:
-    """``cls`` with this package's RetinaNet in place of torchvision's below it; what ``cls`` overrides still wins."""
+    """A class with the bases ``cls`` and this package's RetinaNet, in this order, so that overrides of ``cls`` win."""
     if cls is tv.RetinaNet:
         return RetinaNet
     members = {

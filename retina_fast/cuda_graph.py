@@ -1,4 +1,4 @@
-"""The one place where work is captured as a CUDA graph."""
+"""The one place in the package where work is captured as a CUDA graph."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

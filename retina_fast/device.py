@@ -1,4 +1,4 @@
-"""Between the host and the device: uploads that do not wait, reads that come late, and the dtype to compute in."""
+"""Transfers between host and device that do not wait for queued work, the dtype to compute in, and memory layout."""
 
 from collections.abc import Sequence
 

@@ -37,8 +37,8 @@ class Batch(NamedTuple):
     images: list[Tensor]
     """B tensors (C, H, W) as they were given."""
     pixels: Tensor | None
-    """(B, C, H, W) resized, normalised and padded, if a user's own transform or a graph's buffer holds them already;
-    None: they are made of the images."""
+    """(B, C, H, W) resized, normalised and padded, if a user's own transform or a graph has made them already. None
+    means that ``run`` makes them from the images."""
     image_sizes: Sizes
     """B heights and widths within the padded batch."""
     original_sizes: Sizes
@@ -62,7 +62,7 @@ class HeadOutputs(NamedTuple):
     """What a user's own head returned, for the user's own loss or postprocessing; empty for torchvision's heads."""
 
     def joined(self) -> Mapping[str, Any]:
-        """torchvision's form: one ``(B, N, K)`` and one ``(B, N, 4)``; of a user's own head, what it returned."""
+        """torchvision's form, ``(B, N, K)`` and ``(B, N, 4)``; for a user's own head it is what that head returned."""
         channels = {LOGITS: self.num_classes, DELTAS: 4}
         return self.returned or {
             name: torch.cat(flatten_all(levels, channels[name]), dim=1) for name, levels in self.levels.items()
@@ -161,8 +161,8 @@ def head_outputs(
         head: torchvision's, or the user's own.
         returned: a list of levels or one tensor for each name. A user's own head may return more, and anything.
         anchors: ``(N, 4)`` or ``(B, N, 4)``.
-        cells: how many cells each level has, by which tensors ``(B, N, C)`` are split into levels; None leaves them,
-            since a loss does not need the levels apart.
+        cells: how many cells each level has; a tensor ``(B, N, C)`` is then split into levels. None does not split it,
+            since a loss does not need single levels.
     """
     levels = {
         name: _as_levels(returned[name], anchors.shape[-2], cells) for name in (LOGITS, DELTAS) if name in returned

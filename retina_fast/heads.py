@@ -1,7 +1,7 @@
 """Heads whose tower convs are shared by the levels while each level has norms of its own, as SpineNet's detectors have.
 
-They are torchvision's heads but for the tower, so that losses, a new class count and what a user reads and changes on
-them stay the same. ``level_outputs`` runs these and torchvision's, level by level.
+Only the tower differs from torchvision's heads, so losses, ``set_num_classes`` and all attributes work as on those.
+``level_outputs`` runs both kinds of heads, level by level.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ batch_norm = partial(nn.BatchNorm2d, momentum=0.01, eps=1e-3)  # the paper's mom
 
 
 class LevelNormTower(nn.Module):
-    """3x3 convs with a bias, shared by all levels; after each a norm that is the level's own, and the activation."""
+    """3x3 convs with a bias, which all levels share. After each conv come the level's own norm and the activation."""
 
     def __init__(
         self,
@@ -85,10 +85,10 @@ def level_norm_head(
     """torchvision's RetinaNetHead with another tower: ``depth`` convs to ``width`` channels, a norm for each level.
 
     Args:
-        in_channels: of the levels.
-        num_anchors: A, of a cell.
+        in_channels: channels of the levels.
+        num_anchors: A, for each cell.
         num_classes: K.
-        width, depth: of both towers.
+        width, depth: channels and convs of a tower.
         num_levels: how many levels the backbone returns.
         norm_layer: from channels to a norm.
         activation_layer: called with ``inplace=True``.
@@ -114,7 +114,7 @@ def level_norm_head(
 def run_head(head: Any, features: Sequence[Tensor]) -> Mapping[str, Any]:
     """``cls_logits`` and ``bbox_regression`` of a head: lists of levels as its convs write them, ``(B, A*C, H, W)``.
 
-    A head, or a part of one, that is the user's own is called as it is, and what it returns is returned.
+    If the head or a part of it is the user's own, the head is called, and its result is returned unchanged.
     """
     parts = {"cls_logits": "classification_head", "bbox_regression": "regression_head"}
     if not is_stock(head, tv.RetinaNetHead, "forward"):
@@ -125,7 +125,7 @@ def run_head(head: Any, features: Sequence[Tensor]) -> Mapping[str, Any]:
 
 
 def runs_by_level(part: Any) -> bool:
-    """Whether :func:`level_outputs` stands for this head's ``forward``: no class, method or hook of a user's own."""
+    """Whether :func:`level_outputs` may replace this head's ``forward``: it has no user's class, method or hook."""
     known = (
         tv.RetinaNetClassificationHead,
         tv.RetinaNetRegressionHead,

@@ -1,4 +1,4 @@
-"""The loss path: match anchors to ground truths, then focal loss and box loss over the levels as they lie."""
+"""The loss path: anchors are matched to ground truths, then focal loss and box loss read the heads' levels in place."""
 
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher

@@ -50,7 +50,7 @@ class RetinaNet(tv.RetinaNet):
         head: a module from levels to ``{"cls_logits": (B, N, K), "bbox_regression": (B, N, 4)}``.
         proposal_matcher: a ``Matcher``; made of the two IoU thresholds by default.
         score_thresh: scores must exceed it to be detections.
-        nms_thresh: IoU above which the lower of two boxes of one class goes.
+        nms_thresh: IoU above which the lower-scored of two boxes of one class is dropped.
         detections_per_img: the most detections of an image.
         fg_iou_thresh, bg_iou_thresh: IoU from which an anchor is foreground, and below which it is background.
         topk_candidates: the most candidates of an image and level.
@@ -164,8 +164,8 @@ class RetinaNet(tv.RetinaNet):
         return self.losses_of(batch, outputs), self.detections_of(batch, outputs)
 
     def detect(self, batch: Tensor) -> Detections:
-        """The detections of ``forward`` for a batch ``(B, 3, H, W)``, padded to ``detections_per_img`` or, where that
-        is more, to the most candidates there can be.
+        """The detections of ``forward`` for a batch ``(B, 3, H, W)``, padded to ``detections_per_img``, or on the fast
+        path to the most candidates there can be, if these are fewer.
 
         Args:
             batch: images of one size, values in [0, 1].
@@ -227,7 +227,7 @@ class RetinaNet(tv.RetinaNet):
     def postprocess_detections(
         self, head_outputs: Mapping[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: Sizes
     ) -> list[dict[str, Tensor]]:
-        """Detections in the pixels of the batch, from lists of levels ``(B, N_l, C)`` and, an image, ``(N_l, 4)``."""
+        """Detections in the pixels of the batch, from levels ``(B, N_l, C)`` and each image's anchors ``(N_l, 4)``."""
         if not self._has_stock_postprocessing():
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
         outputs = network.head_outputs(self.head, head_outputs, torch.stack([torch.cat(levels) for levels in anchors]))
@@ -239,7 +239,7 @@ class RetinaNet(tv.RetinaNet):
             "retina_fast.RetinaNet cannot be scripted: TorchScript is no longer developed; see retina_fast.export"
         )
 
-    # The steps of a forward pass, which TrainingStep takes as well, and which of the two paths each step runs.
+    # The steps of a forward pass, which TrainingStep also calls. Each runs the fast path, or a part of the user's own.
 
     def make_batch(self, images: Images, targets: Targets | None) -> Batch:
         """Check images and targets, as ``forward`` does, and decide the size of each image in the batch."""
@@ -332,7 +332,7 @@ class RetinaNet(tv.RetinaNet):
         return detect(outputs, inside, original, Thresholds.of(self))
 
     def _detect_alike(self, images: Tensor) -> Detections:
-        """The detections of a batch of images of one size: no list of images, so that one graph serves any number."""
+        """Detections of images of one size, without a Python list, so that one compiled graph serves any batch size."""
         check_images(images[:1], max(len(self.transform.image_mean), len(self.transform.image_std)))
         pixels, image_sizes = resize_batch(self.transform, images)
         outputs = network.run_network(self, pixels)
@@ -340,7 +340,7 @@ class RetinaNet(tv.RetinaNet):
 
 
 def _refuse_tracing() -> None:
-    """Refuse torch.jit.trace and torch.onnx.export(dynamo=False): a trace would hold the count of one image."""
+    """Refuse torch.jit.trace and torch.onnx.export(dynamo=False): a trace would fix the number of detections."""
     if torch.jit.is_tracing():
         raise NotImplementedError(
             "retina_fast.RetinaNet cannot be traced by torch.jit.trace or torch.onnx.export(dynamo=False): "

@@ -17,7 +17,7 @@ from retina_fast.kernels.box_decode import MAX_LOG_SCALE
 
 
 def is_stock(part: object, cls: type, *methods: str) -> bool:
-    """Whether ``part`` is a plain ``cls`` whose ``methods`` are its own and which has no forward hooks.
+    """Whether ``part`` is exactly a ``cls``, with none of ``methods`` replaced on the object, and without hooks.
 
     Example::
 
@@ -41,7 +41,7 @@ def overrides(model: nn.Module, base: type, method: str) -> bool:
     return method in vars(model) or getattr(type(model), method) is not getattr(base, method)
 
 
-# The functions that torchvision's RetinaNet calls, where it looks them up, and what computes the same.
+# The functions that torchvision's RetinaNet calls: the module that holds each, its name, and the accepted equivalents.
 _LOSS_FUNCTIONS: list[tuple[Any, str, tuple[Any, ...]]] = [
     (tv, "sigmoid_focal_loss", (tv.sigmoid_focal_loss, ops.sigmoid_focal_loss)),
     (tv, "_box_loss", (tv._box_loss,)),

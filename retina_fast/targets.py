@@ -1,4 +1,4 @@
-"""Ground truths of a batch: gathered flat, checked once, and never at the price of waiting for the GPU."""
+"""Ground truths of a batch, concatenated into flat tensors and checked once, without waiting for the GPU."""
 
 import math
 from collections import deque
@@ -29,10 +29,10 @@ class GroundTruths(NamedTuple):
 def gather_targets(
     targets: Sequence[Mapping[str, Tensor]], num_images: int, device: torch.device, check: "TargetCheck | None" = None
 ) -> GroundTruths:
-    """Concatenate torchvision's list of target dicts, refusing what cannot be meant.
+    """Concatenate torchvision's list of target dicts, after checking them.
 
     Args:
-        targets: B dicts with ``boxes`` (N, 4) xyxy and ``labels`` (N,); other keys are let be.
+        targets: B dicts with ``boxes`` (N, 4) xyxy and ``labels`` (N,); other keys are ignored.
         num_images: B.
         device: where the result is wanted; targets are checked where they lie, before they are moved.
         check: looks at the values of boxes and labels; None skips it.
@@ -124,7 +124,7 @@ class _Pending(NamedTuple):
 
 
 class TargetCheck:
-    """Looks at the values of targets: at once; but on a CUDA device at a later call, when the answer has come in."""
+    """Checks the values of targets: on CUDA at a later call, when the result has arrived, and elsewhere at once."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -148,7 +148,7 @@ class TargetCheck:
 
     @contextmanager
     def same_step(self) -> Iterator[None]:
-        """Checks within belong to the step under way."""
+        """Within this context, checks do not count as a new step."""
         self._counts = False
         try:
             yield

@@ -2,10 +2,10 @@
 
     call    images, targets -> checked, uploaded  ->  buffers of the graph  ->  replay
 
-A graph repeats one sequence of kernels on one set of addresses. So it serves one size of padded batch, whose ground
-truths lie in buffers with room for more; and it is good as long as nothing that it holds fast is changed: a setting, a
-part of the model, the optimizer's state. What is outside runs uncaptured, kernel by kernel. Images are not copied: the
-graph reads where they lie, and of what sizes they are, from a table.
+A graph repeats one sequence of kernels on one set of addresses. So it serves one shape of padded batch, and ground
+truths are copied into buffers with room for ``max_boxes``. It stays valid until a setting, a part of the model or the
+optimizer's state is changed. Steps that it cannot serve run uncaptured, kernel by kernel. Images are not copied: the
+graph reads their addresses and sizes from a table.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from retina_fast.stock import has_hooks, overrides
 from retina_fast.transform import is_stock_transform
 
 _GRAPH_DEVICE = "cuda"
-_WARMUP = 3  # steps alike before a capture: cuDNN, Triton and the optimizer set themselves up in them
+_WARMUP = 3  # repeats of a shape and its settings before a capture, in which cuDNN, Triton and the optimizer set up
 
 Losses = dict[str, Tensor]
 
@@ -55,11 +55,11 @@ class TrainingStep:
         max_boxes: the most ground truths of a batch that the graph has room for, 24 bytes each.
         max_grad_norm: gradients are scaled down to this norm, all together; None leaves them.
         dtype: ``torch.bfloat16`` for mixed precision; None computes in the dtype of the weights.
-        accumulate: a batch is run in so many parts, one after another, to fit into memory; norms over the batch see
-            the parts.
+        accumulate: the number of parts in which a batch is run, one after another, to fit into memory; BatchNorm then
+            sees one part at a time.
         loss_weights: factors of the losses in what is minimised, by name; 1 for those not named.
 
-    A call returns the losses, detached and the caller's own, still on the device: reading them is what waits. Images
+    A call returns the losses, detached, in tensors that no later step overwrites. Only reading them waits. Images
     and targets may lie on the CPU; pinned images are uploaded without a wait. Targets are checked as ``model(images,
     targets)`` checks them. Gradients are not kept: ``p.grad`` is None after a call.
 
@@ -117,7 +117,7 @@ class TrainingStep:
         self.replayed_steps = self.uncaptured_steps = 0
         self._graph: _Graph | None = None
         self._last: Any = None  # batch shape and settings of the last step
-        self._repeats = 0  # steps before that had the same
+        self._repeats = 0  # how many steps in a row repeated them
         self._lrs: list[Tensor] = []
         self._stream: CaptureStream | None = None
 
@@ -174,7 +174,7 @@ class TrainingStep:
         return [functools.partial(forward, start, end) for start, end in pairwise(ends)]
 
     def _step(self, forwards: Sequence[Callable[[], Losses]], device: torch.device) -> Losses:
-        """What a graph holds."""
+        """One step, captured or not."""
         self.model.zero_grad(set_to_none=True)
         parts = [self._backward(forward, forward is forwards[-1], device) for forward in forwards]
         if self.max_grad_norm is not None:
@@ -184,7 +184,7 @@ class TrainingStep:
         return {name: functools.reduce(torch.add, [part[name] for part in parts]) for name in parts[0]}
 
     def _backward(self, forward: Callable[[], Losses], last: bool, device: torch.device) -> Losses:
-        """One part's losses, their gradients added to those of the parts before; the last one's exchange them."""
+        """The losses of one part. Its gradients are added to those of earlier parts; the last part all-reduces them."""
         with contextlib.nullcontext() if last or self._parallel is None else self._parallel.no_sync():
             with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
                 losses = forward()
@@ -278,7 +278,7 @@ class TrainingStep:
         )
 
     def _own_learning_rates(self, device: torch.device) -> None:
-        """Learning rates in tensors that a replay reads, whoever sets them, and whatever they were loaded as."""
+        """Put the learning rates into tensors that a replay reads, even after a scheduler or a load replaced them."""
         for i, group in enumerate(self.optimizer.param_groups):
             if i == len(self._lrs):
                 self._lrs.append(torch.zeros((), dtype=torch.float32, device=device))
@@ -297,8 +297,8 @@ class TrainingStep:
                     state["step"] = to_device(state["step"], device)
 
     def _lay_out_state(self, group: dict[str, Any]) -> None:
-        """State in the layout of its parameter, and momentum for parameters whose first gradient comes late: fused SGD
-        refuses anything else. Momentum that starts at zero is torch's own where nothing dampens it."""
+        """Bring optimizer state into the memory layout of its parameter, and make any momentum buffer that is missing:
+        fused SGD needs both. Without dampening, a momentum that starts at zero gives the same steps as torch's."""
         for p in group["params"]:
             state = self.optimizer.state.get(p, {})
             for key, value in state.items():
@@ -310,7 +310,7 @@ class TrainingStep:
                     state["momentum_buffer"] = torch.zeros_like(p)
 
     def _settings(self, image_dtype: torch.dtype) -> list[Any]:
-        """All that a graph holds fast besides the batch's shape, its dtype among it."""
+        """All that a captured graph depends on besides the batch's shape, the images' dtype included."""
         model, matcher = self.model, self.model.proposal_matcher
         values: list[Any] = [
             (self.max_boxes, self.max_grad_norm, self.dtype, image_dtype, tuple(self.loss_weights.items())),
@@ -334,7 +334,7 @@ def _identity(value: Any) -> Any:
 
 
 def uploaded(images: Sequence[Tensor] | Tensor, device: torch.device) -> Sequence[Tensor] | Tensor:
-    """The images on the device; what is no tensor is left as it is, for the model to name in its error."""
+    """The images on the device. Anything but a tensor is left alone, so that the model's check can refuse it."""
     if isinstance(images, Tensor):
         return to_device(images, device)
     return [to_device(image, device) if isinstance(image, Tensor) else image for image in images]

@@ -134,7 +134,7 @@ def resize_batch(transform: GeneralizedRCNNTransform, images: Tensor) -> tuple[T
     channels = max(images.shape[1], len(transform.image_mean), len(transform.image_std))
     constants = [values * (channels // len(values)) for values in (transform.image_mean, transform.image_std)]
     images = images.expand(-1, channels, -1, -1)
-    # numbers, not tensors of constants, which would have to be uploaded
+    # The constants are Python numbers, since tensors would have to be uploaded.
     parts = [(images[:, c] - mean) / std for c, (mean, std) in enumerate(zip(*constants, strict=True))]
     batch = torch.stack(parts, dim=1)
     if tuple(images.shape[2:]) != (height, width):

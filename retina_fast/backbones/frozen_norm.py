@@ -8,10 +8,10 @@ from torchvision.ops import misc
 class FrozenBatchNorm2d(misc.FrozenBatchNorm2d):
     """BatchNorm2d whose statistics, scale and shift are fixed, as buffers.
 
-    Where its input is of another dtype than its buffers, as under autocast, torchvision's turns the activations, and
-    with them ReLU and residual sums, into float32: several passes of twice the bytes, kept for backward. Here it is one
-    pass, computed in float32 and returned in the input's dtype, as ``nn.BatchNorm2d`` does. In one dtype it is
-    torchvision's, to the last bit.
+    If the input's dtype differs from the buffers', as under autocast, torchvision's norm returns float32, so that ReLU
+    and residual sums are float32, too: several passes over twice the bytes, all kept for backward. This norm takes one
+    pass: it computes in float32 and returns the input's dtype, as ``nn.BatchNorm2d`` does. If the dtypes are the same,
+    its result is torchvision's to the last bit.
 
     Example::
 

@@ -45,7 +45,7 @@ SPINENET = (  # the numbers of the blocks are 2 to 16
     Block(7, "bottleneck", (5, 14), True),
     Block(6, "bottleneck", (12, 14), True),
 )
-"""The permutation that the paper's search found; the sizes differ in width and depth only."""
+"""The permutation that the paper's search found; all published sizes have these blocks and parents."""
 
 
 def checked(specification: Iterable[Sequence[Any]]) -> tuple[Block, ...]:
@@ -112,8 +112,8 @@ def checked(specification: Iterable[Sequence[Any]]) -> tuple[Block, ...]:
 def added_raw(blocks: Sequence[Block]) -> list[tuple[int, ...]]:
     """For each row, the blocks whose outputs are added to its input as they are, without a link.
 
-    To an output block: the earlier blocks of the same level and channels that are nobody's parent so far. Of the
-    published specification this is block 11, which feeds block 14 and nothing else.
+    Only output blocks have such: the earlier blocks of the same level and kind that are not yet a parent of any block.
+    In the published specification this is block 11, whose output is added to the input of block 14.
 
     Example::
 

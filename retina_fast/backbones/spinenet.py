@@ -19,14 +19,14 @@ from retina_fast.transform import padded
 ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 _WIDTHS = {2: 64, 3: 128, 4: 256, 5: 256, 6: 256, 7: 256}  # of the 3x3 convs, by level
-_EXPANSION = {"bottleneck": 4, "residual": 1}  # a block's outputs for each channel of its 3x3 convs
+_EXPANSION = {"bottleneck": 4, "residual": 1}  # output channels of a block / channels of its 3x3 convs
 
 
 class Size(NamedTuple):
     """What the published detectors of one size are made of."""
 
     width: float
-    """Factor of all widths but the stem's first conv, truncated."""
+    """All widths but the stem's first conv are multiplied by it and truncated."""
     alpha: float
     """Width inside a link, as a part of the width of the block it comes from."""
     repeats: int
@@ -41,7 +41,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    # 128 output channels in the published code, 256 in the published checkpoint, whose 11.9 M parameters these are
+    # The published code has 128 output channels, the published checkpoint 256, which gives its 11.9 M parameters.
     "49s": Size(0.65, 0.5, 1, 256, 128, 4, 640, 3),
     "49": Size(1.0, 0.5, 1, 256, 256, 4, 640, 3),
     "96": Size(1.0, 0.5, 2, 256, 256, 4, 1024, 3),
@@ -63,8 +63,8 @@ class SpineNet(nn.Module):
         repeats: how often each block is repeated.
         out_channels: of each level.
         activation: ``relu`` or ``silu`` (swish).
-        stochastic_depth: probability that the last row's residual branches are dropped for an image of a training
-            batch; it grows to that row by row (Huang et al. 2016).
+        stochastic_depth: probability that, in training, a residual branch of the last row is dropped for an image. The
+            probability grows linearly from row to row (Huang et al. 2016).
         norm_layer: from channels to a norm; BatchNorm with momentum 0.01 and eps 1e-3 by default. For several
             processes, ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` turns a finished model's.
 

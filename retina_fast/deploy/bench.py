@@ -40,7 +40,7 @@ class Speed:
 
 
 def contestants(model: Any, images: Sequence[Tensor]) -> tuple[dict[str, Callable[[list[Tensor]], Any]], Engine]:
-    """What is measured, by name, and the engine among them; each takes uint8 images (3, H, W).
+    """The functions to be timed, by name, and the engine itself; each takes a list of uint8 images (3, H, W).
 
     Args:
         model: a RetinaNet in evaluation mode.
@@ -82,7 +82,7 @@ def measure(
         runs: from :func:`contestants`.
         images: uint8, on the device; batches are filled with them in turn.
         batches: the batch sizes.
-        rounds: after one that is not counted.
+        rounds: how many are timed, after one that is not.
         console: where the progress bar is shown.
 
     Example::

@@ -24,10 +24,10 @@ class Graph(nn.Module):
     """What is traced: images (B, 3, H, W) to the four tensors of ``Detections``.
 
     Args:
-        model: on the CPU, where its path has no kernels.
+        model: a model on the CPU, where no Triton kernel runs.
         image_size: H and W.
         preprocess: whether it takes uint8 images, else float32 ones as the model's transform makes them.
-        postprocess: the kind of the last part.
+        postprocess: the class that makes detections.
     """
 
     down: Tensor
@@ -46,8 +46,8 @@ class Graph(nn.Module):
         inside = resized_size(model.transform, *image_size) if preprocess else image_size
         self.resizes = inside != tuple(image_size)
         if self.resizes:
-            # Each runtime has its own rounding of a resize's coordinates, up to 1e-5 of a pixel's value: so its weights
-            # are written as numbers.
+            # Runtimes round the coordinates of a resize differently, which changes a pixel's value by up to 1e-5. So
+            # the file holds the weights of the resize as constants.
             self.register_buffer("down", _bilinear(image_size[0], inside[0]).T.contiguous())
             self.register_buffer("across", _bilinear(image_size[1], inside[1]))
         with torch.no_grad():

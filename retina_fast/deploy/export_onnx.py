@@ -12,7 +12,7 @@ from retina_fast.deploy.export_graph import SHAPES
 from retina_fast.deploy.export_postprocess import Postprocess
 
 KEY = "retina_fast"
-"""Under which a file holds its metadata, as JSON."""
+"""The key under which a file holds its metadata, as JSON."""
 
 OPSET = 18
 OUTPUTS = ("boxes", "scores", "labels", "counts")
@@ -20,7 +20,7 @@ OUTPUTS = ("boxes", "scores", "labels", "counts")
 
 @torch.library.custom_op("retina_fast::non_max_suppression", mutates_args=())
 def _non_max_suppression(boxes: Tensor, ranks: Tensor, iou_thresh: float, most: int) -> Tensor:
-    """Stands in the traced graph for ONNX's operator, in whose terms :func:`_onnx_suppression` says what it does."""
+    """A placeholder in the traced graph, which :func:`_onnx_suppression` translates into ONNX's NonMaxSuppression."""
     raise NotImplementedError("retina_fast::non_max_suppression is for the ONNX exporter alone")
 
 
@@ -45,7 +45,7 @@ def _onnx_suppression(boxes: Any, ranks: Any, iou_thresh: float, most: int) -> A
 
 
 class OnnxPostprocess(Postprocess):
-    """The same in ONNX's operators: its TopK gives the lower index first on a tie, and it has a suppression."""
+    """The same with two operators of ONNX: TopK, which gives the lower index first on a tie, and NonMaxSuppression."""
 
     def best(self, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         best = values.topk(k)

@@ -23,8 +23,8 @@ WINDOW = 128  # boxes a turn; the quickest of 32 to 512 on a CPU, batch 4, 512x6
 def best_by_key(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k highest of rows (B, n) and where they lie, the lower index first on a tie.
 
-    ATen's top-k leaves ties open, so it is given integers without any: the float's bits, which order as the floats do,
-    above the falling index.
+    ATen's top-k leaves the order of ties open, so it is given distinct integers: the high 32 bits order as the floats
+    do, and the low 32 bits fall as the index rises.
     """
     bits = torch.where(values == 0, 0.0, values).view(torch.int32)  # -0 and 0 tie
     rising = torch.where(bits < 0, bits ^ MASK, bits).long()
@@ -34,7 +34,7 @@ def best_by_key(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _overlaps(above: tuple[Tensor, Tensor], below: tuple[Tensor, Tensor], iou_thresh: Tensor) -> Tensor:
-    """Which boxes (B, R, 4) with labels (B, R) suppress which (B, C, 4) if they come first, (B, R, C)."""
+    """(B, R, C): whether a box of ``above`` suppresses a later one of ``below``; both are boxes with their labels."""
     (a, a_labels), (b, b_labels) = above, below
     a, b = a.permute(2, 0, 1)[..., None], b.permute(2, 0, 1)[:, :, None]  # (4, B, R, 1) and (4, B, 1, C)
     width, height = (torch.minimum(a[i + 2], b[i + 2]) - torch.maximum(a[i], b[i]) for i in (0, 1))
@@ -46,15 +46,16 @@ def _overlaps(above: tuple[Tensor, Tensor], below: tuple[Tensor, Tensor], iou_th
 def suppress(boxes: Tensor, labels: Tensor, valid: Tensor, iou_thresh: float, most: int) -> Tensor:
     """Which boxes (B, M, 4) are kept, (B, M): a loop over windows of them, which ends when every image has its most.
 
-    A window is tested against what is kept before it, then within itself: a box of it stays unless one that stays
-    suppresses it, which has one solution, and what every box says of it in turn comes to rest there.
+    A window is tested against the boxes kept before it, then within itself. Within it, a box stays unless a better box
+    that itself stays suppresses it. Repeating this rule for all boxes at once, until nothing changes, finds the only
+    solution.
 
     Args:
         boxes: best first.
         labels: (B, M).
         valid: (B, M), which of them count.
         iou_thresh: float32, above which a box goes.
-        most: boxes of an image that are wanted; which are kept after them is not settled.
+        most: how many boxes of an image are wanted; what is marked as kept after them means nothing.
     """
     count = boxes.shape[1]
     window, most = min(WINDOW, count), min(most, count)
@@ -139,7 +140,8 @@ class Postprocess(nn.Module):
         k = min(self.topk, anchors * classes)
         if anchors <= k or classes == 1:
             return self.best(level.flatten(1), k)
-        # Anchors first, which is quicker: one that is not among the k best has k candidates of others before its own.
+        # Choosing anchors first is quicker and loses nothing: before any logit of an anchor outside the k best come k
+        # logits of others.
         rows = self.best(level.amax(dim=2), k)[1].sort(dim=1).values
         best, index = self.best(level.gather(1, rows[..., None].expand(-1, -1, classes)).flatten(1), k)
         return best, rows.gather(1, index // classes) * classes + index % classes

@@ -1,7 +1,8 @@
 """Folding BatchNorm into the convs before it: with s = weight / sqrt(var + eps), W' = s W and b' = s (b - mean) + bias.
 
-What belongs together is found by running the model, not by names or order of registration: a norm is folded where its
-input is, every time, what one conv has just returned, and every output of that conv goes to it. Works for any trunk.
+Which norm belongs to which conv is found by running the model, not by names or order of registration. A norm is folded
+if each of its inputs is the unchanged output of one conv, and if each output of that conv goes to this norm. This works
+for any trunk.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d
 from retina_fast.stock import has_hooks
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, misc.FrozenBatchNorm2d, FrozenBatchNorm2d)
-_LARGEST_CHANGE = 1e-3  # relative norm, of any output of a folded model in float32; rounding alone makes 1e-6
+_LARGEST_CHANGE = 1e-3  # the allowed relative change of an output, in norm; rounding alone in float32 makes 1e-6
 
 
 def count_norms(model: nn.Module) -> int:
@@ -28,7 +29,7 @@ def count_norms(model: nn.Module) -> int:
 def fold_batch_norm(model: nn.Module, run: Callable[[], Sequence[Tensor]]) -> int:
     """Fold what can be folded, in place, and return how many BatchNorms that were.
 
-    None are, where that would change the model's outputs: where a conv's output is also used past its norm.
+    If folding changes the model's outputs, all of it is undone: this happens if a conv's output is also used elsewhere.
 
     Args:
         model: in evaluation mode.
@@ -49,7 +50,7 @@ def fold_batch_norm(model: nn.Module, run: Callable[[], Sequence[Tensor]]) -> in
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Convs and products of float32 are computed in float32: TF32 alone changes an output by more than is allowed."""
+    """Turns TF32 off for convs and matrix products: it alone would change an output by more than is allowed."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32 = matmul.allow_tf32 = False
