@@ -8,17 +8,13 @@ import numpy as np
 from tests.ptx.memory import POISON, Buffer
 from tests.ptx.races import Clashes, Shadow
 from tests.ptx.traffic import Traffic
+from tests.ptx.warps import REDUCTIONS
 from tests.ptx.writer import SHARED_BASE
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
 
 Array = Any
-
-_UFUNCS: dict[str, np.ufunc] = {
-    "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-}  # fmt: skip
 
 
 def _nearly_equal(a: Array, b: Array) -> Array:
@@ -30,7 +26,7 @@ def _nearly_equal(a: Array, b: Array) -> Array:
 
 
 class _Target:
-    """Part of an access: the bytes of one buffer, the lanes that access them and where."""
+    """The part of an access that goes to one buffer: the lanes, and the offsets of their bytes in its data."""
 
     def __init__(self, name: str, data: np.ndarray, granule: int, lanes: Array, offsets: Array,
                  buffer: Buffer | None = None) -> None:  # fmt: skip
@@ -52,6 +48,7 @@ class Access:
         self.machine = machine
 
     def targets(self, addresses: Array, lanes: Array, width: int, site: int) -> Iterator[_Target]:
+        """Finds the bytes of each lane's access, which must lie in bounds and be aligned."""
         raise NotImplementedError
 
     def shadow(self, target: _Target) -> Shadow | None:
@@ -59,6 +56,7 @@ class Access:
         raise NotImplementedError
 
     def count(self, traffic: Traffic, addresses: Array, lanes: Array, width: int) -> None:
+        """Adds what the access costs."""
         raise NotImplementedError
 
     def check_written(self, target: _Target, width: int, site: int) -> None:
@@ -113,8 +111,8 @@ class Access:
         for target in self.targets(addresses[lanes], lanes, width, site):
             self.check_written(target, width, site)
             view, index = target.view(values[0].dtype), target.offsets // width
-            if not wanted and name in _UFUNCS:
-                _UFUNCS[name].at(view, index, values[0][target.lanes])
+            if not wanted and name in REDUCTIONS:
+                REDUCTIONS[name].at(view, index, values[0][target.lanes])
             else:
                 for lane, i in zip(target.lanes, index, strict=True):
                     was, x = view[i], values[0][lane]
@@ -122,7 +120,7 @@ class Access:
                     if name == "cas":
                         view[i] = values[1][lane] if was == x else was
                     else:
-                        view[i] = x if name == "exch" else _UFUNCS[name](was, x)
+                        view[i] = x if name == "exch" else REDUCTIONS[name](was, x)
             self._note_write(target, width, site, atomic=True)
         order = np.sort(lanes)
         self._counted(addresses[order], order, width, site)

@@ -206,6 +206,7 @@ def emulated(
 
     Example::
 
+        >>> import retina_fast
         >>> with emulated() as log:
         ...     out = torch.ops.retina_fast.scale_([torch.ones(5)], torch.tensor(0.5))
         >>> log.results[0].name

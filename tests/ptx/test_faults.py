@@ -1,5 +1,6 @@
 """Right kernels run right on the emulator, and each kind of fault that is planted in one is caught."""
 
+import doctest
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.ptx import machine
+from tests.ptx import instruction, launch, machine
 from tests.ptx.barriers import without_barrier
 from tests.ptx.cases import CASES, run_case
 from tests.ptx.launch import emulated
@@ -113,6 +114,13 @@ def test_kernels_are_compiled_within_and_interpreted_outside():
             _methods[(1,)](a, c.zero_(), BLOCK=64)
         assert c == (a * a).sum()
         assert [result.name for result in log.results] == ["_methods"]
+
+
+@pytest.mark.parametrize("module", [launch, instruction])
+def test_examples(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted
+    assert not failed
 
 
 def test_counts_of_coalesced_accesses():

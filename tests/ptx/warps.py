@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Array = Any
 
-_REDUCTIONS: dict[str, np.ufunc] = {
+REDUCTIONS: dict[str, np.ufunc] = {
     "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor,
 }  # fmt: skip
@@ -57,7 +57,7 @@ class Warps:
     def reduce(self, a: Array, name: str) -> Array:
         """redux: one value of the whole warp, for each of its lanes."""
         rows = self._machine.full(a).reshape(-1, 32)
-        return np.repeat(_REDUCTIONS[name].reduce(rows, axis=1, dtype=rows.dtype), 32)
+        return np.repeat(REDUCTIONS[name].reduce(rows, axis=1, dtype=rows.dtype), 32)
 
     def vote(self, predicate: Array, mode: str) -> Array:
         """vote: whether the predicate holds in any or all lanes, or one bit of each lane."""
