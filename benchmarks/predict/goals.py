@@ -48,8 +48,12 @@ def matching_scene(batch: int, count: int) -> Scene:
     offsets = torch.tensor([0, count])
     found = anchor_matching_reference(anchors, boxes, truths.labels[:count], offsets).indices[0]
     foreground = sum(bool((tile >= 0).any()) for tile in found.split(256)) / len(found.split(256))
+    runs = found.split(
+        constant_of("focal_loss bf16", "_focal_loss_kernel", "TILE") // 91
+    )  # anchors of a tile of logits
+    mixed = sum(bool((run != -1).any()) for run in runs) / len(runs)
     met_by = met.sum(1)
-    return Scene(float(met_by.float().mean()), int(met_by.max()), count, foreground)
+    return Scene(float(met_by.float().mean()), int(met_by.max()), count, foreground, mixed)
 
 
 def _kept(boxes: Tensor, scores: Tensor | None, labels: Tensor, survivors: float = 0.0) -> Scene:
@@ -107,8 +111,8 @@ def _image_scene() -> Scene:
 
 # the goals of operations: a call, and its scene
 CALLS: dict[str, tuple[Callable[[], Any], Callable[[], Scene]]] = {
-    "K1-fp32": (lambda: _focal_loss(torch.float32), Scene),
-    "K1-bf16": (lambda: _focal_loss(BF16), Scene),
+    "K1-fp32": (lambda: _focal_loss(torch.float32), lambda: matching_scene(8, 16)),
+    "K1-bf16": (lambda: _focal_loss(BF16), lambda: matching_scene(8, 16)),
     "K2": (_loss_path, lambda: matching_scene(16, 16)),
     "K3-g500": (lambda: kernel_calls.call_anchor_matching(True, 4000, 8), lambda: matching_scene(8, 500)),
     "K3-b16": (lambda: kernel_calls.call_anchor_matching(True, 256, 16), lambda: matching_scene(16, 16)),

@@ -11,11 +11,12 @@ tensors that the launch is given. The scene says how often a loop runs and which
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from benchmarks.predict.executed import mixed_over_background
 from benchmarks.static.compiled import Row
 from tests.instruments.fake_gpu import Launch, TorchOp
 
@@ -48,6 +49,7 @@ class Scene:
     most_met: int = 0  # the most that any tile meets
     ground_truths: int = 0
     foreground: float = 0.0  # share of the tiles of anchors that hold one
+    mixed: float = 0.0  # share of the tiles of logits that hold a foreground or an ignored anchor
     survivors: float = 0.0  # share of the logits that exceed the threshold
     candidates: int = 0  # boxes that NMS is given
     members: int = 0  # the most of these that one of its programs decides on
@@ -86,6 +88,12 @@ def _streamed(launch: Launch, row: Row, scene: Scene) -> Work:
     programs = math.prod(launch.grid)
     longest = row.path * ALONE + DRAM + L2
     return Work(nbytes(launch.args) + scene.image_bytes, programs * row.path, programs * row.path_mufu, longest)
+
+
+def _focal_loss(launch: Launch, row: Row, scene: Scene) -> Work:
+    """Mixed tiles execute more instructions than background tiles, which are the usual path."""
+    work, more = _streamed(launch, row, scene), mixed_over_background(launch.args[0][0].dtype)
+    return replace(work, instructions=work.instructions * (1 + scene.mixed * (more - 1)))
 
 
 def _anchor_matching(launch: Launch, row: Row, scene: Scene) -> Work:
@@ -198,7 +206,7 @@ def _take_kept(launch: Launch, row: Row, scene: Scene) -> Work:
 
 
 WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
-    "_focal_loss_kernel": _streamed,
+    "_focal_loss_kernel": _focal_loss,
     "_image_batch_kernel": _streamed,
     "_score_keys_kernel": _streamed,
     "_emit_kernel": _streamed,

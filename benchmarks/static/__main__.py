@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from benchmarks.static.compiled import TARGETS, Row, compile_cases
 from tests.instruments.kernel_calls import KERNEL_CALLS
+from tests.ptx import counts
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--case", action="append", help="only these of tests.instruments.kernel_calls")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="how many compile at once")
     parser.add_argument("--json", action="store_true", help="print the rows as one line of JSON")
+    parser.add_argument("--executed", action="store_true", help="also what an emulator executes of the sm_90 code")
     arguments = parser.parse_args()
     if unknown := (set(arguments.targets) - set(TARGETS)) | (set(arguments.case or ()) - set(KERNEL_CALLS)):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
@@ -45,6 +47,10 @@ def main() -> int:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))
         return 0
     print(f"triton {triton.__version__}\n{table(rows)}")
+    if arguments.executed:
+        print("\nExecuted on a CPU, PTX for sm_90, an element (see tests/ptx/counts.py):")
+        for line in counts.table():
+            print(line, flush=True)
     return int(any(row.error for row in rows))
 
 

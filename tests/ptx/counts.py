@@ -6,7 +6,7 @@ would be if the bytes lay next to each other. Of each program: the barriers that
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -125,15 +125,21 @@ def _row(name: str, elements: int, result: Result) -> list[str]:
     return [*row, f"{result.barriers / result.ctas:.1f}"]
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def table(parts: Sequence[str] = ()) -> Iterator[str]:
+    """Rows of markdown: every case whose name holds one of the parts, or all."""
     columns = "case", "kernel", "programs", "instructions", "loads: sectors (ideal)", "stores: sectors (ideal)"
-    print("|", " | ".join([*columns, "shared: wavefronts (ideal)", "barriers a program"]), "|\n|" + "---|" * 8)
+    yield f"| {' | '.join([*columns, 'shared: wavefronts (ideal)', 'barriers a program'])} |\n|" + "---|" * 8
     for name, make in COUNTS.items():
-        if not sys.argv[1:] or any(part in name for part in sys.argv[1:]):
+        if not parts or any(part in name for part in parts):
             elements = make().elements
             for result, _ in count(name):
-                print("|", " | ".join(_row(name, elements, result)), "|", flush=True)
+                yield f"| {' | '.join(_row(name, elements, result))} |"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for line in table(sys.argv[1:]):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

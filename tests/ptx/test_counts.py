@@ -1,18 +1,33 @@
-"""Limits of what a kernel executes, where its speed depends on them."""
+"""Limits of what kernels execute, where a goal rests on their speed."""
 
 import pytest
 
 from tests.ptx.counts import count
 
+# For each case: the kernel, its instructions an element, and the sectors of a request over those that its bytes need.
+LIMITS = {
+    "focal_loss bf16 K=91 background tiles": ("_focal_loss_kernel", 28.0, 1.25),  # K1-bf16: nearly all tiles
+    "focal_loss bf16 K=91 mixed tiles": ("_focal_loss_kernel", 52.0, 1.5),
+    "focal_loss fp32 K=91 background tiles": ("_focal_loss_kernel", 28.0, 1.25),  # K1-fp32
+    "one_pass bf16": ("_scale_kernel", 8.5, 1.05),  # K2, where a loss is weighted
+    "anchor_matching an anchor, 32 ground truths": ("_anchor_matching_kernel", 2000.0, 2.5),  # K3: both launches
+    "candidate_selection bf16 none above": ("_list_kernel", 7.0, 1.3),  # K4
+    "image_batch uint8 to bf16": ("_image_batch_kernel", 70.0, 6.0),  # K6
+    "group_norm_relu bf16 forward": ("_group_norm_relu_kernel", 12.5, 1.05),  # E1 to E3 of v2 models
+}
 
-@pytest.mark.parametrize(
-    ("tiles", "instructions", "sectors_of_ideal"), [("background", 28.0, 1.25), ("mixed", 58.0, 8.0)]
-)
-def test_focal_loss(tiles, instructions, sectors_of_ideal):
-    """Background tiles are nearly all: each of their elements is read and written once, 16 bytes a thread."""
-    ((result, of_an_element),) = count(f"focal_loss bf16 K=91 {tiles} tiles")
-    assert of_an_element <= instructions
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_instructions_and_sectors(name):
+    kernel, instructions, sectors = LIMITS[name]
+    launches = [(result, each) for result, each in count(name) if result.name == kernel]
+    assert sum(each for _, each in launches) <= instructions
     for kind in ("global ld", "global st"):
-        traffic = result.total(kind)
-        assert traffic.moved <= sectors_of_ideal * traffic.ideal
+        traffic = [result.total(kind) for result, _ in launches]
+        assert sum(t.moved for t in traffic) <= sectors * sum(t.ideal for t in traffic)
+
+
+def test_barriers_of_a_focal_loss():
+    """Two sums over the program, and one for the labels of its tile."""
+    ((result, _),) = count("focal_loss bf16 K=91 background tiles")
     assert result.barriers <= 3 * result.ctas
