@@ -129,5 +129,5 @@ def run_case(case: Callable[[Generator], Run], seed_of_inputs: int = 0, **option
 def check(name: str, **options: Any) -> None:
     """Asserts that a case faults nowhere, launches a kernel and gives what its reference gives."""
     outcome = run_case(CASES[name], **options)
-    assert not outcome.failures
+    assert not outcome.failures, "; ".join(map(str, outcome.failures))
     assert outcome.log.results
