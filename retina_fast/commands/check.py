@@ -65,7 +65,7 @@ def print_checked(checked: "Checked", console: Console) -> None:
         console.print(_table_of_sizes(checked.shapes.prod(dim=1).sqrt(), checked.ious))
     console.print(f"\n{checked.images} images, {checked.objects.total()} boxes, {checked.faults.total()} faults")
     for kind, count in checked.faults.most_common():
-        console.print(f"  {count} x {kind}")
+        console.print(f"  {count} x {kind}: {kind.consequence}")
 
 
 def _table_of_sizes(sides: Tensor, ious: Tensor) -> Table:
