@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def print_checked(checked: "Checked", console: Console) -> None:
     """
     table = Table("class", "boxes", box=None)
     for name, count in checked.objects.most_common():
-        table.add_row(name, str(count))
+        table.add_row(escape(name), str(count))
     console.print(table)
     if len(checked.ious):
         anchors = checked.anchors.prod(dim=1).sqrt()
