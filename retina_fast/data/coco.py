@@ -5,13 +5,17 @@ import copy
 import json
 import os
 import re
+import struct
 import warnings
+import zlib
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
@@ -43,19 +47,42 @@ def read_image(path: Path) -> Tensor:
         >>> read_image(Path("photo.jpg")).shape  # doctest: +SKIP
         torch.Size([3, 480, 640])
     """
+    if not os.path.isfile(path):
+        raise ImageError(f"{path}: no such image file")
     try:
-        if not path.is_file():
-            raise ImageError(f"{path}: no such image file")
+        with path.open("rb") as file:
+            is_png = file.read(len(_PNG)) == _PNG
+        if is_png:
+            return _read_png(path)
         if path.suffix.lower() == ".webp":  # torchvision ignores the orientation of a WebP.
             with Image.open(path) as picture:
                 return F.pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))
         image = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-    except (RuntimeError, OSError, Image.DecompressionBombError) as error:
-        reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])
+    except _DAMAGED as error:
+        reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).partition("\n")[0])
         raise ImageError(f"{path}: not a readable image ({reason})") from error
-    if image.ndim == 4:  # An animated GIF is decoded to all its frames.
-        image = image[0]
-    return F.to_dtype(image, torch.uint8, scale=True)  # A 16-bit PNG is decoded to uint16.
+    return image[0] if image.ndim == 4 else image  # An animated GIF is decoded to all its frames.
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+# What torchvision and Pillow raise for damaged files.
+_DAMAGED = (
+    RuntimeError, OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error,
+    zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+def _read_png(path: Path) -> Tensor:
+    """A PNG as RGB, decoded by Pillow, since torchvision's decoder (0.29) ends the process on a damaged file.
+
+    The class is used by itself because `Image.open` refuses pictures of more than 179 million pixels.
+    """
+    with PngImageFile(path) as picture:
+        upright = ImageOps.exif_transpose(picture)
+        if not upright.mode.startswith("I"):
+            return F.pil_to_tensor(upright.convert("RGB"))
+        grey = torch.from_numpy((np.array(upright) >> 8).astype(np.uint8))  # 16 bits
+        return grey.expand(3, -1, -1).contiguous()
 
 
 _ORIENTATION = 0x0112  # the EXIF tag; from 5 on, turning upright exchanges width and height
@@ -170,13 +197,13 @@ class CocoDataset(Dataset[Sample]):
             return record["height"], record["width"]
         try:
             return _turned(self._path(record))[0]
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow's, for a damaged head
+        except _DAMAGED:
             return None
 
     def _other_size(self, path: Path, given: Size, found: Size) -> str:
         """The words for an image that has not the size that the annotations give."""
         is_, says = (f"{width}x{height}" for height, width in (found, given))
-        with contextlib.suppress(OSError, ValueError, SyntaxError):
+        with contextlib.suppress(*_DAMAGED):
             if given == found[::-1] and _turned(path)[1]:
                 return (
                     f"{path}: is {is_} once its EXIF orientation has turned it upright, but {self.json_file} gives its "

@@ -99,7 +99,7 @@ def as_number(value: Any) -> int | float | None:
         return None
     if abs(value) < 2**53:
         return value
-    return math.copysign(math.inf, value) if abs(value) >= 2**1000 else float(value)
+    return math.inf * (1 if value > 0 else -1) if abs(value) >= 2**1000 else float(value)
 
 
 def as_side(value: Any) -> int | None:
