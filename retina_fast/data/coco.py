@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import unicodedata
 import warnings
 import zlib
 from bisect import bisect_right
@@ -185,11 +186,12 @@ class CocoDataset(Dataset[Sample]):
         return self._path(self.images[index])
 
     def _path(self, record: dict[str, Any]) -> Path:
-        """The file of an image. Where there is none of its name, a name with Windows' separators is tried."""
-        path = self.folder / record["file_name"]
-        if "\\" in record["file_name"] and not os.path.isfile(path):
-            path = self.folder / record["file_name"].replace("\\", "/")
-        return path
+        """The file of an image. Where none has its name, Windows' separators and Unicode's other spelling are tried."""
+        name = record["file_name"]
+        spellings = [name.replace("\\", "/"), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+        others = (self.folder / spelling for spelling in spellings if spelling != name)
+        path = self.folder / name
+        return path if os.path.isfile(path) else next(filter(os.path.isfile, others), path)
 
     def _size(self, record: dict[str, Any]) -> Size | None:
         """(height, width) of an image, as the file says or else as the image's head says; None if neither does."""

@@ -107,7 +107,7 @@ def read_voc(
     folder = root / "Annotations" if (root / "Annotations").is_dir() else root
     images = images or (root / "JPEGImages" if (root / "JPEGImages").is_dir() else folder)
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = {file.stem: file for file in inside if file.suffix.lower() == ".xml" and _counts(file)}
+    files = {_composed(file.stem): file for file in inside if file.suffix.lower() == ".xml" and _counts(file)}
     trees = {stem: _parsed(file, found) for stem, file in files.items()}
     if not trees:
         raise UserError(f"{folder}: holds no .xml file of Pascal VOC")
@@ -199,10 +199,15 @@ def _split(path: Path, known: Collection[str]) -> list[str]:
 
 def _listed(line: str, known: Collection[str]) -> str:
     """The annotation file, without its suffix, that a line of a list names: by itself, by its image, or by a path."""
-    words = [line, line.split()[0]]
+    words = [_composed(line), _composed(line).split()[0]]
     names = [*words, *map(_base, words)]
     stems = [name.rpartition(".")[0] for name in names if name.lower().endswith((*IMAGE_SUFFIXES, ".xml"))]
     return next((name for name in names + stems if name in known), words[-1])
+
+
+def _composed(name: str) -> str:
+    """A name in Unicode's composed form: macOS spells an accent as a character of its own."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _base(name: str) -> str:
@@ -223,7 +228,7 @@ class _Pictures:
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.by_name = {unicodedata.normalize("NFC", name): name for name in names}
+        self.by_name = {_composed(name): name for name in names}
         self.by_stem: dict[str, str] = {}
         for suffix in IMAGE_SUFFIXES:
             for name in sorted(self.by_name):
@@ -237,10 +242,10 @@ class _Pictures:
         before one that the file names, unless the two differ in their suffix alone.
 
         Args:
-            stem: the name of the annotation file without its suffix.
+            stem: the name of the annotation file without its suffix, composed.
             named: the name of the image, or its path on some machine, as the file gives it; it may be empty.
         """
-        stem, base = (unicodedata.normalize("NFC", name) for name in (stem, _base(named)))
+        base = _composed(_base(named))
         given = self.by_name.get(base) or self.by_stem.get(base)
         if given and Path(base).stem == stem:
             return given

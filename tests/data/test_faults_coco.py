@@ -212,6 +212,10 @@ COCO: dict[str, list[Callable[[dict, Path], Any]]] = {
             lambda content, images: (images / "p0.png").rename(images / "B\xe4ume \u6811.png"),
             first("images", file_name="B\xe4ume \u6811.png"),
         ),
+        several(
+            lambda content, images: (images / "p0.png").rename(images / "Ba\u0308ume.png"),
+            first("images", file_name="B\xe4ume.png"),
+        ),
     ],
     "fields that detection does not need": [
         each("annotations", keypoints=[], source="cvat", ignore=1, score=0.3, attributes={"id": [1]}),

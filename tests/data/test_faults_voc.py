@@ -44,6 +44,13 @@ def listed(text: str, encoding: str = "utf-8") -> Callable[[Path], Path]:
     return change
 
 
+def decomposed(root: Path) -> Path:
+    """Names as macOS spells them, and a list that spells them otherwise."""
+    for folder, suffix in (("Annotations", "xml"), ("JPEGImages", "png")):
+        (root / folder / f"p0.{suffix}").rename(root / folder / f"Ba\u0308ume.{suffix}")
+    return listed("B\xe4ume\np1\np2.png")(root)
+
+
 def litter(root: Path) -> None:
     for folder in (root / "Annotations", root / "JPEGImages", root / "__MACOSX" / "Annotations"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,6 +130,7 @@ VOC: dict[str, list[Callable[[Path], Any]]] = {
     "a list of file names or paths of images": [
         listed("p0.png\np1.PNG\np2.xml"), listed("JPEGImages/p0.png\n/data/p1.jpg 1\nx\\p2.png\n\n"),
     ],
+    "names with accents in Unicode's other spelling": [decomposed],
     "a list that names what is not there": [listed("p0\np9\n"), listed("\0"), listed(""), listed("\xe4", "latin-1")],
 }  # fmt: skip
 
