@@ -2,20 +2,19 @@
 
 import contextlib
 import copy
+import io
 import json
 import os
 import re
-import struct
 import unicodedata
 import warnings
-import zlib
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -24,12 +23,18 @@ from torchvision import tv_tensors
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
+from retina_fast.data.encodings import encoding_of
 from retina_fast.data.entries import Found, clean, refuse
 from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.faults import LEFT_OUT, Fault, Size, box_fault, corners, place
-from retina_fast.data.files import encoding_of
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
+"""What the names of image files usually end in. Which kind a file is of, its content decides."""
+
+_BY_TORCHVISION = (b"\xff\xd8\xff", b"GIF8")  # how JPEG and GIF begin
+# torchvision's decoder of PNG (0.29) ends the process on most damaged files; it ignores the orientation of a WebP, and
+# reads none of the others.
+_BY_PILLOW = ("WEBP", "TIFF", "BMP", "AVIF")
 
 Sample = tuple[Tensor, dict[str, Any]]
 
@@ -37,8 +42,9 @@ Sample = tuple[Tensor, dict[str, Any]]
 def read_image(path: Path) -> Tensor:
     """Decode an image file to RGB, (3, H, W) uint8, turned upright by its EXIF orientation.
 
-    It reads JPEG (grey, RGB, CMYK), PNG (grey, palette, RGB, with or without alpha, 1 to 16 bits), WebP and GIF (its
-    first picture). Alpha is dropped; of 16 bits the upper 8 are kept.
+    The content decides which kind it is, not the name. It reads JPEG (grey, RGB, CMYK), PNG (grey, palette, RGB, with
+    or without alpha, 1 to 16 bits), WebP, GIF, TIFF, BMP, and AVIF where Pillow does. Of several pictures in a file it
+    reads the first. Alpha is dropped; of 16 bits the upper 8 are kept.
 
     Raises:
         ImageError: if the file is missing or cannot be decoded; the message names it.
@@ -51,39 +57,39 @@ def read_image(path: Path) -> Tensor:
     if not os.path.isfile(path):
         raise ImageError(f"{path}: no such image file")
     try:
-        with path.open("rb") as file:
-            is_png = file.read(len(_PNG)) == _PNG
-        if is_png:
-            return _read_png(path)
-        if path.suffix.lower() == ".webp":  # torchvision ignores the orientation of a WebP.
-            with Image.open(path) as picture:
-                return F.pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))
-        image = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-    except _DAMAGED as error:
-        reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).partition("\n")[0])
+        content = path.read_bytes()
+        if not content:
+            raise ValueError("an image file must be non empty")
+        if not content.startswith(_BY_TORCHVISION):
+            return _decode_by_pillow(content)
+        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+    except Exception as error:  # A damaged file may make a decoder raise anything.
+        reason = getattr(error, "strerror", None) or re.sub(r"^.*\.cpp:\d+, ", "", f"{error}\n".splitlines()[0])
         raise ImageError(f"{path}: not a readable image ({reason})") from error
     return image[0] if image.ndim == 4 else image  # An animated GIF is decoded to all its frames.
 
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-# What torchvision and Pillow raise for damaged files.
-_DAMAGED = (
-    RuntimeError, OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error,
-    zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
+def _decode_by_pillow(content: bytes) -> Tensor:
+    """The first picture in a file of a kind that is not left to torchvision, RGB (3, H, W) uint8."""
+    with _opened(content) as opened:
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith("I;16") or (picture.mode == "I" and opened.format == "PNG"):
+            return torch.from_numpy((np.asarray(picture) >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
+        if picture.mode in ("I", "F"):
+            raise ValueError("its pixels are numbers of 32 bits, whose range is unknown: convert it to 8 bits")
+        return F.pil_to_tensor(picture.convert("RGB"))
 
 
-def _read_png(path: Path) -> Tensor:
-    """A PNG as RGB, decoded by Pillow, since torchvision's decoder (0.29) ends the process on a damaged file.
-
-    The class is used by itself because `Image.open` refuses pictures of more than 179 million pixels.
-    """
-    with PngImageFile(path) as picture:
-        upright = ImageOps.exif_transpose(picture)
-        if not upright.mode.startswith("I"):
-            return F.pil_to_tensor(upright.convert("RGB"))
-        grey = torch.from_numpy((np.array(upright) >> 8).astype(np.uint8))  # 16 bits
-        return grey.expand(3, -1, -1).contiguous()
+def _opened(content: bytes) -> Image.Image:
+    """A picture whose head alone is read. `Image.open` would refuse a PNG of more than 179 million pixels."""
+    if content.startswith(b"\x89PNG"):
+        return PngImageFile(io.BytesIO(content))
+    Image.init()
+    try:
+        return Image.open(io.BytesIO(content), formats=[kind for kind in _BY_PILLOW if kind in Image.OPEN])
+    except UnidentifiedImageError:
+        raise ValueError("cannot identify image file: no JPEG, PNG, WebP, GIF, TIFF, BMP or AVIF") from None
 
 
 _ORIENTATION = 0x0112  # the EXIF tag; from 5 on, turning upright exchanges width and height
@@ -199,13 +205,13 @@ class CocoDataset(Dataset[Sample]):
             return record["height"], record["width"]
         try:
             return _turned(self._path(record))[0]
-        except _DAMAGED:
+        except Exception:  # A damaged file may make Pillow raise anything.
             return None
 
     def _other_size(self, path: Path, given: Size, found: Size) -> str:
         """The words for an image that has not the size that the annotations give."""
         is_, says = (f"{width}x{height}" for height, width in (found, given))
-        with contextlib.suppress(*_DAMAGED):
+        with contextlib.suppress(Exception):
             if given == found[::-1] and _turned(path)[1]:
                 return (
                     f"{path}: is {is_} once its EXIF orientation has turned it upright, but {self.json_file} gives its "

@@ -1,7 +1,6 @@
-"""Replacing a file as a whole, so that its old content outlives a full disk; and the encoding of a text file."""
+"""Replacing a file as a whole: if the process ends early or the disk is full, the old content is still there."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,19 +38,3 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}); what it held before is unharmed") from error
-
-
-def encoding_of(path: Path) -> str:
-    """The encoding of a text file by its first bytes: UTF-8, UTF-16 or UTF-32, with a byte order mark or without.
-
-    Editors on Windows write such marks; text that is read in the encoding given here begins without one.
-
-    Raises:
-        OSError: if the file cannot be read.
-
-    Example::
-
-        >>> Path("list.txt").read_text(encoding=encoding_of(Path("list.txt")))  # doctest: +SKIP
-    """
-    with path.open("rb") as file:
-        return json.detect_encoding(file.read(4))
