@@ -51,7 +51,7 @@ def evaluate(
 ) -> None:
     """Print a model's COCO metrics on a data set."""
     with one_sentence(), joined() as processes:
-        from retina_fast.data.check import warn_of_faults, warn_of_other_classes
+        from retina_fast.data.check import warn_of_faults
         from retina_fast.data.metrics import plot_precision_recall
         from retina_fast.predict.evaluate import evaluate as run
 
@@ -59,7 +59,6 @@ def evaluate(
         with said_once(processes):
             data = open_data(json, images)
             warn_of_faults(data)
-            warn_of_other_classes(content.classes, data)
         found = run(
             network,
             content.classes,

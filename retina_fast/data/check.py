@@ -195,7 +195,8 @@ def warn_of_other_classes(classes: Sequence[str], data: CocoDataset) -> None:
     """
     labels = Counter(box["category_id"] for box in data.coco["annotations"] if not box["iscrowd"])
     counts = {name: labels[number] for name, number in zip(data.classes, data.category_ids, strict=True)}
-    unknown = [f"{name} ({counts[name]} boxes)" for name in data.classes if name not in classes]
+    lacking = {name: counts[name] for name in data.classes if name not in classes}
+    unknown = [f"{name} ({count} box{'es' * (count != 1)})" for name, count in lacking.items()]
     unused = [name for name in classes if name not in (*counts, *_NO_CLASS)]
     if unknown:
         warnings.warn(

@@ -16,7 +16,7 @@ from retina_fast.data.faults import REFUSED, Fault, Kind, look_alikes, place
 
 Found = Callable[[Fault], None]
 
-_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,999}")  # Python reads no more than 4300 digits.
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
 _FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 _LONGEST_SIDE = 2**31 - 1  # px: more than any image format can store
@@ -137,10 +137,13 @@ def shown(value: Any) -> str:
 
     Example::
 
-        >>> shown("x" * 1000)[-5:]
-        "xx..."
+        >>> shown([1, "a"]), len(shown("x" * 1000))
+        ("[1, 'a']", 200)
     """
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "a list in a list in a list ..."
     return text if len(text) <= 200 else text[:197] + "..."
 
 

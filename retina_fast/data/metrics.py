@@ -109,7 +109,7 @@ def _renumbered(
     entries: Iterable[Mapping[str, Any]], images: Mapping[Any, int], categories: Mapping[Any, int]
 ) -> list[dict[str, Any]]:
     """The annotations or results of these images and categories, with our numbers in place of all ids."""
-    kept = []
+    kept: list[dict[str, Any]] = []
     for entry in entries:
         image, category = images.get(as_id(entry["image_id"])), categories.get(as_id(entry["category_id"]))
         if image and category:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ VALUES: list[Any] = [
     float("nan"), float("inf"), float("-inf"), 10**20, 10**400, -(10**400), 1e308, 1e-30, 2**31, [], {}, [1], {"a": 1},
     [1, 2, 3, 4], ["1", "2", "30", "40"], [0, 0, 0, 0], [5, 5, 1e308, 1e308], [-9, -9, 500, 500], [900, 900, 5, 5],
 ]  # fmt: skip
+TURNED: list[Callable[[Any], Any]] = [str, "n_{}".format, float, lambda x: [x], lambda x: None, lambda x: -1]
+    str,
+    "n_{}".format,
+    lambda x: None,
+    lambda x: 0,
+    lambda x: [x],
+    float,
+    lambda x: -1,
+]
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "gb18030", "cp1252"]
 DECLARED = [*ENCODINGS, "gb2312", "GBK", "us-ascii", "x-own", "rot13", "hex", "undefined", "big5", "shift_jis", "utf-7"]
 SIZE = (64, 48)
@@ -71,7 +81,7 @@ def change_entries(content: dict[str, Any], r: random.Random) -> None:
         del entry[r.choice(list(entry))]
     elif kind < 0.3:  # every entry, as by a tool
         field = r.choice(list(entry))
-        turned = r.choice([str, lambda x: f"n_{x}", lambda x: None, lambda x: 0, lambda x: [x], float, lambda x: -1])
+        turned = r.choice(TURNED)
         for other in entries:
             if isinstance(other, dict) and field in other:
                 try:

@@ -37,11 +37,13 @@ def write(content: Any, folder: Path) -> Path:
     return folder / "data.json"
 
 
-SCALARS = (
+SCALARS: st.SearchStrategy = (
     st.none() | st.booleans() | st.integers() | st.integers(-3, 9) | st.floats() | st.text(max_size=3)
     | st.integers(-3, 9).map(str) | st.sampled_from(["", "nan", "1e3", "true", "Tree", "p0.png", "\ud800"])
 )  # fmt: skip
-VALUES = SCALARS | st.lists(SCALARS, min_size=4, max_size=4) | st.lists(SCALARS, max_size=3) | st.just({})
+VALUES: st.SearchStrategy = (
+    SCALARS | st.lists(SCALARS, min_size=4, max_size=4) | st.lists(SCALARS, max_size=3) | st.just({})
+)
 FIELDS = {
     "images": ["id", "file_name", "width", "height"],
     "annotations": ["id", "image_id", "category_id", "bbox", "area", "iscrowd"],

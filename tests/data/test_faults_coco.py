@@ -12,9 +12,11 @@ from tests.data.faults_page import outcome, rows
 from tests.data.fuzz import SIZE, sound_coco, write_pictures
 
 ROWS = rows("COCO JSON")
+UNKNOWN: tuple[Any, ...] = (None, 0, -1, "", "0", -1.0)  # sizes
+Change = Callable[[dict, Path], Any]
 
 
-def each(key: str, **fields: Any) -> Callable[[dict, Path], None]:
+def each(key: str, **fields: Any) -> Change:
     """Changes these fields of all entries; a function gives the value from the one that is there."""
 
     def change(content: dict, images: Path) -> None:
@@ -24,21 +26,36 @@ def each(key: str, **fields: Any) -> Callable[[dict, Path], None]:
     return change
 
 
-def first(key: str, **fields: Any) -> Callable[[dict, Path], None]:
+def first(key: str, **fields: Any) -> Change:
     """Changes these fields of the first entry."""
     return lambda content, images: content[key][0].update(fields)
 
 
-def without(key: str, *fields: str) -> Callable[[dict, Path], None]:
-    return lambda content, images: [entry.pop(name) for entry in content[key] for name in fields] and None
+def of_first(key: str, field: str, *values: Any) -> list[Change]:
+    return [first(key, **{field: value}) for value in values]
 
 
-def again(key: str, **changes: Any) -> Callable[[dict, Path], None]:
+def of_each(key: str, field: str, *values: Any) -> list[Change]:
+    return [each(key, **{field: value}) for value in values]
+
+
+def without(key: str, *fields: str) -> Change:
+    """All entries without these fields."""
+
+    def change(content: dict, images: Path) -> None:
+        for entry in content[key]:
+            for name in fields:
+                del entry[name]
+
+    return change
+
+
+def again(key: str, **changes: Any) -> Change:
     """The first entry a second time, with changes."""
     return lambda content, images: content[key].append(content[key][0] | changes)
 
 
-def ids(image: Callable[[int], Any], category: Callable[[int], Any], box: Callable[[int], Any]) -> Callable:
+def ids(image: Callable[[int], Any], category: Callable[[int], Any], box: Callable[[int], Any]) -> Change:
     """Other ids of everything, also where an entry refers to another."""
 
     def change(content: dict, images: Path) -> None:
@@ -49,8 +66,40 @@ def ids(image: Callable[[int], Any], category: Callable[[int], Any], box: Callab
     return change
 
 
-def several(*changes: Callable[[dict, Path], Any]) -> Callable[[dict, Path], None]:
-    return lambda content, images: [change(content, images) for change in changes] and None
+def several(*changes: Change) -> Change:
+    def change(content: dict, images: Path) -> None:
+        for one in changes:
+            one(content, images)
+
+    return change
+
+
+def picture(change: Callable[[Path], Any]) -> Change:
+    """Changes the file of the first image."""
+    return lambda content, images: change(images / "p0.png")
+
+
+def appended_null(key: str) -> Change:
+    return lambda content, images: content[key].append(None)
+
+
+def without_pictures(content: dict, images: Path) -> None:
+    for path in images.iterdir():
+        path.unlink()
+
+
+def in_a_folder_of_windows(content: dict, images: Path) -> None:
+    (images / "a").mkdir()
+    (images / "p0.png").rename(images / "a" / "p0.png")
+    content["images"][0]["file_name"] = "a\\p0.png"
+
+
+def nested(depth: int) -> list:
+    """A list in a list in a list."""
+    found: list = []
+    for _ in range(depth):
+        found = [found]
+    return found
 
 
 def turned_before_it_was_measured(content: dict, images: Path) -> None:
@@ -59,7 +108,7 @@ def turned_before_it_was_measured(content: dict, images: Path) -> None:
     Image.new("RGB", SIZE, (9, 9, 200)).save(images / "p0.png", exif=exif)
 
 
-COCO: dict[str, list[Callable[[dict, Path], Any]]] = {
+COCO: dict[str, list[Change]] = {
     "ids from 0, huge, or with gaps": [
         ids(lambda i: i - 1, lambda i: i - 1, lambda i: i - 1),
         ids(lambda i: i + 10**30, lambda i: i * 10**12, lambda i: i + 2**63),
@@ -76,6 +125,10 @@ COCO: dict[str, list[Callable[[dict, Path], Any]]] = {
         each("annotations", image_id=str, category_id=str),
         each("images", id=str),
         each("categories", id=float),
+        several(
+            ids(lambda i: i * 10**22, lambda i: i * 10**22, lambda i: i * 10**22),
+            each("annotations", image_id=str, category_id=str, id=str),
+        ),
     ],
     "a null id of an annotation, or none": [
         each("annotations", id=None),
@@ -98,7 +151,7 @@ COCO: dict[str, list[Callable[[dict, Path], Any]]] = {
     "two annotations with one id": [again("annotations", bbox=[1, 1, 4, 4])],
     "two images with one file name": [again("images", id=99)],
     "width and height null, 0, -1 or missing": [
-        *(each("images", width=value, height=value) for value in (None, 0, -1, "", "0", -1.0)),
+        *(each("images", width=value, height=value) for value in UNKNOWN),
         without("images", "width", "height"),
         without("images", "width"),
     ],
@@ -107,16 +160,16 @@ COCO: dict[str, list[Callable[[dict, Path], Any]]] = {
         each("images", width=float, height=lambda x: f" {x}.0 "),
     ],
     "a width that is no whole number": [
-        first("images", width=value) for value in ("wide", 63.5, [64], float("nan"), float("inf"), True, 10**400)
+        *of_first("images", "width", "wide", 63.5, [64], float("nan"), float("inf"), True, 10**400)
     ],
     "a size that is not the image's": [first("images", width=SIZE[0] + 1), first("images", width=2**31 - 1)],
     "a size from before EXIF turned the image upright": [turned_before_it_was_measured],
     '`iscrowd` null, missing, `"0"` or false': [
-        *(each("annotations", iscrowd=value) for value in (None, "0", False, 0.0, "", "false", "False", "no", " 0 ")),
+        *of_each("annotations", "iscrowd", None, "0", False, 0.0, "", "false", "False", "no", " 0 "),
         without("annotations", "iscrowd"),
     ],
     "`iscrowd` that is neither 0 nor 1": [
-        first("annotations", iscrowd=value) for value in (2, -1, "maybe", [], {}, 0.5, float("nan"), 10**400)
+        *of_first("annotations", "iscrowd", 2, -1, "maybe", [], {}, 0.5, float("nan"), 10**400)
     ],
     'a bbox of words: `["8", "10", "18", "20"]`': [
         each("annotations", bbox=lambda box: [str(x) for x in box]),
@@ -124,14 +177,12 @@ COCO: dict[str, list[Callable[[dict, Path], Any]]] = {
         each("annotations", bbox=lambda box: [f"{x}e0" for x in box]),
     ],
     "a bbox of other than four numbers": [
-        first("annotations", bbox=value)
-        for value in ([1, 2, 3], [], None, "1,2,3,4", [1, 2, 3, "x"], [1, 2, 3, None], {"x": 1}, [[1, 2, 3, 4]],
-                      [1] * 5, [True, 2, 3, 4], ["1_0", 2, 3, 4], ["1,5", 2, 3, 4])
+        *of_first("annotations", "bbox", [1, 2, 3], [], None, "1,2,3,4", {"x": 1}, [[1, 2, 3, 4]], nested(500), [1] * 5,
+                  [1, 2, 3, "x"], [1, 2, 3, None], [True, 2, 3, 4], ["1_0", 2, 3, 4], ["1,5", 2, 3, 4])
     ],
     "a bbox without an extent, or with NaN": [
-        first("annotations", bbox=value)
-        for value in ([5, 5, 0, 4], [5, 5, 4, -4], [5, 5, "nan", 4], [5, 5, 1e-30, 4], [5, 5, 10**400, 4],
-                      [1e300, 5, 9, 9], [0, 0, 0, 0], [5, 5, float("inf"), 4])
+        *of_first("annotations", "bbox", [5, 5, 0, 4], [5, 5, 4, -4], [5, 5, "nan", 4], [5, 5, 1e-30, 4], [0, 0, 0, 0],
+                  [5, 5, 10**400, 4], [1e300, 5, 9, 9], [5, 5, float("inf"), 4])
     ],
     "a bbox outside its image, whose size the file does not give": [
         several(first("annotations", bbox=[500, 500, 9, 9]), without("images", "width", "height")),
@@ -143,14 +194,12 @@ COCO: dict[str, list[Callable[[dict, Path], Any]]] = {
     ],
     "a bbox twice": [again("annotations", id=99), again("annotations", id=99, category_id=2)],
     "an area null, missing, 0 or a word": [
-        *(each("annotations", area=value) for value in (None, 0, "324", "big", -1, float("nan"), [], True, 10**400)),
+        *of_each("annotations", "area", None, 0, "324", "big", -1, float("nan"), [], True, 10**400),
         without("annotations", "area"),
     ],
     "a segmentation as polygons, RLE or nothing": [
-        *(
-            each("annotations", segmentation=value)
-            for value in ([[1, 2, 3, 4, 5, 6]], {"counts": "abc", "size": [48, 64]}, {"counts": [1, 2]}, None, "", [[]])
-        ),
+        *of_each("annotations", "segmentation", [[1, 2, 3, 4, 5, 6]], {"counts": "abc", "size": [48, 64]},
+                 {"counts": [1, 2]}, None, "", [[]]),
         without("annotations", "segmentation"),
     ],
     "an annotation of an image that is not listed": [
@@ -166,33 +215,28 @@ COCO: dict[str, list[Callable[[dict, Path], Any]]] = {
         first("annotations", category_id="Tree"),
         without("annotations", "category_id"),
     ],
-    "an entry that is null": [
-        lambda content, images, key=key: content[key].append(None) for key in ("images", "annotations", "categories")
-    ],
+    "an entry that is null": [appended_null(key) for key in ("images", "annotations", "categories")],
     "an image without its file": [
-        lambda content, images: (images / "p0.png").unlink(),
+        picture(Path.unlink),
         first("images", file_name="../none/p0.png"),
         first("images", file_name="a" * 5000),
         first("images", file_name="."),
         first("images", file_name="http://host/p0.png"),
     ],
     "a damaged image": [
-        lambda content, images: (images / "p0.png").write_bytes((images / "p0.png").read_bytes()[:60]),
-        lambda content, images: (images / "p0.png").write_bytes(b""),
-        lambda content, images: (images / "p0.png").write_text("no image"),
-        several(lambda content, images: (images / "p0.png").write_bytes(b"x"), without("images", "width", "height")),
+        picture(lambda path: path.write_bytes(path.read_bytes()[:60])),
+        picture(lambda path: path.write_bytes(b"")),
+        picture(lambda path: path.write_text("no image")),
+        several(picture(lambda path: path.write_bytes(b"x")), without("images", "width", "height")),
     ],
-    "no image that can be read": [lambda content, images: [path.unlink() for path in images.iterdir()]],
+    "no image that can be read": [without_pictures],
     "a null file name": [
-        first("images", file_name=value) for value in (None, "", " ", 7, ["p0.png"], "\ud800", "a\0b")
+        *of_first("images", "file_name", None, "", " ", 7, ["p0.png"], "\ud800", "a\0b")
     ],
-    "a file name with Windows' separators": [
-        lambda content, images: ((images / "a").mkdir(), (images / "p0.png").rename(images / "a" / "p0.png"),
-                                 content["images"][0].update(file_name="a\\p0.png"))
-    ],
+    "a file name with Windows' separators": [in_a_folder_of_windows],
     "a null name of a class": [
-        first("categories", name=value) for value in (None, "", "  ", [], {}, True, "\ud800")
-    ] + [without("categories", "name")],
+        *of_first("categories", "name", None, "", "  ", [], {}, True, "\ud800"), without("categories", "name")
+    ],
     "a number as the name of a class": [first("categories", name=5), first("categories", name=0)],
     "two classes of one name": [
         first("categories", name="Bush"),
@@ -209,11 +253,11 @@ COCO: dict[str, list[Callable[[dict, Path], Any]]] = {
         first("categories", name="[red]"),
         first("categories", name="[/]"),
         several(
-            lambda content, images: (images / "p0.png").rename(images / "B\xe4ume \u6811.png"),
+            picture(lambda path: path.rename(path.with_name("B\xe4ume \u6811.png"))),
             first("images", file_name="B\xe4ume \u6811.png"),
         ),
         several(
-            lambda content, images: (images / "p0.png").rename(images / "Ba\u0308ume.png"),
+            picture(lambda path: path.rename(path.with_name("Ba\u0308ume.png"))),
             first("images", file_name="B\xe4ume.png"),
         ),
     ],
@@ -225,16 +269,26 @@ COCO: dict[str, list[Callable[[dict, Path], Any]]] = {
     ],
 }  # fmt: skip
 
+
+def encoded(encoding: str, name: str = "Tree") -> Callable[[str], bytes]:
+    """A file in an encoding, with a class of this name."""
+    return lambda text: text.replace("Tree", name).encode(encoding)
+
+
+def cut(end: int) -> Callable[[str], bytes]:
+    return lambda text: text[:end].encode()
+
+
 FILES: dict[str, list[Callable[[str], bytes]]] = {
     "a byte order mark, UTF-16 or UTF-32": [
-        lambda text, encoding=encoding: text.encode(encoding)
+        encoded(encoding)
         for encoding in ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le")
     ],
     "another encoding than Unicode's": [
-        lambda text, encoding=encoding: text.replace("Tree", "Bl\xe4tter").encode(encoding)
+        encoded(encoding, "Bl\xe4tter")
         for encoding in ("latin-1", "gb18030", "cp1252")
     ],
-    "a file that ends too early": [lambda text, end=end: text[:end].encode() for end in (0, 1, 2, 100, -1)],
+    "a file that ends too early": [cut(end) for end in (0, 1, 2, 100, -1)],
     "brackets nested too deeply": [lambda text: b"[" * 200_000, lambda text: b'{"images": ' * 100_000],
 }  # fmt: skip
 

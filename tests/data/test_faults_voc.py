@@ -58,6 +58,11 @@ def litter(root: Path) -> None:
             (folder / name).write_bytes(b"\0\5\x16\7")
 
 
+def listed_litter(root: Path) -> Path:
+    litter(root)
+    return listed("p0\n._p0\np1\nThumbs.db\np2\n__MACOSX\n")(root)
+
+
 def capitals(root: Path) -> None:
     (root / "Annotations" / "p0.xml").rename(root / "Annotations" / "p0.XML")
     (root / "JPEGImages" / "p0.png").rename(root / "JPEGImages" / "p0.PnG")
@@ -101,7 +106,7 @@ VOC: dict[str, list[Callable[[Path], Any]]] = {
     ],
     "suffixes in capitals: `.XML`, `.JPG`": [capitals],
     "`._a.xml`, `desktop.ini`, `Thumbs.db`, `__MACOSX`": [
-        litter, lambda root: (litter(root), listed("p0\n._p0\np1\nThumbs.db\np2\n__MACOSX\n")(root))[1]
+        litter, listed_litter
     ],
     "`<part>` with boxes of its own": [
         edited("<part>", "<part>"), edited("<difficult>0</difficult>", "<part><bndbox/></part>")

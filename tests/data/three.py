@@ -41,7 +41,8 @@ class Truth(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self.detections_per_img = 1000
-        samples = [sample for sample in Tried(data) if not isinstance(sample, ImageError)]
+        tried = Tried(data)
+        samples = [sample for sample in map(tried.__getitem__, range(len(data))) if not isinstance(sample, ImageError)]
         self.targets = {self.key(image.as_subclass(Tensor).float() / 255): target for image, target in samples}
         self.distinct = len(self.targets) == len(samples)
 
@@ -95,7 +96,7 @@ def by_train(annotations: Path, images: Path | None) -> Answer:
             assert (boxes[:, 2:] > boxes[:, :2]).all()
     except UserError as error:
         return Answer(str(error))
-    unreadable = sum(isinstance(sample, ImageError) for sample in Tried(data))
+    unreadable = sum(isinstance(sample, ImageError) for sample in map(Tried(data).__getitem__, range(len(data))))
     return Answer("", unreadable, sum(not box["iscrowd"] for box in data.coco["annotations"]))
 
 
