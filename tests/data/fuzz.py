@@ -27,14 +27,6 @@ VALUES: list[Any] = [
     [1, 2, 3, 4], ["1", "2", "30", "40"], [0, 0, 0, 0], [5, 5, 1e308, 1e308], [-9, -9, 500, 500], [900, 900, 5, 5],
 ]  # fmt: skip
 TURNED: list[Callable[[Any], Any]] = [str, "n_{}".format, float, lambda x: [x], lambda x: None, lambda x: -1]
-    str,
-    "n_{}".format,
-    lambda x: None,
-    lambda x: 0,
-    lambda x: [x],
-    float,
-    lambda x: -1,
-]
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "gb18030", "cp1252"]
 DECLARED = [*ENCODINGS, "gb2312", "GBK", "us-ascii", "x-own", "rot13", "hex", "undefined", "big5", "shift_jis", "utf-7"]
 SIZE = (64, 48)
