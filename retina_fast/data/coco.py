@@ -97,7 +97,7 @@ _ORIENTATION = 0x0112  # the EXIF tag; from 5 on, turning upright exchanges widt
 
 def _turned(path: Path) -> tuple[Size, bool]:
     """The size of an image file, turned upright, and whether turning exchanges width and height; its head is read."""
-    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), Image.open(path) as picture:
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:  # Pillow's, which name no file
         width, height = picture.size
         turned = picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return ((width, height) if turned else (height, width)), turned

@@ -18,7 +18,7 @@ Found = Callable[[Fault], None]
 
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,999}")  # Python reads no more than 4300 digits.
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
-_FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
+_FLAGS = {"": False, "false": False, "no": False, "true": True, "yes": True}
 _LONGEST_SIDE = 2**31 - 1  # px: more than any image format can store
 
 
@@ -126,8 +126,8 @@ def as_flag(value: Any) -> bool | None:
     """
     if value is None or isinstance(value, bool):
         return bool(value)
-    if isinstance(value, str):
-        return _FLAGS.get(value.strip().lower())
+    if isinstance(value, str) and value.strip().lower() in _FLAGS:
+        return _FLAGS[value.strip().lower()]
     number = as_number(value)
     return bool(number) if number in (0, 1) else None
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.data.faults_page import outcome, rows
-from tests.data.fuzz import XML, write_pictures
+from tests.data.fuzz import SIZE, XML, write_pictures
 
 ROWS = rows("Pascal VOC and lists of images")
 
@@ -42,6 +43,12 @@ def listed(text: str, encoding: str = "utf-8") -> Callable[[Path], Path]:
         return root / "ImageSets" / "Main" / "train.txt"
 
     return change
+
+
+def turned(root: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", SIZE, (9, 9, 200)).save(root / "JPEGImages" / "p0.png", exif=exif)
 
 
 def decomposed(root: Path) -> Path:
@@ -97,6 +104,14 @@ VOC: dict[str, list[Callable[[Path], Any]]] = {
         edited(SIZE_XML, size)
         for size in ("", "<size/>", "<size><width>0</width><height>0</height></size>", "<size><width/><height/></size>",
                      "<size><width>64.0</width><height> 48 </height></size>")
+    ],
+    "a size that is no number": [edited("<width>64<", f"<width>{value}<") for value in ("wide", "64px", "6 4", "63.5")],
+    "a size that is not the image's, or from before EXIF turned it": [edited("<width>64<", "<width>65<"), turned],
+    "`<difficult>` empty, false or 0.0": [
+        edited("<difficult>0<", f"<difficult>{value}<") for value in ("", "false", "False", "0.0", " 0 ")
+    ],
+    "`<difficult>` that is neither 0 nor 1": [
+        edited("<difficult>0<", f"<difficult>{value}<") for value in ("Unspecified", "2", "-1", "nan")
     ],
     "a stale `<filename>` that is another image's": [
         edited("p0.png", "p1.png"), edited("p0.png", "none.jpg"), edited("p0.png", ""), edited("p0.png", "p0"),
