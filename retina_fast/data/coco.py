@@ -237,11 +237,11 @@ class CocoDataset(Dataset[Sample]):
     def aspects(self) -> list[int]:
         """The group of each image by its aspect ratio, as torchvision groups them: in steps of a factor 2 ** (1/3).
 
-        An image whose size the file does not give counts as a square.
+        An image whose size is not known counts as a square.
         """
         edges = [2 ** (i / 3) for i in range(-3, 4)]
-        sizes = [(record.get("height"), record.get("width")) for record in self.images]
-        return [bisect_right(edges, height / width if height and width else 1.0) for height, width in sizes]
+        sizes = (self.sizes[record["id"]] or (1, 1) for record in self.images)
+        return [bisect_right(edges, height / width) for height, width in sizes]
 
     def _usable(self, annotations: list[dict[str, Any]], note: Found) -> list[dict[str, Any]]:
         """The annotations that have a box to learn from; the others become `left_out`."""
