@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
@@ -99,6 +100,8 @@ def _turned(path: Path) -> tuple[Size, bool]:
     """The size of an image file, turned upright, and whether turning exchanges width and height; its head is read."""
     with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:  # Pillow's, which name no file
         width, height = picture.size
+        if isinstance(picture, TiffImageFile):  # Newer versions of Pillow give its size turned.
+            width, height = picture.tag_v2[256], picture.tag_v2[257]
         turned = picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return ((width, height) if turned else (height, width)), turned
 

@@ -162,7 +162,7 @@ def test_an_annotation_without_an_id_is_named_by_its_place(images, tmp_path):
         CocoDataset(write(content, tmp_path), images)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
 def test_a_size_from_before_turning_is_explained(suffix, orientation, tmp_path):
     exif = Image.Exif()
