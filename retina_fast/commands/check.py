@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def print_checked(checked: "Checked", console: Console) -> None:
     """
     table = Table("class", "boxes", box=None)
     for name, count in checked.objects.most_common():
-        table.add_row(name, str(count))
+        table.add_row(escape(name), str(count))
     console.print(table)
     if len(checked.ious):
         anchors = checked.anchors.prod(dim=1).sqrt()
@@ -65,7 +66,7 @@ def print_checked(checked: "Checked", console: Console) -> None:
         console.print(_table_of_sizes(checked.shapes.prod(dim=1).sqrt(), checked.ious))
     console.print(f"\n{checked.images} images, {checked.objects.total()} boxes, {checked.faults.total()} faults")
     for kind, count in checked.faults.most_common():
-        console.print(f"  {count} x {kind}")
+        console.print(f"  {count} x {kind}: {kind.consequence}")
 
 
 def _table_of_sizes(sides: Tensor, ious: Tensor) -> Table:

@@ -51,12 +51,14 @@ def evaluate(
 ) -> None:
     """Print a model's COCO metrics on a data set."""
     with one_sentence(), joined() as processes:
+        from retina_fast.data.check import warn_of_faults
         from retina_fast.data.metrics import plot_precision_recall
         from retina_fast.predict.evaluate import evaluate as run
 
         network, content = chosen_model(checkpoint, model, weights)
         with said_once(processes):
             data = open_data(json, images)
+            warn_of_faults(data)
         found = run(
             network,
             content.classes,

@@ -121,6 +121,8 @@ def train(
             data = open_data(json, images)
             warn_of_faults(data)
             validation = open_data(val_json, val_images, data.classes) if val_json else None
+            if validation:
+                warn_of_faults(validation)
         console = console_of(processes)
         try:
             file = run(

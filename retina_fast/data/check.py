@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +14,7 @@ from torch.utils.data import DataLoader
 from retina_fast.data.anchor_fit import AnchorFit
 from retina_fast.data.coco import CocoDataset, Tried
 from retina_fast.data.errors import ImageError
-from retina_fast.data.faults import (
-    UNUSABLE,
-    Fault,
-    Kind,
-    Size,
-    box_fault,
-    corners,
-    entry_faults,
-    look_alikes,
-    place,
-    sizes_of,
-    twins,
-)
+from retina_fast.data.faults import LEFT_OUT, Fault, Kind, Size, corners, place, spelling, twins
 from retina_fast.data.processes import WORKERS
 from retina_fast.data.progress import tracked
 from retina_fast.data.voc import read_annotations
@@ -86,65 +74,48 @@ def check(
     """
     checked = Checked()
 
-    def report(kind: Kind, where: str, what: str) -> None:
-        checked.faults[kind] += 1
-        found(Fault(kind, where, what))
+    def report(fault: Fault) -> None:
+        checked.faults[fault.kind] += 1
+        found(fault._replace(where=f"{fault.where} ({fault.image})") if fault.image else fault)
 
-    content, folder = read_annotations(annotations, images, problem=lambda text: report(Kind.FILE, text, ""))
-    source = str(annotations)
-    for fault in [*entry_faults(content, source), *look_alikes(content, source)]:
-        report(*fault)
-    first = {record["id"]: record for record in reversed(content["images"])}  # of those with the same id
-    content["images"] = list(reversed(first.values()))
-    sizes = _read_images(annotations, folder, content, workers, console, report)
-    checked.images = len(sizes)
+    content, folder = read_annotations(annotations, images, found=report)
+    data = CocoDataset(annotations, folder, content, found=report)
+    checked.images = len(data)
+    readable = _readable(data, workers, console, report)
 
-    files = {record["id"]: record["file_name"] for record in content["images"]}
-    classes = {category["id"]: str(category["name"]) for category in content["categories"]}
+    files = {record["id"]: record["file_name"] for record in data.images}
+    classes = dict(zip(data.category_ids, data.classes, strict=True))
+    boxes = [box for box in data.coco["annotations"] if not box["iscrowd"]]
+    checked.objects = Counter(classes[box["category_id"]] for box in boxes)
+    boxes += [box for fault, box in data.left_out if fault.kind == Kind.OUTSIDE and not box["iscrowd"]]
 
-    def name(annotation: Annotation) -> str:
-        file = files.get(annotation.get("image_id"))
-        return place(source, annotation) + (f" ({file})" if file else "")
+    def report_box(kind: Kind, box: Annotation, what: str) -> None:
+        report(Fault(kind, place(str(annotations), box), f"with bbox {box['bbox']} {what}", files[box["image_id"]]))
 
-    boxes = []
-    for annotation in content["annotations"]:
-        wrong = box_fault(annotation, sizes, classes)
-        if wrong:
-            report(wrong.kind, name(annotation), wrong.what)
-        if (wrong is None or wrong.kind not in UNUSABLE) and not annotation.get("iscrowd"):
-            boxes.append(annotation)
     for kind, later, earlier in twins(boxes):
         other = ", of another class" if kind == Kind.TWO_LABELS else ""
-        report(kind, name(later), f"with bbox {later['bbox']} is the same box as {place(source, earlier)}{other}")
-
-    checked.objects = Counter(classes[box["category_id"]] for box in boxes)
-    _compare_with_anchors(
-        checked, AnchorFit(model), boxes, sizes, lambda box, what: report(Kind.UNTOUCHED, name(box), what)
-    )
+        report_box(kind, later, f"is the same box as {place(str(annotations), earlier)}{other}")
+    by_size = defaultdict(list)
+    for box in boxes:
+        if box["image_id"] in readable and (size := data.sizes[box["image_id"]]):
+            by_size[size].append(box)
+    _compare_with_anchors(checked, AnchorFit(model), by_size, report_box)
     return checked
 
 
 def _compare_with_anchors(
     checked: Checked,
     fit: AnchorFit,
-    boxes: Iterable[Annotation],
-    sizes: Mapping[Any, Size | None],
-    untouched: Callable[[Annotation, str], None],
+    by_size: Mapping[Size, list[Annotation]],
+    report: Callable[[Kind, Annotation, str], None],
 ) -> None:
-    """Fills in `shapes`, `ious` and `anchors`, from the boxes of the images whose size is known.
-
-    Calls `untouched` with each box that touches no anchor.
-    """
-    by_size = defaultdict(list)
-    for box in boxes:
-        if size := sizes[box["image_id"]]:
-            by_size[size].append(box)
+    """Fills in `shapes`, `ious` and `anchors`, from the boxes by the size of their image; reports untouched ones."""
     shapes, best = [checked.shapes], [checked.ious]
     for size, group in by_size.items():
         ious = fit.best_ious(corners(group).float(), size)
         for row in (ious == 0).nonzero().flatten().tolist():
             rule = "every anchor that touches no other box would be foreground for it"
-            untouched(group[row], f"with bbox {group[row]['bbox']} touches no anchor: {rule}")
+            report(Kind.UNTOUCHED, group[row], f"touches no anchor: {rule}")
         resized = fit.resized(corners(group).float(), size)
         shapes.append(resized[:, 2:] - resized[:, :2])
         best.append(ious)
@@ -152,33 +123,24 @@ def _compare_with_anchors(
     checked.shapes, checked.ious = torch.cat(shapes), torch.cat(best)
 
 
-def _read_images(
-    annotations: Path,
-    folder: Path,
-    content: dict[str, Any],
-    workers: int,
-    console: "Console | None",
-    report: Callable[[Kind, str, str], None],
-) -> dict[Any, Size | None]:
-    """The size of each image by its id: the size in the file, or else the image's own; None if both are unknown.
-
-    Images that cannot be read, or have another size, are reported.
-    """
-    sizes = sizes_of(content)
-    records = content["images"]
-    data = CocoDataset(annotations, folder, {"images": records, "annotations": [], "categories": []})
-    loader: DataLoader = DataLoader(Tried(data), batch_size=None, collate_fn=_size, num_workers=workers)
-    read = tracked(loader, "Reading images", len(records), console)
-    for record, size in zip(records, read, strict=True):
-        if isinstance(size, ImageError):
-            report(Kind.IMAGE, "", str(size))
+def _readable(
+    data: CocoDataset, workers: int, console: "Console | None", report: Callable[[Fault], None]
+) -> set[int | str]:
+    """The ids of the images that can be read and have the size in the file; the others are reported."""
+    loader: DataLoader = DataLoader(Tried(data), batch_size=None, collate_fn=_problem, num_workers=workers)
+    readable = set()
+    problems = tracked(loader, "Reading images", len(data), console)
+    for record, problem in zip(data.images, problems, strict=True):
+        if problem:
+            report(Fault(Kind.IMAGE, problem, ""))
         else:
-            sizes[record["id"]] = size
-    return sizes
+            readable.add(record["id"])
+    return readable
 
 
-def _size(sample: Any) -> Size | ImageError:
-    return sample if isinstance(sample, ImageError) else (sample[0].shape[1], sample[0].shape[2])
+def _problem(sample: Any) -> str:
+    """Why an image could not be read; empty if it could."""
+    return str(sample) if isinstance(sample, ImageError) else ""
 
 
 def plot_sizes(checked: Checked, file: Path) -> None:
@@ -204,15 +166,55 @@ def plot_sizes(checked: Checked, file: Path) -> None:
 def warn_of_faults(data: CocoDataset) -> None:
     """Warn, once, of the faults in the annotations of a data set that can be seen without reading its images.
 
+    Boxes that are left out are not among them, since the data set has warned of these.
+
     Example::
 
         >>> warn_of_faults(dataset)  # doctest: +SKIP
     """
-    sizes, categories = sizes_of(data.coco), set(data.category_ids)
-    annotations = data.coco["annotations"]
-    kinds = Counter(fault.kind for fault in entry_faults(data.coco, ""))
-    kinds += Counter(fault.kind for box in annotations if (fault := box_fault(box, sizes, categories)))
-    kinds += Counter(kind for kind, *_ in twins(annotations))
+    kinds = Counter(fault.kind for fault in data.faults if fault.kind not in LEFT_OUT)
+    kinds += Counter(kind for kind, *_ in twins(data.coco["annotations"]))
     if kinds:
         faults = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
         warnings.warn(f"{data.json_file}: {faults}: `retina-fast check` names them", stacklevel=2)
+
+
+_NO_CLASS = ("__background__", "N/A")  # labels of torchvision's weights that stand for no class
+
+
+def warn_of_other_classes(classes: Sequence[str], data: CocoDataset) -> None:
+    """Warn of classes that a model and the data it is evaluated on do not share: they are found by name.
+
+    Args:
+        classes: the names of the model's classes.
+        data: the images and their true boxes.
+
+    Example::
+
+        >>> warn_of_other_classes(["Tree"], dataset)  # doctest: +SKIP
+    """
+    labels = Counter(box["category_id"] for box in data.coco["annotations"] if not box["iscrowd"])
+    counts = {name: labels[number] for name, number in zip(data.classes, data.category_ids, strict=True)}
+    lacking = {name: counts[name] for name in data.classes if name not in classes}
+    unknown = [f"{name} ({count} box{'es' * (count != 1)})" for name, count in lacking.items()]
+    unused = [name for name in classes if name not in (*counts, *_NO_CLASS)]
+    if unknown:
+        warnings.warn(
+            f"{data.json_file} has classes that the model does not find, so that their boxes count as missed: "
+            f"{_listed(unknown)}",
+            stacklevel=2,
+        )
+    if unused:
+        warnings.warn(
+            f"the model finds classes that {data.json_file} does not have, so that these detections do not count: "
+            f"{_listed(unused)}",
+            stacklevel=2,
+        )
+    for name in unused:
+        for other in data.classes:
+            if other not in classes and spelling(other) == spelling(name):
+                warnings.warn(f"the model's {name!r} and the data's {other!r} are probably one class", stacklevel=2)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

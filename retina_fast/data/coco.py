@@ -1,16 +1,22 @@
 """Data sets in the COCO format: a JSON file of annotations, and the folder of the images that it names."""
 
+import contextlib
 import copy
+import io
 import json
+import os
 import re
+import unicodedata
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
@@ -18,10 +24,18 @@ from torchvision import tv_tensors
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
+from retina_fast.data.encodings import encoding_of
+from retina_fast.data.entries import Found, clean, refuse
 from retina_fast.data.errors import ImageError, UserError
-from retina_fast.data.faults import LEFT_OUT, REFUSED, Kind, box_fault, corners, entry_faults, place, sizes_of
+from retina_fast.data.faults import LEFT_OUT, Fault, Size, box_fault, corners, place
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
+"""What the names of image files usually end in. Which kind a file is of, its content decides."""
+
+_BY_TORCHVISION = (b"\xff\xd8\xff", b"GIF8")  # how JPEG and GIF begin
+# torchvision's decoder of PNG (0.29) ends the process on most damaged files; it ignores the orientation of a WebP, and
+# reads none of the others.
+_BY_PILLOW = ("WEBP", "TIFF", "BMP", "AVIF")
 
 Sample = tuple[Tensor, dict[str, Any]]
 
@@ -29,8 +43,9 @@ Sample = tuple[Tensor, dict[str, Any]]
 def read_image(path: Path) -> Tensor:
     """Decode an image file to RGB, (3, H, W) uint8, turned upright by its EXIF orientation.
 
-    It reads JPEG (grey, RGB, CMYK), PNG (grey, palette, RGB, with or without alpha, 1 to 16 bits), WebP and GIF (its
-    first picture). Alpha is dropped; of 16 bits the upper 8 are kept.
+    The content decides which kind it is, not the name. It reads JPEG (grey, RGB, CMYK), PNG (grey, palette, RGB, with
+    or without alpha, 1 to 16 bits), WebP, GIF, TIFF, BMP, and AVIF where Pillow does. Of several pictures in a file it
+    reads the first. Alpha is dropped; of 16 bits the upper 8 are kept.
 
     Raises:
         ImageError: if the file is missing or cannot be decoded; the message names it.
@@ -40,19 +55,55 @@ def read_image(path: Path) -> Tensor:
         >>> read_image(Path("photo.jpg")).shape  # doctest: +SKIP
         torch.Size([3, 480, 640])
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ImageError(f"{path}: no such image file")
     try:
-        if path.suffix.lower() == ".webp":  # torchvision ignores the orientation of a WebP.
-            with Image.open(path) as picture:
-                return F.pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))
-        image = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-    except (RuntimeError, OSError) as error:
-        reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])
+        content = path.read_bytes()
+        if not content:
+            raise ValueError("an image file must be non empty")
+        if not content.startswith(_BY_TORCHVISION):
+            return _decode_by_pillow(content)
+        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+    except Exception as error:  # A damaged file may make a decoder raise anything.
+        reason = getattr(error, "strerror", None) or re.sub(r"^.*\.cpp:\d+, ", "", f"{error}\n".splitlines()[0])
         raise ImageError(f"{path}: not a readable image ({reason})") from error
-    if image.ndim == 4:  # An animated GIF is decoded to all its frames.
-        image = image[0]
-    return F.to_dtype(image, torch.uint8, scale=True)  # A 16-bit PNG is decoded to uint16.
+    return image[0] if image.ndim == 4 else image  # An animated GIF is decoded to all its frames.
+
+
+def _decode_by_pillow(content: bytes) -> Tensor:
+    """The first picture in a file of a kind that is not left to torchvision, RGB (3, H, W) uint8."""
+    with _opened(content) as opened:
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith("I;16") or (picture.mode == "I" and opened.format == "PNG"):
+            return torch.from_numpy((np.asarray(picture) >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
+        if picture.mode in ("I", "F"):
+            raise ValueError("its pixels are numbers of 32 bits, whose range is unknown: convert it to 8 bits")
+        return F.pil_to_tensor(picture.convert("RGB"))
+
+
+def _opened(content: bytes) -> Image.Image:
+    """A picture whose head alone is read. `Image.open` would refuse a PNG of more than 179 million pixels."""
+    if content.startswith(b"\x89PNG"):
+        return PngImageFile(io.BytesIO(content))
+    Image.init()
+    try:
+        return Image.open(io.BytesIO(content), formats=[kind for kind in _BY_PILLOW if kind in Image.OPEN])
+    except UnidentifiedImageError:
+        raise ValueError("cannot identify image file: no JPEG, PNG, WebP, GIF, TIFF, BMP or AVIF") from None
+
+
+_ORIENTATION = 0x0112  # the EXIF tag; from 5 on, turning upright exchanges width and height
+
+
+def _turned(path: Path) -> tuple[Size, bool]:
+    """The size of an image file, turned upright, and whether turning exchanges width and height; its head is read."""
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:  # Pillow's, which name no file
+        width, height = picture.size
+        if isinstance(picture, TiffImageFile):  # Newer versions of Pillow give its size turned.
+            width, height = picture.tag_v2[256], picture.tag_v2[257]
+        turned = picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return ((width, height) if turned else (height, width)), turned
 
 
 class CocoDataset(Dataset[Sample]):
@@ -64,15 +115,21 @@ class CocoDataset(Dataset[Sample]):
     are left out with a warning that names them.
 
     Args:
-        json_file: the annotations; `images`, `annotations` and `categories` as in COCO.
+        json_file: the annotations; `images`, `annotations` and `categories` as in COCO, in any of the forms that
+            :func:`retina_fast.data.entries.clean` takes.
         folder: where the images are.
         content: the annotations, if `json_file` has been read already or has another format.
+        found: called with each fault of the annotations; by default, those that refuse the file are raised.
 
     Attributes:
         classes: K class names.
-        category_ids: their K category ids in the file.
-        images: the file's entries of the images, in the order of the items.
-        coco: the file's content for an evaluation, without the boxes that are left out and without masks.
+        category_ids: their K category ids: those in the file, or 1 to K if it has others than numbers.
+        images: the entries of the images, in the order of the items.
+        coco: the content for an evaluation, in one form and without the boxes that are left out.
+        sizes: (height, width) of each image by its id: as the file says, else from the image's head; None if neither
+            gives it.
+        faults: what is wrong with the annotations and does not refuse them.
+        left_out: the boxes that are left out, each with its fault.
 
     Raises:
         UserError: if the file is missing or not a COCO file. The message names the faulty entry.
@@ -84,17 +141,36 @@ class CocoDataset(Dataset[Sample]):
         >>> image, target = dataset[0]  # doctest: +SKIP
     """
 
-    def __init__(self, json_file: str | Path, folder: str | Path, content: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        json_file: str | Path,
+        folder: str | Path,
+        content: dict[str, Any] | None = None,
+        found: Found = refuse,
+    ) -> None:
         self.json_file, self.folder = Path(json_file), Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: no such folder of images")
-        self.coco = read_json(self.json_file) if content is None else content
-        categories = sorted(self.coco["categories"], key=lambda category: category["id"])
-        self.classes = [str(category["name"]) for category in categories]
-        self.category_ids = [int(category["id"]) for category in categories]
+        self.faults: list[Fault] = []
+        self.left_out: list[tuple[Fault, dict[str, Any]]] = []
+
+        def note(fault: Fault) -> None:
+            found(fault)
+            self.faults.append(fault)
+
+        content = read_json(self.json_file) if content is None else content
+        self.coco = clean(content, str(self.json_file), note)
+        self.classes: list[str] = [category["name"] for category in self.coco["categories"]]
+        self.category_ids: list[int] = [category["id"] for category in self.coco["categories"]]
         self.images: list[dict[str, Any]] = self.coco["images"]
-        self.coco["annotations"] = self._usable(self.coco["annotations"])
+        self.sizes = {record["id"]: self._size(record) for record in self.images}
+        self.coco["annotations"] = self._usable(self.coco["annotations"], note)
         self._boxes, self._labels, self._ends = self._targets(self.coco["annotations"])
+        if self.left_out and found is refuse:
+            names = [fault.where.removeprefix(f"{self.json_file}: ") for fault, _ in self.left_out]
+            what = f"{len(names)} boxes without an extent or outside their image are left out"
+            more = ", ..." if len(names) > 10 else ""
+            warnings.warn(f"{self.json_file}: {what}: {', '.join(names[:10])}{more}", stacklevel=2)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -104,8 +180,7 @@ class CocoDataset(Dataset[Sample]):
         image = read_image(self.path(index))
         size = (record.get("height", image.shape[1]), record.get("width", image.shape[2]))
         if size != tuple(image.shape[1:]):
-            given = f"{self.json_file} says {size[1]}x{size[0]}"
-            raise ImageError(f"{self.path(index)}: is {image.shape[2]}x{image.shape[1]}, but {given}")
+            raise ImageError(self._other_size(self.path(index), size, (image.shape[1], image.shape[2])))
         rows = slice(*self._ends[index : index + 2].tolist())
         target = {
             "boxes": tv_tensors.BoundingBoxes(self._boxes[rows].clone(), format="XYXY", canvas_size=size),
@@ -117,7 +192,35 @@ class CocoDataset(Dataset[Sample]):
 
     def path(self, index: int) -> Path:
         """The file of image `index`."""
-        return self.folder / self.images[index]["file_name"]
+        return self._path(self.images[index])
+
+    def _path(self, record: dict[str, Any]) -> Path:
+        """The file of an image. Where none has its name, Windows' separators and Unicode's other spelling are tried."""
+        name = record["file_name"]
+        spellings = [name.replace("\\", "/"), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+        others = (self.folder / spelling for spelling in spellings if spelling != name)
+        path = self.folder / name
+        return path if os.path.isfile(path) else next(filter(os.path.isfile, others), path)
+
+    def _size(self, record: dict[str, Any]) -> Size | None:
+        """(height, width) of an image, as the file says or else as the image's head says; None if neither does."""
+        if "height" in record and "width" in record:
+            return record["height"], record["width"]
+        try:
+            return _turned(self._path(record))[0]
+        except Exception:  # A damaged file may make Pillow raise anything.
+            return None
+
+    def _other_size(self, path: Path, given: Size, found: Size) -> str:
+        """The words for an image that has not the size that the annotations give."""
+        is_, says = (f"{width}x{height}" for height, width in (found, given))
+        with contextlib.suppress(Exception):
+            if given == found[::-1] and _turned(path)[1]:
+                return (
+                    f"{path}: is {is_} once its EXIF orientation has turned it upright, but {self.json_file} gives its "
+                    f"size before turning, {says}: exchange width and height there, and see that its boxes are upright"
+                )
+        return f"{path}: is {is_}, but {self.json_file} says {says}"
 
     def with_objects(self) -> "CocoDataset":
         """The same data set without the images that have no box to learn from.
@@ -137,34 +240,25 @@ class CocoDataset(Dataset[Sample]):
     def aspects(self) -> list[int]:
         """The group of each image by its aspect ratio, as torchvision groups them: in steps of a factor 2 ** (1/3).
 
-        An image whose size the file does not give counts as a square.
+        An image whose size is not known counts as a square.
         """
         edges = [2 ** (i / 3) for i in range(-3, 4)]
-        sizes = [(record.get("height"), record.get("width")) for record in self.images]
-        return [bisect_right(edges, height / width if height and width else 1.0) for height, width in sizes]
+        sizes = (self.sizes[record["id"]] or (1, 1) for record in self.images)
+        return [bisect_right(edges, height / width) for height, width in sizes]
 
-    def _usable(self, annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The annotations that have a box to learn from, each with an id, an area and a crowd flag.
-
-        A warning names those that are left out.
-        """
-        for broken in entry_faults(self.coco, str(self.json_file)):
-            if broken.kind == Kind.FILE:
-                raise UserError(str(broken))
-        sizes, categories = sizes_of(self.coco), set(self.category_ids)
-        kept, skipped = [], []
+    def _usable(self, annotations: list[dict[str, Any]], note: Found) -> list[dict[str, Any]]:
+        """The annotations that have a box to learn from; the others become `left_out`."""
+        kept = []
+        files = {record["id"]: record["file_name"] for record in self.images}
         for annotation in annotations:
-            fault = box_fault(annotation, sizes, categories)
-            if fault and fault.kind in REFUSED:
-                raise UserError(f"{place(str(self.json_file), annotation)} {fault.what}")
-            if fault and fault.kind in LEFT_OUT:
-                skipped.append(annotation.get("source", f"annotation {annotation['id']}"))
-            else:
-                kept.append({"iscrowd": 0, "area": annotation["bbox"][2] * annotation["bbox"][3]} | annotation)
-        if skipped:
-            names = ", ".join(skipped[:10]) + (", ..." if len(skipped) > 10 else "")
-            what = f"{len(skipped)} boxes without an extent or outside their image are left out"
-            warnings.warn(f"{self.json_file}: {what}: {names}", stacklevel=3)
+            image_id = annotation["image_id"]
+            if wrong := box_fault(annotation["bbox"], self.sizes[image_id]):
+                fault = Fault(wrong[0], place(str(self.json_file), annotation), wrong[1], files[image_id])
+                note(fault)
+                if fault.kind in LEFT_OUT:
+                    self.left_out.append((fault, annotation))
+                    continue
+            kept.append(annotation)
         return kept
 
     def _targets(self, annotations: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,17 +309,10 @@ def plain(sample: Any) -> Any:
     return tuple(tree_map_only(tv_tensors.TVTensor, lambda tensor: tensor.as_subclass(Tensor), sample))
 
 
-def refuse(problem: str) -> None:
-    """Raise a UserError for a broken entry: how files are read where the caller gives no function of its own."""
-    raise UserError(problem)
+def read_json(path: Path) -> dict[str, Any]:
+    """The lists of a COCO detection file as they are written, but without the masks of its objects.
 
-
-def read_json(path: Path, problem: Callable[[str], None] = refuse) -> dict[str, Any]:
-    """The content of a COCO detection file, without the masks of its objects, which are the largest part of it.
-
-    Args:
-        path: the file.
-        problem: called with a message for each entry that lacks something; if it returns, the entry is left out.
+    Masks are the largest part of it. The file may be in UTF-8, UTF-16 or UTF-32, with a byte order mark or without.
 
     Raises:
         UserError: if the file is missing, or not a COCO detection file.
@@ -236,28 +323,21 @@ def read_json(path: Path, problem: Callable[[str], None] = refuse) -> dict[str, 
         'person'
     """
     try:
-        content = json.loads(path.read_text(), object_hook=_without_mask)
+        content = json.loads(path.read_text(encoding=encoding_of(path)), object_hook=_without_mask)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not a COCO detection file: its brackets are nested too deeply") from error
     except ValueError as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
-    for key, needed in {"images": ("id", "file_name"), "annotations": (), "categories": ("id", "name")}.items():
-        entries = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"{path}: not a COCO detection file: it has no list called {key!r}")
-        whole = []
-        for entry in entries:
-            missing = [field for field in needed if field not in entry] if isinstance(entry, dict) else ["fields"]
-            if missing:
-                problem(f"{path}: an entry of {key!r} has no {missing[0]!r}: {entry}")
-            else:
-                whole.append(entry)
-        content[key] = whole
-    if not content["images"] or not content["categories"]:
-        raise UserError(f"{path}: lists no {'categories' if content['images'] else 'images'}")
     return content
 
 
 def _without_mask(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry without its mask, and without a `source`, a word by which readers of other formats name an entry."""
     entry.pop("segmentation", None)
+    entry.pop("source", None)
     return entry

@@ -19,7 +19,13 @@ _SAME = 0.5  # px: boxes whose sides all differ by at most this much count as th
 
 
 class Kind(StrEnum):
-    """The kinds of faults. A data set refuses those in `REFUSED` and leaves out those in `LEFT_OUT`."""
+    """The kinds of faults. A data set refuses those in `REFUSED` and leaves out those in `LEFT_OUT`.
+
+    Example::
+
+        >>> Kind.OUTSIDE.consequence
+        'left out'
+    """
 
     FILE = "broken entry"
     LABEL = "wrong label"
@@ -31,15 +37,22 @@ class Kind(StrEnum):
     TWO_LABELS = "box with two labels"
     UNTOUCHED = "box that no anchor touches"
     TWICE = "image listed twice"
+    SPELLING = "class spelled almost as another"
+
+    @property
+    def consequence(self) -> str:
+        """What `train` and `evaluate` do about it."""
+        if self in REFUSED:
+            return "training and evaluation refuse the file"
+        return "left out" if self in LEFT_OUT else "kept"
 
 
 REFUSED = frozenset({Kind.FILE, Kind.LABEL})
-LEFT_OUT = frozenset({Kind.DEGENERATE, Kind.OUTSIDE})
-UNUSABLE = REFUSED | {Kind.DEGENERATE}  # No other rule can be applied to such a box.
+LEFT_OUT = frozenset({Kind.DEGENERATE, Kind.OUTSIDE, Kind.IMAGE})
 
 
 class Fault(NamedTuple):
-    """A fault and its place.
+    """A fault, its place, and the image that it concerns, if it concerns one.
 
     Example::
 
@@ -50,6 +63,7 @@ class Fault(NamedTuple):
     kind: Kind
     where: str
     what: str
+    image: str = ""
 
     def __str__(self) -> str:
         return f"{self.where} {self.what}".strip()
@@ -58,46 +72,29 @@ class Fault(NamedTuple):
 Size = tuple[int, int]  # height, width
 
 
-def sizes_of(content: Mapping[str, Any]) -> dict[Any, Size | None]:
-    """The size of each image by its id; None where the file does not say."""
-    return {
-        record["id"]: (record["height"], record["width"]) if record.get("height") and record.get("width") else None
-        for record in content["images"]
-    }
-
-
 def place(source: str, annotation: Mapping[str, Any]) -> str:
     """The words that name an annotation: its own `source`, or its id in the file `source`."""
     return annotation.get("source") or f"{source}: annotation {annotation['id']}"
 
 
-def entry_faults(content: Mapping[str, Any], source: str) -> Iterator[Fault]:
-    """Entries with the same id or name. Annotations without an id are given one."""
-    for number, annotation in enumerate(content["annotations"], start=1):
-        annotation.setdefault("id", number)
-    for key in ("images", "annotations", "categories"):
-        yield from _repeated(content[key], "id", Kind.FILE, f"{source}: {key}")
-    yield from _repeated(content["images"], "file_name", Kind.TWICE, f"{source}: images")
-    yield from _repeated(content["categories"], "name", Kind.LABEL, f"{source}: categories")
+def spelling(name: str) -> str:
+    """The name of a class without case, spaces and underscores: names that share it are probably one class.
+
+    Example::
+
+        >>> spelling("Palm_Tree") == spelling("palm tree")
+        True
+    """
+    return "".join(name.lower().replace("_", " ").split())
 
 
-def _repeated(entries: Sequence[Mapping[str, Any]], field: str, kind: Kind, where: str) -> Iterator[Fault]:
-    seen = set()
-    for entry in entries:
-        value = entry[field]
-        if value in seen:
-            yield Fault(kind, where, f"have the {field.replace('_', ' ')} {value!r} more than once")
-        seen.add(value)
-
-
-def look_alikes(content: Mapping[str, Any], source: str) -> Iterator[Fault]:
+def look_alikes(names: Iterable[str], source: str) -> Iterator[Fault]:
     """Classes whose names differ only in case, spaces or underscores: one of them is probably a mistake."""
-    names: dict[str, str] = {}
-    for category in content["categories"]:
-        name = str(category["name"])
-        other = names.setdefault("".join(name.lower().replace("_", " ").split()), name)
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(spelling(name), name)
         if other != name:
-            yield Fault(Kind.LABEL, f"{source}: class {name!r}", f"is spelled almost as {other!r}")
+            yield Fault(Kind.SPELLING, f"{source}: class {name!r}", f"is spelled almost as {other!r}")
 
 
 def corners(annotations: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -107,36 +104,28 @@ def corners(annotations: Sequence[Mapping[str, Any]]) -> Tensor:
     return boxes
 
 
-def box_fault(annotation: Mapping[str, Any], sizes: Mapping[Any, Size | None], categories: Any) -> Fault | None:
-    """What is wrong with one annotation by itself, if anything; the caller fills in the place.
+def box_fault(box: Sequence[float], size: Size | None) -> tuple[Kind, str] | None:
+    """What is wrong with the place of a box, if anything: the kind of fault, and the words for it.
 
     Args:
-        annotation: with `bbox` x, y, width, height in pixels.
-        sizes: (height, width) of each image by its id.
-        categories: the ids of the classes.
+        box: x, y, width and height in pixels.
+        size: (height, width) of its image; None if it is unknown.
 
     Example::
 
-        >>> box_fault({"image_id": 1, "category_id": 3, "bbox": [90, 10, 20, 20]}, {1: (96, 96)}, {3}).what
+        >>> box_fault([90, 10, 20, 20], (96, 96))[1]
         'with bbox [90, 10, 20, 20] reaches out of its image of 96x96'
     """
-    image_id, box = annotation.get("image_id"), annotation.get("bbox")
-    if image_id not in sizes:
-        return Fault(Kind.FILE, "", f"belongs to image {image_id}, which the file does not list")
-    if annotation.get("category_id") not in categories:
-        return Fault(Kind.LABEL, "", f"has category {annotation.get('category_id')}, which the file does not list")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
-        return Fault(Kind.FILE, "", f"has bbox {box}; four numbers, x, y, width and height, are expected")
     x1, y1, x2, y2 = array("f", (box[0], box[1], box[0] + box[2], box[1] + box[3]))  # as in training, float32
     if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 <= x1 or y2 <= y1:
-        return Fault(Kind.DEGENERATE, "", f"has bbox {box}, which has no extent")
-    if (size := sizes[image_id]) is None:
+        return Kind.DEGENERATE, f"has bbox {box}, which has no extent"
+    if size is None:
         return None
     height, width = size
     if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-        return Fault(Kind.OUTSIDE, "", f"with bbox {box} lies outside its image of {width}x{height}")
+        return Kind.OUTSIDE, f"with bbox {box} lies outside its image of {width}x{height}"
     if min(x1, y1) < -_SLACK or x2 > width + _SLACK or y2 > height + _SLACK:
-        return Fault(Kind.CUT, "", f"with bbox {box} reaches out of its image of {width}x{height}")
+        return Kind.CUT, f"with bbox {box} reaches out of its image of {width}x{height}"
     return None
 
 

@@ -5,17 +5,27 @@ and becomes x 0, width 10. Objects marked as difficult become crowd regions: as 
 neither for nor against a detector, and nothing is learnt from them.
 """
 
+import codecs
+import contextlib
+import re
+import unicodedata
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from retina_fast.data.coco import IMAGE_SUFFIXES, CocoDataset, read_json, refuse
+from retina_fast.data.coco import IMAGE_SUFFIXES, CocoDataset, read_json
+from retina_fast.data.encodings import encoding_of
+from retina_fast.data.entries import Found, as_name, as_number, refuse
 from retina_fast.data.errors import UserError
+from retina_fast.data.faults import Fault, Kind
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_DECLARED = re.compile(rb"""\s*<\?xml[^>]*?\bencoding\s*=\s*["']([\w.:-]+)["']""")
+_CHINESE = ("gb2312", "gbk")  # Programs that declare these write any character of gb18030, which contains both.
+_LITTER = ("thumbs.db", "desktop.ini", "__macosx")  # which Windows and macOS leave in folders and archives
 
 
 def open_data(
@@ -45,13 +55,13 @@ def read_annotations(
     annotations: Path,
     images: Path | None,
     classes: Sequence[str] | None = None,
-    problem: Callable[[str], None] = refuse,
+    found: Found = refuse,
 ) -> tuple[dict[str, Any], Path]:
-    """The annotations in the COCO format, and the folder of the images.
+    """The annotations in the COCO format, as they are written, and the folder of the images.
 
     Args:
         annotations, images, classes: as of :func:`open_data`.
-        problem: called with a message for each broken entry; if it returns, the entry is left out.
+        found: called with each file or object of Pascal VOC that cannot be read; if it returns, that is left out.
 
     Raises:
         UserError: if there is nothing to read, or a .json file comes without a folder of images.
@@ -60,18 +70,18 @@ def read_annotations(
 
         >>> content, folder = read_annotations(Path("VOC2012"), None)  # doctest: +SKIP
     """
-    if annotations.is_dir() or annotations.suffix == ".txt":
-        return read_voc(annotations, images, classes, problem)
+    if annotations.is_dir() or annotations.suffix.lower() == ".txt":
+        return read_voc(annotations, images, classes, found)
     if images is None:
         raise UserError(f"{annotations}: give the folder of its images, too, as --images or --val-images")
-    return read_json(annotations, problem), images
+    return read_json(annotations), images
 
 
 def read_voc(
     path: Path,
     images: Path | None = None,
     classes: Sequence[str] | None = None,
-    problem: Callable[[str], None] = refuse,
+    found: Found = refuse,
 ) -> tuple[dict[str, Any], Path]:
     """Pascal VOC files as the content of a COCO file, and the folder of their images.
 
@@ -81,8 +91,8 @@ def read_voc(
         images: the folder of the images, if it is another one.
         classes: the class names in the order of their labels; by default all names that occur in the folder, in a
             split or not, sorted.
-        problem: called with a message for each file that cannot be read and each broken object; if it returns, that
-            image or object is left out.
+        found: called with each file that cannot be read and each broken object; if it returns, that image or object is
+            left out.
 
     Raises:
         UserError: if there are no such files.
@@ -96,7 +106,9 @@ def read_voc(
     root = path if path.is_dir() else path.parents[2 if path.parent.parent.name == "ImageSets" else 0]
     folder = root / "Annotations" if (root / "Annotations").is_dir() else root
     images = images or (root / "JPEGImages" if (root / "JPEGImages").is_dir() else folder)
-    trees = {file.stem: _parsed(file, problem) for file in sorted(folder.glob("*.xml"))}
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = {_composed(file.stem): file for file in inside if file.suffix.lower() == ".xml" and _counts(file)}
+    trees = {stem: _parsed(file, found) for stem, file in files.items()}
     if not trees:
         raise UserError(f"{folder}: holds no .xml file of Pascal VOC")
     wanted = list(trees) if path.is_dir() else _split(path, trees)
@@ -104,25 +116,28 @@ def read_voc(
         items = (item for tree in trees.values() if tree is not None for item in tree.iter("object"))
         classes = sorted({name for name in map(_name, items) if name})
     ids = {name: number for number, name in enumerate(classes, start=1)}
+    pictures = _Pictures(file.name for file in images.iterdir()) if images.is_dir() else _Pictures([])
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, stem in enumerate(wanted, start=1):
-        file = folder / f"{stem}.xml"
+        file = files.get(stem, folder / f"{stem}.xml")
         tree = trees.get(stem)
         if stem not in trees:
-            problem(f"{file}: no such file, but {path} names it")
+            found(Fault(Kind.FILE, f"{file}: no such file,", f"but {path} names it"))
         if tree is None:
             continue
-        records.append({"id": image_id, "file_name": _image_name(images, stem, tree)} | _size(tree))
+        sides = {side: tree.findtext(f"size/{side}", "").strip() for side in ("width", "height")}
+        named = tree.findtext("filename", "").strip()
+        records.append({"id": image_id, "file_name": pictures.of(stem, named), "source": str(file)} | sides)
         for number, item in enumerate(tree.iter("object"), start=1):
             source, name, bbox = f"{file}: object {number}", _name(item), _bbox(item)
             if name not in ids:
-                problem(f"{source} is a {name!r}, not one of {', '.join(classes)}")
+                found(Fault(Kind.LABEL, source, f"is a {name!r}, not one of {', '.join(classes)}"))
             elif bbox is None:
-                problem(f"{source} has no numbers as {', '.join(_CORNERS)} of its bndbox")
+                found(Fault(Kind.FILE, source, f"has no numbers as {', '.join(_CORNERS)} of its bndbox"))
             else:
-                crowd = int(item.findtext("difficult", "0").strip() == "1")
-                box = {"id": len(annotations) + 1, "image_id": image_id, "category_id": ids[name], "bbox": bbox}
+                crowd = item.findtext("difficult", "")
+                box = {"image_id": image_id, "category_id": ids[name], "bbox": bbox}
                 annotations.append(box | {"iscrowd": crowd, "source": source})
     if not records or not ids:
         raise UserError(f"{path}: lists no {'objects' if records else 'images'}")
@@ -134,50 +149,118 @@ def read_voc(
     return {"images": records, "annotations": annotations, "categories": categories}, images
 
 
-def _parsed(file: Path, problem: Callable[[str], None]) -> Element | None:
-    """The content of an .xml file; None if it is broken and `problem` returns."""
+def _counts(path: Path) -> bool:
+    """Whether a file is the data set's own: not macOS' `._name` beside each file, nor what Windows keeps in folders."""
+    return not path.name.startswith(".") and not any(part.lower() in _LITTER for part in path.parts)
+
+
+def _parsed(file: Path, found: Found) -> Element | None:
+    """The content of an .xml file; None if it is broken and `found` returns."""
     try:
-        tree = ElementTree.parse(file).getroot()
-    except (ElementTree.ParseError, OSError) as error:
-        problem(f"{file}: not an XML file ({error})")
+        tree = ElementTree.fromstring(_text(file))
+    except (ElementTree.ParseError, OSError, ValueError) as error:
+        found(Fault(Kind.FILE, f"{file}: not an XML file", f"({error})"))
+        return None
+    if tree.tag != "annotation":
+        found(Fault(Kind.FILE, f"{file}: not a file of Pascal VOC:", f"its root is <{tree.tag}>, not <annotation>"))
         return None
     return tree
 
 
-def _split(path: Path, known: Container[str]) -> list[str]:
-    """The names in a list of images. VOC's lists of one class have a second column, which is ignored."""
+def _text(file: Path) -> str:
+    """The text of an .xml file, in the encoding of its first bytes or else the one that it declares.
+
+    A file that is not in the encoding that it declares, or declares one that is not known, is read as UTF-8, which is
+    what most programs write whatever they declare.
+
+    Raises:
+        OSError, ValueError: if it cannot be read, or is in no such encoding.
+    """
+    content, encoding = file.read_bytes(), encoding_of(file)
+    declared = _DECLARED.match(content) if encoding == "utf-8" else None
+    name = declared.group(1).decode().lower() if declared else encoding
+    with contextlib.suppress(LookupError, UnicodeError):
+        # ASCII letters are there to be read, so that UTF-16 and UTF-32 cannot be what the file is in.
+        if not codecs.lookup(name).name.startswith(("utf-16", "utf-32")) or not declared:
+            return content.decode("gb18030" if name in _CHINESE else name)
+    return content.decode()
+
+
+def _split(path: Path, known: Collection[str]) -> list[str]:
+    """The names in a list of images, which may be those of their files. VOC's lists of a class have a second column."""
     try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding=encoding_of(path)).splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return list(dict.fromkeys(line if line in known else line.split()[0] for line in lines))
+    except UnicodeError as error:
+        raise UserError(f"{path}: is neither in UTF-8 nor in UTF-16 ({error})") from error
+    return list(dict.fromkeys(_listed(line, known) for line in lines if _counts(Path(_base(line)))))
+
+
+def _listed(line: str, known: Collection[str]) -> str:
+    """The annotation file, without its suffix, that a line of a list names: by itself, by its image, or by a path."""
+    words = [_composed(line), _composed(line).split()[0]]
+    names = [*words, *map(_base, words)]
+    stems = [name.rpartition(".")[0] for name in names if name.lower().endswith((*IMAGE_SUFFIXES, ".xml"))]
+    return next((name for name in names + stems if name in known), words[-1])
+
+
+def _composed(name: str) -> str:
+    """A name in Unicode's composed form: macOS spells an accent as a character of its own."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _base(name: str) -> str:
+    """The last part of a path, written with the separators of any system."""
+    return re.split(r"[\\/]", name)[-1]
 
 
 def _name(item: Element) -> str:
-    return item.findtext("name", "").strip()
+    """The name of an object's class."""
+    return as_name(item.findtext("name", "").strip()) or ""
 
 
-def _image_name(folder: Path, stem: str, tree: Element) -> str:
-    """The image that the file names, if it exists; else the one with the file's own name.
+class _Pictures:
+    """The images of a folder by their names, whatever case their suffixes have and however their accents are spelled.
 
-    Editors of annotations leave outdated names behind.
+    Args:
+        names: of the files in the folder.
     """
-    named = Path(tree.findtext("filename", "").strip()).name
-    suffixes = [case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper())]
-    names = [named, *(stem + suffix for suffix in suffixes)]
-    return next((name for name in names if name and (folder / name).is_file()), named or f"{stem}.jpg")
 
+    def __init__(self, names: Iterable[str]) -> None:
+        self.by_name = {_composed(name): name for name in names}
+        self.by_stem: dict[str, str] = {}
+        for suffix in IMAGE_SUFFIXES:
+            for name in sorted(self.by_name):
+                if name.lower().endswith(suffix) and _counts(Path(name)):
+                    self.by_stem.setdefault(Path(name).stem, self.by_name[name])
 
-def _size(tree: Element) -> dict[str, int]:
-    """The width and height of the image, those that the file gives."""
-    texts = {side: tree.findtext(f"size/{side}", "").strip() for side in ("width", "height")}
-    return {side: int(text) for side, text in texts.items() if text.isdecimal() and int(text) > 0}
+    def of(self, stem: str, named: str) -> str:
+        """The image of an annotation file.
+
+        Editors of annotations leave outdated names behind, so that an image with the annotation file's own name comes
+        before one that the file names, unless the two differ in their suffix alone.
+
+        Args:
+            stem: the name of the annotation file without its suffix, composed.
+            named: the name of the image, or its path on some machine, as the file gives it; it may be empty.
+        """
+        base = _composed(_base(named))
+        given = self.by_name.get(base) or self.by_stem.get(base)
+        if given and Path(base).stem == stem:
+            return given
+        return self.by_stem.get(stem) or given or base or f"{stem}.jpg"
 
 
 def _bbox(item: Element) -> list[float] | None:
     """x, y, width and height; None if the corners are not numbers."""
-    try:
-        x1, y1, x2, y2 = (float(item.findtext(f"bndbox/{corner}", "")) for corner in _CORNERS)
-    except ValueError:
+    corners = [as_number(item.findtext(f"bndbox/{corner}", "")) for corner in _CORNERS]
+    if None in corners:
         return None
-    return [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
+    x1, y1, x2, y2 = (float(corner) for corner in corners if corner is not None)
+    return [x1 - 1, y1 - 1, _extent(x1, x2), _extent(y1, y2)]
+
+
+def _extent(first: float, last: float) -> float:
+    """The number of pixels from the first to the last; negative if they are in the wrong order."""
+    return last - first + 1 if last >= first else last - first

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from retina_fast.data.check import warn_of_other_classes
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.metrics import CocoMetrics, as_results, coco_metrics
@@ -53,7 +54,8 @@ def evaluate(
 
     Args:
         model: a RetinaNet in evaluation mode.
-        classes: its K class names; they are found in the data by name.
+        classes: its K class names; they are found in the data by name. A warning names those that only one of the two
+            has.
         data: the images and their true boxes.
         max_detections: the most detections of an image that count; by default all that the model gives.
         workers: how many processes read images.
@@ -72,6 +74,8 @@ def evaluate(
     category_ids = [ids.get(name) for name in classes]
     if not any(name in ids for name in classes):
         raise UserError(f"the model finds {', '.join(classes)}; {data.json_file} has only {', '.join(data.classes)}")
+    if processes.first:
+        warn_of_other_classes(classes, data)
     share = processes.share(len(data))
     found: list[tuple[int, str | _Seen]] = []
     predicted = zip(share, predictions(model, data, workers, share), strict=True)
