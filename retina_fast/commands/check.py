@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from retina_fast.commands.shared import DEFAULT_MODEL, Images, Workers, console, one_sentence
+from retina_fast.data.outputs import check_plot
 from retina_fast.data.processes import WORKERS
 
 if TYPE_CHECKING:  # only when it runs does the command import what takes seconds
@@ -31,6 +32,9 @@ def check(
         from retina_fast.checkpoint import build
         from retina_fast.data.check import check as run
         from retina_fast.data.check import plot_sizes
+
+        if plot:
+            check_plot(plot, filter(None, (data, images)))
 
         def show(fault: object) -> None:
             console.print(str(fault), markup=False, soft_wrap=True, highlight=False)

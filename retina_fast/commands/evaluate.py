@@ -20,6 +20,7 @@ from retina_fast.commands.shared import (
     one_sentence,
     said_once,
 )
+from retina_fast.data.outputs import check_plot
 from retina_fast.data.processes import WORKERS, joined
 from retina_fast.data.voc import open_data
 
@@ -54,6 +55,8 @@ def evaluate(
         from retina_fast.data.metrics import plot_precision_recall
         from retina_fast.predict.evaluate import evaluate as run
 
+        if plot:
+            check_plot(plot, filter(None, (json, images)))
         network, content = chosen_model(checkpoint, model, weights)
         with said_once(processes):
             data = open_data(json, images)

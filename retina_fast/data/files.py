@@ -15,7 +15,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Before that, its content is flushed to the disk.
 
     Raises:
-        UserError: if it cannot be written, for example on a full disk. `path` then has its old content.
+        UserError: if it cannot be written, for example on a full disk. `path` then has its old content, as it has after
+            any other error, or Ctrl-C, in the block.
 
     Example::
 
@@ -33,8 +34,10 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(folder)  # The new name is flushed to the disk, too.
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError.
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save raises a RuntimeError.
+            raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}); what it held before is unharmed") from error
