@@ -1,5 +1,6 @@
 """`retina-fast bench`: how fast torchvision's model, this package's and its engine are on this machine."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +49,7 @@ def bench(
         place = next(network.parameters()).device
         side = size or 512
         noise = [torch.randint(0, 256, (3, side, side), dtype=torch.uint8)]
-        files = list(image_files(inputs or []))
+        files = list(image_files(inputs or [], warnings.warn))
         for name in ("bench.png", "bench.json"):
             if (output / name).exists():
                 check_file(output / name, files)

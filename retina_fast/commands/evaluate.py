@@ -92,7 +92,7 @@ def print_evaluation(evaluation: "Evaluation", console: Console) -> None:
         "tables count 100: --max-detections)"
     )
     for problem in evaluation.crowded + evaluation.unreadable:
-        console.print(f"warning: {problem}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"warning: {problem}", style="yellow", markup=False, emoji=False, soft_wrap=True)
     if evaluation.unreadable:
         console.print(f"{len(evaluation.unreadable)} images could not be read and do not count")
     console.print(f"AP50 {evaluation.metrics.values['AP50']:.2f}", highlight=False)

@@ -136,6 +136,8 @@ def train(
                 processes=processes,
             )
         except Stopped:
-            console.print(f"Stopped and saved. To go on, give the same command with --resume (run: {output})")
+            console.print(
+                f"Stopped and saved. To go on, give the same command with --resume (run: {output})", soft_wrap=True
+            )
             raise typer.Exit(130) from None
-        console.print(f"Wrote {file}")
+        console.print(f"Wrote {file}", soft_wrap=True)

@@ -1,6 +1,7 @@
 """Data sets in the COCO format: a JSON file of annotations, and the folder of the images that it names."""
 
 import copy
+import io
 import json
 import re
 import warnings
@@ -9,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
@@ -21,7 +23,11 @@ from torchvision.transforms.v2 import functional as F
 from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.faults import LEFT_OUT, REFUSED, Kind, box_fault, corners, entry_faults, place, sizes_of
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
+"""What the names of image files usually end in. Which kind a file is of, its content decides."""
+
+_BY_TORCHVISION = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")  # how JPEG, PNG and GIF begin
+_BY_PILLOW = ("WEBP", "TIFF", "BMP", "AVIF")  # torchvision ignores the orientation of a WebP, and reads no other
 
 Sample = tuple[Tensor, dict[str, Any]]
 
@@ -29,8 +35,9 @@ Sample = tuple[Tensor, dict[str, Any]]
 def read_image(path: Path) -> Tensor:
     """Decode an image file to RGB, (3, H, W) uint8, turned upright by its EXIF orientation.
 
-    It reads JPEG (grey, RGB, CMYK), PNG (grey, palette, RGB, with or without alpha, 1 to 16 bits), WebP and GIF (its
-    first picture). Alpha is dropped; of 16 bits the upper 8 are kept.
+    The content decides which kind it is, not the name. It reads JPEG (grey, RGB, CMYK), PNG (grey, palette, RGB, with
+    or without alpha, 1 to 16 bits), WebP, GIF, TIFF, BMP, and AVIF where Pillow does. Of several pictures in a file it
+    reads the first. Alpha is dropped; of 16 bits the upper 8 are kept.
 
     Raises:
         ImageError: if the file is missing or cannot be decoded; the message names it.
@@ -40,19 +47,40 @@ def read_image(path: Path) -> Tensor:
         >>> read_image(Path("photo.jpg")).shape  # doctest: +SKIP
         torch.Size([3, 480, 640])
     """
-    if not path.is_file():
-        raise ImageError(f"{path}: no such image file")
     try:
-        if path.suffix.lower() == ".webp":  # torchvision ignores the orientation of a WebP.
-            with Image.open(path) as picture:
-                return F.pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))
-        image = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-    except (RuntimeError, OSError) as error:
-        reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])
+        if not path.is_file():
+            raise ImageError(f"{path}: no such image file")
+        content = path.read_bytes()
+        if not content:
+            raise ValueError("an image file must be non empty")
+        if not content.startswith(_BY_TORCHVISION):
+            return _decode_by_pillow(content)
+        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+    except ImageError:
+        raise
+    except Exception as error:  # A damaged file may make a decoder raise anything.
+        reason = getattr(error, "strerror", None) or re.sub(r"^.*\.cpp:\d+, ", "", f"{error}\n".splitlines()[0])
         raise ImageError(f"{path}: not a readable image ({reason})") from error
     if image.ndim == 4:  # An animated GIF is decoded to all its frames.
         image = image[0]
     return F.to_dtype(image, torch.uint8, scale=True)  # A 16-bit PNG is decoded to uint16.
+
+
+def _decode_by_pillow(content: bytes) -> Tensor:
+    """The first picture in a file of a kind that torchvision does not read, RGB (3, H, W) uint8."""
+    Image.init()
+    try:
+        opened = Image.open(io.BytesIO(content), formats=[kind for kind in _BY_PILLOW if kind in Image.OPEN])
+    except UnidentifiedImageError:
+        raise ValueError("cannot identify image file: no JPEG, PNG, WebP, GIF, TIFF, BMP or AVIF") from None
+    with opened:
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith("I;16"):
+            return torch.from_numpy((np.asarray(picture) >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
+        if picture.mode in ("I", "F"):
+            raise ValueError("its pixels are numbers of 32 bits, whose range is unknown: convert it to 8 bits")
+        return F.pil_to_tensor(picture.convert("RGB"))
 
 
 class CocoDataset(Dataset[Sample]):

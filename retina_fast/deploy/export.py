@@ -81,8 +81,8 @@ def export(
         category_ids: K ids of the data set's categories; the labels by default.
 
     Raises:
-        UserError: for an unknown format, sizes, names or thresholds that cannot be, a file that cannot be written, weights
-            of another dtype than float32 for ``onnx``, or a missing C++ compiler.
+        UserError: for an unknown format, sizes, names or thresholds that cannot be, a file that cannot be
+            written, weights of another dtype than float32 for ``onnx``, or a missing C++ compiler.
         TypeError: for anything but a RetinaNet, or if a part of the user's own would not run: a forward, transform,
             anchor generator, box coder or postprocessing.
 

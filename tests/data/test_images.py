@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from retina_fast.data.coco import read_image
 from retina_fast.data.errors import ImageError
@@ -33,6 +33,13 @@ KINDS: dict[str, tuple[Image.Image, dict]] = {
     "rgb.webp": (PICTURE, {"lossless": True}),
     "alpha.webp": (WITH_ALPHA, {"lossless": True}),
     "palette.gif": (PICTURE.quantize(16), {}),
+    "rgb.tif": (PICTURE, {"compression": "tiff_lzw"}),
+    "grey.tiff": (PICTURE.convert("L"), {}),
+    "cmyk.TIF": (PICTURE.convert("CMYK"), {}),
+    "alpha.tiff": (WITH_ALPHA, {}),
+    "1bit.tiff": (PICTURE.convert("1"), {"compression": "group4"}),
+    "rgb.bmp": (PICTURE, {}),
+    "palette.BMP": (PICTURE.quantize(16), {}),
 }
 
 
@@ -77,6 +84,47 @@ def test_16_bits_keep_their_upper_8(channels, color_type, tmp_path):
     assert read_image(tmp_path / "deep.png").permute(1, 2, 0).tolist() == (expected >> 8).tolist()
 
 
+def test_of_16_bits_in_a_tiff_the_upper_8_are_kept(tmp_path):
+    values = (X * 2100 + Y * 100).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.tiff")
+    assert read_image(tmp_path / "deep.tiff").tolist() == [(values >> 8).tolist()] * 3
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("name", ["of_another_kind.jpg", "of_another_kind.webp", "without_suffix", "b\udcffytes.png"])
+def test_the_content_decides_not_the_name(kind, name, tmp_path):
+    PICTURE.save(tmp_path / "named", format=kind)
+    expected = as_pillow_reads(tmp_path / "named").int()
+    (tmp_path / "named").rename(tmp_path / name)
+    assert (read_image(tmp_path / name).int() - expected).abs().max() <= (2 if kind == "JPEG" else 0)
+
+
+def test_a_turned_webp_under_a_jpegs_name_is_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    PICTURE.save(tmp_path / "a.jpg", format="WEBP", exif=exif, lossless=True)
+    assert read_image(tmp_path / "a.jpg").shape == (3, WIDTH, HEIGHT)
+
+
+def test_an_avif_is_read_where_pillow_does(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    PICTURE.save(tmp_path / "a.avif", quality=100)
+    assert torch.equal(read_image(tmp_path / "a.avif"), as_pillow_reads(tmp_path / "a.avif"))
+
+
+def test_the_first_of_several_pages_is_read(tmp_path):
+    PICTURE.save(tmp_path / "two.tif", save_all=True, append_images=[ImageOps.flip(PICTURE)])
+    assert torch.equal(read_image(tmp_path / "two.tif"), as_pillow_reads(tmp_path / "two.tif"))
+
+
+def test_a_picture_that_might_be_a_bomb_is_named(tmp_path, monkeypatch):
+    PICTURE.save(tmp_path / "large.bmp")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match=r"large\.bmp: not a readable image \(Image size .* exceeds limit"):
+        read_image(tmp_path / "large.bmp")
+
+
 def test_an_animated_gif_gives_its_first_picture(tmp_path):
     frames = [PICTURE.quantize(16), ImageOps.flip(PICTURE).quantize(16)]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
@@ -89,8 +137,10 @@ def test_an_animated_gif_gives_its_first_picture(tmp_path):
         ("cut.jpg", "incomplete or truncated"),
         ("cut.png", "corrupt"),
         ("cut.webp", ""),
-        ("picture.bmp", "Only jpeg, png, webp and gif"),
-        ("picture.tiff", "Only jpeg, png, webp and gif"),
+        ("cut.bmp", "truncated"),
+        ("cut.tiff", ""),
+        ("picture.ppm", "no JPEG, PNG, WebP, GIF, TIFF, BMP or AVIF"),
+        ("number.tiff", "numbers of 32 bits"),
         ("text.webp", "cannot identify image file"),
         ("empty.png", "non empty"),
     ],
@@ -98,7 +148,9 @@ def test_an_animated_gif_gives_its_first_picture(tmp_path):
 def test_what_cannot_be_read_is_named(name, reason, tmp_path):
     path = tmp_path / name
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8))
-    if name in ("text.webp", "empty.png"):
+    if name == "number.tiff":
+        noise.convert("F").save(path)
+    elif name in ("text.webp", "empty.png"):
         path.write_text("no image" * (name != "empty.png"))
     else:
         noise.save(path)

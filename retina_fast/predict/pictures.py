@@ -1,0 +1,48 @@
+"""Writing drawn pictures, which bear a mark, so that no other picture is ever replaced by one."""
+
+import os
+from pathlib import Path
+
+from torch import Tensor
+from torchvision.io import encode_jpeg
+
+from retina_fast.predict.images import is_image
+
+_MARK = b"drawn by retina-fast detect"
+
+
+def write_picture(image: Tensor, file: Path, partial: Path) -> None:
+    """Write a drawn picture as a JPEG with a comment that says where it comes from.
+
+    It takes the place of an earlier file as a whole: a file that this name is a link to stays as it is.
+
+    Args:
+        image: (3, H, W) uint8.
+        file: the picture.
+        partial: a file in the same folder that is written first.
+
+    Example::
+
+        >>> write_picture(picture, Path("out/photo.jpg"), Path("out/picture.partial"))  # doctest: +SKIP
+    """
+    jpeg = encode_jpeg(image, quality=90).numpy().tobytes()
+    begin = 4 + int.from_bytes(jpeg[4:6], "big")  # behind the start and the first segment, which must come first
+    comment = b"\xff\xfe" + (2 + len(_MARK)).to_bytes(2, "big") + _MARK
+    partial.write_bytes(jpeg[:begin] + comment + jpeg[begin:])
+    partial.replace(file)
+
+
+def must_stay(file: Path) -> bool:
+    """Whether there is something of that name that is not a picture of an earlier run, nor what is left of one.
+
+    Example::
+
+        >>> must_stay(Path("there/is/none.jpg"))
+        False
+    """
+    if not os.path.lexists(file):
+        return False
+    if not file.is_file():
+        return True
+    with file.open("rb") as begin:
+        return _MARK not in begin.read(1024) and is_image(file)
