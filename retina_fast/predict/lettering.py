@@ -70,6 +70,7 @@ def _covered(file: str | None, letters: str) -> set[str]:
         return set()
 
 
+@functools.cache
 def load(file: str | None, size: int) -> Any:
     """The font of :func:`lettering`, to measure texts with.
 
