@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from retina_fast.commands.shared import DEFAULT_MODEL, Images, Workers, console, one_sentence
@@ -57,7 +58,7 @@ def print_checked(checked: "Checked", console: Console) -> None:
     """
     table = Table("class", "boxes", box=None)
     for name, count in checked.objects.most_common():
-        table.add_row(name, str(count))
+        table.add_row(Text(name), str(count))
     console.print(table)
     if len(checked.ious):
         anchors = checked.anchors.prod(dim=1).sqrt()

@@ -16,6 +16,7 @@ from retina_fast.commands.shared import (
     chosen_model,
     console,
     console_of,
+    finite,
     one_sentence,
 )
 from retina_fast.data.errors import UserError
@@ -30,7 +31,7 @@ def detect(
         list[Path], typer.Argument(help="Image files, folders of them, or .txt lists.", metavar="IMAGE...")
     ],
     output: Annotated[Path, typer.Option(help="The folder for detections.json and pictures.")] = Path("out"),
-    score: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
+    score: Annotated[float, typer.Option(min=0, max=1, callback=finite, help="The least score of a detection.")] = 0.3,
     checkpoint: ModelFile = None,
     model: Annotated[
         str | None,

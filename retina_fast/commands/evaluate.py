@@ -45,7 +45,7 @@ def evaluate(
     model: Published = None,
     weights: Weights = None,
     max_detections: Annotated[
-        int | None, typer.Option(min=1, help="Of an image that count, best first; by default all. COCO's tables: 100.")
+        int | None, typer.Option(min=10, help="Of an image that count, best first; by default all. COCO's tables: 100.")
     ] = None,
     workers: Workers = WORKERS,
     plot: Annotated[Path | None, typer.Option(help="A picture to draw of precision over recall.")] = None,

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,22 @@ Published = Annotated[
 Weights = Annotated[
     str | None, typer.Option(help="COCO_V1: torchvision's weights of --model, which it downloads. Labels are COCO's.")
 ]
+
+
+def finite(value: float | None) -> float | None:
+    """A number that an option was given. `min` and `max` of typer let NaN pass.
+
+    Raises:
+        typer.BadParameter: for NaN and infinity.
+
+    Example::
+
+        >>> finite(0.5)
+        0.5
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
 
 
 @contextlib.contextmanager

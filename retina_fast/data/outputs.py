@@ -26,7 +26,7 @@ def check_folder(folder: Path, option: str = "--output") -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        if folder.exists() and not folder.is_dir():
+        if os.path.isfile(folder):
             raise UserError(f"{folder}: is a file; give a folder as {option}") from error
         raise UserError(
             f"{folder}: cannot be written into ({error.strerror}); give another folder as {option}"
@@ -44,11 +44,11 @@ def check_file(file: Path, inputs: Iterable[Path] = ()) -> None:
 
         >>> check_file(Path("out/model.onnx"), inputs=[Path("model.pt")])  # doctest: +SKIP
     """
-    if not file.parent.is_dir():
+    if not os.path.isdir(file.parent):
         raise UserError(f"{file.parent}: no such folder")
-    if file.is_dir():
+    if os.path.isdir(file):
         raise UserError(f"{file}: is a folder; give the name of a file")
-    if file.exists():
+    if os.path.exists(file):
         for other in inputs:
             for read in (other, *other.rglob("*")) if other.is_dir() else (other,):
                 if same_file(file, read):
@@ -56,8 +56,11 @@ def check_file(file: Path, inputs: Iterable[Path] = ()) -> None:
         if not os.access(file, os.W_OK):
             raise UserError(f"{file}: is there already and read-only; give another name")
     try:
+        os.path.lexists(file) or os.lstat(file.parent / file.name)
         with tempfile.TemporaryFile(dir=file.parent):
             pass
+    except FileNotFoundError:
+        pass
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror}); give another name") from error
 

@@ -91,9 +91,10 @@ def detect(
         ['photos/broken.jpg: not a readable image']
     """
     say = warnings.warn if processes.first else silent
-    share = len(processes.share(sum(1 for _ in image_files(inputs, say))))
+    share = len(processes.share(sum(1 for _ in image_files(inputs, say, output))))
     _check_output(output)
-    named = enumerate(picture_names(image_files(inputs), lambda name: must_stay(output / f"{name}.jpg")), start=1)
+    files = image_files(inputs, drawn_in=output)
+    named = enumerate(picture_names(files, lambda name: must_stay(output / f"{name}.jpg")), start=1)
     ours, ahead = tee(islice(named, processes.rank, None, processes.count))
     predicted = zip(ours, predictions(model, ImageFiles(), workers, (path for _, (path, _) in ahead)), strict=True)
     partial = output / f"picture.{processes.rank}.partial"
@@ -113,7 +114,13 @@ def detect(
                 entry["objects"] = Counter(content.classes[label] for label in detections["labels"].tolist())
             part.write(json.dumps(entry) + "\n")
     processes.gather(None)  # Now all parts are written.
-    return _merge(output, content, processes.count) if processes.first else None
+    if not processes.first:
+        return None
+    try:
+        return _merge(output, content, processes.count)
+    finally:
+        for rank in range(processes.count):
+            _part(output, rank).unlink(missing_ok=True)
 
 
 def _check_output(output: Path) -> None:
@@ -182,6 +189,4 @@ def _merge(output: Path, content: Checkpoint | Exported, count: int) -> Found:
             if len(found.first) < _FIRST:
                 found.first[Path(entry["image"]["file_name"])] = Counter(entry["objects"])
             coco.add(entry["image"], entry["results"])
-    for part in parts:
-        part.unlink()
     return found

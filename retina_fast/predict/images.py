@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from retina_fast.data.coco import IMAGE_SUFFIXES, Sample, read_image
 from retina_fast.data.errors import UserError
+from retina_fast.predict.pictures import is_drawn, is_image
 
 _LONGEST = 200  # bytes of a picture's name; file systems allow 255, with the suffix and a number
 
@@ -30,7 +29,9 @@ def silent(message: str) -> None:
     """Says nothing: where no caller wants to hear which files are passed over."""
 
 
-def image_files(inputs: list[Path], say: Callable[[str], object] = silent) -> Iterator[Path]:
+def image_files(
+    inputs: list[Path], say: Callable[[str], object] = silent, drawn_in: Path | None = None
+) -> Iterator[Path]:
     """The image files that the inputs name, in turn: a file, those in a folder, or those in the lines of a .txt file.
 
     In a folder, a file counts as an image by its suffix, or else by its content. A file comes once, however often files
@@ -40,6 +41,7 @@ def image_files(inputs: list[Path], say: Callable[[str], object] = silent) -> It
     Args:
         inputs: files, folders and lists.
         say: called with a sentence for each folder in which other files, or folders, are passed over.
+        drawn_in: a folder in which drawn pictures are passed over, since they are written there.
 
     Raises:
         UserError: for a folder without images, or a list that cannot be read.
@@ -54,7 +56,8 @@ def image_files(inputs: list[Path], say: Callable[[str], object] = silent) -> It
         if real in seen or os.path.dirname(real) in seen:
             continue
         if path.is_dir():
-            yield from (file for file in _inside(path, say) if os.path.join(real, file.name) not in seen)
+            drawn = drawn_in is not None and real == os.path.realpath(drawn_in)
+            yield from (file for file in _inside(path, say, drawn) if os.path.join(real, file.name) not in seen)
         elif path.suffix.lower() == ".txt":
             yield from _listed(path)
         else:
@@ -62,7 +65,7 @@ def image_files(inputs: list[Path], say: Callable[[str], object] = silent) -> It
         seen.add(real)
 
 
-def _inside(folder: Path, say: Callable[[str], object]) -> list[Path]:
+def _inside(folder: Path, say: Callable[[str], object], without_drawn: bool) -> list[Path]:
     """The images in a folder by their names."""
     images, others, folders = [], Counter[str](), 0
     try:
@@ -71,6 +74,8 @@ def _inside(folder: Path, say: Callable[[str], object]) -> list[Path]:
                 file = folder / entry.name
                 if entry.is_dir():
                     folders += 1
+                elif without_drawn and is_drawn(file):
+                    others["drawn pictures"] += 1
                 elif file.suffix.lower() in IMAGE_SUFFIXES or (entry.is_file() and is_image(file)):
                     images.append(file)
                 else:
@@ -79,28 +84,11 @@ def _inside(folder: Path, say: Callable[[str], object]) -> list[Path]:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
     if not images:
         raise UserError(f"{folder}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    passed = [f"{others.total()} files that are no image of a known kind ({', '.join(others)})"] if others else []
+    passed = [f"{others.total()} other files ({', '.join(sorted(others))})"] if others else []
     passed += [f"{folders} folders"] if folders else []
     if passed:
         say(f"{folder}: {' and '.join(passed)} in it are passed over")
     return sorted(images)
-
-
-def is_image(file: Path) -> bool:
-    """Whether a file's first bytes are those of an image; it may be damaged all the same.
-
-    Example::
-
-        >>> is_image(Path("a_list_of_images.txt"))
-        False
-    """
-    Image.init()
-    kinds = [kind for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF") if kind in Image.OPEN]
-    try:
-        with Image.open(file, formats=kinds):
-            return True
-    except Exception:  # What is no image may make its parser raise anything.
-        return False
 
 
 def _listed(path: Path) -> Iterator[Path]:

@@ -1,12 +1,11 @@
-"""Writing drawn pictures, which bear a mark, so that no other picture is ever replaced by one."""
+"""Writing drawn pictures, which bear a mark, so that no other picture is ever replaced by one, or taken for one."""
 
 import os
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 from torchvision.io import encode_jpeg
-
-from retina_fast.predict.images import is_image
 
 _MARK = b"drawn by retina-fast detect"
 
@@ -44,5 +43,36 @@ def must_stay(file: Path) -> bool:
         return False
     if not file.is_file():
         return True
-    with file.open("rb") as begin:
-        return _MARK not in begin.read(1024) and is_image(file)
+    return not is_drawn(file) and is_image(file)
+
+
+def is_drawn(file: Path) -> bool:
+    """Whether a file is a picture that :func:`write_picture` wrote.
+
+    Example::
+
+        >>> is_drawn(Path("there/is/none.jpg"))
+        False
+    """
+    try:
+        with file.open("rb") as begin:
+            return _MARK in begin.read(1024)
+    except OSError:
+        return False
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file's first bytes are those of an image; it may be damaged all the same.
+
+    Example::
+
+        >>> is_image(Path("a_list_of_images.txt"))
+        False
+    """
+    Image.init()
+    kinds = [kind for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF") if kind in Image.OPEN]
+    try:
+        with Image.open(file, formats=kinds):
+            return True
+    except Exception:  # What is no image may make its parser raise anything.
+        return False

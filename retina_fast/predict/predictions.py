@@ -1,5 +1,6 @@
 """A model over a data set, image by image."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -56,14 +57,32 @@ def _by_network(model: Any) -> Callable[[Tensor], list[dict[str, Tensor]]]:
     transform = getattr(model, "transform", None)
 
     def run(image: Tensor) -> list[dict[str, Tensor]]:
-        if is_stock_transform(transform):
-            height, width = resized_size(transform, *image.shape[1:])
-            if min(height, width) < 1:
-                size = f"{image.shape[2]}x{image.shape[1]} pixels"
-                raise UserError(f"its {size} would be resized to {width}x{height}, in which there is nothing to find")
+        check_fit(transform, *image.shape[1:])
         return model([image.to(device).float() / 255])
 
     return run
+
+
+def check_fit(transform: Any, height: int, width: int) -> None:
+    """Raise a UserError for an image so elongated that a model's transform would resize it to no pixel.
+
+    Args:
+        transform: of the model; one of the user's own is not looked into.
+        height: of the image, in pixels.
+        width: likewise.
+
+    Example::
+
+        >>> from retina_fast.transform import RetinaNetTransform
+        >>> check_fit(RetinaNetTransform(800, 1333, [0.0], [1.0]), 480, 640)
+    """
+    if not is_stock_transform(transform):
+        return
+    in_evaluation = copy.copy(transform)  # in training a size would be drawn
+    in_evaluation.training = False
+    resized = resized_size(in_evaluation, height, width)
+    if min(resized) < 1:
+        raise UserError(f"its {width}x{height} pixels would be resized to {resized[1]}x{resized[0]}: cut it into parts")
 
 
 def _by_exported(model: Exported) -> Callable[[Tensor], list[dict[str, Tensor]]]:

@@ -104,9 +104,7 @@ class RunFiles(L.Callback):
         if not all(map(math.isfinite, losses.values())):
             values = ", ".join(f"{name} {value}" for name, value in losses.items())
             saved = (self.folder / "last.ckpt").exists()
-            kept = (
-                "The weights of the last interval are" if saved else "It was in the first interval, so no weights are"
-            )
+            kept = "The weights of the last interval are" if saved else "No interval was over, so no weights are"
             raise UserError(
                 f"the loss is not finite at step {step - 1} ({values}); its images: {', '.join(files)}. Look at their "
                 f"boxes, lower --lr, or try --no-bf16. {kept} in the output folder"
