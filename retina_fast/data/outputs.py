@@ -56,11 +56,9 @@ def check_file(file: Path, inputs: Iterable[Path] = ()) -> None:
         if not os.access(file, os.W_OK):
             raise UserError(f"{file}: is there already and read-only; give another name")
     try:
-        os.path.lexists(file) or os.lstat(file.parent / file.name)
+        file.is_symlink()  # raises for a name that the file system does not allow
         with tempfile.TemporaryFile(dir=file.parent):
             pass
-    except FileNotFoundError:
-        pass
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror}); give another name") from error
 
