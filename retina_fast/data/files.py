@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
         if not isinstance(error, (OSError, RuntimeError)):  # torch.save raises a RuntimeError.
             raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or f"{error}\n".splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}); what it held before is unharmed") from error
 
 
