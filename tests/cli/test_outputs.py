@@ -125,6 +125,15 @@ def test_very_long_names_are_written(tmp_path):
     assert len(list((tmp_path / "out").glob("n*.jpg"))) == 1
 
 
+def test_a_picture_longer_than_a_jpeg_can_be(tmp_path):
+    photo(tmp_path / "in" / "x.png", size=(70_000, 2))
+    found = run([tmp_path / "in"], tmp_path / "out")
+    assert found is not None
+    assert found.images == 1
+    with Image.open(tmp_path / "out" / "x.jpg") as picture:
+        assert picture.size == (35_000, 1)
+
+
 def test_annotations_of_the_name_of_the_detections_stay(tmp_path):
     photo(tmp_path / "in" / "x.png")
     (tmp_path / "detections.json").write_text('[{"image_id": 1}]')
