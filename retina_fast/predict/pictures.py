@@ -10,6 +10,9 @@ from torchvision.io import encode_jpeg
 _LARGEST = (
     65500  # px: the longest side of a JPEG that libjpeg writes; of a longer one, only every second pixel is drawn
 )
+_KINDS: list[str] = ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"]
+"""Those that `retina_fast.data.coco.read_image` reads, by Pillow's names."""
+
 _MARK = b"drawn by retina-fast detect"
 
 
@@ -74,9 +77,8 @@ def is_image(file: Path) -> bool:
         False
     """
     Image.init()
-    kinds = [kind for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF") if kind in Image.OPEN]
     try:
-        with Image.open(file, formats=kinds):
+        with Image.open(file, formats=[kind for kind in _KINDS if kind in Image.OPEN]):
             return True
     except Exception:  # What is no image may make its parser raise anything.
         return False

@@ -85,7 +85,7 @@ def training_loader(module: Detector, data: CocoDataset, workers: int) -> DataLo
     """
     settings, recipe = module.settings, module.recipe
     crop = settings.crop or (module.model.transform.max_size if recipe.crops_are_the_size else 0)
-    images = data if crop else FittingImages(data, module.model.transform)
+    images: Any = data if crop else FittingImages(data, module.model.transform)
     training_set = TrainingSet(images, recipe.augmentation(crop, settings.flips), settings.seed)
     training_set[0, 0]  # If no image can be read, the error is raised here, and not in a worker.
     return DataLoader(

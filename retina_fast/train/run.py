@@ -105,7 +105,9 @@ def train(
     if recipe.only_objects:
         console.print(f"{listed - len(data)} of {listed} images have no object: the recipe leaves them out")
     last = output / "last.ckpt"
-    resumed = check_resume(last, settings, data) if resume else check_new_run(output)
+    resumed = check_resume(last, settings, data) if resume else None
+    if not resume:
+        check_new_run(output)
     if validation and validation.classes != data.classes:
         raise UserError(f"{validation.json_file} has the classes {validation.classes}, {data.json_file} {data.classes}")
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -307,7 +308,7 @@ def test_a_file_named_in_two_ways_comes_once(tmp_path, monkeypatch):
 def test_scores_are_obeyed_or_refused(tmp_path):
     photo(tmp_path / "in" / "x.png")
     model = Finder()
-    model.score_thresh = 0.9
+    model.score_thresh = 0.9  # type: ignore[assignment]
     detect(model, CONTENT, [tmp_path / "in"], tmp_path / "out", 0.2, workers=0)
     assert model.score_thresh == 0.9
     for score in (float("nan"), -0.1, 1.5):
@@ -339,7 +340,7 @@ def test_numbers_that_are_none_are_refused(tmp_path):
 
 @pytest.mark.parametrize("size", [(3000, 1), (1, 3000)])
 def test_an_image_that_would_be_resized_to_nothing_is_named_and_skipped(size, tmp_path):
-    settings = {"min_size": 64, "max_size": 100}
+    settings: dict[str, Any] = {"min_size": 64, "max_size": 100}
     model = checkpoint.build("retinanet_resnet18_fpn_lite", 2, **settings)
     content = checkpoint.Checkpoint(
         "retinanet_resnet18_fpn_lite", settings, ["red", "blue"], [3, 7], model.state_dict()

@@ -217,7 +217,8 @@ def test_no_code_runs(zipped, hub, run, tmp_path):
 
 def test_model_files_that_hold_something_else(tmp_path):
     whole = vars(checkpoint.Checkpoint("x", {}, ["a"], [1], {})) | {"version": checkpoint.VERSION}
-    for change in ({"builder": 1}, {"kwargs": []}, {"classes": "abc"}, {"category_ids": 3}, {"state_dict": [1]}):
+    changes: list[dict] = [{"builder": 1}, {"kwargs": []}, {"classes": "abc"}, {"category_ids": 3}, {"state_dict": [1]}]
+    for change in changes:
         saved(tmp_path / "m.pt", whole | change)
         (name,) = change
         with pytest.raises(UserError, match=rf"m\.pt: not a model file of retina_fast: its {name} is no "):
