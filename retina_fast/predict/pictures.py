@@ -39,7 +39,9 @@ def write_picture(image: Tensor, file: Path, partial: Path) -> None:
 
 
 def must_stay(file: Path) -> bool:
-    """Whether there is something of that name that is not a picture of an earlier run, nor what is left of one.
+    """Whether there is something of that name that a picture must not replace: anything but an earlier run's picture.
+
+    An empty file, or a plain text, is no picture of anybody's, and is replaced.
 
     Example::
 
@@ -48,9 +50,12 @@ def must_stay(file: Path) -> bool:
     """
     if not os.path.lexists(file):
         return False
-    if not file.is_file():
+    try:
+        with file.open("rb") as opened:
+            begin = opened.read(1024)
+    except OSError:  # a folder, a link to nothing, or another person's file
         return True
-    return not is_drawn(file) and is_image(file)
+    return _MARK not in begin and (not begin.isascii() or b"\0" in begin)
 
 
 def is_drawn(file: Path) -> bool:

@@ -96,10 +96,14 @@ def test_links_in_the_output_are_not_followed(tmp_path):
     photo(tmp_path / "in" / "y.png")
     (tmp_path / "out" / "z.jpg").mkdir()
     photo(tmp_path / "in" / "z.png")
+    unknown = b"\0\0\0\x18ftypheic\xff"  # a picture of a kind that nothing here reads
+    (tmp_path / "out" / "w.jpg").write_bytes(unknown)
+    photo(tmp_path / "in" / "w.png")
     run([tmp_path / "in"], tmp_path / "out")
     assert (tmp_path / "in" / "x.jpg").read_bytes() == original
     assert not (tmp_path / "in" / "nothing.jpg").exists()
     assert (tmp_path / "out" / "z_2.jpg").is_file()
+    assert (tmp_path / "out" / "w.jpg").read_bytes() == unknown
 
 
 def test_pictures_of_two_folders_where_one_is_the_output(tmp_path):
