@@ -1,10 +1,8 @@
 """Builders of models: torchvision's two with their exact signatures, and others for more ResNets and for SpineNet."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
-from urllib.error import URLError
 
 from torch import nn
 from torchvision.models import (
@@ -35,6 +33,7 @@ from torchvision.models.detection.retinanet import (
 from torchvision.models.resnet import ResNet
 
 from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d
+from retina_fast.backbones.published import load_published_weights
 from retina_fast.backbones.resnet_fpn import resnet_fpn, resnet_fpn_lite
 from retina_fast.backbones.specification import SPINENET
 from retina_fast.backbones.spinenet import ACTIVATIONS, SIZES, SpineNet
@@ -42,17 +41,6 @@ from retina_fast.heads import level_norm_head
 from retina_fast.model import RetinaNet
 
 Builder = Callable[..., RetinaNet]
-
-
-@contextmanager
-def _download(what: object) -> Iterator[None]:
-    try:
-        yield
-    except URLError as error:
-        raise ConnectionError(
-            f"the weights {what} could not be downloaded ({error.reason}): put the file into torch.hub.get_dir()"
-            "/checkpoints by hand, or build with weights=None, weights_backbone=None"
-        ) from error
 
 
 def _v1(
@@ -70,11 +58,11 @@ def _v1(
     pretrained = weights is not None or weights_backbone is not None
     layers = _validate_trainable_layers(pretrained, trainable_backbone_layers, 5, 3)
     norm_layer = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
-    with _download(weights_backbone):
-        resnet = trunk(weights=weights_backbone if _fetch else None, progress=progress, norm_layer=norm_layer)
+    resnet = trunk(norm_layer=norm_layer)
+    load_published_weights(resnet, weights_backbone if _fetch else None, progress)
     model = RetinaNet(resnet_fpn(resnet, layers, p6_from_c5=False), num_classes, **kwargs)
+    load_published_weights(model, weights, progress)
     if weights is not None:
-        _load(model, weights, progress)
         overwrite_eps(model, 0.0)
     return model
 
@@ -93,15 +81,14 @@ def _v2(
     num_classes, weights_backbone = _resolve(weights, num_classes, weights_backbone)
     pretrained = weights is not None or weights_backbone is not None
     layers = _validate_trainable_layers(pretrained, trainable_backbone_layers, 5, 3)
-    with _download(weights_backbone):
-        resnet = trunk(weights=weights_backbone if _fetch else None, progress=progress)
+    resnet = trunk()
+    load_published_weights(resnet, weights_backbone if _fetch else None, progress)
     backbone = resnet_fpn(resnet, layers, p6_from_c5=True)
     generator = _default_anchorgen()
     head = RetinaNetHead(256, generator.num_anchors_per_location()[0], num_classes, partial(nn.GroupNorm, 32))
     head.regression_head._loss_type = "giou"
     model = RetinaNet(backbone, num_classes, anchor_generator=generator, head=head, **kwargs)
-    if weights is not None:
-        _load(model, weights, progress)
+    load_published_weights(model, weights, progress)
     return model
 
 
@@ -112,11 +99,6 @@ def _resolve(
     if weights is not None:
         return _ovewrite_value_param("num_classes", num_classes, len(weights.meta["categories"])), None
     return 91 if num_classes is None else num_classes, weights_backbone
-
-
-def _load(model: RetinaNet, weights: WeightsEnum, progress: bool) -> None:
-    with _download(weights):
-        model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
 
 
 @handle_legacy_interface(
@@ -148,6 +130,7 @@ def retinanet_resnet50_fpn(
         ValueError: if ``num_classes`` conflicts with ``weights``, or for trainable layers outside [0, 5].
         KeyError: for an unknown name of weights.
         ConnectionError: if weights cannot be downloaded.
+        UserError: if the file of weights is damaged; it is a ValueError that names the file.
 
     Example::
 
@@ -247,8 +230,9 @@ def _lite(
     """Strides 4 to 32, 64 channels, GroupNorm in the heads; made for objects of 8 to 200 pixels at native size."""
     if trainable_backbone_layers is not None:
         raise ValueError("trainable_backbone_layers: the lite model trains all layers")
-    with _download(weights_backbone):
-        backbone = resnet_fpn_lite(trunk(weights=weights_backbone if _fetch else None, progress=progress))
+    resnet = trunk()
+    load_published_weights(resnet, weights_backbone if _fetch else None, progress)
+    backbone = resnet_fpn_lite(resnet)
     sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (16, 32, 64, 128))
     generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     num_classes = 91 if num_classes is None else num_classes

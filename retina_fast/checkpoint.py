@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from retina_fast.builders import MODELS
 from retina_fast.data.errors import UserError
-from retina_fast.data.files import replacing
+from retina_fast.data.files import damage, replacing
 
 VERSION = 1
 
@@ -112,6 +112,34 @@ def save(checkpoint: Checkpoint, path: str | Path) -> None:
         torch.save(content, partial)
 
 
+def read(path: Path, problem: str, remedy: str, mmap: bool = False) -> Any:
+    """The content of a file that `torch.save` wrote, on the CPU. Code that the file names does not run.
+
+    Args:
+        path: the file.
+        problem: what the error says of a file that cannot be read.
+        remedy: what the error says that a person should do.
+        mmap: whether tensors stay in the file until they are used, which must then stay as it is.
+
+    Raises:
+        UserError: if the file is damaged, or holds code; the message names it.
+
+    Example::
+
+        >>> read(Path("runs/trees/last.ckpt"), "damaged", "copy it again")["global_step"]  # doctest: +SKIP
+        500
+    """
+    found = damage(path)
+    try:
+        if found:
+            raise ValueError(found)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # A damaged file makes the unpickler raise anything.
+        code = isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path)
+        why = found or ("it asks for code to be run, which is refused" if code else "it is no file of weights")
+        raise UserError(f"{path}: {problem} ({why}): {remedy}") from error
+
+
 def load(path: str | Path) -> Checkpoint:
     """Read a model file; float16 becomes float32.
 
@@ -126,13 +154,8 @@ def load(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such model file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load does not look at the checksums
-                raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or not a model file written by retina-fast train") from error
+    problem = "damaged, or not a model file written by retina-fast train"
+    content = read(path, problem, "copy it again, or give another")
     expected = set(Checkpoint.__dataclass_fields__)
     missing = expected - set(content) if isinstance(content, dict) else expected
     if missing:
@@ -142,6 +165,12 @@ def load(path: str | Path) -> Checkpoint:
             f"{path}: is of version {content.get('version')}, this package reads {VERSION}: update retina_fast"
         )
     checkpoint = Checkpoint(**{name: content[name] for name in expected})
+    kinds = {"builder": str, "kwargs": dict, "classes": list, "category_ids": list, "state_dict": dict}
+    for name, kind in kinds.items():
+        if not isinstance(content[name], kind):
+            raise UserError(f"{path}: not a model file of retina_fast: its {name} is no {kind.__name__}")
+    if not all(isinstance(value, Tensor) for value in checkpoint.state_dict.values()):
+        raise UserError(f"{path}: not a model file of retina_fast: its state_dict holds more than tensors")
     checkpoint.state_dict = {
         name: value.float() if value.dtype == torch.float16 else value for name, value in checkpoint.state_dict.items()
     }

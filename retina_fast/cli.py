@@ -1,5 +1,7 @@
 """The command line: `retina-fast train`, `evaluate`, `detect`, `check`, `export` and `bench`."""
 
+import io
+import sys
 from importlib import metadata
 from typing import Annotated
 
@@ -37,7 +39,9 @@ def _version(wanted: bool) -> None:
 def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    pass
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may hold what the terminal, or no terminal, can show
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

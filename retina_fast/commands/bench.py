@@ -1,5 +1,6 @@
 """`retina-fast bench`: how fast torchvision's model, this package's and its engine are on this machine."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 
 from retina_fast.commands.shared import ModelFile, console, one_sentence
 from retina_fast.data.errors import UserError
+from retina_fast.data.outputs import check_file
 
 
 def bench(
@@ -16,7 +18,9 @@ def bench(
         typer.Argument(help="Image files, or folders of them; by default noise.", metavar="[IMAGE]..."),
     ] = None,
     batch_sizes: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.  [default: 1 2 4]")] = None,
-    size: Annotated[int, typer.Option(min=32, help="Side of the noise images in pixels.")] = 512,
+    size: Annotated[
+        int | None, typer.Option(min=32, help="Side of the noise images in pixels.  [default: 512]")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of which the median is taken.")] = 5,
     checkpoint: ModelFile = None,
     model: Annotated[
@@ -35,14 +39,21 @@ def bench(
 
         if model is not None and checkpoint is not None:
             raise UserError("--model and --checkpoint exclude each other: give one of them")
+        if inputs and size:
+            raise UserError("--size is of the noise that is measured without images: leave it out, or the images")
         network = build(model, 91).eval() if model else load_model(checkpoint or TREES)[0]
         try:
             network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
         place = next(network.parameters()).device
-        noise = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8)]
-        images = [read_image(path) for path in image_files(inputs)] if inputs else noise
+        side = size or 512
+        noise = [torch.randint(0, 256, (3, side, side), dtype=torch.uint8)]
+        files = list(image_files(inputs or [], warnings.warn))
+        for name in ("bench.png", "bench.json"):
+            if (output / name).exists():
+                check_file(output / name, files)
+        images = [read_image(path) for path in files] if inputs else noise
         images = [image.as_subclass(torch.Tensor).to(place) for image in images]
         name = model or str(checkpoint or "the embedded tree detector")
         run(network, images, batch_sizes or [1, 2, 4], rounds, output, name, console)

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from retina_fast.commands.shared import DEFAULT_MODEL, Images, Workers, console, one_sentence
+from retina_fast.data.outputs import check_plot
 from retina_fast.data.processes import WORKERS
 
 if TYPE_CHECKING:  # only when it runs does the command import what takes seconds
@@ -33,6 +34,9 @@ def check(
         from retina_fast.data.check import check as run
         from retina_fast.data.check import plot_sizes
 
+        if plot:
+            check_plot(plot, filter(None, (data, images)))
+
         def show(fault: object) -> None:
             console.print(str(fault), markup=False, soft_wrap=True, highlight=False)
 
@@ -54,7 +58,7 @@ def print_checked(checked: "Checked", console: Console) -> None:
     """
     table = Table("class", "boxes", box=None)
     for name, count in checked.objects.most_common():
-        table.add_row(escape(name), str(count))
+        table.add_row(Text(name), str(count))
     console.print(table)
     if len(checked.ious):
         anchors = checked.anchors.prod(dim=1).sqrt()

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from retina_fast.commands.shared import (
     ModelFile,
@@ -15,6 +16,7 @@ from retina_fast.commands.shared import (
     chosen_model,
     console,
     console_of,
+    finite,
     one_sentence,
 )
 from retina_fast.data.errors import UserError
@@ -29,7 +31,7 @@ def detect(
         list[Path], typer.Argument(help="Image files, folders of them, or .txt lists.", metavar="IMAGE...")
     ],
     output: Annotated[Path, typer.Option(help="The folder for detections.json and pictures.")] = Path("out"),
-    score: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
+    score: Annotated[float, typer.Option(min=0, max=1, callback=finite, help="The least score of a detection.")] = 0.3,
     checkpoint: ModelFile = None,
     model: Annotated[
         str | None,
@@ -54,7 +56,7 @@ def detect(
         if found:
             print_found(found, console)
             if not found.images:
-                raise UserError("not one of the images can be read")
+                raise UserError("not one of the images " + ("can be read" if found.unreadable else "fits the model"))
             console.print(f"Wrote {output / 'detections.json'} and {found.images} pictures beside it", soft_wrap=True)
 
 
@@ -71,7 +73,7 @@ def _chosen_export(file: Path, checkpoint: Path | None) -> Any:
 
 
 def print_found(found: "Found", console: Console) -> None:
-    """Print which images could not be read, a table of the first images and their objects, and the totals.
+    """Print which images could not be used, a table of the first images and their objects, and the totals.
 
     Example::
 
@@ -81,15 +83,17 @@ def print_found(found: "Found", console: Console) -> None:
     def words(counts: Counter[str]) -> str:
         return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "none"
 
-    for problem in found.unreadable:
-        console.print(f"warning: {problem}", style="yellow", markup=False, soft_wrap=True)
-    table = Table("image", "objects")
+    for problem in found.unreadable + found.unfit:
+        console.print(f"warning: {problem}", style="yellow", markup=False, emoji=False, soft_wrap=True)
+    table = Table(Column("image", overflow="fold"), Column("objects", overflow="fold"))
     for path, counts in found.first.items():
-        table.add_row(str(path), words(counts))
+        table.add_row(Text(str(path)), Text(words(counts)))
     if found.images > len(found.first):
-        table.add_row(f"... all {found.images}", words(found.objects))
+        table.add_row(f"... all {found.images}", Text(words(found.objects)))
     if found.images:
         console.print(table)
+    every = len(found.unreadable) + len(found.unfit) + found.images
     if found.unreadable:
-        unreadable = len(found.unreadable)
-        console.print(f"{unreadable} of {unreadable + found.images} images could not be read")
+        console.print(f"{len(found.unreadable)} of {every} images could not be read")
+    if found.unfit:
+        console.print(f"{len(found.unfit)} of {every} images do not fit the model")

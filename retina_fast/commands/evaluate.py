@@ -20,6 +20,7 @@ from retina_fast.commands.shared import (
     one_sentence,
     said_once,
 )
+from retina_fast.data.outputs import check_plot
 from retina_fast.data.processes import WORKERS, joined
 from retina_fast.data.voc import open_data
 
@@ -44,7 +45,7 @@ def evaluate(
     model: Published = None,
     weights: Weights = None,
     max_detections: Annotated[
-        int | None, typer.Option(min=1, help="Of an image that count, best first; by default all. COCO's tables: 100.")
+        int | None, typer.Option(min=10, help="Of an image that count, best first; by default all. COCO's tables: 100.")
     ] = None,
     workers: Workers = WORKERS,
     plot: Annotated[Path | None, typer.Option(help="A picture to draw of precision over recall.")] = None,
@@ -55,6 +56,8 @@ def evaluate(
         from retina_fast.data.metrics import plot_precision_recall
         from retina_fast.predict.evaluate import evaluate as run
 
+        if plot:
+            check_plot(plot, filter(None, (json, images)))
         network, content = chosen_model(checkpoint, model, weights)
         with said_once(processes):
             data = open_data(json, images)
@@ -91,7 +94,7 @@ def print_evaluation(evaluation: "Evaluation", console: Console) -> None:
         "tables count 100: --max-detections)"
     )
     for problem in evaluation.crowded + evaluation.unreadable:
-        console.print(f"warning: {problem}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"warning: {problem}", style="yellow", markup=False, emoji=False, soft_wrap=True)
     if evaluation.unreadable:
         console.print(f"{len(evaluation.unreadable)} images could not be read and do not count")
     console.print(f"AP50 {evaluation.metrics.values['AP50']:.2f}", highlight=False)

@@ -7,6 +7,7 @@ import typer
 
 from retina_fast.commands.shared import console, one_sentence
 from retina_fast.data.errors import UserError
+from retina_fast.data.outputs import check_file
 
 
 def export(
@@ -31,8 +32,11 @@ def export(
         if len(sides) != 2 or not all(side.isdecimal() for side in sides):
             raise UserError(f"--size must be a height and a width such as 512x640, got {size!r}")
         path = checkpoint or TREES
-        model, content = load_model(path)
         file = output or Path(path.stem + FORMATS.get(format, ""))
+        if not output and file.exists():
+            raise UserError(f"{file}: is there already; to replace it, give its name as --output")
+        check_file(file, [path])
+        model, content = load_model(path)
         height, width = map(int, sides)
         run(model, file, format, (height, width), preprocess, content.classes, content.category_ids)
         console.print(f"Wrote {file}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from retina_fast.data.errors import UserError
 from retina_fast.data.processes import Processes
 
-console = Console()
+console = Console(markup=False, emoji=False)  # names of files and classes are printed as they are
 
 DEFAULT_MODEL = "retinanet_resnet18_fpn_lite"
 
@@ -37,6 +38,22 @@ Weights = Annotated[
 ]
 
 
+def finite(value: float | None) -> float | None:
+    """A number that an option was given. `min` and `max` of typer let NaN pass.
+
+    Raises:
+        typer.BadParameter: for NaN and infinity.
+
+    Example::
+
+        >>> finite(0.5)
+        0.5
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
     """Prints warnings, and errors that a person can put right, as one sentence on stderr; errors end with code 1.
@@ -46,10 +63,10 @@ def one_sentence() -> Iterator[None]:
         >>> with one_sentence():  # doctest: +SKIP
         ...     raise UserError("photo.jpg: no such image file")
     """
-    stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+    stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        stderr.print(f"warning: {message}", style="yellow", markup=False)
+        stderr.print(f"warning: {message}", style="yellow")
 
     try:
         with warnings.catch_warnings():
@@ -60,14 +77,19 @@ def one_sentence() -> Iterator[None]:
     except ModuleNotFoundError as error:
         problem = f"this command needs {error.name}: pip install 'retina_fast[all]'"
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and error.filename is None:
             raise
-        problem = f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room, and go on"
+        where = f" ({error.filename})" if error.filename else ""
+        problem = f"the disk is full{where}: make room, and go on" if full else f"{error.filename}: {error.strerror}"
     except torch.OutOfMemoryError:
         problem = "the GPU's memory is too small for this: give a smaller --batch-size or --crop, or --accumulate"
+    except KeyboardInterrupt:
+        stderr.print("stopped before the end")
+        raise typer.Exit(130) from None
     else:
         return
-    stderr.print(f"error: {problem}", style="red", markup=False)
+    stderr.print(f"error: {problem}", style="red")
     raise typer.Exit(1)
 
 

@@ -11,6 +11,7 @@ from retina_fast.commands.shared import (
     Images,
     Workers,
     console_of,
+    finite,
     one_sentence,
     said_once,
 )
@@ -46,6 +47,7 @@ def train(
         float | None,
         typer.Option(
             min=0,
+            callback=finite,
             help="Peak learning rate. By default the recipe's, 0.002 for 4 images a step, which grows with their "
             "number: as its square root, or, with SGD, in proportion.",
         ),
@@ -68,12 +70,13 @@ def train(
         int, typer.Option(min=1, help="Steps from one checkpoint, and validation, to the next; at most.")
     ] = 500,
     keep: Annotated[int, typer.Option(min=1, help="How many of the newest checkpoints stay.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, data order and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of weights, data order and augmentation.")] = 0,
     workers: Workers = WORKERS,
     image_scale: Annotated[
         float | None,
         typer.Option(
             min=0.1,
+            callback=finite,
             help="By which the model scales images, where it would resize them to a size of its own; crops have their "
             "own scales.",
         ),
@@ -138,6 +141,8 @@ def train(
                 processes=processes,
             )
         except Stopped:
-            console.print(f"Stopped and saved. To go on, give the same command with --resume (run: {output})")
+            console.print(
+                f"Stopped and saved. To go on, give the same command with --resume (run: {output})", soft_wrap=True
+            )
             raise typer.Exit(130) from None
-        console.print(f"Wrote {file}")
+        console.print(f"Wrote {file}", soft_wrap=True)

@@ -16,10 +16,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from retina_fast.convert import to_torchvision
-from retina_fast.data.errors import UserError
+from retina_fast.data.outputs import check_file, check_folder, check_plot
 from retina_fast.deploy.engine import Engine, compile_inference
 
 TORCHVISION = "torchvision"
@@ -125,7 +126,7 @@ def report(speeds: Sequence[Speed], title: str, console: Console) -> None:
     """
     slow = {speed.batch: speed.ms for speed in speeds if speed.name == TORCHVISION}
     last = {speed.batch: speed.name for speed in speeds}
-    table = Table("batch", "", title=title, title_justify="left")
+    table = Table("batch", "", title=Text(title), title_justify="left")
     for heading in ("ms a batch", "images/s", "times torchvision"):
         table.add_column(heading, justify="right")
     for speed in speeds:
@@ -157,7 +158,7 @@ def plot(speeds: Sequence[Speed], title: str, path: Path) -> None:
         axes.set(xlabel="images a batch", ylabel=label, ylim=(0, None), xticks=batches)
         axes.grid(alpha=0.3)
     figure.legend(*throughput.get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(title, fontsize="medium", parse_math=False)  # a file's name may hold dollar signs
     figure.savefig(path, dpi=120)
 
 
@@ -176,22 +177,22 @@ def bench(
         console: where the table is printed.
 
     Raises:
-        UserError: if the output is a file.
+        UserError: if the output cannot be written.
 
     Example::
 
         >>> bench(model, [torch.zeros(3, 512, 512, dtype=torch.uint8)], [1], 5, Path("out"), "trees", Console())
         ... # doctest: +SKIP
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file; give a folder as --output")
-    output.mkdir(parents=True, exist_ok=True)
+    check_folder(output)
+    check_plot(output / "bench.png")
+    check_file(output / "bench.json")
     runs, engine = contestants(model, images)
     speeds = measure(runs, images, batches, rounds, console)
     sizes = ", ".join(sorted({f"{image.shape[1]}x{image.shape[2]}" for image in images}))
     title = f"{name}, images of {sizes}; {machine(images[0].device)}"
     report(speeds, title, console)
-    console.print(str(engine), highlight=False)
+    console.print(str(engine), highlight=False, markup=False)
     plot(speeds, title, output / "bench.png")
     rows = [asdict(speed) | {"images_per_second": speed.images_per_second} for speed in speeds]
     content = {"title": title, "engine": str(engine).splitlines(), "speeds": rows}

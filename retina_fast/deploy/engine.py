@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torchvision.models.detection import retinanet as tv
 from retina_fast.anchors import is_stock_generator
 from retina_fast.convert import from_torchvision
 from retina_fast.cuda_graph import CaptureStream
+from retina_fast.deploy.detector_module import DetectorModule
 from retina_fast.deploy.fold import count_norms, fold_batch_norm
 from retina_fast.deploy.report import Report, difference
 from retina_fast.detections import Detections, Thresholds, detect
@@ -55,36 +56,59 @@ class EngineSettings:
     try_compile: bool = False
 
 
-class Engine:
+class Engine(DetectorModule):
     """What :func:`compile_inference` returns: call it with images; ``print`` it to see what was done.
+
+    It is a module in evaluation mode, and may stand where a detector stands. Moved to another device or dtype, copied
+    or pickled, it makes its batch shapes ready anew. It cannot be trained.
 
     Not for several threads or CUDA streams at once: calls share their buffers.
     """
 
+    of_the_device = ("_device", "_place", "_convs", "_thresholds", "_plans", "_captures", "_uploads")
+
     def __init__(self, model: RetinaNet, settings: EngineSettings, report: Report) -> None:
-        self.model, self.settings, self.report = model, settings, report
-        self.detections_per_img = model.detections_per_img
-        self._device = next(model.parameters()).device
-        self._place = torch.cuda.device_of(next(model.parameters()))  # streams and graphs are the current device's
+        super().__init__(model)
+        self.settings, self.report = settings, report
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make what belongs to the device of the model's weights. No batch shape is ready then."""
+        weight = next(self.model.parameters())
+        self._device = weight.device
+        self._place = torch.cuda.device_of(weight)  # streams and graphs are the current device's
         self._convs: tuple[Convs, ...] = (run_convs,)
-        if settings.try_compile:
+        if self.settings.try_compile:
             self._convs += (torch.compile(run_convs, dynamic=False),)
+        self._thresholds = Thresholds.of(self.model)  # those of the plans, whose graphs hold them as constants
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
-        self._captures = CaptureStream(self._device, share_memory=True) if settings.graphs else None
+        self._captures = CaptureStream(self._device, share_memory=True) if self.settings.graphs else None
         self._uploads = Uploads(self._device)
 
-    def __call__(self, images: Sequence[Tensor] | Tensor) -> list[dict[str, Tensor]]:
+    def moved(self) -> None:
+        """Compute in the dtype that the weights have now, and capture graphs if they lie on a GPU now."""
+        self.model.to(memory_format=torch.channels_last)
+        weight = next(self.model.parameters())
+        way = {"dtype": weight.dtype, "graphs": _takes_graphs(weight.device, self.settings.max_shapes)}
+        self.settings = replace(self.settings, **way)
+        self.report = replace(self.report, device=str(weight.device), **way)
+
+    def forward(
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Any] | None = None
+    ) -> list[dict[str, Tensor]]:
         """Detections in torchvision's form: a dict of ``boxes``, ``scores`` and ``labels`` an image.
 
         Args:
             images: B tensors ``(C, H, W)``, or one ``(B, C, H, W)``: floating point in [0, 1], or uint8 in [0, 255].
                 Those that lie on another device are copied to the engine's. Memory of the host, pinned or not, may be
                 refilled when the call returns; memory of the GPU when the stream has passed the call.
+            targets: ignored, as they are by a model in evaluation mode.
         """
         return self.detect(images).to_list()
 
     def detect(self, images: Sequence[Tensor] | Tensor) -> Detections:
         """The same, padded; nothing waits for the GPU."""
+        self.check_mode()
         transform = self.model.transform
         constants = max(len(transform.image_mean), len(transform.image_std))
         images = check_images(images, constants, take_uint8=True)
@@ -99,9 +123,6 @@ class Engine:
             shape = batch_shape(images, sizes, constants, transform.size_divisible)
             return self._plan(shape, images, sizes)(images, sizes)
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.model.parameters()
-
     def __str__(self) -> str:
         return str(self.report)
 
@@ -110,6 +131,9 @@ class Engine:
         return list(self._plans)
 
     def _plan(self, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> "Plan":
+        if self._thresholds != Thresholds.of(self.model):
+            self._thresholds = Thresholds.of(self.model)
+            self._plans.clear()
         key = *shape, images[0].dtype
         plan = self._plans.pop(key, None)
         if plan is None:
@@ -205,6 +229,11 @@ def captured(run: Run, stream: Any) -> Run:
     return replay
 
 
+def _takes_graphs(device: torch.device, max_shapes: int) -> bool:
+    """Whether batch shapes become CUDA graphs."""
+    return device.type == "cuda" and HAS_TRITON and max_shapes > 0
+
+
 def _seconds(plan: Plan, images: list[Tensor], sizes: Sizes) -> float:
     times = []
     for _ in range(8):
@@ -291,7 +320,7 @@ def compile_inference(
     with torch.no_grad(), timed_convs():  # else cuDNN would keep what its heuristics chose for these shapes
         folded = fold_batch_norm(own, outputs)
     own = own.to(dtype=dtype, memory_format=torch.channels_last)
-    graphs = device.type == "cuda" and HAS_TRITON and max_shapes > 0
+    graphs = _takes_graphs(device, max_shapes)
     settings = EngineSettings(dtype, graphs, max_shapes, try_compile)
     engine = Engine(own, settings, Report(str(device), dtype, graphs, max_shapes, norms, folded))
     if len(images):

@@ -14,6 +14,7 @@ from torchvision.models.detection import retinanet as tv
 
 from retina_fast.convert import from_torchvision
 from retina_fast.data.errors import UserError
+from retina_fast.data.outputs import check_file
 from retina_fast.deploy.engine import refuse_own_parts
 from retina_fast.deploy.export_graph import SHAPES, Graph
 from retina_fast.deploy.export_onnx import KEY, OnnxPostprocess, write_onnx
@@ -80,8 +81,8 @@ def export(
         category_ids: K ids of the data set's categories; the labels by default.
 
     Raises:
-        UserError: for an unknown format, sizes, names or thresholds that cannot be, a folder that is not there, weights
-            of another dtype than float32 for ``onnx``, or a missing C++ compiler.
+        UserError: for an unknown format, sizes, names or thresholds that cannot be, a file that cannot be
+            written, weights of another dtype than float32 for ``onnx``, or a missing C++ compiler.
         TypeError: for anything but a RetinaNet, or if a part of the user's own would not run: a forward, transform,
             anchor generator, box coder or postprocessing.
 
@@ -101,10 +102,7 @@ def export(
     if format not in FORMATS:
         raise UserError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     path = Path(path)
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give the name of a file")
+    check_file(path)
     if not isinstance(image_size, Sequence) or [type(side) for side in image_size] != [int, int] or min(image_size) < 1:
         raise UserError(f"image_size must be a height and a width in whole pixels, got {image_size}")
     if math.isnan(model.score_thresh):

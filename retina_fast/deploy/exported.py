@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.data.errors import UserError
+from retina_fast.data.files import damage
 from retina_fast.deploy.export_onnx import KEY, OUTPUTS, checksum
 from retina_fast.detections import Detections
 
@@ -75,8 +76,10 @@ def load_exported(path: str | Path) -> Exported:
         else:
             format, metadata, run = "onnx", *_open_onnx(path)
         return Exported(format, metadata, run)
-    except _Damaged as error:
-        raise UserError(f"{path}: damaged, or not a file that retina-fast export wrote") from error
+    except (_Damaged, OSError) as error:
+        why = damage(path)
+        problem = f"{path}: damaged, or not a file that retina-fast export wrote" + (f" ({why})" if why else "")
+        raise UserError(f"{problem}: copy it again, or export the model anew") from error
 
 
 class _Damaged(Exception):

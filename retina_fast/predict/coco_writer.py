@@ -6,6 +6,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+BEGIN = '{"images": ['
+"""How every file begins that a CocoWriter wrote."""
+
 
 class CocoWriter:
     """Writes a COCO file image by image. At the end of the `with` block it takes the place of an earlier file.
@@ -31,7 +34,7 @@ class CocoWriter:
         with ExitStack() as stack:
             self._image_file, self._box_file = (stack.enter_context(x.open("w+")) for x in (self._whole, self._boxes))
             self._stack = stack.pop_all()
-        self._image_file.write('{"images": [')
+        self._image_file.write(BEGIN)
         return self
 
     def add(self, image: dict[str, Any], results: list[dict[str, Any]]) -> None:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
+from retina_fast.predict.lettering import lettering, load
+
 # The palette of Okabe and Ito, whose colours people with any colour vision can tell apart.
 PALETTE = ("#F0E442", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
-_LETTER = 6  # width of a letter of the font, in pixels
 
 
 def draw_boxes(image: Tensor, boxes: Tensor, colors: Sequence[str], texts: Sequence[str] | None = None) -> Tensor:
@@ -19,7 +20,7 @@ def draw_boxes(image: Tensor, boxes: Tensor, colors: Sequence[str], texts: Seque
         image: (3, H, W) uint8.
         boxes: (D, 4) xyxy in pixels.
         colors: D colour names.
-        texts: D texts; a text that is wider than its box is left out, since it would hide the neighbours.
+        texts: D texts in any script; a text that is wider than its box is left out, since it would hide the neighbours.
 
     Example::
 
@@ -29,10 +30,14 @@ def draw_boxes(image: Tensor, boxes: Tensor, colors: Sequence[str], texts: Seque
     """
     if not len(boxes):
         return image.clone()
-    widths = (boxes[:, 2] - boxes[:, 0]).tolist()
-    texts = texts or [""] * len(boxes)
-    fitting: Any = [text if len(text) * _LETTER <= w else None for text, w in zip(texts, widths, strict=True)]
-    return draw_bounding_boxes(image, boxes, fitting, list(colors), width=2 + max(image.shape[1:]) // 1500)
+    file, size, shown = lettering(texts or [])
+    font = load(file, size)
+    fitting: Any = [None] * len(boxes)
+    for i, (text, width) in enumerate(zip(texts or [], (boxes[:, 2] - boxes[:, 0]).tolist(), strict=bool(texts))):
+        if text and font.getlength(shown[text]) <= width:
+            fitting[i] = shown[text]
+    width = 2 + max(image.shape[1:]) // 1500
+    return draw_bounding_boxes(image, boxes, fitting, list(colors), width=width, font=file, font_size=file and size)
 
 
 def draw_detections(image: Tensor, detections: dict[str, Tensor], classes: Sequence[str]) -> Tensor:

@@ -57,19 +57,25 @@ def evaluate(
         classes: its K class names; they are found in the data by name. A warning names those that only one of the two
             has.
         data: the images and their true boxes.
-        max_detections: the most detections of an image that count; by default all that the model gives.
+        max_detections: the most detections of an image that count; by default all that the model gives. At
+            least 10.
         workers: how many processes read images.
         console: where the progress bar is shown; nowhere by default.
         processes: they share the images. The first one computes the metrics; the others get None.
 
     Raises:
-        UserError: if model and data have no class in common, or not one image can be read.
+        UserError: if model and data have no class in common, not one image can be read, or fewer than 10 detections
+            are to count.
 
     Example::
 
         >>> evaluate(model, ["Tree"], dataset).metrics.values["AP50"]  # doctest: +SKIP
         0.52
     """
+    if max_detections is not None and max_detections < 10:
+        raise UserError(
+            f"--max-detections must be at least 10, since COCO's metrics count 10 too, got {max_detections}"
+        )
     ids = dict(zip(data.classes, data.category_ids, strict=True))
     category_ids = [ids.get(name) for name in classes]
     if not any(name in ids for name in classes):

@@ -1,11 +1,16 @@
 """Image files to detect objects in: which they are, how they are read, and the names of their pictures."""
 
+import os
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from retina_fast.data.coco import IMAGE_SUFFIXES, Sample, read_image
 from retina_fast.data.errors import UserError
+from retina_fast.predict.pictures import is_drawn, is_image
+
+_LONGEST = 200  # bytes of a picture's name; file systems allow 255, with the suffix and a number
 
 
 class ImageFiles:
@@ -20,11 +25,23 @@ class ImageFiles:
         return read_image(path), {"path": str(path)}
 
 
-def image_files(inputs: list[Path]) -> Iterator[Path]:
+def silent(message: str) -> None:
+    """Says nothing: where no caller wants to hear which files are passed over."""
+
+
+def image_files(
+    inputs: list[Path], say: Callable[[str], object] = silent, drawn_in: Path | None = None
+) -> Iterator[Path]:
     """The image files that the inputs name, in turn: a file, those in a folder, or those in the lines of a .txt file.
 
-    A file comes once, however often files and folders name it; but a list is not looked through for such repetitions.
-    At most the names of one folder are in memory at a time.
+    In a folder, a file counts as an image by its suffix, or else by its content. A file comes once, however often files
+    and folders name it; but a list is not looked through for such repetitions. At most the names of one folder are in
+    memory at a time.
+
+    Args:
+        inputs: files, folders and lists.
+        say: called with a sentence for each folder in which other files, or folders, are passed over.
+        drawn_in: a folder in which drawn pictures are passed over, since they are written there.
 
     Raises:
         UserError: for a folder without images, or a list that cannot be read.
@@ -33,26 +50,51 @@ def image_files(inputs: list[Path]) -> Iterator[Path]:
 
         >>> list(image_files([Path("photos"), Path("another.jpg"), Path("list.txt")]))  # doctest: +SKIP
     """
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for path in inputs:
-        if path in seen or path.parent in seen:
+        real = os.path.realpath(path)
+        if real in seen or os.path.dirname(real) in seen:
             continue
-        if path.suffix == ".txt":
+        if path.is_dir():
+            drawn = drawn_in is not None and real == os.path.realpath(drawn_in)
+            yield from (file for file in _inside(path, say, drawn) if os.path.join(real, file.name) not in seen)
+        elif path.suffix.lower() == ".txt":
             yield from _listed(path)
-        elif path.is_dir():
-            inside = sorted(p for p in path.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise UserError(f"{path}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
-            yield from (file for file in inside if file not in seen)
         else:
             yield path
-        seen.add(path)
+        seen.add(real)
+
+
+def _inside(folder: Path, say: Callable[[str], object], without_drawn: bool) -> list[Path]:
+    """The images in a folder by their names."""
+    images, others, folders = [], Counter[str](), 0
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                file = folder / entry.name
+                if entry.is_dir():
+                    folders += 1
+                elif without_drawn and is_drawn(file):
+                    others["drawn pictures"] += 1
+                elif file.suffix.lower() in IMAGE_SUFFIXES or (entry.is_file() and is_image(file)):
+                    images.append(file)
+                else:
+                    others[file.suffix or "no suffix"] += 1
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+    if not images:
+        raise UserError(f"{folder}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    passed = [f"{others.total()} other files ({', '.join(sorted(others))})"] if others else []
+    passed += [f"{folders} folders"] if folders else []
+    if passed:
+        say(f"{folder}: {' and '.join(passed)} in it are passed over")
+    return sorted(images)
 
 
 def _listed(path: Path) -> Iterator[Path]:
     """The files in the lines of a .txt file."""
     try:
-        with path.open() as lines:
+        with path.open(encoding="utf-8-sig") as lines:  # Windows begins a file with a byte order mark
             for line in lines:
                 if line.strip():
                     yield Path(line.strip())
@@ -60,20 +102,37 @@ def _listed(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: not a list of image files, one a line ({error})") from error
 
 
-def picture_names(files: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+def no_file(name: str) -> bool:
+    """Says that there is no file of that name: where pictures go into a new folder."""
+    return False
+
+
+def picture_names(files: Iterable[Path], occupied: Callable[[str], bool] = no_file) -> Iterator[tuple[Path, str]]:
     """Each file with a name for its picture: its own, with a number where an earlier picture has that name.
+
+    Names that differ in case alone, or in how Unicode writes a letter, count as one, since many file systems do not
+    tell them apart. Very long names are cut.
+
+    Args:
+        files: the images.
+        occupied: whether a file that must stay already has the name.
 
     Example::
 
-        >>> [name for _, name in picture_names(map(Path, ["a/x.png", "b/x.png", "x_2.png"]))]
-        ['x', 'x_2', 'x_2_2']
+        >>> [name for _, name in picture_names(map(Path, ["a/x.png", "b/x.png", "x_2.png", "X.gif"]))]
+        ['x', 'x_2', 'x_2_2', 'X_3']
     """
     names: set[str] = set()
     count: Counter[str] = Counter()
     for path in files:
-        name = path.stem
-        while name in names:
-            count[path.stem] += 1
-            name = f"{path.stem}_{count[path.stem] + 1}"
-        names.add(name)
+        encoded = os.fsencode(path.stem)
+        name = stem = path.stem if len(encoded) <= _LONGEST else encoded[:_LONGEST].decode("utf-8", "ignore")
+        while _key(name) in names or occupied(name):
+            count[_key(stem)] += 1
+            name = f"{stem}_{count[_key(stem)] + 1}"
+        names.add(_key(name))
         yield path, name
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

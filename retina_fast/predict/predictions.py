@@ -1,5 +1,6 @@
 """A model over a data set, image by image."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,13 +11,18 @@ from torch.utils.data import DataLoader
 from retina_fast.data.coco import Sample, Tried, plain
 from retina_fast.data.errors import ImageError, UserError
 from retina_fast.deploy.exported import Exported
+from retina_fast.transform import is_stock_transform, resized_size
+
+
+class UnfitImage(ImageError):
+    """An image was read, but is of a size that the model cannot take. The message names it and says why."""
 
 
 @torch.inference_mode()
 def predictions(
     model: Any, dataset: Any, workers: int, keys: Iterable[Any] | None = None
 ) -> Iterator[tuple[Sample, dict[str, Tensor]] | ImageError]:
-    """Each item's sample and detections; or, if its image cannot be read, the error.
+    """Each item's sample and detections; or, if its image cannot be read or does not fit the model, the error.
 
     Args:
         model: a RetinaNet in evaluation mode, or an exported one that takes uint8 images.
@@ -31,7 +37,7 @@ def predictions(
 
         >>> for sample, detections in predictions(model, dataset, workers=1): ...  # doctest: +SKIP
     """
-    run = (lambda image: model(image[None]).to_list()) if isinstance(model, Exported) else _by_network(model)
+    run = _by_exported(model) if isinstance(model, Exported) else _by_network(model)
     sampler = range(len(dataset)) if keys is None else keys
     for sample in DataLoader(Tried(dataset), batch_size=None, sampler=sampler, collate_fn=plain, num_workers=workers):
         if isinstance(sample, ImageError):
@@ -39,8 +45,8 @@ def predictions(
             continue
         try:
             (detections,) = run(sample[0].as_subclass(Tensor))
-        except UserError as error:  # An exported model takes images of one size.
-            yield ImageError(f"{sample[1]['path']}: {error}")
+        except UserError as error:
+            yield UnfitImage(f"{sample[1]['path']}: {error}")
             continue
         yield sample, {name: value.cpu() for name, value in detections.items()}
 
@@ -48,4 +54,46 @@ def predictions(
 def _by_network(model: Any) -> Callable[[Tensor], list[dict[str, Tensor]]]:
     """The model as a function of one uint8 image (3, H, W)."""
     device = next(model.parameters()).device
-    return lambda image: model([image.to(device).float() / 255])
+    transform = getattr(model, "transform", None)
+
+    def run(image: Tensor) -> list[dict[str, Tensor]]:
+        check_fit(transform, *image.shape[1:])
+        return model([image.to(device).float() / 255])
+
+    return run
+
+
+def check_fit(transform: Any, height: int, width: int) -> None:
+    """Raise a UserError for an image so elongated that a model's transform would resize it to no pixel.
+
+    Args:
+        transform: of the model; one of the user's own is not looked into.
+        height: of the image, in pixels.
+        width: likewise.
+
+    Example::
+
+        >>> from retina_fast.transform import RetinaNetTransform
+        >>> check_fit(RetinaNetTransform(800, 1333, [0.0], [1.0]), 480, 640)
+    """
+    if not is_stock_transform(transform):
+        return
+    in_evaluation = copy.copy(transform)  # in training a size would be drawn
+    in_evaluation.training = False
+    resized = resized_size(in_evaluation, height, width)
+    if min(resized) < 1:
+        raise UserError(f"its {width}x{height} pixels would be resized to {resized[1]}x{resized[0]}: cut it into parts")
+
+
+def _by_exported(model: Exported) -> Callable[[Tensor], list[dict[str, Tensor]]]:
+    """The exported model, which takes images of one size, as a function of one uint8 image (3, H, W)."""
+    height, width = model.metadata["image_size"]
+
+    def run(image: Tensor) -> list[dict[str, Tensor]]:
+        try:
+            return model(image[None]).to_list()
+        except UserError as error:
+            given = f"is {image.shape[2]}x{image.shape[1]} pixels, but the model was exported for {width}x{height}"
+            raise UserError(f"{error}: it {given}; resize it, or export the model for its size") from error
+
+    return run

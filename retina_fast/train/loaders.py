@@ -1,14 +1,47 @@
 """The images of a training run and of its validations, as this process loads them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from retina_fast.data.augment import TrainingSet, batches
 from retina_fast.data.coco import CocoDataset, Sample, Tried, plain
+from retina_fast.data.errors import ImageError, UserError
+from retina_fast.predict.predictions import check_fit
 from retina_fast.train.detector import Batch, Detector
 from retina_fast.train.stopping import ignore_signals
+
+
+class FittingImages:
+    """A data set in which images that the model would resize to nothing count as images that cannot be read.
+
+    Args:
+        dataset: whose attributes are this one's, too.
+        transform: of the model.
+
+    Example::
+
+        >>> image, target = FittingImages(data, model.transform)[0]  # doctest: +SKIP
+    """
+
+    def __init__(self, dataset: CocoDataset, transform: Any) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["dataset"], name) if "dataset" in vars(self) else object.__getattribute__(self, name)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, target = self.dataset[index]
+        try:
+            check_fit(self.transform, *image.shape[1:])
+        except UserError as error:
+            raise ImageError(f"{target['path']}: {error}") from error
+        return image, target
 
 
 class StepSampler:
@@ -52,7 +85,8 @@ def training_loader(module: Detector, data: CocoDataset, workers: int) -> DataLo
     """
     settings, recipe = module.settings, module.recipe
     crop = settings.crop or (module.model.transform.max_size if recipe.crops_are_the_size else 0)
-    training_set = TrainingSet(data, recipe.augmentation(crop, settings.flips), settings.seed)
+    images: Any = data if crop else FittingImages(data, module.model.transform)
+    training_set = TrainingSet(images, recipe.augmentation(crop, settings.flips), settings.seed)
     training_set[0, 0]  # If no image can be read, the error is raised here, and not in a worker.
     return DataLoader(
         training_set,
@@ -73,7 +107,7 @@ def validation_loader(module: Detector, data: CocoDataset, workers: int) -> Data
         >>> image, target = next(iter(validation_loader(module, data, workers=2)))  # doctest: +SKIP
     """
     return DataLoader(
-        Tried(data),
+        Tried(FittingImages(data, module.model.transform)),
         sampler=module.processes.share(len(data)),
         batch_size=None,
         collate_fn=plain,

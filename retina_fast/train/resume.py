@@ -1,15 +1,44 @@
-"""Whether a run can be resumed: it must have the same settings and the same annotations as before."""
+"""Whether a run can be begun or resumed in a folder.
+
+A new run replaces no file that is there already; a resumed one must have the same settings and annotations as before.
+"""
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from retina_fast import checkpoint
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
+from retina_fast.data.outputs import check_file, check_folder
 from retina_fast.train.settings import RANDOM, ResolvedSettings, TrainSettings
+
+_STATE = ("settings", "global_step", "state_dict", "optimizer_states", "loops", "callbacks")
+
+
+def check_new_run(output: Path) -> None:
+    """Make the folder of a new run, and look whether its files can be written there without replacing others.
+
+    Raises:
+        UserError: if not, or if there is a run already; the message names the file and what to do.
+
+    Example::
+
+        >>> check_new_run(Path("runs/a"))  # doctest: +SKIP
+    """
+    check_folder(output)
+    if (output / "last.ckpt").exists():
+        raise UserError(f"{output} already holds a run: add --resume to go on with it, or choose another --output")
+    log = output / "log.csv"
+    begun = log.is_file() and log.read_bytes().startswith(b"step,")  # by a run that ended before its first checkpoint
+    pictures = () if begun else ("log.csv", "loss.png", "precision_recall.png")
+    steps = sorted(path.name for path in output.glob("step-*.ckpt"))
+    for name in ("model.pt", "best.pt", *steps, *pictures):
+        if (output / name).exists():
+            raise UserError(f"{output} already holds {name}, which the run would replace: choose another --output")
+    for name in ("last.ckpt", "log.csv", "loss.png", "precision_recall.png"):
+        check_file(output / name)
 
 
 def fingerprint(data: CocoDataset) -> str:
@@ -47,12 +76,17 @@ def check_resume(last: Path, settings: ResolvedSettings, data: CocoDataset) -> d
     """
     if not last.exists():
         raise UserError(f"there is no run to resume in {last.parent}: it has no {last.name}")
-    try:
-        state: dict[str, Any] = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        kept = ", ".join(sorted(path.name for path in last.parent.glob("step-*.ckpt"))) or "none"
-        raise UserError(f"{last}: damaged; copy an older one in its place (there are: {kept}) to resume") from error
+    check_folder(last.parent)
+    kept = ", ".join(sorted(path.name for path in last.parent.glob("step-*.ckpt"))) or "none"
+    problem = f"damaged; copy an older one in its place (there are: {kept}) to resume"
+    state = checkpoint.read(last, problem, "without one, start a new run in another folder", mmap=True)
+    missing = [name for name in _STATE if not isinstance(state, dict) or name not in state]
+    if missing:
+        raise UserError(f"{last}: is not what retina-fast train wrote: it has no {', '.join(missing)}")
     saved = state["settings"]
+    unknown = sorted(set(saved) - {field.name for field in fields(TrainSettings)})
+    if unknown:
+        raise UserError(f"{last}: has the settings {', '.join(unknown)} of a newer retina_fast: update retina_fast")
     saved["weights_backbone"] = saved.get("weights_backbone") or RANDOM  # None, in runs that were begun earlier
     before = asdict(TrainSettings(**saved).resolve(data))
     for name, value in asdict(settings).items():

@@ -40,7 +40,7 @@ from retina_fast.train.detector import Detector
 from retina_fast.train.loaders import training_loader, validation_loader
 from retina_fast.train.log import TrainLog
 from retina_fast.train.recipes import recipe_named
-from retina_fast.train.resume import check_resume
+from retina_fast.train.resume import check_new_run, check_resume
 from retina_fast.train.run_files import RunFiles, WholeFiles
 from retina_fast.train.settings import TrainSettings
 from retina_fast.train.start import starting_network
@@ -106,8 +106,8 @@ def train(
         console.print(f"{listed - len(data)} of {listed} images have no object: the recipe leaves them out")
     last = output / "last.ckpt"
     resumed = check_resume(last, settings, data) if resume else None
-    if not resume and last.exists():
-        raise UserError(f"{output} already holds a run: add --resume to go on with it, or choose another --output")
+    if not resume:
+        check_new_run(output)
     if validation and validation.classes != data.classes:
         raise UserError(f"{validation.json_file} has the classes {validation.classes}, {data.json_file} {data.classes}")
 
@@ -115,7 +115,6 @@ def train(
     network, about = starting_network(settings, data, start_from, resumed)
     module = Detector(network, about, settings, processes)
     loader = training_loader(module, data, workers)
-    output.mkdir(parents=True, exist_ok=True)
     with _progress_bar(console) as progress, StopRequest(progress.console.print) as stop, _quiet_lightning():
         trainer = L.Trainer(
             max_epochs=settings.total_steps // settings.interval,

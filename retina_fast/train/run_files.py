@@ -103,9 +103,11 @@ class RunFiles(L.Callback):
         """Logs a step's losses, means over the processes. Raises a UserError if they are not finite."""
         if not all(map(math.isfinite, losses.values())):
             values = ", ".join(f"{name} {value}" for name, value in losses.items())
+            saved = (self.folder / "last.ckpt").exists()
+            kept = "The weights of the last interval are" if saved else "No interval was over, so no weights are"
             raise UserError(
                 f"the loss is not finite at step {step - 1} ({values}); its images: {', '.join(files)}. Look at their "
-                "boxes, lower --lr, or try --no-bf16. The weights of the last interval are in the output folder"
+                f"boxes, lower --lr, or try --no-bf16. {kept} in the output folder"
             )
         losses = module.processes.mean(losses)
         if module.processes.first:

@@ -300,6 +300,12 @@ def test_command_line(images, tmp_path):
     assert result.exit_code == 0, result.output
     message = r"small\.png: images must be \(B, 3, 96, 128\), got \(1, 3, 90, 128\)"
     assert re.search(message, " ".join(result.output.split()))
+    assert "it is 128x90 pixels, but the model was exported for 128x96; resize it" in " ".join(result.output.split())
+    assert "1 of 3 images do not fit the model" in result.output
+    assert "could not be read" not in result.output
+    result = invoke("detect", inputs, "--output", tmp_path / "out", "--score", 0.01, "--model", file)
+    assert result.exit_code == 1
+    assert "--score 0.01: the exported model gives no score under 0.05; give at least that" in result.stderr
     for arguments, message in (
         (("detect", inputs, "--model", file, "--checkpoint", TREES), "exclude each other"),
         (("detect", inputs, "--model", TREES), "damaged, or not a file"),

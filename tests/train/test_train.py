@@ -183,18 +183,21 @@ def test_norms_and_biases_do_not_decay(data):
     assert all(p.ndim == 1 for p in free["params"])
 
 
-def test_a_loss_that_is_not_finite_names_step_and_images(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("step", "kept"), [(4, "The weights of the last interval are"), (1, "no weights are")])
+def test_a_loss_that_is_not_finite_names_step_and_images(step, kept, data, tmp_path, monkeypatch):
     original = Detector.training_step
 
     def training_step(self, batch, batch_idx):
-        if self.global_step == 4:
+        if self.global_step == step:
             batch[0][0] = torch.full((3, 64, 64), math.nan)
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(Detector, "training_step", training_step)
-    with pytest.raises(UserError, match=r"not finite at step 4 .*images: .*\d\.png, .*\d\.png\. Look at"):
+    message = rf"not finite at step {step} .*images: .*\d\.png, .*\d\.png\. Look at .*{kept} in the output folder"
+    with pytest.raises(UserError, match=message):
         run(data, tmp_path)
-    assert state(tmp_path)["global_step"] == 3
+    assert (tmp_path / "last.ckpt").exists() == (tmp_path / "model.pt").exists() == (step > 3)
+    assert step < 3 or state(tmp_path)["global_step"] == 3
 
 
 def test_an_existing_run_is_not_overwritten_and_settings_must_agree(data, whole, tmp_path):

@@ -1,0 +1,95 @@
+"""Outputs are looked at before the work that fills them: whether they can be written, and what they would replace."""
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from retina_fast.data.errors import UserError
+
+_UNPLOTTED = ("pgf", "raw", "rgba")
+"""Formats of matplotlib that need LaTeX, or that no viewer opens."""
+
+
+def check_folder(folder: Path, option: str = "--output") -> None:
+    """Make the folder, if it is missing, and write a file into it that is removed at once.
+
+    Raises:
+        UserError: if it is a file, cannot be made, or takes no file; the message names it.
+
+    Example::
+
+        >>> check_folder(Path("out"))  # doctest: +SKIP
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if os.path.isfile(folder):
+            raise UserError(f"{folder}: is a file; give a folder as {option}") from error
+        raise UserError(
+            f"{folder}: cannot be written into ({error.strerror}); give another folder as {option}"
+        ) from error
+
+
+def check_file(file: Path, inputs: Iterable[Path] = ()) -> None:
+    """Raise a UserError if the file cannot be written, or if it is one of the inputs by another or the same name.
+
+    Args:
+        file: it may be there already, and is then to be replaced.
+        inputs: files, and folders of files, that stay as they are.
+
+    Example::
+
+        >>> check_file(Path("out/model.onnx"), inputs=[Path("model.pt")])  # doctest: +SKIP
+    """
+    if not os.path.isdir(file.parent):
+        raise UserError(f"{file.parent}: no such folder")
+    if os.path.isdir(file):
+        raise UserError(f"{file}: is a folder; give the name of a file")
+    if os.path.exists(file):
+        for other in inputs:
+            for read in (other, *other.rglob("*")) if other.is_dir() else (other,):
+                if same_file(file, read):
+                    raise UserError(f"{file}: would replace {read}, which is read; give another name")
+        if not os.access(file, os.W_OK):
+            raise UserError(f"{file}: is there already and read-only; give another name")
+    try:
+        file.is_symlink()  # raises for a name that the file system does not allow
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}); give another name") from error
+
+
+def check_plot(file: Path, inputs: Iterable[Path] = ()) -> None:
+    """The same for a picture that matplotlib draws, whose suffix names its format.
+
+    Raises:
+        UserError: also if matplotlib writes no such format; the message lists those that it writes.
+
+    Example::
+
+        >>> check_plot(Path("curves.png"))
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = sorted(set(FigureCanvasBase.get_supported_filetypes()) - set(_UNPLOTTED))
+    if file.suffix.lower().removeprefix(".") not in formats:
+        raise UserError(f"{file}: the suffix of a plot must be one of .{', .'.join(formats)}, got {file.suffix!r}")
+    check_file(file, inputs)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether both names lead to one file, by links, by other spellings, and in folders that do not tell case apart.
+
+    Example::
+
+        >>> same_file(Path("a/../photo.jpg"), Path("photo.jpg"))
+        False
+    """
+    try:
+        return one.samefile(other)
+    except OSError:  # One of them is not there.
+        return False
