@@ -8,7 +8,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from retina_fast.kernels.compiler import is_differentiated
 
@@ -43,9 +43,9 @@ def runs_onednn(x: Tensor, *others: Tensor | None) -> bool:
     """Whether a conv of x runs by oneDNN's fused convs: on a CPU, outside torch.compile, which fuses convs itself, and
     where nobody asks for derivatives with respect to x or the other tensors. None stands for an argument not given.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_differentiated(x, *others):
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return False
-    return serves_dtype(x.dtype)
+    return not is_differentiated(x, *others) and serves_dtype(x.dtype)
 
 
 def pack_weight(

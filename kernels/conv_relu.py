@@ -50,7 +50,9 @@ def conv_add_relu_reference(
     return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + z)
 
 
-_CUDNN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+def _runs_cudnn(x: Tensor) -> bool:
+    served = x.is_cuda and torch.version.hip is None and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return served and torch.backends.cudnn.is_acceptable(x)
 
 
 def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, *geometry) -> Tensor:
@@ -79,7 +81,7 @@ def _op(
 ) -> Tensor:
     """y in the memory format of :func:`_memory_format`."""
     layout, geometry = _memory_format(x, weight), (stride, padding, dilation, groups)
-    if not (x.is_cuda and x.dtype in _CUDNN_DTYPES and torch.backends.cudnn.is_acceptable(x)):
+    if not _runs_cudnn(x):
         return _eager(x, weight, bias, z, *geometry).contiguous(memory_format=layout)
     x, weight = (tensor.contiguous(memory_format=layout) for tensor in (x, weight))
     if z is None:

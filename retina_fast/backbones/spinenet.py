@@ -159,11 +159,13 @@ class _Repeated(nn.Sequential):
     def __init__(self, conv: Any, block: Block, in_channels: int | None, width: int, repeats: int, drop: float) -> None:
         channels = width * _EXPANSION[block.kind]
         inputs = [in_channels or channels, *[channels] * (repeats - 1)]
-        super().__init__(*(_Residual(conv, block.kind, x, width, drop) for x in inputs))
+        super().__init__(*(Residual(conv, block.kind, x, width, drop) for x in inputs))
         self.level, self.width, self.channels = block.level, width, channels
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
+    """``act(branch(x) + shortcut(x))``; the branch ends in a conv and its norm, which stochastic depth may drop."""
+
     def __init__(self, conv: Any, kind: str, in_channels: int, width: int, drop: float) -> None:
         super().__init__()
         channels = width * _EXPANSION[kind]

@@ -1,6 +1,7 @@
 """The engine: a model made ready to detect, from images as they are to detections, as fast as the device allows.
 
-A copy of the model has its BatchNorm folded into its convs, its weights in channels_last memory and in half precision.
+A copy of the model has its BatchNorm folded into its convs, which add bias and residual and apply the activation
+themselves, and its weights in channels_last memory and in half precision.
 For each batch shape that comes, the engine keeps what that shape needs: a batch to be filled, the anchors, and on a GPU
 the whole way from images to detections as one CUDA graph. Images have any sizes: the graph reads addresses and sizes
 from a table that one small upload replaces. Only so many shapes are kept; the one used longest ago goes.
@@ -25,6 +26,7 @@ from retina_fast.anchors import is_stock_generator
 from retina_fast.convert import from_torchvision
 from retina_fast.cuda_graph import CaptureStream
 from retina_fast.deploy.fold import count_norms, fold_batch_norm
+from retina_fast.deploy.fuse import count_convs, fuse_convs
 from retina_fast.deploy.report import Report, difference
 from retina_fast.detections import Detections, Thresholds, detect
 from retina_fast.device import Uploads, best_dtype
@@ -243,9 +245,10 @@ def compile_inference(
 ) -> Engine:
     """Turn a model into an engine that goes from raw images to detections, on the model's device.
 
-    The model itself is not changed, and the engine does not follow later changes to it. BatchNorm is folded, memory is
-    channels_last. On a GPU each batch shape (B, and the padded height and width) becomes one CUDA graph, which takes a
-    moment at its first batch; give ``size_divisible`` a larger value when building the model to have fewer shapes.
+    The model itself is not changed, and the engine does not follow later changes to it. BatchNorm is folded, convs take
+    sums and activations with them, memory is channels_last. On a GPU each batch shape (B, and the padded height and
+    width) becomes one CUDA graph, which takes a moment at its first batch; give ``size_divisible`` a larger value when
+    building the model to have fewer shapes.
 
     Args:
         model: a RetinaNet of this package or of torchvision. Backbone and head may be anything.
@@ -290,10 +293,12 @@ def compile_inference(
 
     with torch.no_grad(), timed_convs():  # else cuDNN would keep what its heuristics chose for these shapes
         folded = fold_batch_norm(own, outputs)
+        fused = fuse_convs(own, outputs)
     own = own.to(dtype=dtype, memory_format=torch.channels_last)
     graphs = device.type == "cuda" and HAS_TRITON and max_shapes > 0
     settings = EngineSettings(dtype, graphs, max_shapes, try_compile)
-    engine = Engine(own, settings, Report(str(device), dtype, graphs, max_shapes, norms, folded))
+    report = Report(str(device), dtype, graphs, max_shapes, norms, folded, count_convs(own), fused)
+    engine = Engine(own, settings, report)
     if len(images):
         plain = copy.deepcopy(model).eval() if model.training else model
         with timed_convs():

@@ -39,6 +39,9 @@ class Report:
     """BatchNorms that the model had."""
     folded: int
     """How many of them were folded into convs."""
+    convs: int
+    fused: int
+    """How many of the convs take what follows them, a sum or an activation, or have their weights packed."""
     difference: Difference | None = None
     compiled: dict[tuple[int, ...], float] = field(default_factory=dict)
     """Of each batch shape on which torch.compile was tried: its time over eager's; it is kept below 1."""
@@ -50,6 +53,7 @@ class Report:
         lines = [
             f"RetinaNet engine on {self.device}: {str(self.dtype).removeprefix('torch.')}, channels_last",
             f"BatchNorm folded into convs: {self.folded} of {self.norms}",
+            f"convs fused with what follows them: {self.fused} of {self.convs}",
             f"{way}; at most {self.max_shapes} batch shapes kept ready",
         ]
         lines += [

@@ -1,0 +1,323 @@
+"""Convs fused with what follows them: where they may be, where they must not, and that the results stay."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.resnet import BasicBlock, Bottleneck, resnet18
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.misc import Conv2dNormActivation
+
+from retina_fast import builders, compile_inference, retinanet_resnet18_fpn
+from retina_fast.backbones.spinenet import Residual
+from retina_fast.deploy.fold import fold_batch_norm
+from retina_fast.deploy.fuse import FusedConv, count_convs, fuse_convs
+from retina_fast.forward import run_convs
+from retina_fast.kernels.conv_onednn import serves_dtype
+from tests.deploy.engine_soak import small_model
+from tests.deploy.pictures import images
+from tests.deploy.test_fold import with_statistics
+from tests.instruments.fake_gpu import TorchOp, gpu_work_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def error(ours, theirs):
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def outputs(model, x):
+    features, returned = run_convs(model, x)
+    return [*features, *(level for output in returned.values() for level in output)]
+
+
+def folded(name, size=64):
+    """A model whose norms are folded, and an image for it."""
+    torch.manual_seed(0)
+    model = with_statistics(builders.MODELS[name](num_classes=3, weights=None, weights_backbone=None))
+    x = torch.rand(1, 3, size, size)
+    with torch.no_grad():
+        fold_batch_norm(model, lambda: outputs(model, x))
+    return model, x
+
+
+@torch.no_grad()
+def fused_count(model, x):
+    """Fuse, check that the output stays, and return how many convs are fused and their activations."""
+    before = model(x)
+    count = fuse_convs(model, lambda: model(x))
+    assert error(model(x), before) < 1e-5
+    return count, [module.activation for module in model.modules() if isinstance(module, FusedConv)]
+
+
+# Equal to what they were
+
+BUILDERS = [name for name in builders.MODELS if "spinenet" not in name or name.endswith("49s")]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@torch.no_grad()
+def test_every_builder_in_float32(name):
+    model, x = folded(name, 128)
+    before = outputs(model, x)
+    assert fuse_convs(model, lambda: outputs(model, x)) == count_convs(model)
+    for ours, theirs in zip(outputs(model, x), before, strict=True):
+        assert error(ours, theirs) < 1e-5
+
+
+@pytest.mark.skipif(not serves_dtype(torch.bfloat16), reason="this processor has no bfloat16")
+@pytest.mark.parametrize(
+    "name", ["retinanet_resnet18_fpn", "retinanet_resnext50_32x4d_fpn_v2", "retinanet_spinenet49s"]
+)
+@torch.no_grad()
+def test_bfloat16_is_no_further_from_float32_than_unfused(name):
+    model, x = folded(name, 128)
+    exact = outputs(model, x)
+    half = copy.deepcopy(model).to(torch.bfloat16, memory_format=torch.channels_last)
+    unfused = outputs(half, x.bfloat16())
+    fuse_convs(half, lambda: outputs(half, x.bfloat16()))
+    for ours, theirs, right in zip(outputs(half, x.bfloat16()), unfused, exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert error(ours, right) < 1.2 * error(theirs, right) + 2**-9
+
+
+@torch.no_grad()
+def test_an_activation_that_a_sum_of_onednn_does_not_know():
+    conv = partial(Conv2dNormActivation, norm_layer=None, activation_layer=nn.SiLU)
+    block = nn.Sequential(Residual(conv, "bottleneck", 8, 4, 0.2), Residual(conv, "residual", 16, 8, 0.0)).eval()
+    count, activations = fused_count(block, torch.randn(2, 8, 9, 7))
+    assert (count, activations.count("swish")) == (7, 5)
+
+
+def test_gradients_flow_through_fused_convs():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    before = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    fuse_convs(model, lambda: model(x))
+    after = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    torch.testing.assert_close(after, before)
+
+
+# What is fused
+
+
+@torch.no_grad()
+def test_no_activation_and_sum_is_left_in_a_v1_model():
+    model, x = folded("retinanet_resnet18_fpn", 128)
+    calls = []
+    fuse_convs(model, lambda: outputs(model, x))
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    outputs(model, x)
+    assert not calls
+    blocks = [module for module in model.modules() if isinstance(module, BasicBlock)]
+    assert all(type(block) is not BasicBlock for block in blocks)
+    assert all(block.downsample is None or block.downsample[0].bias is None for block in blocks)
+    assert type(model.backbone.fpn) is not FeaturePyramidNetwork
+    relus = [module.activation for module in model.modules() if isinstance(module, FusedConv)].count("relu")
+    assert relus == 1 + 2 * len(blocks) + 8  # the stem, the blocks and the towers
+
+
+@torch.no_grad()
+def test_parameters_keep_their_names():
+    model, x = folded("retinanet_resnet18_fpn")
+    names = [name for name, _ in model.named_parameters()]
+    fuse_convs(model, lambda: outputs(model, x))
+    gone = {name for name in names if name not in dict(model.named_parameters())}
+    assert all("downsample" in name and name.endswith("bias") for name in gone)
+
+
+def test_the_launches_of_a_fused_model_on_a_gpu():
+    """Recorded on fake CUDA tensors: the residual blocks and towers are convs and nothing else."""
+
+    def prepare():
+        with torch.device("cuda"):
+            layer = resnet18(norm_layer=lambda channels: nn.Identity()).layer2
+            tower = RetinaNetHead(256, 9, 3).classification_head.conv
+            x, level = (channels_last(torch.ones(1, channels, 8, 8)) for channels in (64, 256))
+        for conv in (module for part in (layer, tower) for module in part.modules() if isinstance(module, nn.Conv2d)):
+            conv.weight = nn.Parameter(channels_last(conv.weight.detach()))
+        fuse_convs(layer, lambda: layer(x))
+        fuse_convs(tower, lambda: tower(level))
+        return layer.eval(), tower, x, level
+
+    @torch.no_grad()
+    def call(prepared):
+        layer, tower, x, level = prepared
+        layer(x)
+        tower(level)
+
+    names = [step.name for step in gpu_work_of(call, prepare) if isinstance(step, TorchOp)]
+    assert names == [
+        "convolution", "cudnn_convolution_relu", "cudnn_convolution_add_relu",
+        "cudnn_convolution_relu", "cudnn_convolution_add_relu", *["cudnn_convolution_relu"] * 4,
+    ]  # fmt: skip
+
+
+# What is left alone
+
+
+def chain():
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+
+
+def block(cls=BasicBlock):
+    made = cls(8, 8 // cls.expansion)
+    for name in ("bn1", "bn2", "bn3"):
+        if hasattr(made, name):
+            setattr(made, name, nn.Identity())
+    return made.eval()
+
+
+X4, X8 = torch.randn(1, 4, 6, 6), torch.randn(1, 8, 6, 6)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_hooks_in_a_chain(part):
+    model, seen = chain(), []
+    model[part].register_forward_hook(lambda *args: seen.append(args[-1]))
+    count, activations = fused_count(model, X4)
+    assert (count, activations) == ((0, []) if part == 0 else (1, ["none"]))
+    assert len(seen) == 3
+    assert torch.equal(seen[0], seen[-1]) or error(seen[-1], seen[0]) < 1e-5
+
+
+@pytest.mark.parametrize("part", ["conv1", "conv2", "bn2", "relu", "block"])
+@pytest.mark.parametrize("cls", [BasicBlock, Bottleneck])
+def test_hooks_in_a_block(cls, part):
+    model, seen = nn.Sequential(block(cls)), []
+    (model[0] if part == "block" else getattr(model[0], part)).register_forward_hook(
+        lambda *args: seen.append(args[-1])
+    )
+    _, activations = fused_count(model, X8)
+    assert set(activations) == {"none"}  # the other convs are packed, no more
+    assert type(model[0]) is cls
+    assert len(seen) == 3 * (1 if part != "relu" else {BasicBlock: 2, Bottleneck: 3}[cls])
+
+
+class OwnBlock(BasicBlock):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Peeking(nn.Module):
+    """Reads what lies between the conv and the activation, past the Sequential that holds them."""
+
+    def __init__(self):
+        super().__init__()
+        self.chain, self.block = chain(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+
+    def forward(self, x):
+        y = self.chain[0](x)
+        return self.block(self.chain[1](y)) + y
+
+
+class Twice(nn.Module):
+    """Calls the chain, and its conv once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.chain = chain()
+
+    def forward(self, x):
+        return self.chain(x) + self.chain[0](x)
+
+
+def shared_conv():
+    conv = nn.Conv2d(4, 4, 1)
+    return nn.Sequential(nn.Sequential(conv, nn.ReLU()), nn.Sequential(conv, nn.Tanh()))
+
+
+def shared_activation():
+    """Between conv and the last ReLU lies a Sequential that has come before."""
+    scale = nn.Hardtanh(-0.1, 0.1)
+    return nn.Sequential(scale, nn.Conv2d(4, 4, 1), scale, nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "activations"),
+    [
+        (lambda: OwnBlock(8, 8).eval(), X8, {"none"}),
+        (Peeking, X4, {"none", "relu"}),
+        (Twice, X4, {"none"}),
+        (shared_conv, X4, {"none"}),
+        (shared_activation, X4, {"none"}),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU6()), X4, {"none"}),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU()), X4, set()),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding="same"), nn.ReLU()), X4, set()),
+        (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), nn.ReLU()), X4, set()),
+    ],
+    ids=["own block", "peeking", "twice", "shared conv", "shared part", "relu6", "reflect", "same", "weight norm"],
+)
+def test_what_must_not_be_fused(make, x, activations):
+    torch.manual_seed(0)
+    assert set(fused_count(make(), x)[1]) == activations
+
+
+def test_a_pyramid_with_a_hook_or_a_method_of_its_own():
+    for change in ("hook", "method", "norm"):
+        pyramid = FeaturePyramidNetwork([4, 4], 8, norm_layer=nn.BatchNorm2d if change == "norm" else None).eval()
+        maps = {"a": torch.randn(1, 4, 9, 9), "b": torch.randn(1, 4, 5, 5)}
+        if change == "hook":
+            pyramid.inner_blocks[0][0].register_forward_hook(lambda *_: None)
+        elif change == "method":
+            pyramid.get_result_from_inner_blocks = lambda x, i, blocks=pyramid.inner_blocks: blocks[i](x) * 2
+        with torch.no_grad():
+            before = pyramid(maps)
+            fuse_convs(pyramid, lambda pyramid=pyramid, maps=maps: pyramid(maps))
+            assert type(pyramid) is FeaturePyramidNetwork
+            assert all(error(ours, before[name]) < 1e-5 for name, ours in pyramid(maps).items())
+
+
+# Live
+
+
+@torch.no_grad()
+def test_changed_weights_count_and_copies_work():
+    model = chain()
+    fuse_convs(model, lambda: model(X4))
+    for change in ("in place", "new tensor", "dtype"):
+        before = model(X4.to(model[0].weight.dtype))
+        if change == "in place":
+            model[0].weight.mul_(3)
+        elif change == "new tensor":
+            model[0].weight = nn.Parameter(model[0].weight * 3)
+        else:
+            model.bfloat16()
+        x = X4.to(model[0].weight.dtype)
+        expected = nn.functional.conv2d(x, model[0].weight, model[0].bias, padding=1).relu()
+        assert error(model(x), expected) < 2**-7
+        assert change == "dtype" or error(model(x), before) > 0.1
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x))
+
+
+# In the engine
+
+
+def test_the_engine_says_how_many(device):
+    engine = compile_inference(small_model(), dtype=torch.float32)
+    convs = count_convs(engine.model)
+    assert engine.report.fused == engine.report.convs == convs > 10
+    assert f"convs fused with what follows them: {convs} of {convs}" in str(engine)
+    engine(images((40, 50)))
+
+
+@torch.no_grad()
+def test_a_hook_of_the_users_is_called_by_the_engine():
+    model, seen = retinanet_resnet18_fpn(num_classes=2, weights_backbone=None, min_size=64, max_size=64), []
+    model.backbone.body.layer2[0].conv2.register_forward_hook(lambda *_: seen.append(1))
+    engine = compile_inference(model.eval(), dtype=torch.float32)
+    seen.clear()
+    engine(images((64, 64)))
+    assert len(seen) == 1
+    assert engine.report.fused == engine.report.convs - 1
