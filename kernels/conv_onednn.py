@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from retina_fast.kernels.compiler import is_differentiated
 
 _OPS = torch.ops.mkldnn
-_NAMES = ("_convolution_pointwise", "_reorder_convolution_weight")
+_NAMES = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
 
 
 @functools.cache
@@ -81,6 +81,7 @@ def onednn_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    overwrite_z: bool = False,
 ) -> Tensor:
     """``activation(conv(x) + bias + z)``, not differentiable; the ReLU makes 0 of NaN, where PyTorch's keeps NaN.
 
@@ -92,6 +93,8 @@ def onednn_conv(
         z: of the output's shape.
         activation: ``none``, ``relu``, or without z ``swish``.
         stride, padding, dilation, groups: the conv's; pairs.
+        overwrite_z: whether the output may take the memory of z. The page faults of new memory, where it is tens of
+            megabytes, take longer than the sum itself.
 
     Example::
 
@@ -103,4 +106,6 @@ def onednn_conv(
     if z is None:
         return _OPS._convolution_pointwise(x, weight, bias, *geometry, activation, [], "")
     after_sum = None if activation == "none" else activation
+    if overwrite_z and z.is_contiguous(memory_format=torch.channels_last):
+        return _OPS._convolution_pointwise_.binary(z, x, weight, bias, *geometry, "add", 1.0, after_sum, [], "")
     return _OPS._convolution_pointwise.binary(x, z, weight, bias, *geometry, "add", 1.0, after_sum, [], "")

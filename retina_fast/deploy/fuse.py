@@ -36,12 +36,13 @@ class FusedConv(nn.Conv2d):
     """``none``, ``relu`` or ``swish``."""
     _packed: tuple[object, Tensor] | None = None  # what the weights were when they were packed, and the result
 
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """``x`` (B, C_in, H, W); ``z`` of the output's shape (B, C_out, H_out, W_out)."""
+    def forward(self, x: Tensor, z: Tensor | None = None, overwrite_z: bool = False) -> Tensor:
+        """``x`` (B, C_in, H, W); ``z`` of the output's shape (B, C_out, H_out, W_out), whose memory the output may take
+        if nobody reads it afterwards."""
         if runs_onednn(x, self.weight, self.bias, z) and x.dtype == self.weight.dtype:
             fused = self.activation if z is None or self.activation == "relu" else "none"  # a sum takes no swish
             x = x.contiguous(memory_format=torch.channels_last)
-            y = onednn_conv(x, self._packed_weight(x), self.bias, z, fused, *self._geometry())
+            y = onednn_conv(x, self._packed_weight(x), self.bias, z, fused, *self._geometry(), overwrite_z)
             return y if fused == self.activation else _APPLY[self.activation](y)
         if self.activation == "relu":
             more = (self.weight, self.bias) if z is None else (self.weight, self.bias, z)
@@ -77,11 +78,14 @@ def _run_block(block: Any, x: Tensor) -> Tensor:
     *convs, last = _convs(block)
     for conv in convs:
         x = conv(x)
-    return last(x, identity)
+    return last(x, identity, overwrite_z=block.may_overwrite)
 
 
 class FusedBasicBlock(BasicBlock):
     """torchvision's block, whose last conv adds the identity."""
+
+    may_overwrite = False
+    """Whether the identity's memory may be taken by the output."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _run_block(self, x)
@@ -89,6 +93,9 @@ class FusedBasicBlock(BasicBlock):
 
 class FusedBottleneck(Bottleneck):
     """torchvision's block, whose last conv adds the identity."""
+
+    may_overwrite = False
+    """Whether the identity's memory may be taken by the output."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _run_block(self, x)
@@ -102,7 +109,7 @@ class FusedResidual(Residual):
         *convs, last, _ = self.branch
         for conv in convs:
             x = conv(x)
-        return last[0](x, shortcut)
+        return last[0](x, shortcut, overwrite_z=is_fused_chain(self.shortcut))
 
 
 class FusedPyramid(FeaturePyramidNetwork):
@@ -115,7 +122,7 @@ class FusedPyramid(FeaturePyramidNetwork):
         results = [self.layer_blocks[-1](above)]
         for i in range(len(maps) - 2, -1, -1):
             size = convs[i].output_shape(maps[i])[2:]
-            above = convs[i](maps[i], F.interpolate(above, size=size, mode="nearest"))
+            above = convs[i](maps[i], F.interpolate(above, size=size, mode="nearest"), overwrite_z=True)
             results.insert(0, self.layer_blocks[i](above))
         if self.extra_blocks is not None:
             results, names = self.extra_blocks(results, maps, names)
@@ -150,6 +157,9 @@ def fuse_convs(model: nn.Module, run: Callable[[], object]) -> int:
     for module in model.modules():
         if is_plain_conv(module):
             _become_fused(module)
+    for module in model.modules():
+        if is_stock(module, nn.Sequential, "forward"):
+            _allow_overwriting(module, calls)
     return sum(isinstance(module, FusedConv) for module in model.modules())
 
 
@@ -206,6 +216,14 @@ def _conv_of(chain: Any) -> Any:
     return conv if is_plain_conv(conv) and all(map(_is_identity, rest)) else None
 
 
+def is_fused_chain(chain: Any) -> bool:
+    """Whether it is a chain of a fused conv and nothing else, whose output is its own."""
+    if not any(is_stock(chain, cls, "forward") for cls in (nn.Sequential, Conv2dNormActivation)):
+        return False
+    conv, *rest = chain
+    return is_stock(conv, FusedConv, "forward") and all(map(_is_identity, rest))
+
+
 def _fuse_chain(chain: Any, calls: _Calls) -> None:
     """Activations that follow a conv, or a conv and its folded norm, move into the conv."""
     returned = getattr(chain, "return_layers", ())  # what an IntermediateLayerGetter returns of its chain
@@ -238,6 +256,19 @@ def _fuse_block(block: Any, calls: _Calls) -> None:
     for conv in convs:
         _become_fused(conv, "relu")
     block.__class__ = FusedBottleneck if isinstance(block, Bottleneck) else FusedBasicBlock
+
+
+def _allow_overwriting(chain: Any, calls: _Calls) -> None:
+    """A fused block may overwrite its identity where no one else can have it: where its own downsampling conv made it,
+    or the fused block before it in the same chain."""
+    before: Any = None
+    for block in chain:
+        if isinstance(block, FusedBasicBlock | FusedBottleneck) and calls.only_by(chain, block):
+            own = block.downsample is not None and is_fused_chain(block.downsample)
+            block.may_overwrite = own or (block.downsample is None and before is not None)
+            before = block
+        else:
+            before = None
 
 
 def _fuse_residual(residual: Any, calls: _Calls) -> None:

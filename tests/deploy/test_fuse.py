@@ -128,6 +128,20 @@ def test_no_activation_and_sum_is_left_in_a_v1_model():
 
 
 @torch.no_grad()
+def test_what_may_be_overwritten():
+    """An identity that a downsampling conv, or the fused block before, has made and nobody else holds."""
+    model, x = folded("retinanet_resnet18_fpn")
+    body = model.backbone.body
+    held = []
+    body.layer3[0].register_forward_hook(lambda *args: held.append((args[-1], args[-1].clone())))
+    fuse_convs(model, lambda: outputs(model, x))
+    flags = [[getattr(block, "may_overwrite", None) for block in body[f"layer{n}"]] for n in (1, 2, 3)]
+    assert flags == [[False, True], [True, True], [None, False]]
+    outputs(model, x)
+    assert all(torch.equal(output, copied) for output, copied in held)
+
+
+@torch.no_grad()
 def test_parameters_keep_their_names():
     model, x = folded("retinanet_resnet18_fpn")
     names = [name for name, _ in model.named_parameters()]

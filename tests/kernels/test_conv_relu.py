@@ -17,7 +17,7 @@ GEOMETRIES = {  # kernel, stride, padding, dilation, groups
     "dilated": ((3, 3), (1, 1), (2, 2), (2, 2), 1),
     "grouped": ((3, 3), (1, 1), (1, 1), (1, 1), 4),
 }
-WAYS = ("op", "public", "packed")
+WAYS = ("op", "public", "packed", "overwriting")
 
 needs_onednn = pytest.mark.skipif(not serves_dtype(torch.float32), reason="this build has no fused oneDNN convs")
 
@@ -54,10 +54,12 @@ def exact(tensors, incoming, geometry, with_z):
 
 def run(way, tensors, geometry, with_z):
     x, weight, bias, z = tensors
-    if way == "packed":
-        x, bias, z = (None if t is None else t.detach() for t in (x, bias, z))
-        packed = pack_weight(weight, x.shape, *geometry)
-        return onednn_conv(x, packed, bias, z if with_z else None, "relu", *geometry)
+    if way in ("packed", "overwriting"):
+        x, bias, z = (None if t is None else t.detach().clone() for t in (x, bias, z))
+        packed, overwrite = pack_weight(weight, x.shape, *geometry), way == "overwriting"
+        y = onednn_conv(x, packed, bias, z if with_z else None, "relu", *geometry, overwrite)
+        assert (y.data_ptr() == z.data_ptr()) == (overwrite and with_z)
+        return y
     if way == "op":
         return module._op(x, weight, bias, z if with_z else None, *map(list, geometry[:3]), geometry[3])
     return conv_add_relu(x, weight, bias, z, *geometry) if with_z else conv_relu(x, weight, bias, *geometry)
