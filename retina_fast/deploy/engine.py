@@ -16,6 +16,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from retina_fast.cuda_graph import CaptureStream
 from retina_fast.deploy.fold import count_norms, fold_batch_norm
 from retina_fast.deploy.fuse import count_convs, fuse_convs
 from retina_fast.deploy.report import Report, difference
+from retina_fast.deploy.tuned import Chooser, choose_ways, user_cache_file
 from retina_fast.detections import Detections, Thresholds, detect
 from retina_fast.device import Uploads, best_dtype
 from retina_fast.forward import Convs, Sizes, run_convs, run_network
@@ -49,12 +51,14 @@ class EngineSettings:
         graphs: whether each batch shape becomes a CUDA graph.
         max_shapes: how many batch shapes are kept ready.
         try_compile: whether torch.compile's convs are timed against the eager ones at each new shape.
+        choices: the file that remembers which way each conv is the fastest; None does not time the ways.
     """
 
     dtype: torch.dtype
     graphs: bool
     max_shapes: int = 8
     try_compile: bool = False
+    choices: Path | None = None
 
 
 class Engine:
@@ -117,10 +121,21 @@ class Engine:
         if plan is None:
             while self._plans and len(self._plans) >= self.settings.max_shapes:
                 self._plans.popitem(last=False)  # before the new one is made: its memory serves again
+            self._choose_ways(shape)
             plan = min(self._candidates(shape, images, sizes), key=lambda plan: plan.seconds)
         if self.settings.max_shapes:
             self._plans[key] = plan
         return plan
+
+    def _choose_ways(self, shape: tuple[int, ...]) -> None:
+        """Each conv's fastest way at a batch shape that is new."""
+        if self.settings.choices is None or shape in self.report.ways:
+            return
+        pixels = torch.rand(shape, dtype=self.settings.dtype, device=self._device)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with timed_convs():
+            chooser = Chooser(self.settings.choices, self._device)
+            self.report.ways[shape] = choose_ways(self.model, lambda: run_convs(self.model, pixels), chooser)
 
     def _candidates(self, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> list["Plan"]:
         """A plan for each way to run the convs, timed where there are several."""
@@ -242,6 +257,7 @@ def compile_inference(
     dtype: torch.dtype | None = None,
     max_shapes: int = 8,
     try_compile: bool = False,
+    choices: str | Path | None = None,
 ) -> Engine:
     """Turn a model into an engine that goes from raw images to detections, on the model's device.
 
@@ -258,6 +274,9 @@ def compile_inference(
         max_shapes: how many batch shapes are kept ready; 0 keeps none, and captures no graph.
         try_compile: whether to time torch.compile's trunk against the eager one at each new shape, and keep the faster.
             That takes a minute a shape.
+        choices: a file that remembers which way each conv is the fastest, fused or not; at a new shape the ways are
+            timed. By default it lies in the user's cache folder on a GPU. On a CPU, where this takes as long as a dozen
+            batches and the fused way nearly always wins, nothing is timed unless a file is given.
 
     Raises:
         TypeError: for anything but a RetinaNet, or if a part of the user's own would not run: a forward, transform,
@@ -296,7 +315,10 @@ def compile_inference(
         fused = fuse_convs(own, outputs)
     own = own.to(dtype=dtype, memory_format=torch.channels_last)
     graphs = device.type == "cuda" and HAS_TRITON and max_shapes > 0
-    settings = EngineSettings(dtype, graphs, max_shapes, try_compile)
+    timed = choices is not None or device.type == "cuda"
+    settings = EngineSettings(
+        dtype, graphs, max_shapes, try_compile, Path(choices or user_cache_file()) if timed else None
+    )
     report = Report(str(device), dtype, graphs, max_shapes, norms, folded, count_convs(own), fused)
     engine = Engine(own, settings, report)
     if len(images):

@@ -15,7 +15,8 @@ from torchvision.ops.misc import Conv2dNormActivation
 from retina_fast import builders, compile_inference, retinanet_resnet18_fpn
 from retina_fast.backbones.spinenet import Residual
 from retina_fast.deploy.fold import fold_batch_norm
-from retina_fast.deploy.fuse import FusedConv, count_convs, fuse_convs
+from retina_fast.deploy.fuse import count_convs, fuse_convs
+from retina_fast.deploy.fused import FusedConv
 from retina_fast.forward import run_convs
 from retina_fast.kernels.conv_onednn import serves_dtype
 from tests.deploy.engine_soak import small_model
