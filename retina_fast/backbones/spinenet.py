@@ -144,13 +144,18 @@ class SpineNet(nn.Module):
         numbered = [first, self.blocks[1](first)]
         levels = {}
         for row, block in enumerate(self.specification):
-            links: Any = self.links[row]
-            a, b = (link(numbered[parent]) for link, parent in zip(links, block.parents, strict=True))
-            merged = sum((numbered[earlier] for earlier in self.added_raw[row]), a + b)
+            joined = self.join(row, [numbered[parent] for parent in block.parents])
+            merged = sum((numbered[earlier] for earlier in self.added_raw[row]), joined)
             numbered.append(self.blocks[row + len(STEM)](self.act(merged)))
             if block.is_output:
                 levels[block.level] = self.outputs[str(block.level)](numbered[-1])
         return {f"p{level}": levels[level] for level in OUTPUT_LEVELS}
+
+    def join(self, row: int, parents: Sequence[Tensor]) -> Tensor:
+        """The sum of a row's two parents, each resampled by its link."""
+        links: Any = self.links[row]
+        a, b = (link(parent) for link, parent in zip(links, parents, strict=True))
+        return a + b
 
 
 class _Repeated(nn.Sequential):

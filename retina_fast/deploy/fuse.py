@@ -15,13 +15,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork, StochasticDepth
 from torchvision.ops.misc import Conv2dNormActivation
 
-from retina_fast.backbones.spinenet import Residual
+from retina_fast.backbones.spinenet import Residual, SpineNet
 from retina_fast.deploy.fused import (
     FusedBasicBlock,
     FusedBottleneck,
     FusedConv,
     FusedPyramid,
     FusedResidual,
+    FusedSpineNet,
     convs_of,
 )
 from retina_fast.stock import has_hooks, is_stock
@@ -181,6 +182,20 @@ def _fuse_residual(residual: Any, calls: _Calls) -> None:
         residual.__class__ = FusedResidual
 
 
+def _fuse_spinenet(network: Any, calls: _Calls) -> None:
+    """The second link of a row adds what the first returns."""
+    if not is_stock(network, SpineNet, "join"):
+        return
+    rows = []
+    for row, links in enumerate(network.links):
+        stock = all(is_stock(link, nn.Sequential, "forward") for link in links)
+        convs = [_conv_of(link[-1]) for link in links] if stock else [None]
+        if all(conv is not None and calls.only_by(network, conv) for conv in convs):
+            _become_fused(convs[1])
+            rows.append(row)
+    network.__class__, network.fused_rows = FusedSpineNet, frozenset(rows)
+
+
 def _fuse_pyramid(pyramid: Any, calls: _Calls) -> None:
     """Each inner conv adds the level above."""
     methods = "get_result_from_inner_blocks", "get_result_from_layer_blocks"
@@ -195,6 +210,7 @@ _FUSERS: dict[type[nn.Module], Callable[[Any, _Calls], None]] = {
     BasicBlock: _fuse_block,
     Bottleneck: _fuse_block,
     Residual: _fuse_residual,
+    SpineNet: _fuse_spinenet,
     FeaturePyramidNetwork: _fuse_pyramid,
     IntermediateLayerGetter: _fuse_chain,
     nn.Sequential: _fuse_chain,

@@ -1,7 +1,7 @@
 """Modules that run a conv together with what follows it; ``fuse.py`` puts them into a model."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork
 
-from retina_fast.backbones.spinenet import Residual
+from retina_fast.backbones.spinenet import Residual, SpineNet
 from retina_fast.kernels.conv_onednn import onednn_conv, pack_weight, runs_onednn
 from retina_fast.kernels.conv_relu import conv_add_relu, conv_relu, output_shape
 
@@ -128,6 +128,24 @@ class FusedResidual(Residual):
         for conv in convs:
             x = conv(x)
         return last[0](x, shortcut, overwrite_z=not isinstance(self.shortcut, nn.Identity))
+
+
+class FusedSpineNet(SpineNet):
+    """SpineNet, whose links end in a conv that adds the other link's output."""
+
+    fused_rows: Collection[int] = ()
+    """The rows of the specification at which it does."""
+
+    def join(self, row: int, parents: Sequence[Tensor]) -> Tensor:
+        """The sum of a row's two parents, each resampled by its link."""
+        if row not in self.fused_rows:
+            return super().join(row, parents)
+        links: Any = self.links[row]
+        *steps, last = links[1]
+        x = parents[1]
+        for step in steps:
+            x = step(x)
+        return last[0](x, links[0](parents[0]), overwrite_z=True)
 
 
 class FusedPyramid(FeaturePyramidNetwork):

@@ -13,7 +13,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.misc import Conv2dNormActivation
 
 from retina_fast import builders, compile_inference, retinanet_resnet18_fpn
-from retina_fast.backbones.spinenet import Residual
+from retina_fast.backbones.spinenet import Residual, SpineNet
 from retina_fast.deploy.fold import fold_batch_norm
 from retina_fast.deploy.fuse import count_convs, fuse_convs
 from retina_fast.deploy.fused import FusedConv
@@ -96,6 +96,23 @@ def test_an_activation_that_a_sum_of_onednn_does_not_know():
     block = nn.Sequential(Residual(conv, "bottleneck", 8, 4, 0.2), Residual(conv, "residual", 16, 8, 0.0)).eval()
     count, activations = fused_count(block, torch.randn(2, 8, 9, 7))
     assert (count, activations.count("swish")) == (7, 5)
+
+
+@torch.no_grad()
+def test_links_of_spinenet_and_a_hook_on_one():
+    torch.manual_seed(0)
+    model, seen = SpineNet(width=0.1).eval(), []
+    x, rows = torch.rand(1, 3, 128, 128), len(model.specification)
+    fold_batch_norm(model, lambda: list(model(x).values()))
+    link = model.links[3][1]
+    link.register_forward_hook(lambda *args: seen.append(args[-1].clone()))
+    before = model(x)
+    fuse_convs(model, lambda: model(x))
+    after = model(x)
+    assert all(error(after[name], level) < 1e-5 for name, level in before.items())
+    assert sorted(model.fused_rows) == [row for row in range(rows) if row != 3]
+    assert len(seen) == 3
+    assert error(seen[2], seen[0]) < 1e-5
 
 
 def test_gradients_flow_through_fused_convs():
