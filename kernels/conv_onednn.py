@@ -81,6 +81,7 @@ def onednn_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    *,
     overwrite_z: bool = False,
 ) -> Tensor:
     """``activation(conv(x) + bias + z)``, not differentiable; the ReLU makes 0 of NaN, where PyTorch's keeps NaN.

@@ -203,9 +203,9 @@ def _conv_relu(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None,
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        x, weight, bias, z = (None if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias, z))
+        bias, z = (None if tensor is None else tensor.to(dtype) for tensor in (bias, z))
         with torch.autocast(kind, enabled=False):
-            return _conv_relu(x, weight, bias, z, *geometry)
+            return _conv_relu(x.to(dtype), weight.to(dtype), bias, z, *geometry)
     _check(x, weight, bias, z, *geometry)
     if x.is_cuda and not is_transformed(x, weight, bias, z):
         return _op(x, weight, bias, z, *geometry)

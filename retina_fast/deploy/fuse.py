@@ -180,6 +180,7 @@ def _fuse_residual(residual: Any, calls: _Calls) -> None:
     if stock and last is not None and activation and calls.only_by(residual, last):
         _become_fused(last, activation)
         residual.__class__ = FusedResidual
+        residual.may_overwrite = _conv_of(residual.shortcut) is not None
 
 
 def _fuse_spinenet(network: Any, calls: _Calls) -> None:

@@ -47,7 +47,7 @@ class FusedConv(nn.Conv2d):
         if runs_onednn(x, self.weight, self.bias, z) and x.dtype == self.weight.dtype:
             fused = self.activation if z is None or self.activation == "relu" else "none"  # a sum takes no swish
             x = x.contiguous(memory_format=torch.channels_last)
-            y = onednn_conv(x, self._packed_weight(x), self.bias, z, fused, *self._geometry(), overwrite_z)
+            y = onednn_conv(x, self._packed_weight(x), self.bias, z, fused, *self._geometry(), overwrite_z=overwrite_z)
             return y if fused == self.activation else _activated(y, self.activation)
         if self.activation == "relu":
             more = (self.weight, self.bias) if z is None else (self.weight, self.bias, z)
@@ -122,12 +122,16 @@ class FusedBottleneck(Bottleneck):
 class FusedResidual(Residual):
     """SpineNet's block, whose last conv adds the shortcut and applies the activation."""
 
+    may_overwrite = False
+    """Whether the shortcut's memory may be taken by the output."""
+
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.shortcut(x)
-        *convs, last, _ = self.branch
+        branch: Any = self.branch
+        *convs, last, _ = branch
         for conv in convs:
             x = conv(x)
-        return last[0](x, shortcut, overwrite_z=not isinstance(self.shortcut, nn.Identity))
+        return last[0](x, shortcut, overwrite_z=self.may_overwrite)
 
 
 class FusedSpineNet(SpineNet):
@@ -153,7 +157,8 @@ class FusedPyramid(FeaturePyramidNetwork):
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         names, maps = list(x), list(x.values())
-        convs: list[FusedConv] = [block[0] for block in self.inner_blocks]  # type: ignore[index, misc]
+        inner: Any = self.inner_blocks
+        convs: list[FusedConv] = [block[0] for block in inner]
         above = convs[-1](maps[-1])
         results = [self.layer_blocks[-1](above)]
         for i in range(len(maps) - 2, -1, -1):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from retina_fast import builders, compile_inference, retinanet_resnet18_fpn
 from retina_fast.backbones.spinenet import Residual, SpineNet
 from retina_fast.deploy.fold import fold_batch_norm
 from retina_fast.deploy.fuse import count_convs, fuse_convs
-from retina_fast.deploy.fused import FusedConv
+from retina_fast.deploy.fused import FusedConv, FusedSpineNet
 from retina_fast.forward import run_convs
 from retina_fast.kernels.conv_onednn import serves_dtype
 from tests.deploy.engine_soak import small_model
@@ -104,13 +105,14 @@ def test_links_of_spinenet_and_a_hook_on_one():
     model, seen = SpineNet(width=0.1).eval(), []
     x, rows = torch.rand(1, 3, 128, 128), len(model.specification)
     fold_batch_norm(model, lambda: list(model(x).values()))
-    link = model.links[3][1]
+    links: Any = model.links
+    link = links[3][1]
     link.register_forward_hook(lambda *args: seen.append(args[-1].clone()))
     before = model(x)
     fuse_convs(model, lambda: model(x))
     after = model(x)
     assert all(error(after[name], level) < 1e-5 for name, level in before.items())
-    assert sorted(model.fused_rows) == [row for row in range(rows) if row != 3]
+    assert sorted(cast(FusedSpineNet, model).fused_rows) == [row for row in range(rows) if row != 3]
     assert len(seen) == 3
     assert error(seen[2], seen[0]) < 1e-5
 
@@ -297,7 +299,7 @@ def test_what_must_not_be_fused(make, x, activations):
 
 def test_a_pyramid_with_a_hook_or_a_method_of_its_own():
     for change in ("hook", "method", "norm"):
-        pyramid = FeaturePyramidNetwork([4, 4], 8, norm_layer=nn.BatchNorm2d if change == "norm" else None).eval()
+        pyramid: Any = FeaturePyramidNetwork([4, 4], 8, norm_layer=nn.BatchNorm2d if change == "norm" else None).eval()
         maps = {"a": torch.randn(1, 4, 9, 9), "b": torch.randn(1, 4, 5, 5)}
         if change == "hook":
             pyramid.inner_blocks[0][0].register_forward_hook(lambda *_: None)
@@ -305,7 +307,7 @@ def test_a_pyramid_with_a_hook_or_a_method_of_its_own():
             pyramid.get_result_from_inner_blocks = lambda x, i, blocks=pyramid.inner_blocks: blocks[i](x) * 2
         with torch.no_grad():
             before = pyramid(maps)
-            fuse_convs(pyramid, lambda pyramid=pyramid, maps=maps: pyramid(maps))
+            fuse_convs(pyramid, partial(pyramid, maps))
             assert type(pyramid) is FeaturePyramidNetwork
             assert all(error(ours, before[name]) < 1e-5 for name, ours in pyramid(maps).items())
 

@@ -250,10 +250,12 @@ def test_a_remembered_way_is_taken(path, way, monkeypatch):
     content["choices"][name] = dict.fromkeys(choices, way)
     path.write_text(json.dumps(content))
     for name in ("eager", "fused"):
-        run = getattr(FusedConv, f"run_{name}")
-        monkeypatch.setattr(
-            FusedConv, f"run_{name}", lambda *args, run=run, name=name: calls.append(name) or run(*args)
-        )
+
+        def recorded(*args, run=getattr(FusedConv, f"run_{name}"), name=name):  # noqa: B008
+            calls.append(name)
+            return run(*args)
+
+        monkeypatch.setattr(FusedConv, f"run_{name}", recorded)
     engine = compile_inference(model, dtype=torch.float32, choices=path)
     for _ in range(2):  # the first call looks the ways up
         calls.clear()

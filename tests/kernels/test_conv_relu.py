@@ -1,5 +1,7 @@
 """A conv with its sum and ReLU: every way to compute it against float64 autograd of the definition."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from retina_fast.kernels.conv_onednn import onednn_conv, pack_weight, serves_dty
 from retina_fast.kernels.conv_relu import conv_add_relu, conv_add_relu_reference, conv_relu, conv_relu_reference
 from tests.instruments.fake_gpu import TorchOp, gpu_work_of
 
-GEOMETRIES = {  # kernel, stride, padding, dilation, groups
+GEOMETRIES: dict[str, Any] = {  # kernel, stride, padding, dilation, groups
     "3x3": ((3, 3), (1, 1), (1, 1), (1, 1), 1),
     "1x1": ((1, 1), (1, 1), (0, 0), (1, 1), 1),
     "strided": ((3, 1), (2, 1), (1, 2), (1, 1), 1),
@@ -44,7 +46,7 @@ def error(ours, exact):
 
 def exact(tensors, incoming, geometry, with_z):
     """The output and the gradients in float64."""
-    doubles = [None if t is None else t.detach().cpu().double().requires_grad_() for t in tensors]
+    doubles: list[Any] = [None if t is None else t.detach().cpu().double().requires_grad_() for t in tensors]
     x, weight, bias, z = doubles
     y = F.conv2d(x, weight, bias, *geometry)
     y = F.relu(y + z if with_z else y)
@@ -55,9 +57,10 @@ def exact(tensors, incoming, geometry, with_z):
 def run(way, tensors, geometry, with_z):
     x, weight, bias, z = tensors
     if way in ("packed", "overwriting"):
-        x, bias, z = (None if t is None else t.detach().clone() for t in (x, bias, z))
+        x, z = x.detach(), z.detach().clone()
+        bias = None if bias is None else bias.detach()
         packed, overwrite = pack_weight(weight, x.shape, *geometry), way == "overwriting"
-        y = onednn_conv(x, packed, bias, z if with_z else None, "relu", *geometry, overwrite)
+        y = onednn_conv(x, packed, bias, z if with_z else None, "relu", *geometry, overwrite_z=overwrite)
         assert (y.data_ptr() == z.data_ptr()) == (overwrite and with_z)
         return y
     if way == "op":
@@ -106,6 +109,7 @@ def test_memory_format_and_no_bias(way, last):
     assert ours.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+@needs_onednn
 def test_swish_by_onednn():
     tensors, _, geometry = case("3x3")
     x, weight, bias, _ = (t.detach() for t in tensors)
@@ -113,6 +117,7 @@ def test_swish_by_onednn():
     assert error(ours, F.silu(F.conv2d(x.double(), weight.double(), bias.double(), *geometry))) < 1e-5
 
 
+@needs_onednn
 def test_packed_weights_take_other_shapes():
     tensors, _, geometry = case("1x1")
     _, weight, bias, _ = (t.detach() for t in tensors)
@@ -139,8 +144,13 @@ def test_gradients(name, way, with_z, device):
 
 def test_the_op_saves_no_tensor_of_the_outputs_size_but_the_output(device):
     tensors, _, geometry = case("3x3", device=device)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    saved: list[torch.Tensor] = []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = run("op", tensors, geometry, with_z=True)
     assert sorted(t.data_ptr() for t in saved) == sorted(t.data_ptr() for t in (*tensors[:2], y))
 
