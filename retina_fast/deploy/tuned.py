@@ -59,9 +59,16 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, cuDNN {torch.backends.cudnn.version()}"
     else:
-        name = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-        name += f", {torch.get_num_threads()} threads"
+        name = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):  # where Linux names it
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 class Chooser:
