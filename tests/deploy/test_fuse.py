@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.models.resnet import BasicBlock, Bottleneck, resnet18
+from torchvision.models.resnet import BasicBlock, resnet18
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.misc import Conv2dNormActivation
 
@@ -21,15 +21,12 @@ from retina_fast.deploy.fused import FusedConv, FusedSpineNet
 from retina_fast.forward import run_convs
 from retina_fast.kernels.conv_onednn import serves_dtype
 from tests.deploy.engine_soak import small_model
+from tests.deploy.fusing import X4, chain, error, fused_count
 from tests.deploy.pictures import images
 from tests.deploy.test_fold import with_statistics
 from tests.instruments.fake_gpu import TorchOp, gpu_work_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def error(ours, theirs):
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 def channels_last(x):
@@ -49,15 +46,6 @@ def folded(name, size=64):
     with torch.no_grad():
         fold_batch_norm(model, lambda: outputs(model, x))
     return model, x
-
-
-@torch.no_grad()
-def fused_count(model, x):
-    """Fuse, check that the output stays, and return how many convs are fused and their activations."""
-    before = model(x)
-    count = fuse_convs(model, lambda: model(x))
-    assert error(model(x), before) < 1e-5
-    return count, [module.activation for module in model.modules() if isinstance(module, FusedConv)]
 
 
 # Equal to what they were
@@ -195,121 +183,6 @@ def test_the_launches_of_a_fused_model_on_a_gpu():
         "convolution", "cudnn_convolution_relu", "cudnn_convolution_add_relu",
         "cudnn_convolution_relu", "cudnn_convolution_add_relu", *["cudnn_convolution_relu"] * 4,
     ]  # fmt: skip
-
-
-# What is left alone
-
-
-def chain():
-    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
-
-
-def block(cls=BasicBlock):
-    made = cls(8, 8 // cls.expansion)
-    for name in ("bn1", "bn2", "bn3"):
-        if hasattr(made, name):
-            setattr(made, name, nn.Identity())
-    return made.eval()
-
-
-X4, X8 = torch.randn(1, 4, 6, 6), torch.randn(1, 8, 6, 6)
-
-
-@pytest.mark.parametrize("part", [0, 1])
-def test_hooks_in_a_chain(part):
-    model, seen = chain(), []
-    model[part].register_forward_hook(lambda *args: seen.append(args[-1]))
-    count, activations = fused_count(model, X4)
-    assert (count, activations) == ((0, []) if part == 0 else (1, ["none"]))
-    assert len(seen) == 3
-    assert torch.equal(seen[0], seen[-1]) or error(seen[-1], seen[0]) < 1e-5
-
-
-@pytest.mark.parametrize("part", ["conv1", "conv2", "bn2", "relu", "block"])
-@pytest.mark.parametrize("cls", [BasicBlock, Bottleneck])
-def test_hooks_in_a_block(cls, part):
-    model, seen = nn.Sequential(block(cls)), []
-    (model[0] if part == "block" else getattr(model[0], part)).register_forward_hook(
-        lambda *args: seen.append(args[-1])
-    )
-    _, activations = fused_count(model, X8)
-    assert set(activations) == {"none"}  # the other convs are packed, no more
-    assert type(model[0]) is cls
-    assert len(seen) == 3 * (1 if part != "relu" else {BasicBlock: 2, Bottleneck: 3}[cls])
-
-
-class OwnBlock(BasicBlock):
-    def forward(self, x):
-        return super().forward(x) * 2
-
-
-class Peeking(nn.Module):
-    """Reads what lies between the conv and the activation, past the Sequential that holds them."""
-
-    def __init__(self):
-        super().__init__()
-        self.chain, self.block = chain(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
-
-    def forward(self, x):
-        y = self.chain[0](x)
-        return self.block(self.chain[1](y)) + y
-
-
-class Twice(nn.Module):
-    """Calls the chain, and its conv once more."""
-
-    def __init__(self):
-        super().__init__()
-        self.chain = chain()
-
-    def forward(self, x):
-        return self.chain(x) + self.chain[0](x)
-
-
-def shared_conv():
-    conv = nn.Conv2d(4, 4, 1)
-    return nn.Sequential(nn.Sequential(conv, nn.ReLU()), nn.Sequential(conv, nn.Tanh()))
-
-
-def shared_activation():
-    """Between conv and the last ReLU lies a Sequential that has come before."""
-    scale = nn.Hardtanh(-0.1, 0.1)
-    return nn.Sequential(scale, nn.Conv2d(4, 4, 1), scale, nn.ReLU())
-
-
-@pytest.mark.parametrize(
-    ("make", "x", "activations"),
-    [
-        (lambda: OwnBlock(8, 8).eval(), X8, {"none"}),
-        (Peeking, X4, {"none", "relu"}),
-        (Twice, X4, {"none"}),
-        (shared_conv, X4, {"none"}),
-        (shared_activation, X4, {"none"}),
-        (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU6()), X4, {"none"}),
-        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU()), X4, set()),
-        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding="same"), nn.ReLU()), X4, set()),
-        (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), nn.ReLU()), X4, set()),
-    ],
-    ids=["own block", "peeking", "twice", "shared conv", "shared part", "relu6", "reflect", "same", "weight norm"],
-)
-def test_what_must_not_be_fused(make, x, activations):
-    torch.manual_seed(0)
-    assert set(fused_count(make(), x)[1]) == activations
-
-
-def test_a_pyramid_with_a_hook_or_a_method_of_its_own():
-    for change in ("hook", "method", "norm"):
-        pyramid: Any = FeaturePyramidNetwork([4, 4], 8, norm_layer=nn.BatchNorm2d if change == "norm" else None).eval()
-        maps = {"a": torch.randn(1, 4, 9, 9), "b": torch.randn(1, 4, 5, 5)}
-        if change == "hook":
-            pyramid.inner_blocks[0][0].register_forward_hook(lambda *_: None)
-        elif change == "method":
-            pyramid.get_result_from_inner_blocks = lambda x, i, blocks=pyramid.inner_blocks: blocks[i](x) * 2
-        with torch.no_grad():
-            before = pyramid(maps)
-            fuse_convs(pyramid, partial(pyramid, maps))
-            assert type(pyramid) is FeaturePyramidNetwork
-            assert all(error(ours, before[name]) < 1e-5 for name, ours in pyramid(maps).items())
 
 
 # Live
