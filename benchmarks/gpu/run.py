@@ -36,6 +36,7 @@ BENCHMARKS = (
     "kernels.image_batch",
     "kernels.box_loss",
     "kernels.group_norm_relu",
+    "kernels.conv_relu",
     "kernels.sigmoid_focal_loss",
     "kernels.candidate_selection",
     "kernels.box_decode",

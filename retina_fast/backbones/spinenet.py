@@ -144,13 +144,18 @@ class SpineNet(nn.Module):
         numbered = [first, self.blocks[1](first)]
         levels = {}
         for row, block in enumerate(self.specification):
-            links: Any = self.links[row]
-            a, b = (link(numbered[parent]) for link, parent in zip(links, block.parents, strict=True))
-            merged = sum((numbered[earlier] for earlier in self.added_raw[row]), a + b)
+            joined = self.join(row, [numbered[parent] for parent in block.parents])
+            merged = sum((numbered[earlier] for earlier in self.added_raw[row]), joined)
             numbered.append(self.blocks[row + len(STEM)](self.act(merged)))
             if block.is_output:
                 levels[block.level] = self.outputs[str(block.level)](numbered[-1])
         return {f"p{level}": levels[level] for level in OUTPUT_LEVELS}
+
+    def join(self, row: int, parents: Sequence[Tensor]) -> Tensor:
+        """The sum of a row's two parents, each resampled by its link."""
+        links: Any = self.links[row]
+        a, b = (link(parent) for link, parent in zip(links, parents, strict=True))
+        return a + b
 
 
 class _Repeated(nn.Sequential):
@@ -159,11 +164,13 @@ class _Repeated(nn.Sequential):
     def __init__(self, conv: Any, block: Block, in_channels: int | None, width: int, repeats: int, drop: float) -> None:
         channels = width * _EXPANSION[block.kind]
         inputs = [in_channels or channels, *[channels] * (repeats - 1)]
-        super().__init__(*(_Residual(conv, block.kind, x, width, drop) for x in inputs))
+        super().__init__(*(Residual(conv, block.kind, x, width, drop) for x in inputs))
         self.level, self.width, self.channels = block.level, width, channels
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
+    """``act(branch(x) + shortcut(x))``; the branch ends in a conv and its norm, which stochastic depth may drop."""
+
     def __init__(self, conv: Any, kind: str, in_channels: int, width: int, drop: float) -> None:
         super().__init__()
         channels = width * _EXPANSION[kind]

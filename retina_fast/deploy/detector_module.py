@@ -5,7 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from retina_fast.anchors import is_stock_generator
 from retina_fast.model import RetinaNet
+from retina_fast.stock import has_hooks, overrides
+from retina_fast.transform import is_stock_transform
 
 _NO_TRAINING = "an engine cannot be trained, since its norms are folded into its convs"
 _PARTS = ("backbone", "anchor_generator", "head", "transform", "box_coder", "proposal_matcher")
@@ -96,3 +99,15 @@ class DetectorModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.prepare()
+
+
+def refuse_own_parts(model: RetinaNet, what: str) -> None:
+    """Raise TypeError if a part of the user's own would be ignored in ``what``."""
+    for part, stock in (
+        ("forward", not overrides(model, RetinaNet, "forward") and not has_hooks(model)),
+        ("transform", is_stock_transform(model.transform)),
+        ("anchor_generator", is_stock_generator(model.anchor_generator)),
+        ("box_coder, or its postprocessing,", model.uses_fast_detections()),
+    ):
+        if not stock:
+            raise TypeError(f"the model has a {part} of its own, which {what} would not run: call the model itself")

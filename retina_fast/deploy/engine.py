@@ -1,6 +1,7 @@
 """The engine: a model made ready to detect, from images as they are to detections, as fast as the device allows.
 
-A copy of the model has its BatchNorm folded into its convs, its weights in channels_last memory and in half precision.
+A copy of the model has its BatchNorm folded into its convs, which add bias and residual and apply the activation
+themselves, and its weights in channels_last memory and in half precision.
 For each batch shape that comes, the engine keeps what that shape needs: a batch to be filled, the anchors, and on a GPU
 the whole way from images to detections as one CUDA graph. Images have any sizes: the graph reads addresses and sizes
 from a table that one small upload replaces. Only so many shapes are kept; the one used longest ago goes.
@@ -15,26 +16,27 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import retinanet as tv
 
-from retina_fast.anchors import is_stock_generator
 from retina_fast.convert import from_torchvision
 from retina_fast.cuda_graph import CaptureStream
-from retina_fast.deploy.detector_module import DetectorModule
+from retina_fast.deploy.detector_module import DetectorModule, refuse_own_parts
 from retina_fast.deploy.fold import count_norms, fold_batch_norm
+from retina_fast.deploy.fuse import count_convs, fuse_convs
 from retina_fast.deploy.report import Report, difference
+from retina_fast.deploy.tuned import Chooser, choose_ways, user_cache_file
 from retina_fast.detections import Detections, Thresholds, detect
 from retina_fast.device import Uploads, best_dtype
 from retina_fast.forward import Convs, Sizes, run_convs, run_network
 from retina_fast.kernels.compiler import HAS_TRITON
 from retina_fast.kernels.image_batch import batch_shape, image_batch, image_table, launch_image_batch
 from retina_fast.model import RetinaNet
-from retina_fast.stock import has_hooks, overrides
-from retina_fast.transform import check_images, is_stock_transform, resized_sizes
+from retina_fast.transform import check_images, resized_sizes
 
 Run = Callable[[], Detections]
 
@@ -48,12 +50,14 @@ class EngineSettings:
         graphs: whether each batch shape becomes a CUDA graph.
         max_shapes: how many batch shapes are kept ready.
         try_compile: whether torch.compile's convs are timed against the eager ones at each new shape.
+        choices: the file that remembers which way each conv is the fastest; None does not time the ways.
     """
 
     dtype: torch.dtype
     graphs: bool
     max_shapes: int = 8
     try_compile: bool = False
+    choices: Path | None = None
 
 
 class Engine(DetectorModule):
@@ -139,10 +143,21 @@ class Engine(DetectorModule):
         if plan is None:
             while self._plans and len(self._plans) >= self.settings.max_shapes:
                 self._plans.popitem(last=False)  # before the new one is made: its memory serves again
+            self._choose_ways(shape)
             plan = min(self._candidates(shape, images, sizes), key=lambda plan: plan.seconds)
         if self.settings.max_shapes:
             self._plans[key] = plan
         return plan
+
+    def _choose_ways(self, shape: tuple[int, ...]) -> None:
+        """Each conv's fastest way at a batch shape that is new."""
+        if self.settings.choices is None or shape in self.report.ways:
+            return
+        pixels = torch.rand(shape, dtype=self.settings.dtype, device=self._device)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with timed_convs():
+            chooser = Chooser(self.settings.choices, self._device)
+            self.report.ways[shape] = choose_ways(self.model, lambda: run_convs(self.model, pixels), chooser)
 
     def _candidates(self, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> list["Plan"]:
         """A plan for each way to run the convs, timed where there are several."""
@@ -251,30 +266,20 @@ def _of_one_dtype(images: list[Tensor]) -> list[Tensor]:
     return [image.float() / (1 if image.is_floating_point() else 255) for image in images]
 
 
-def refuse_own_parts(model: RetinaNet, what: str) -> None:
-    """Raise TypeError if a part of the user's own would be ignored in ``what``."""
-    for part, stock in (
-        ("forward", not overrides(model, RetinaNet, "forward") and not has_hooks(model)),
-        ("transform", is_stock_transform(model.transform)),
-        ("anchor_generator", is_stock_generator(model.anchor_generator)),
-        ("box_coder, or its postprocessing,", model.uses_fast_detections()),
-    ):
-        if not stock:
-            raise TypeError(f"the model has a {part} of its own, which {what} would not run: call the model itself")
-
-
 def compile_inference(
     model: tv.RetinaNet,
     images: Sequence[Tensor] = (),
     dtype: torch.dtype | None = None,
     max_shapes: int = 8,
     try_compile: bool = False,
+    choices: str | Path | None = None,
 ) -> Engine:
     """Turn a model into an engine that goes from raw images to detections, on the model's device.
 
-    The model itself is not changed, and the engine does not follow later changes to it. BatchNorm is folded, memory is
-    channels_last. On a GPU each batch shape (B, and the padded height and width) becomes one CUDA graph, which takes a
-    moment at its first batch; give ``size_divisible`` a larger value when building the model to have fewer shapes.
+    The model itself is not changed, and the engine does not follow later changes to it. BatchNorm is folded, convs take
+    sums and activations with them, memory is channels_last. On a GPU each batch shape (B, and the padded height and
+    width) becomes one CUDA graph, which takes a moment at its first batch; give ``size_divisible`` a larger value when
+    building the model to have fewer shapes.
 
     Args:
         model: a RetinaNet of this package or of torchvision. Backbone and head may be anything.
@@ -284,6 +289,9 @@ def compile_inference(
         max_shapes: how many batch shapes are kept ready; 0 keeps none, and captures no graph.
         try_compile: whether to time torch.compile's trunk against the eager one at each new shape, and keep the faster.
             That takes a minute a shape.
+        choices: a file that remembers which way each conv is the fastest, fused or not; at a new shape the ways are
+            timed. By default it lies in the user's cache folder on a GPU. On a CPU, where this takes as long as a dozen
+            batches and the fused way nearly always wins, nothing is timed unless a file is given.
 
     Raises:
         TypeError: for anything but a RetinaNet, or if a part of the user's own would not run: a forward, transform,
@@ -319,10 +327,13 @@ def compile_inference(
 
     with torch.no_grad(), timed_convs():  # else cuDNN would keep what its heuristics chose for these shapes
         folded = fold_batch_norm(own, outputs)
+        fused = fuse_convs(own, outputs)
     own = own.to(dtype=dtype, memory_format=torch.channels_last)
     graphs = _takes_graphs(device, max_shapes)
-    settings = EngineSettings(dtype, graphs, max_shapes, try_compile)
-    engine = Engine(own, settings, Report(str(device), dtype, graphs, max_shapes, norms, folded))
+    file = Path(choices or user_cache_file()) if choices is not None or device.type == "cuda" else None
+    settings = EngineSettings(dtype, graphs, max_shapes, try_compile, file)
+    report = Report(str(device), dtype, graphs, max_shapes, norms, folded, count_convs(own), fused)
+    engine = Engine(own, settings, report)
     if len(images):
         plain = copy.deepcopy(model).eval() if model.training else model
         with timed_convs():

@@ -15,7 +15,7 @@ from torchvision.models.detection import retinanet as tv
 from retina_fast.convert import from_torchvision
 from retina_fast.data.errors import UserError
 from retina_fast.data.outputs import check_file
-from retina_fast.deploy.engine import refuse_own_parts
+from retina_fast.deploy.detector_module import refuse_own_parts
 from retina_fast.deploy.export_graph import SHAPES, Graph
 from retina_fast.deploy.export_onnx import KEY, OnnxPostprocess, write_onnx
 from retina_fast.deploy.export_postprocess import Postprocess

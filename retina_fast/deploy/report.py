@@ -1,6 +1,6 @@
 """What an engine did to its model, and how far its outputs are from the model's own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,7 +39,12 @@ class Report:
     """BatchNorms that the model had."""
     folded: int
     """How many of them were folded into convs."""
+    convs: int
+    fused: int
+    """How many of the convs take what follows them, a sum or an activation, or have their weights packed."""
     difference: Difference | None = None
+    ways: dict[tuple[int, ...], Mapping[str, int]] = field(default_factory=dict)
+    """Of each batch shape at which the ways of the convs were timed: how many calls of convs run in which way."""
     compiled: dict[tuple[int, ...], float] = field(default_factory=dict)
     """Of each batch shape on which torch.compile was tried: its time over eager's; it is kept below 1."""
     not_compiled: dict[tuple[int, ...], str] = field(default_factory=dict)
@@ -50,7 +55,13 @@ class Report:
         lines = [
             f"RetinaNet engine on {self.device}: {str(self.dtype).removeprefix('torch.')}, channels_last",
             f"BatchNorm folded into convs: {self.folded} of {self.norms}",
+            f"convs fused with what follows them: {self.fused} of {self.convs}",
             f"{way}; at most {self.max_shapes} batch shapes kept ready",
+        ]
+        lines += [
+            f"fastest ways of the convs at {'x'.join(map(str, shape))}: "
+            + ", ".join(f"{count} {way}" for way, count in sorted(counts.items()))
+            for shape, counts in self.ways.items()
         ]
         lines += [
             f"torch.compile at {'x'.join(map(str, shape))}: {ratio:.2f} of eager's time, "

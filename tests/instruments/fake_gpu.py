@@ -145,6 +145,7 @@ def _no_device() -> Iterator[None]:
     with (
         mock.patch.object(torch.Tensor, "data_ptr", return_value=0),
         mock.patch.object(torch.Tensor, "pin_memory", torch.Tensor.clone),
+        mock.patch.object(torch.backends.cudnn, "is_acceptable", return_value=True),
         mock.patch.object(torch.cuda.device, "__enter__"),
         mock.patch.object(torch.cuda.device, "__exit__", return_value=False),
     ):
@@ -160,8 +161,12 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func is torch.ops.aten.convolution.default and out.is_cuda and any(map(_is_channels_last, args[:2])):
+        out = (_plain_conv if func in _FUSED_CONVS else func)(*args, **kwargs)
+        if (
+            (func is torch.ops.aten.convolution.default or func in _FUSED_CONVS)
+            and out.is_cuda
+            and any(map(_is_channels_last, args[:2]))
+        ):
             out = torch.empty_like(out, memory_format=torch.channels_last)  # as cuDNN's is, and the fake's is not
         positional = func is torch.ops.aten.copy_.default and args[2:] == (True,)
         if not (positional or kwargs.get("non_blocking")):
@@ -175,6 +180,15 @@ class _Watch(TorchDispatchMode):
             if self.steps[-1].name == "convolution" and args[2] is not None:  # cuDNN's adds none
                 self.steps.append(TorchOp("bias of convolution", 2 * out.nbytes, 0, tuple(out.shape)))
         return out
+
+
+_FUSED_CONVS = (torch.ops.aten.cudnn_convolution_relu.default, torch.ops.aten.cudnn_convolution_add_relu.default)
+
+
+def _plain_conv(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
+    """In place of cuDNN's fused convs, which have no fake: a conv of the same geometry."""
+    stride, padding, dilation, groups = args[-4:]
+    return torch.ops.aten.convolution.default(x, weight, None, stride, padding, dilation, False, [0, 0], groups)
 
 
 _COPIES = ("_to_copy", "copy_", "to")
@@ -202,5 +216,7 @@ def _torch_op(func: Any, args: Any, kwargs: Any, out: Any) -> TorchOp:
     fills = packet.__name__.startswith(("new_", "zero", "full", "ones", "fill"))  # which read nothing
     read = {} if fills else {id(tensor): tensor for tensor in _tensors(args, kwargs)}
     flop = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+    if func in _FUSED_CONVS:
+        flop = flop_registry[torch.ops.aten.convolution](*args[:2], None, *args[-4:-1], False, out_val=out)
     size = sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in (*read.values(), *outputs))
     return TorchOp(packet.__name__, size, flop, tuple(outputs[0].shape))

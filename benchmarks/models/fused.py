@@ -1,0 +1,76 @@
+"""What fusing the convs of a model gains on a CPU: the engine with and without it, in turns on one image.
+
+`python -m benchmarks.models.fused [--threads 2] [--rounds 9]` prints a row a model: medians, and the median of the
+ratios of each turn. With one thread, the time is what the processor spent on it, which other processes disturb less.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from retina_fast import compile_inference
+from retina_fast.builders import MODELS
+from retina_fast.deploy import engine as engine_module
+from retina_fast.deploy.engine import Engine
+
+CASES = [
+    ("retinanet_resnet50_fpn", 800, torch.float32),
+    ("retinanet_resnet50_fpn", 800, torch.bfloat16),
+    ("retinanet_resnet50_fpn_v2", 800, torch.float32),
+    ("retinanet_resnext50_32x4d_fpn", 800, torch.float32),
+    ("retinanet_resnet18_fpn", 512, torch.float32),
+    ("retinanet_resnet18_fpn_lite", 512, torch.float32),
+    ("retinanet_spinenet49s", 640, torch.float32),
+]
+
+
+def engines(name: str, size: int, dtype: torch.dtype) -> dict[str, Engine]:
+    """Engines of one model of 91 classes, without fused convs and with them."""
+    torch.manual_seed(0)
+    options = {"num_classes": 91, "weights": None, "weights_backbone": None, "min_size": size, "max_size": 1333}
+    model = MODELS[name](**options).eval()
+    with mock.patch.object(engine_module, "fuse_convs", return_value=0):
+        plain = compile_inference(model, dtype=dtype)
+    return {"plain": plain, "fused": compile_inference(model, dtype=dtype)}
+
+
+def turns(
+    runs: dict[str, Engine], images: list[Tensor], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of each engine in every round but the first; they swap places from round to round."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name in sorted(runs, reverse=turn % 2 == 1):
+            start = clock()
+            runs[name].detect(images)
+            seconds[name].append(clock() - start)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"{arguments.threads} CPU threads, torch {torch.__version__}, {arguments.rounds} rounds in turns")
+    for name, size, dtype in CASES:
+        images = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8)]
+        clock = time.thread_time if arguments.threads == 1 else time.perf_counter
+        seconds = turns(engines(name, size, dtype), images, arguments.rounds, clock)
+        plain, fused = (1000 * statistics.median(seconds[which]) for which in ("plain", "fused"))
+        ratios = sorted(a / b for a, b in zip(seconds["plain"], seconds["fused"], strict=True))
+        print(
+            f"{name}, {size}x{size}, {dtype}: {plain:.0f} ms, fused {fused:.0f} ms, "
+            f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Modules that run a conv together with what follows it; ``fuse.py`` puts them into a model."""
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FeaturePyramidNetwork
+
+from retina_fast.backbones.spinenet import Residual, SpineNet
+from retina_fast.kernels.conv_onednn import onednn_conv, pack_weight, runs_onednn
+from retina_fast.kernels.conv_relu import conv_add_relu, conv_relu, output_shape
+
+
+def _activated(x: Tensor, activation: str) -> Tensor:
+    """The activation of a tensor that nobody else holds."""
+    if activation == "swish":
+        return F.silu(x, inplace=not torch.is_grad_enabled())
+    return x.relu_() if activation == "relu" else x
+
+
+class FusedConv(nn.Conv2d):
+    """A conv followed by an activation: ``activation(conv(x) + z)``, where z may be left out.
+
+    On a CPU its weights are packed into oneDNN's own memory format at the first call, and again after they change.
+    """
+
+    activation = "none"
+    """``none``, ``relu`` or ``swish``."""
+    ways: Mapping[tuple[int, ...], str] = MappingProxyType({})
+    """Of input shapes whose fastest way was chosen by timing: ``fused`` or ``eager``. Others run fused."""
+    _packed: tuple[object, Tensor] | None = None  # what the weights were when they were packed, and the result
+
+    def forward(self, x: Tensor, z: Tensor | None = None, overwrite_z: bool = False) -> Tensor:
+        """``x`` (B, C_in, H, W); ``z`` of the output's shape (B, C_out, H_out, W_out), whose memory the output may take
+        if nobody reads it afterwards."""
+        if torch.compiler.is_compiling() or self.ways.get(x.shape) == "eager":  # the compiler fuses by itself
+            return self.run_eager(x, z)
+        return self.run_fused(x, z, overwrite_z)
+
+    def run_fused(self, x: Tensor, z: Tensor | None, overwrite_z: bool = False) -> Tensor:
+        """By oneDNN or cuDNN, where they serve the device and dtype."""
+        if runs_onednn(x, self.weight, self.bias, z) and x.dtype == self.weight.dtype:
+            fused = self.activation if z is None or self.activation == "relu" else "none"  # a sum takes no swish
+            x = x.contiguous(memory_format=torch.channels_last)
+            y = onednn_conv(x, self._packed_weight(x), self.bias, z, fused, *self._geometry(), overwrite_z=overwrite_z)
+            return y if fused == self.activation else _activated(y, self.activation)
+        if self.activation == "relu":
+            more = (self.weight, self.bias) if z is None else (self.weight, self.bias, z)
+            return (conv_relu if z is None else conv_add_relu)(x, *more, *self._geometry())
+        return self.run_eager(x, z)
+
+    def run_eager(self, x: Tensor, z: Tensor | None) -> Tensor:
+        """One operation of PyTorch after the other."""
+        y = super().forward(x)
+        return _activated(y if z is None else y.add_(z), self.activation)
+
+    def describe(self, x: Tensor, with_sum: bool) -> str:
+        """The work of a call in words, which are equal where the same way is the fastest."""
+        kernel, followed = "x".join(map(str, self.weight.shape)), f"{'sum + ' if with_sum else ''}{self.activation}"
+        layout = "channels_last" if x.is_contiguous(memory_format=torch.channels_last) else "NCHW"
+        sizes = "stride {} padding {} dilation {} groups {}".format(*self._geometry())
+        return f"conv {kernel} {sizes}, {followed}, of {'x'.join(map(str, x.shape))} {x.dtype} {layout}"
+
+    def output_shape(self, x: Tensor) -> tuple[int, ...]:
+        """(B, C_out, H_out, W_out) for an input of x's shape."""
+        return output_shape(x, self.weight, *self._geometry()[:3])
+
+    def _geometry(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def _packed_weight(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        state = weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
+        if self._packed is None or self._packed[0] != state:
+            self._packed = state, pack_weight(weight, x.shape, *self._geometry())
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy packs its own: packed weights can be neither copied nor pickled."""
+        return {name: value for name, value in vars(self).items() if name != "_packed"}
+
+
+def convs_of(block: BasicBlock | Bottleneck) -> list[Any]:
+    """The convs of a block's branch, in order."""
+    names = ("conv1", "conv2", "conv3") if isinstance(block, Bottleneck) else ("conv1", "conv2")
+    return [getattr(block, name) for name in names]
+
+
+def _run_block(block: Any, x: Tensor) -> Tensor:
+    identity = x if block.downsample is None else block.downsample(x)
+    *convs, last = convs_of(block)
+    for conv in convs:
+        x = conv(x)
+    return last(x, identity, overwrite_z=block.may_overwrite)
+
+
+class FusedBasicBlock(BasicBlock):
+    """torchvision's block, whose last conv adds the identity."""
+
+    may_overwrite = False
+    """Whether the identity's memory may be taken by the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _run_block(self, x)
+
+
+class FusedBottleneck(Bottleneck):
+    """torchvision's block, whose last conv adds the identity."""
+
+    may_overwrite = False
+    """Whether the identity's memory may be taken by the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _run_block(self, x)
+
+
+class FusedResidual(Residual):
+    """SpineNet's block, whose last conv adds the shortcut and applies the activation."""
+
+    may_overwrite = False
+    """Whether the shortcut's memory may be taken by the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x)
+        branch: Any = self.branch
+        *convs, last, _ = branch
+        for conv in convs:
+            x = conv(x)
+        return last[0](x, shortcut, overwrite_z=self.may_overwrite)
+
+
+class FusedSpineNet(SpineNet):
+    """SpineNet, whose links end in a conv that adds the other link's output."""
+
+    fused_rows: Collection[int] = ()
+    """The rows of the specification at which it does."""
+
+    def join(self, row: int, parents: Sequence[Tensor]) -> Tensor:
+        """The sum of a row's two parents, each resampled by its link."""
+        if row not in self.fused_rows:
+            return super().join(row, parents)
+        links: Any = self.links[row]
+        *steps, last = links[1]
+        x = parents[1]
+        for step in steps:
+            x = step(x)
+        return last[0](x, links[0](parents[0]), overwrite_z=True)
+
+
+class FusedPyramid(FeaturePyramidNetwork):
+    """torchvision's pyramid, whose inner convs add the level above."""
+
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        names, maps = list(x), list(x.values())
+        inner: Any = self.inner_blocks
+        convs: list[FusedConv] = [block[0] for block in inner]
+        above = convs[-1](maps[-1])
+        results = [self.layer_blocks[-1](above)]
+        for i in range(len(maps) - 2, -1, -1):
+            size = convs[i].output_shape(maps[i])[2:]
+            above = convs[i](maps[i], F.interpolate(above, size=size, mode="nearest"), overwrite_z=True)
+            results.insert(0, self.layer_blocks[i](above))
+        if self.extra_blocks is not None:
+            results, names = self.extra_blocks(results, maps, names)
+        return OrderedDict(zip(names, results, strict=True))

@@ -1,0 +1,203 @@
+"""The way to compute a layer that is the fastest on the user's own machine, found by timing and remembered in a file.
+
+A layer of a given shape and dtype may run in several ways. They take turns on the clock; what raises, returns NaN or
+misses the tolerance is dropped. The file keeps the choices of each machine and version apart, and may be shipped.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retina_fast.deploy.fused import FusedConv
+
+Way = Callable[[], Tensor]
+
+_ROUNDS = 5  # after one that is checked and not counted
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+"""Relative norms; several times what one more or one less rounding of the result changes."""
+_FORMAT = 1
+
+
+def user_cache_file() -> Path:
+    """The file of choices in the user's cache folder, where the operating system has such folders.
+
+    Example::
+
+        >>> user_cache_file().name
+        'choices.json'
+    """
+    if sys.platform == "win32":
+        folder = Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Caches"
+    else:
+        folder = Path.home() / ".cache"
+    return folder / "retina_fast" / "choices.json"
+
+
+def machine(device: torch.device) -> str:
+    """The device and the versions that a choice holds for.
+
+    Example::
+
+        >>> f"torch {torch.__version__}" in machine(torch.device("cpu"))
+        True
+    """
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}, cuDNN {torch.backends.cudnn.version()}"
+    else:
+        name = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):  # where Linux names it
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+class Chooser:
+    """Chooses the ways of layers on one device.
+
+    Args:
+        path: of the file; its folder is made. A file that cannot be read or written is done without.
+        device: on which the layers run.
+        clock: seconds.
+
+    Example::
+
+        >>> chooser = Chooser(Path(tempfile.mkdtemp()) / "choices.json", torch.device("cpu"))
+        >>> x = torch.ones(9)
+        >>> chooser.choose("twice", {"product": lambda: 2 * x, "wrong": lambda: x})
+        'product'
+    """
+
+    def __init__(self, path: Path, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.path, self._device, self._clock = path, device, clock
+        self._machine = machine(device)
+        self._known = self._read().get(self._machine, {})
+        self._new: dict[str, str] = {}
+
+    def choose(self, layer: str, ways: Mapping[str, Way]) -> str:
+        """The name of the fastest right way; a choice made before holds.
+
+        Args:
+            layer: names the work, with its shapes and dtype.
+            ways: by name. The first is known to be right, and the others are compared with it.
+        """
+        if self._known.get(layer) in ways:
+            return self._known[layer]
+        first, *others = ways
+        expected = ways[first]().clone()  # a way may write where another has
+        right = [first, *(name for name in others if self._is_right(ways[name], expected))]
+        seconds: dict[str, list[float]] = {name: [] for name in right}
+        for _ in range(_ROUNDS if others else 0):
+            for name in right:
+                seconds[name].append(self._time(ways[name]))
+        choice = min(right, key=lambda name: statistics.median(seconds[name] or [0.0]))
+        self._known[layer] = self._new[layer] = choice
+        return choice
+
+    def save(self) -> None:
+        """Write the new choices into the file beside those that other processes have written meanwhile."""
+        if not self._new:
+            return
+        choices = self._read()
+        choices[self._machine] = choices.get(self._machine, {}) | self._new
+        with contextlib.suppress(OSError):  # a folder that is read-only, a disk that is full
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _write_whole(self.path, json.dumps({"format": _FORMAT, "choices": choices}, indent=1, sort_keys=True))
+            self._new = {}
+
+    def _is_right(self, way: Way, expected: Tensor) -> bool:
+        """Whether the way computes what is expected, in memory that held NaN before."""
+        poison = torch.full_like(expected, torch.nan)
+        del poison  # the allocator is likely to give the way this memory
+        try:
+            found = way()
+            if found.shape != expected.shape or found.dtype != expected.dtype:
+                return False
+            error = float((found.double() - expected.double()).norm())
+        except Exception:  # whatever it is, the first way remains
+            return False
+        return error <= _TOLERANCES[expected.dtype] * float(expected.double().norm())  # False for NaN
+
+    def _time(self, way: Way) -> float:
+        self._wait()
+        start = self._clock()
+        way()
+        self._wait()
+        return self._clock() - start
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _read(self) -> dict[str, dict[str, str]]:
+        """Choices by machine and layer; none if the file is missing, damaged, or of another version's form."""
+        try:
+            content: Any = json.loads(self.path.read_text())
+            choices = content["choices"] if content["format"] == _FORMAT else {}
+            return {str(name): dict(of_machine) for name, of_machine in choices.items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return {}
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, whoever reads or writes it at the same time."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def choose_ways(model: nn.Module, run: Callable[[], object], chooser: Chooser) -> Counter[str]:
+    """Let every fused conv run in its fastest way at the shapes that a forward pass gives it, and count the ways.
+
+    Args:
+        model: its fused convs are changed.
+        run: the forward pass; it takes as long as a dozen where no choice is remembered.
+        chooser: remembers the choices; they are saved.
+    """
+    counts: Counter[str] = Counter()
+    convs = [module for module in model.modules() if isinstance(module, FusedConv)]
+    hook = partial(_choose_way, chooser, counts)
+    handles = [conv.register_forward_pre_hook(hook, with_kwargs=True) for conv in convs]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    chooser.save()
+    return counts
+
+
+def _choose_way(
+    chooser: Chooser, counts: Counter[str], conv: FusedConv, args: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
+    x, z = (*args, None)[:2]
+    overwrite = bool(keywords.get("overwrite_z"))
+    scratch = z.clone() if overwrite and z is not None else z
+    ways = {"eager": lambda: conv.run_eager(x, z), "fused": lambda: conv.run_fused(x, scratch, overwrite)}
+    choice = chooser.choose(conv.describe(x, z is not None), ways)
+    conv.ways = {**conv.ways, tuple(x.shape): choice}
+    counts[choice] += 1
