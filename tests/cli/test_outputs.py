@@ -305,6 +305,12 @@ def test_a_file_named_in_two_ways_comes_once(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("in")
     inputs = [Path("in/x.png"), tmp_path / "in" / "x.png", Path("link"), Path("in/../in")]
     assert list(image_files(inputs)) == [Path("in/x.png")]
+    photo(tmp_path / "in" / "below" / "y.png")
+    (tmp_path / "in" / "list.txt").write_text("z.png")
+    (tmp_path / "in" / "unknown.heic").touch()
+    inside = [Path("in/below"), Path("in/list.txt"), Path("in/unknown.heic")]  # a scan of the folder passes them over
+    found = [Path("in/x.png"), Path("in/below/y.png"), Path("z.png"), Path("in/unknown.heic")]
+    assert list(image_files([Path("in"), *inside])) == found
     (tmp_path / "list.TXT").write_bytes(b"\xef\xbb\xbfin/x.png\r\n")
     assert list(image_files([Path("list.TXT")])) == [Path("in/x.png")]
 
