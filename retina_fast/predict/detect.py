@@ -128,8 +128,11 @@ def _check_output(output: Path) -> None:
     check_folder(output)
     file = output / "detections.json"
     check_file(file)
-    if file.exists() and file.read_bytes()[: len(BEGIN)] != BEGIN.encode():
-        raise UserError(f"{file}: is no file of an earlier detection; give another folder as --output")
+    if not file.exists():
+        return
+    with file.open("rb") as opened:
+        if opened.read(len(BEGIN)) != BEGIN.encode():
+            raise UserError(f"{file}: is no file of an earlier detection; give another folder as --output")
 
 
 @contextmanager

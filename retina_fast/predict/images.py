@@ -53,7 +53,7 @@ def image_files(
     seen: set[str] = set()
     for path in inputs:
         real = os.path.realpath(path)
-        if real in seen or os.path.dirname(real) in seen:
+        if real in seen or (os.path.dirname(real) in seen and _counts_as_image(path)):
             continue
         if path.is_dir():
             drawn = drawn_in is not None and real == os.path.realpath(drawn_in)
@@ -76,7 +76,7 @@ def _inside(folder: Path, say: Callable[[str], object], without_drawn: bool) -> 
                     folders += 1
                 elif without_drawn and is_drawn(file):
                     others["drawn pictures"] += 1
-                elif file.suffix.lower() in IMAGE_SUFFIXES or (entry.is_file() and is_image(file)):
+                elif _counts_as_image(file):
                     images.append(file)
                 else:
                     others[file.suffix or "no suffix"] += 1
@@ -89,6 +89,11 @@ def _inside(folder: Path, say: Callable[[str], object], without_drawn: bool) -> 
     if passed:
         say(f"{folder}: {' and '.join(passed)} in it are passed over")
     return sorted(images)
+
+
+def _counts_as_image(path: Path) -> bool:
+    """Whether a scan of its folder takes the path for an image."""
+    return not path.is_dir() and (path.suffix.lower() in IMAGE_SUFFIXES or (path.is_file() and is_image(path)))
 
 
 def _listed(path: Path) -> Iterator[Path]:
