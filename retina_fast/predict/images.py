@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from retina_fast.data.coco import IMAGE_SUFFIXES, Sample, read_image
+from retina_fast.data.encodings import encoding_of
 from retina_fast.data.errors import UserError
 from retina_fast.predict.pictures import is_drawn, is_image
 
@@ -99,11 +100,11 @@ def _counts_as_image(path: Path) -> bool:
 def _listed(path: Path) -> Iterator[Path]:
     """The files in the lines of a .txt file."""
     try:
-        with path.open(encoding="utf-8-sig") as lines:  # Windows begins a file with a byte order mark
+        with path.open(encoding=encoding_of(path)) as lines:
             for line in lines:
                 if line.strip():
                     yield Path(line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: not a list of image files, one a line ({error})") from error
 
 
