@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from retina_fast import ops
 from retina_fast.kernels import batched_nms as module
+from retina_fast.kernels import nms_blocks, nms_walk
 from retina_fast.kernels.batched_nms import Kept, batched_nms, batched_nms_reference
 from retina_fast.kernels.compiler import INTERPRETED
 from tests.ptx.cases import OTHER_ORDERS, check, names
@@ -28,11 +29,17 @@ def equal(ours, expected):
     assert torch.equal(ours.positions.cpu(), expected.positions.cpu())
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Few programs and short scans: members that wait in the ring, classes that share a program."""
-    monkeypatch.setattr(module, "_GROUPS", 2)
-    monkeypatch.setattr(module, "_SCAN", 32)
+@pytest.fixture(params=["walks", "blocks"])
+def small_tiles(request, monkeypatch):
+    """Both ways of suppression, whatever the size. Walks have few programs and short scans, so that members wait in the
+    ring and classes share a program; blocks are short, so that there are several."""
+    walked = 0 if request.param == "blocks" else 10**9
+    for name in ("_WALKED", "_WALKED_OF_ONE_CLASS"):
+        monkeypatch.setattr(module, name, walked)
+    for name, value in (("_GROUPS", 2), ("_GROUPS_OF_A_SMALL_BATCH", 2), ("_SCAN", 32)):
+        monkeypatch.setattr(nms_walk, name, value)
+    for name, value in (("_BLOCK", 64), ("_COLUMNS", 32), ("_SHARES", 2)):
+        monkeypatch.setattr(nms_blocks, name, value)
 
 
 def greedy(boxes, scores, labels, threshold):
@@ -134,8 +141,9 @@ def test_adversarial_sets(name, device, small_tiles):
 @pytest.mark.parametrize("count", [8193, 100_000])
 def test_many_boxes(count, device, monkeypatch):
     """Longer rows than the kernels sort, as in 100,000 boxes an image; stops at what the result holds."""
-    if device.type == "cpu":
-        monkeypatch.setattr(module, "_GROUPS", 1)
+    if device.type == "cpu":  # the interpreter's time is that of the programs
+        for name, value in (("_BLOCK", 8192), ("_COLUMNS", 8192), ("_SHARES", 1)):
+            monkeypatch.setattr(nms_blocks, name, value)
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(1, count, 2, generator=generator) * 250
     boxes = torch.cat((corner, corner + 20), dim=2).to(device)
