@@ -128,11 +128,11 @@ def _candidate_selection(dtype: torch.dtype) -> None:
     candidate_selection.candidate_selection(levels, 91, 0.05, 1000)
 
 
-def call_batched_nms(by_class: bool, best_first: bool, batch: int = 8) -> None:
-    boxes, counts = torch.empty(batch, 5000, 4, device="cuda"), torch.empty(batch, dtype=torch.int64, device="cuda")
-    scores = None if best_first else torch.empty(batch, 5000, device="cuda")
-    labels = torch.empty(batch, 5000, dtype=torch.int64, device="cuda") if by_class else None
-    batched_nms.batched_nms(boxes, scores, labels, counts)
+def call_batched_nms(by_class: bool, best_first: bool, batch: int = 8, count: int = 5000, most: int = 300) -> None:
+    boxes, counts = torch.empty(batch, count, 4, device="cuda"), torch.empty(batch, dtype=torch.int64, device="cuda")
+    scores = None if best_first else torch.empty(batch, count, device="cuda")
+    labels = torch.empty(batch, count, dtype=torch.int64, device="cuda") if by_class else None
+    batched_nms.batched_nms(boxes, scores, labels, counts, max_detections=most)
 
 
 def _box_decode(dtype: torch.dtype) -> None:
@@ -211,6 +211,14 @@ KERNEL_CALLS = {
     "box_decode bf16": KernelCall(lambda: _box_decode(torch.bfloat16)),
     "batched_nms": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False)),
     "batched_nms best first": KernelCall(lambda: call_batched_nms(by_class=True, best_first=True)),
+    "batched_nms one image": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False, batch=1)),
     "batched_nms class-agnostic": KernelCall(lambda: call_batched_nms(by_class=False, best_first=True)),
+    "batched_nms class-agnostic, few": KernelCall(lambda: call_batched_nms(by_class=False, best_first=True, count=200)),
+    "batched_nms all kept": KernelCall(
+        lambda: call_batched_nms(by_class=True, best_first=False, batch=1, count=7000, most=7000)
+    ),
+    "batched_nms class-agnostic, all kept": KernelCall(
+        lambda: call_batched_nms(by_class=False, best_first=False, batch=1, count=7000, most=7000)
+    ),
     "take_kept": KernelCall(_take_kept),
 }

@@ -1,5 +1,6 @@
 """Non-maximum suppression against a plain Python loop, and against torchvision where that is exact."""
 
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -13,6 +14,8 @@ from retina_fast.kernels import batched_nms as module
 from retina_fast.kernels import nms_blocks, nms_walk
 from retina_fast.kernels.batched_nms import Kept, batched_nms, batched_nms_reference
 from retina_fast.kernels.compiler import INTERPRETED
+from tests.instruments.fake_gpu import launches_of
+from tests.instruments.kernel_calls import call_batched_nms
 from tests.ptx.cases import OTHER_ORDERS, check, names
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy's, of interpreted kernels
@@ -152,6 +155,19 @@ def test_many_boxes(count, device, monkeypatch):
     equal(
         by_kernels(boxes, scores, None, counts, 0.5, 100), batched_nms_reference(boxes, scores, None, counts, 0.5, 100)
     )
+
+
+@pytest.mark.parametrize(
+    ("by_class", "count", "most", "launches"),
+    [(True, 5000, 300, 5), (True, 7000, 7000, 3 + 11), (False, 200, 200, 5), (False, 7000, 7000, 3 + 11)],
+)
+def test_many_boxes_or_one_class_go_block_by_block(by_class, count, most, launches):
+    """Four blocks of three launches but the last, after three that order the scores; a walk has two."""
+    made = [
+        launch.kernel.__name__ for launch in launches_of(partial(call_batched_nms, by_class, False, 1, count, most))
+    ]
+    assert len(made) == launches
+    assert ("_decide_kernel" in made) == (launches > 5) != ("_suppress_kernel" in made)
 
 
 @pytest.mark.parametrize("numerator", range(1, 20))

@@ -71,6 +71,10 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "batched_nms class-agnostic unaligned": partial(
         detection.batched_nms, by_class=False, best_first=True, count=400, iou_thresh=0.3, limit=40, shift=1
     ),
+    "batched_nms blocks": partial(detection.batched_nms, by_class=True, best_first=False, count=2150, limit=2150),
+    "batched_nms class-agnostic blocks": partial(
+        detection.batched_nms, by_class=False, best_first=True, count=700, limit=600, shift=1
+    ),
     "box_decode bf16": partial(detection.box_decode, dtype=BF16),
     "box_decode fp32": partial(detection.box_decode, dtype=F32),
     "take_kept": detection.take_kept,
