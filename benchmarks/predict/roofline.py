@@ -163,6 +163,13 @@ def _merge_runs(launch: Launch, row: Row, scene: Scene) -> Work:
     return Work(16 * batch * scene.candidates, programs * path, 0, ALONE * path + (turns + 2) * L2)
 
 
+def _place(launch: Launch, row: Row, scene: Scene) -> Work:
+    """A merge that writes an anchor, a score and a label instead of a key."""
+    merge = _merge_runs(launch, row, scene)
+    merge.bytes += 12 * launch.grid[1] * scene.candidates
+    return merge
+
+
 def _box_decode(launch: Launch, row: Row, scene: Scene) -> Work:
     """A box gathers 32 bytes of deltas and 32 of anchors; its index has 8 bytes, and it has 16."""
     _, batch = launch.grid
@@ -229,7 +236,6 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_focal_loss_kernel": _streamed,
     "_image_batch_kernel": _streamed,
     "_score_keys_kernel": _streamed,
-    "_emit_kernel": _streamed,
     "_scale_kernel": _scale,
     "_anchor_matching_kernel": _anchor_matching,
     "_box_loss_kernel": _box_loss,
@@ -237,6 +243,7 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_search_kernel": _search,
     "_sort_runs_kernel": _sort_runs,
     "_merge_runs_kernel": _merge_runs,
+    "_place_kernel": _place,
     "_box_decode_kernel": _box_decode,
     "_suppress_kernel": _suppress,
     "_block_bits_kernel": _block_bits,

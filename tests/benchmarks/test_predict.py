@@ -66,6 +66,7 @@ def test_the_fullest_run_of_logits():
         ("_search_kernel", Scene(survivors=0.01), {"survivors": 0.1}),
         ("_sort_runs_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_merge_runs_kernel", Scene(candidates=2000), {"candidates": 4000}),
+        ("_place_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_box_decode_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_suppress_kernel", Scene(candidates=2000, members=200, kept=50), {"kept": 150}),
         ("_decide_kernel", Scene(candidates=1000), {"candidates": 2000}),

@@ -123,9 +123,9 @@ def _group_norm_relu_backward(dtype: torch.dtype, num_groups: int = 32) -> None:
     )
 
 
-def _candidate_selection(dtype: torch.dtype) -> None:
+def _candidate_selection(dtype: torch.dtype, topk: int = 1000) -> None:
     levels = [level.detach() for level in levels_of(dtype, 91)]
-    candidate_selection.candidate_selection(levels, 91, 0.05, 1000)
+    candidate_selection.candidate_selection(levels, 91, 0.05, topk)
 
 
 def call_batched_nms(by_class: bool, best_first: bool, batch: int = 8, count: int = 5000, most: int = 300) -> None:
@@ -208,6 +208,7 @@ KERNEL_CALLS = {
         lambda: _candidate_selection(torch.bfloat16), _TILE, 2, 6, 0, "_list_kernel"
     ),
     "candidate_selection fp32": KernelCall(lambda: _candidate_selection(torch.float32), _TILE, 4, 6, 0, "_list_kernel"),
+    "candidate_selection bf16 topk=5000": KernelCall(lambda: _candidate_selection(torch.bfloat16, 5000)),
     "box_decode bf16": KernelCall(lambda: _box_decode(torch.bfloat16)),
     "batched_nms": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False)),
     "batched_nms best first": KernelCall(lambda: call_batched_nms(by_class=True, best_first=True)),

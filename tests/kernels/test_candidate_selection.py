@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
+from retina_fast.kernels import candidate_search
 from retina_fast.kernels import candidate_selection as module
 from retina_fast.kernels.candidate_selection import candidate_selection, candidate_selection_reference
 from tests.ptx.cases import OTHER_ORDERS, check, names
@@ -35,8 +36,8 @@ def place(path, device):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles of both kinds in few logits, images off the 16-byte boundaries, several programs a segment."""
-    monkeypatch.setattr(module, "_TILE_BYTES", 256)
-    monkeypatch.setattr(module, "_SEARCH_TILE", 16)
+    monkeypatch.setattr(candidate_search, "_TILE_BYTES", 256)
+    monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 16)
 
 
 def brute_force(levels, k, threshold, topk):
@@ -144,13 +145,25 @@ def test_scores_are_differentiable():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_million_equal_scores_go_by_index(dtype, select, place, monkeypatch):
     if place.type == "cpu":
-        monkeypatch.setattr(module, "_TILE_BYTES", 1 << 17)
-        monkeypatch.setattr(module, "_SEARCH_TILE", 1 << 17)
-        monkeypatch.setattr(module, "_SEARCH_PROGRAMS", 1)
+        monkeypatch.setattr(candidate_search, "_TILE_BYTES", 1 << 17)
+        monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 1 << 17)
+        monkeypatch.setattr(candidate_search, "_SEARCH_PROGRAMS", 1)
     ours = select([torch.zeros(1, 1_000_000, 1, dtype=dtype, device=place)], 1, 0.05, 1000)
     assert ours.counts.tolist() == [1000]
     assert torch.equal(ours.anchors[0].cpu(), torch.arange(1000))
     assert (ours.scores == 0.5).all()
+
+
+@pytest.mark.parametrize("score_thresh", [0.0, 0.9])
+def test_more_candidates_than_the_kernels_sort(score_thresh, select, place):
+    """Up to 9000 an image, in two images of which one has none."""
+    logits = torch.randn(2, 3000, 3, generator=torch.Generator().manual_seed(0))
+    logits[1] = -float("inf")
+    ours = select([logits.to(place)], 3, score_thresh, 10**10)
+    expected = candidate_selection_reference([logits], 3, score_thresh, 10**10)
+    assert ours.anchors.shape == (2, 9000)
+    assert ours.counts.tolist() == [int((torch.sigmoid(logits[0]) > score_thresh).sum()), 0]
+    equal(ours, expected)
 
 
 def test_nothing_above_and_not_a_number(select, place, small_tiles):

@@ -65,6 +65,9 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "candidate_selection fp32 K=7 unaligned": partial(
         detection.candidate_selection, dtype=F32, num_classes=7, topk=50, shift=3
     ),
+    "candidate_selection bf16 K=7 all": partial(
+        detection.candidate_selection, dtype=BF16, num_classes=7, topk=10**10, shapes=_WIDE
+    ),
     "key_sort": detection.key_sort,
     "batched_nms": partial(detection.batched_nms, by_class=True, best_first=False),
     "batched_nms best first": partial(detection.batched_nms, by_class=True, best_first=True),
