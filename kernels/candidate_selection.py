@@ -69,6 +69,28 @@ def _top(values: Tensor, k: int) -> Tensor:
     return values.sort(descending=True, stable=True).indices[:k]
 
 
+_STRETCH = 64  # logits: a power of two, so that PyTorch finds the maxima by vector instructions
+
+
+def _contenders(flat: Tensor, threshold: float, topk: int) -> Tensor:
+    """Rising positions of values (n,) above the threshold, the topk highest among them.
+
+    The values are looked at by stretches of 64. Each of the topk stretches with the highest maxima holds a value that
+    is at least the lowest of these maxima. So no lower value is one of the topk, and of the other stretches nothing but
+    the maximum is needed.
+    """
+    whole = len(flat) - len(flat) % _STRETCH
+    maxima = flat[:whole].view(-1, _STRETCH).amax(dim=1).float()  # NaN where a stretch holds one
+    lowest = -math.inf
+    if len(maxima) > topk > 0:
+        lowest = float(maxima.where(maxima == maxima, -math.inf).topk(topk).values[-1])
+    stretches = (~((maxima < lowest) | (maxima <= threshold))).nonzero()  # (S, 1)
+    positions = (stretches * _STRETCH + torch.arange(_STRETCH, device=flat.device)).flatten()
+    positions = torch.cat((positions, torch.arange(whole, len(flat), device=flat.device)))
+    values = flat[positions].float()
+    return positions[(values > threshold) & (values >= lowest)]
+
+
 def candidate_selection_reference(
     logits: Sequence[Tensor], num_classes: int, score_thresh: float, topk: int
 ) -> Candidates:
@@ -83,7 +105,7 @@ def candidate_selection_reference(
         values, indices, first = [], [], 0
         for level in levels:
             flat = level[b].reshape(-1)  # (N_l * K,)
-            survivors = (flat.float() > threshold).nonzero().squeeze(1)
+            survivors = _contenders(flat, threshold, topk)
             survivors = survivors[_top(flat[survivors].float(), topk)]
             values.append(flat[survivors].float())
             indices.append(survivors + first)

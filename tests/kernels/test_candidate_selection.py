@@ -8,7 +8,7 @@ import torch
 
 from retina_fast.kernels import candidate_search
 from retina_fast.kernels import candidate_selection as module
-from retina_fast.kernels.candidate_selection import candidate_selection, candidate_selection_reference
+from retina_fast.kernels.candidate_selection import candidate_selection, candidate_selection_reference, logit
 from tests.ptx.cases import OTHER_ORDERS, check, names
 
 
@@ -123,6 +123,22 @@ def test_agrees_with_torchvision_on_what_is_above_the_threshold():
     scores = torch.sigmoid(logits).flatten()
     assert torch.equal(found | ((scores - 0.05).abs() < 1e-7), above | ((scores - 0.05).abs() < 1e-7))
     assert found.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [0, 5, 64, 64 * 3, 64 * 40 + 17])
+@pytest.mark.parametrize("topk", [0, 1, 7, 100])
+def test_the_reference_misses_nothing_in_long_rows(length, topk, dtype):
+    """Against a sort of all, with ties, infinities and a NaN in every third stretch of 64."""
+    flat = (torch.randn(length, generator=torch.Generator().manual_seed(length)) * 4).round().div(4).to(dtype)
+    flat[5::192], flat[70::640], flat[71::640] = float("nan"), float("inf"), -float("inf")
+    for score_thresh in (0.0, 0.5, 0.9, 1.0):
+        values = flat.float().nan_to_num(-float("inf"), posinf=float("inf"), neginf=-float("inf"))
+        falling = values.sort(descending=True, stable=True).indices.tolist()
+        order = [i for i in falling if values[i] > logit(score_thresh)]
+        ours = candidate_selection_reference([flat.reshape(1, -1, 1)], 1, score_thresh, topk)
+        assert ours.counts.tolist() == [len(order[:topk])]
+        assert ours.anchors[0, : len(order[:topk])].tolist() == order[:topk]
 
 
 # Gradients
