@@ -11,8 +11,8 @@ from torch import Tensor
 from retina_fast.kernels.compiler import tl, triton
 from retina_fast.kernels.nms_overlap import WORD, overlap, position_of, settle
 
-_GROUPS, _GROUPS_OF_A_SMALL_BATCH = 16, 128  # programs an image; powers of two
-_SMALL_BATCH = 4
+_PROGRAMS = 512  # of all images together, as far as that leaves an image no fewer and no more groups than these
+_FEWEST_GROUPS, _MOST_GROUPS = 16, 128
 _SCAN = 512  # boxes whose class a program looks at in one go
 
 
@@ -140,8 +140,9 @@ def suppress_by_walks(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The fields of Kept, in two launches; the arguments are those of ``suppress_by_blocks``."""
     batch, width = boxes.shape[:2]
-    groups = _GROUPS_OF_A_SMALL_BATCH if batch <= _SMALL_BATCH else _GROUPS
-    groups, max_kept = 1 if labels is None else groups, min(max_detections, width)
+    most = max(_FEWEST_GROUPS, min(_MOST_GROUPS, _PROGRAMS // max(1, batch)))
+    groups = 1 if labels is None else 1 << (most.bit_length() - 1)  # a power of two
+    max_kept = min(max_detections, width)
     flags = boxes.new_empty(batch, width, dtype=torch.int8)
     members = boxes.new_empty(batch, groups, _SCAN + WORD.value, dtype=torch.int32)
     lists = boxes.new_empty(batch, groups, max_kept, dtype=torch.int32)

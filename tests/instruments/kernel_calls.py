@@ -213,6 +213,7 @@ KERNEL_CALLS = {
     "batched_nms": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False)),
     "batched_nms best first": KernelCall(lambda: call_batched_nms(by_class=True, best_first=True)),
     "batched_nms one image": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False, batch=1)),
+    "batched_nms 32 images": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False, batch=32)),
     "batched_nms class-agnostic": KernelCall(lambda: call_batched_nms(by_class=False, best_first=True)),
     "batched_nms class-agnostic, few": KernelCall(lambda: call_batched_nms(by_class=False, best_first=True, count=200)),
     "batched_nms all kept": KernelCall(

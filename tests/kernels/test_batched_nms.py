@@ -39,7 +39,7 @@ def small_tiles(request, monkeypatch):
     walked = 0 if request.param == "blocks" else 10**9
     for name in ("_WALKED", "_WALKED_OF_ONE_CLASS"):
         monkeypatch.setattr(module, name, walked)
-    for name, value in (("_GROUPS", 2), ("_GROUPS_OF_A_SMALL_BATCH", 2), ("_SCAN", 32)):
+    for name, value in (("_FEWEST_GROUPS", 2), ("_MOST_GROUPS", 2), ("_SCAN", 32)):
         monkeypatch.setattr(nms_walk, name, value)
     for name, value in (("_BLOCK", 64), ("_COLUMNS", 32), ("_SHARES", 2)):
         monkeypatch.setattr(nms_blocks, name, value)
@@ -168,6 +168,17 @@ def test_many_boxes_or_one_class_go_block_by_block(by_class, count, most, launch
     ]
     assert len(made) == launches
     assert ("_decide_kernel" in made) == (launches > 5) != ("_suppress_kernel" in made)
+
+
+@pytest.mark.parametrize(("batch", "groups"), [(0, 128), (1, 128), (4, 128), (5, 64), (8, 64), (32, 16), (600, 16)])
+def test_classes_are_shared_out_to_as_many_programs_as_the_batch_leaves_room_for(batch, groups):
+    (launch,) = [
+        launch
+        for launch in launches_of(partial(call_batched_nms, True, True, batch))
+        if launch.kernel.__name__ == "_suppress_kernel"
+    ]
+    assert launch.kwargs["GROUPS"] == groups
+    assert launch.grid == (groups, batch)
 
 
 @pytest.mark.parametrize("numerator", range(1, 20))

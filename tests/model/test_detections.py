@@ -76,7 +76,8 @@ def head_outputs(batch, dtype, seed=0):
 def test_detect_by_the_kernels_matches_torchvisions_exact_path(dtype, device, monkeypatch):
     """Every operation by its kernel, interpreted where there is no GPU; two images."""
     if device.type == "cpu":
-        monkeypatch.setattr(nms_walk, "_GROUPS_OF_A_SMALL_BATCH", 2)
+        monkeypatch.setattr(nms_walk, "_FEWEST_GROUPS", 2)
+        monkeypatch.setattr(nms_walk, "_MOST_GROUPS", 2)
         monkeypatch.setattr(candidate_search, "_TILE_BYTES", 1 << 18)
         monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 1 << 15)
     for module in (candidate_selection, batched_nms, box_decode, take_kept):
