@@ -14,6 +14,7 @@ from retina_fast.kernels.nms_overlap import WORD, overlap, position_of, settle
 _PROGRAMS = 512  # of all images together, as far as that leaves an image no fewer and no more groups than these
 _FEWEST_GROUPS, _MOST_GROUPS = 16, 128
 _SCAN = 512  # boxes whose class a program looks at in one go
+_FLAGS = 2048  # flags that a program looks at in one go
 
 
 @triton.jit
@@ -153,6 +154,7 @@ def suppress_by_walks(
         WORD=WORD.value, enable_fp_fusion=False,
     )  # fmt: skip
     _first_kernel[(batch,)](
-        flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_SCAN, enable_fp_fusion=False
-    )
+        flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_FLAGS, num_warps=16,
+        enable_fp_fusion=False,
+    )  # fmt: skip
     return positions, kept_counts

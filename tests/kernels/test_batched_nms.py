@@ -39,7 +39,7 @@ def small_tiles(request, monkeypatch):
     walked = 0 if request.param == "blocks" else 10**9
     for name in ("_WALKED", "_WALKED_OF_ONE_CLASS"):
         monkeypatch.setattr(module, name, walked)
-    for name, value in (("_FEWEST_GROUPS", 2), ("_MOST_GROUPS", 2), ("_SCAN", 32)):
+    for name, value in (("_FEWEST_GROUPS", 2), ("_MOST_GROUPS", 2), ("_SCAN", 32), ("_FLAGS", 32)):
         monkeypatch.setattr(nms_walk, name, value)
     for name, value in (("_BLOCK", 64), ("_COLUMNS", 32), ("_SHARES", 2)):
         monkeypatch.setattr(nms_blocks, name, value)
