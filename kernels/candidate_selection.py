@@ -5,23 +5,32 @@ the topk survivors with the highest logits. The candidates of all levels are ord
 logits by index: by level, anchor and class. Since sigmoid is monotone, logits are compared with logit(threshold), and
 sigmoid is computed of candidates only, in float32 whatever the logits' dtype. A NaN logit is never a candidate.
 
-torchvision writes the sigmoid of every logit, a mask, and an index of every survivor. Here the logits are read once,
-and the survivors of each image and level are listed, each as one integer key that orders it. Where more than topk
-survive, a radix search over the keys, 8 bits a pass, finds the lowest key that stays. A list has room for 3% of the
-logits; where more survive, the passes read the logits instead.
+torchvision writes the sigmoid of every logit, a mask, and an index of every survivor. Here the logits are read once
+(``candidate_search.py``), and each candidate is one integer key that orders it. The keys are sorted (``key_sort.py``),
+and the last step of the sort writes what each key stands for to its place.
 """
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from retina_fast.kernels.candidate_search import search_keys
 from retina_fast.kernels.compiler import is_differentiated, runs_triton, tl, triton
-from retina_fast.kernels.key_sort import PADDING, pack, sort_keys, unpack_index, unpack_number
-from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, pick, pick_size
+from retina_fast.kernels.key_sort import (
+    MAX_RUNS,
+    MERGED,
+    RUN,
+    place_in_runs,
+    sort_keys,
+    sort_runs,
+    sorts_by_kernels,
+    unpack_index,
+    unpack_number,
+)
+from retina_fast.kernels.levels import check_levels, flatten_all
 
 
 class Candidates(NamedTuple):
@@ -60,6 +69,28 @@ def _top(values: Tensor, k: int) -> Tensor:
     return values.sort(descending=True, stable=True).indices[:k]
 
 
+_STRETCH = 64  # logits: a power of two, so that PyTorch finds the maxima by vector instructions
+
+
+def _contenders(flat: Tensor, threshold: float, topk: int) -> Tensor:
+    """Rising positions of values (n,) above the threshold, the topk highest among them.
+
+    The values are looked at by stretches of 64. Each of the topk stretches with the highest maxima holds a value that
+    is at least the lowest of these maxima. So no lower value is one of the topk, and of the other stretches nothing but
+    the maximum is needed.
+    """
+    whole = len(flat) - len(flat) % _STRETCH
+    maxima = flat[:whole].view(-1, _STRETCH).amax(dim=1).float()  # NaN where a stretch holds one
+    lowest = -math.inf
+    if len(maxima) > topk > 0:
+        lowest = float(maxima.where(maxima == maxima, -math.inf).topk(topk).values[-1])
+    stretches = (~((maxima < lowest) | (maxima <= threshold))).nonzero()  # (S, 1)
+    positions = (stretches * _STRETCH + torch.arange(_STRETCH, device=flat.device)).flatten()
+    positions = torch.cat((positions, torch.arange(whole, len(flat), device=flat.device)))
+    values = flat[positions].float()
+    return positions[(values > threshold) & (values >= lowest)]
+
+
 def candidate_selection_reference(
     logits: Sequence[Tensor], num_classes: int, score_thresh: float, topk: int
 ) -> Candidates:
@@ -74,7 +105,7 @@ def candidate_selection_reference(
         values, indices, first = [], [], 0
         for level in levels:
             flat = level[b].reshape(-1)  # (N_l * K,)
-            survivors = (flat.float() > threshold).nonzero().squeeze(1)
+            survivors = _contenders(flat, threshold, topk)
             survivors = survivors[_top(flat[survivors].float(), topk)]
             values.append(flat[survivors].float())
             indices.append(survivors + first)
@@ -89,207 +120,70 @@ def candidate_selection_reference(
     return Candidates(anchors, scores, labels, counts)
 
 
-# Triton. A segment is one level of one image. A tile is a run of logits of one segment that starts on a 16-byte
-# boundary. A thread looks at 16 bytes of a tile at a time, and notes as bits which of these logits survive.
-
-_TILE_BYTES = 32768  # by instruction counts: at half of that a tile's set-up costs 1 more an element
-_LISTED = 32  # the list of a segment has room for one in 32 of its logits
-_SEARCH_TILE = 2048
-_SEARCH_PROGRAMS = 2048  # over all segments: about what an H200 holds at once
-_BINS = tl.constexpr(256)
-
-
 @triton.jit
-def _survivors(x_ptr, begin, end, threshold, TILE: tl.constexpr, RUN: tl.constexpr, MASKED: tl.constexpr):
-    """For each run of RUN logits, (TILE // RUN,): bits of those that exceed the threshold, plus 2^16 times their
-    number."""
-    place = tl.arange(0, RUN)[None, :]
-    i = tl.arange(0, TILE // RUN)[:, None] * RUN + place
-    if MASKED:
-        x = tl.load(x_ptr + i, mask=(begin + i >= 0) & (begin + i < end), other=float("-inf"))
-    else:
-        x = tl.load(x_ptr + i)
-    return tl.sum(tl.where(x.to(tl.float32) > threshold, (1 << place) + 65536, 0), axis=1)
+def _emit(keys, place, inside, anchors_ptr, scores_ptr, labels_ptr, index_bits, K: tl.constexpr, DROP: tl.constexpr):
+    """Writes the anchors, scores and labels of keys to their places."""
+    index = unpack_index(keys, index_bits)
+    score = tl.div_rn(1.0, 1.0 + tl.exp(-unpack_number(keys, index_bits, DROP)))
+    tl.store(anchors_ptr + place, tl.where(keys >= 0, index // K, 0).to(tl.int64), mask=inside)
+    tl.store(scores_ptr + place, tl.where(keys >= 0, score, 0.0), mask=inside)
+    tl.store(labels_ptr + place, tl.where(keys >= 0, index % K, -1).to(tl.int64), mask=inside)
 
 
-@triton.jit
-def _list(x_ptr, begin, first_index, found, list_ptr, found_ptr, capacity, index_bits, DROP: tl.constexpr,
-          TILE: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
-    """Counts a tile's survivors, and appends their keys to the list as far as it has room."""
-    counts = found >> 16
-    total = tl.sum(counts, axis=0)
-    if total > 0:
-        slot = tl.atomic_add(found_ptr, total, sem="relaxed")
-        if slot < capacity:
-            slots = slot + tl.cumsum(counts, axis=0) - counts
-            bits = found & 65535
-            start = tl.arange(0, TILE // RUN) * RUN
-            while tl.max(bits, axis=0) > 0:  # one survivor of each run at a time
-                lowest = (bits & -bits).to(tl.float32).to(tl.int32, bitcast=True)
-                i = start + (lowest >> 23) - 127  # the exponent of a power of two
-                x = tl.load(x_ptr + i, mask=bits > 0, other=0.0).to(tl.float32)
-                key = pack(x, first_index + begin + i, index_bits, DROP)
-                tl.store(list_ptr + slots, key, mask=(bits > 0) & (slots < capacity))
-                slots += 1
-                bits &= bits - 1
-
-
-@triton.jit(do_not_specialize=["list_width", "index_bits"])
-def _list_kernel(
-    levels, starts, first_tiles, list_starts, lists_ptr, found_ptr, list_width, index_bits, threshold,
-    DROP: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
+@triton.jit(do_not_specialize=["width", "index_bits"])
+def _place_kernel(
+    runs_ptr, found_ptr, anchors_ptr, scores_ptr, labels_ptr, counts_ptr, width, index_bits, K: tl.constexpr,
+    DROP: tl.constexpr, RUN: tl.constexpr, MAX_RUNS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b) lists the survivors of tile t, counted through the levels, of image b."""
-    tile = tl.program_id(0)
+    """Program (t, b) finds the places of KEYS keys of image b, and writes there what they stand for."""
     image = tl.program_id(1).to(tl.int64)
-    level = level_of(first_tiles, tile)
-    start, list_start = pick_size(starts, level), pick_size(list_starts, level)
-    end = pick_size(starts[1:], level) - start  # logits of an image in this level
-    shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries
-    tile -= pick_size(first_tiles, level)
-    begin = tile * TILE - shift
-    x_ptr = pick(levels, level) + tl.multiple_of(image * end - shift, 16) + tile * TILE
-    if (begin >= 0) & (begin + TILE <= end):
-        found = _survivors(x_ptr, begin, end, threshold, TILE, RUN, False)
-    else:
-        found = _survivors(x_ptr, begin, end, threshold, TILE, RUN, True)
-    capacity = pick_size(list_starts[1:], level) - list_start
-    list_ptr = lists_ptr + image * list_width + list_start
-    _list(x_ptr, begin, start, found, list_ptr, found_ptr + image * len(levels) + level, capacity, index_bits, DROP,
-          TILE, RUN)  # fmt: skip
-
-
-@triton.jit
-def _lowest_key(states_ptr, histograms_ptr, found, digit, shift, topk, PASSES: tl.constexpr, BINS: tl.constexpr):
-    """What ``digit`` passes tell of the lowest key that stays: the lowest key with the same high digits, and how many
-    of the keys with these digits stay, or 0 where all of them do."""
-    if digit == 0:
-        lowest = tl.full([], 0, tl.int64)
-        staying = tl.where(found > topk, topk, 0)
-        if topk == 0:
-            lowest = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
-    else:
-        lowest = tl.load(states_ptr + 2 * digit - 2)
-        staying = tl.load(states_ptr + 2 * digit - 1).to(tl.int32)
-        if staying > 0:
-            falling = tl.arange(0, BINS)
-            counts = tl.load(histograms_ptr + (digit - 1) * BINS + BINS - 1 - falling)
-            bin = tl.sum((tl.cumsum(counts, axis=0) < staying).to(tl.int32), axis=0)
-            staying -= tl.sum(tl.where(falling < bin, counts, 0), axis=0)
-            if staying == tl.sum(tl.where(falling == bin, counts, 0), axis=0):
-                staying = 0
-            lowest += (BINS - 1 - bin).to(tl.int64) << (shift + 8)
-    return lowest, staying
-
-
-@triton.jit(do_not_specialize=["width", "list_width", "index_bits", "digit", "shift", "topk"])
-def _search_kernel(
-    levels, starts, list_starts, lists_ptr, found_ptr, states_ptr, histograms_ptr, rows_ptr, counts_ptr, width,
-    list_width, index_bits, threshold, topk, digit, shift, DROP: tl.constexpr, PASSES: tl.constexpr,
-    TILE: tl.constexpr, BINS: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """Program (p, s) looks at its share of segment s. It counts by their next digit the keys whose higher digits are
-    those of the lowest key that stays. In the LAST pass this key is known, and all keys from it up go to the rows."""
-    segment = tl.program_id(1).to(tl.int64)
-    image = segment // len(levels)
-    level = segment - image * len(levels)
-    start, list_start = pick_size(starts, level), pick_size(list_starts, level)
-    found = tl.load(found_ptr + segment)
-    states_ptr += segment * (2 * PASSES)
-    histograms_ptr += segment * (PASSES * BINS)
-    lowest, staying = _lowest_key(states_ptr, histograms_ptr, found, digit, shift, topk, PASSES, BINS)
-    if not LAST and tl.program_id(0) == 0:
-        tl.store(states_ptr + 2 * digit, lowest)
-        tl.store(states_ptr + 2 * digit + 1, staying.to(tl.int64))
-
-    in_level = pick_size(starts[1:], level) - start
-    listed = found <= pick_size(list_starts[1:], level) - list_start
-    list_ptr = lists_ptr + image * list_width + list_start
-    x_ptr = pick(levels, level) + image * in_level
-    work = tl.where(listed, found, in_level)
-    if not LAST:
-        work = tl.where(staying > 0, work, 0)
-    histogram = tl.zeros([BINS], tl.int32)
-    offset = tl.program_id(0) * TILE
-    while offset < work:
-        i = offset + tl.arange(0, TILE)
-        if listed:
-            keys = tl.load(list_ptr + i, mask=i < work, other=-1)
-        else:
-            x = tl.load(x_ptr + i, mask=i < work, other=float("-inf")).to(tl.float32)
-            keys = tl.where(x > threshold, pack(x, start + i, index_bits, DROP), -1)
-        if LAST:
-            chosen = keys >= lowest
-            total = tl.sum(chosen.to(tl.int64), axis=0)
-            if total > 0:
-                slot = tl.atomic_add(counts_ptr + image, total, sem="relaxed")
-                slots = slot + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-                tl.store(rows_ptr + image * width + slots, keys, mask=chosen)
-        else:
-            digits = (keys - lowest) >> shift
-            matching = (keys >= lowest) & (digits < BINS)
-            histogram += tl.histogram(tl.where(matching, digits, 0).to(tl.int32), BINS, mask=matching)
-        offset += tl.num_programs(0) * TILE
-    if not LAST and offset > tl.program_id(0) * TILE:
-        bins = histograms_ptr + digit * BINS + tl.arange(0, BINS)
-        tl.atomic_add(bins, histogram, mask=histogram > 0, sem="relaxed")
+    count = tl.load(found_ptr + image)
+    i = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    keys, place = place_in_runs(runs_ptr + image * width, i, count, RUN, MAX_RUNS, KEYS)
+    _emit(keys, image * width + place, i < width, anchors_ptr, scores_ptr, labels_ptr, index_bits, K, DROP)
+    if tl.program_id(0) == 0:
+        tl.store(counts_ptr + image, count.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["width", "index_bits"])
 def _emit_kernel(
-    keys_ptr, anchors_ptr, scores_ptr, labels_ptr, width, index_bits, K: tl.constexpr, DROP: tl.constexpr,
-    TILE: tl.constexpr,
+    keys_ptr, found_ptr, anchors_ptr, scores_ptr, labels_ptr, counts_ptr, width, index_bits, K: tl.constexpr,
+    DROP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program t writes the anchors, scores and labels of TILE keys of the sorted rows."""
-    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    key = tl.load(keys_ptr + i, mask=i < width, other=-1)
-    index = unpack_index(key, index_bits)
-    score = tl.div_rn(1.0, 1.0 + tl.exp(-unpack_number(key, index_bits, DROP)))
-    tl.store(anchors_ptr + i, tl.where(key >= 0, index // K, 0).to(tl.int64), mask=i < width)
-    tl.store(scores_ptr + i, tl.where(key >= 0, score, 0.0), mask=i < width)
-    tl.store(labels_ptr + i, tl.where(key >= 0, index % K, -1).to(tl.int64), mask=i < width)
+    """Program (t, b) writes what TILE keys of the sorted row of image b stand for."""
+    image = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    keys = tl.load(keys_ptr + image * width + i, mask=i < width, other=-1)
+    _emit(keys, image * width + i, i < width, anchors_ptr, scores_ptr, labels_ptr, index_bits, K, DROP)
+    if tl.program_id(0) == 0:
+        tl.store(counts_ptr + image, tl.load(found_ptr + image).to(tl.int64))
 
 
 _Fields = tuple[Tensor, Tensor, Tensor, Tensor]  # of Candidates
 
 
 def _candidate_selection_triton(levels: list[Tensor], num_classes: int, score_thresh: float, topk: int) -> _Fields:
-    """The fields of Candidates, of levels ``(B, N_l, K)``. The number of launches depends on the dtype and N alone."""
+    """The fields of Candidates, of levels ``(B, N_l, K)``. The number of launches depends on the dtype and sizes alone,
+    and is one more where an image can have more than 8192 candidates."""
     first, *_ = levels = [level.contiguous() for level in levels]
     batch, width = len(first), _width(levels, topk)
-    tile, run = _TILE_BYTES // first.element_size(), 16 // first.element_size()
-    logits = [level.shape[1] * num_classes for level in levels]
-    starts = [0, *accumulate(logits)]
-    first_tiles = [0, *accumulate(triton.cdiv(count + 15, tile) for count in logits)]
-    list_starts = [0, *accumulate(count // _LISTED + 1 for count in logits)]
     drop = {torch.bfloat16: 16, torch.float16: 13}.get(first.dtype, 0)
-    index_bits = max(1, (starts[-1] - 1).bit_length())
-    passes = triton.cdiv(32 - drop + index_bits, 8)
-    segments = batch * len(levels)
-    zeros = first.new_zeros(segments * (1 + passes * _BINS.value), dtype=torch.int32)
-    found, histograms = zeros[:segments], zeros[segments:]
-    counts = first.new_zeros(batch, dtype=torch.int64)
-    states, lists = (counts.new_empty(shape) for shape in ((segments, passes, 2), (batch, list_starts[-1])))
-    rows = counts.new_full((batch, width), PADDING)
-    anchors, scores, labels = (torch.empty_like(rows, dtype=x) for x in (torch.int64, torch.float32, torch.int64))
-    programs = max(1, min(_SEARCH_PROGRAMS // max(1, segments), triton.cdiv(starts[-1], 8 * _SEARCH_TILE)))
+    index_bits = max(1, (sum(level.shape[1] * level.shape[2] for level in levels) - 1).bit_length())
+    anchors, labels = (first.new_empty(batch, width, dtype=torch.int64) for _ in range(2))
+    scores, counts = first.new_empty(batch, width, dtype=torch.float32), first.new_empty(batch, dtype=torch.int64)
     with torch.cuda.device_of(first):
-        _list_kernel[(first_tiles[-1], batch)](
-            tuple(levels), encode_sizes(starts), encode_sizes(first_tiles), encode_sizes(list_starts), lists, found,
-            list_starts[-1], index_bits, logit(score_thresh), DROP=drop, TILE=tile, RUN=run, enable_fp_fusion=False,
-        )  # fmt: skip
-        for digit in range(passes + 1):
-            _search_kernel[(programs, segments)](
-                tuple(levels), encode_sizes(starts), encode_sizes(list_starts), lists, found, states, histograms, rows,
-                counts, width, list_starts[-1], index_bits, logit(score_thresh), min(topk, 2**31 - 1), digit,
-                8 * (passes - 1 - digit), DROP=drop, PASSES=passes, TILE=_SEARCH_TILE, BINS=_BINS.value,
-                LAST=digit == passes, enable_fp_fusion=False,
+        keys, found = search_keys(levels, width, logit(score_thresh), topk, drop, index_bits)
+        fields = found, anchors, scores, labels, counts, width, index_bits
+        if sorts_by_kernels(width):
+            _place_kernel[(triton.cdiv(width, MERGED), batch)](
+                sort_runs(keys, found), *fields, K=num_classes, DROP=drop, RUN=RUN, MAX_RUNS=MAX_RUNS, KEYS=MERGED,
+                enable_fp_fusion=False,
             )  # fmt: skip
-        keys = sort_keys(rows, counts)
-        _emit_kernel[(triton.cdiv(rows.numel(), 256),)](
-            keys, anchors, scores, labels, rows.numel(), index_bits, K=num_classes, DROP=drop, TILE=256, num_warps=2,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+        else:
+            _emit_kernel[(triton.cdiv(width, 256), batch)](
+                sort_keys(keys, found), *fields, K=num_classes, DROP=drop, TILE=256, num_warps=2,
+                enable_fp_fusion=False,
+            )  # fmt: skip
     return anchors, scores, labels, counts
 
 

@@ -15,9 +15,9 @@ from retina_fast.kernels.compiler import tl, triton
 
 PADDING = -1
 
-_RUN = 256
-_MAX_RUNS = 32
-_MERGE = 64  # keys whose places one program finds
+RUN = 256  # keys that are sorted together at first
+MAX_RUNS = 32
+MERGED = 64  # keys whose places one program finds
 
 
 @triton.jit
@@ -69,19 +69,13 @@ def _sort_runs_kernel(keys_ptr, runs_ptr, counts_ptr, width, RUN: tl.constexpr, 
         tl.store(runs_ptr + image * width + start + place, keys, mask=start + i < count)
 
 
-@triton.jit(do_not_specialize=["width"])
-def _merge_runs_kernel(
-    runs_ptr, out_ptr, counts_ptr, width, RUN: tl.constexpr, MAX_RUNS: tl.constexpr, KEYS: tl.constexpr
-):
-    """Program (t, b) places KEYS keys of row b: the place of a key is the number of greater keys in all runs."""
-    image = tl.program_id(1).to(tl.int64)
-    runs_ptr += image * width
-    out_ptr += image * width
-    count = tl.load(counts_ptr + image).to(tl.int32)
-    start = tl.program_id(0) * KEYS
-    i = start + tl.arange(0, KEYS)
-    if start < count:
-        keys = tl.load(runs_ptr + i, mask=i < count, other=-1)
+@triton.jit
+def place_in_runs(runs_ptr, i, count, RUN: tl.constexpr, MAX_RUNS: tl.constexpr, KEYS: tl.constexpr):
+    """Keys i of a row of sorted runs, and their places: the number of greater keys in all runs. Where i is not below
+    the count, the key is -1 and its place is i."""
+    keys = tl.load(runs_ptr + i, mask=i < count, other=-1)
+    place = i
+    if tl.max(keys, axis=0) >= 0:
         run = tl.arange(0, MAX_RUNS)[None, :] * RUN
         greater = tl.zeros([KEYS, MAX_RUNS], tl.int32)
         step = RUN
@@ -90,27 +84,52 @@ def _merge_runs_kernel(
             other = tl.load(runs_ptr + probe, mask=probe < count, other=-1)
             greater = tl.where((greater + step <= RUN) & (other > keys[:, None]), greater + step, greater)
             step //= 2
-        place = tl.sum(greater, axis=1)
-        tl.store(out_ptr + place, keys, mask=i < count)
-    tl.store(out_ptr + i, tl.full([KEYS], -1, tl.int64), mask=(i >= count) & (i < width))
+        place = tl.where(i < count, tl.sum(greater, axis=1), i)
+    return keys, place
+
+
+@triton.jit(do_not_specialize=["width"])
+def _merge_runs_kernel(
+    runs_ptr, out_ptr, counts_ptr, width, RUN: tl.constexpr, MAX_RUNS: tl.constexpr, KEYS: tl.constexpr
+):
+    """Program (t, b) writes KEYS keys of row b to their places."""
+    image = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    count = tl.load(counts_ptr + image).to(tl.int32)
+    keys, place = place_in_runs(runs_ptr + image * width, i, count, RUN, MAX_RUNS, KEYS)
+    tl.store(out_ptr + image * width + place, keys, mask=i < width)
+
+
+def sorts_by_kernels(width: int) -> bool:
+    """Whether rows of so many keys are sorted by the kernels. Longer ones go to torch.sort."""
+    return width <= RUN * MAX_RUNS
+
+
+def sort_runs(keys: Tensor, counts: Tensor) -> Tensor:
+    """Each run of 256 keys of a row in falling order; the arguments are those of :func:`sort_keys`."""
+    batch, width = keys.shape
+    runs = torch.empty_like(keys)
+    with torch.cuda.device_of(keys):
+        _sort_runs_kernel[(triton.cdiv(width, RUN), batch)](
+            keys, runs, counts, width, RUN=RUN, CHUNK=32, enable_fp_fusion=False
+        )
+    return runs
 
 
 def sort_keys(keys: Tensor, counts: Tensor) -> Tensor:
     """Each row in falling order, its padding last.
 
     Args:
-        keys: ``(B, M)`` int64. The keys of a row are distinct, not negative, and come first; the rest is PADDING.
+        keys: ``(B, M)`` int64. The keys of a row are distinct, not negative, and come first. Behind them, rows of more
+            than 8192 keys must hold PADDING.
         counts: ``(B,)`` integers: the number of keys in each row.
     """
     batch, width = keys.shape
-    if width > _RUN * _MAX_RUNS:
+    if not sorts_by_kernels(width):
         return keys.sort(dim=1, descending=True).values
-    runs, out = torch.empty_like(keys), torch.empty_like(keys)
+    runs, out = sort_runs(keys, counts), torch.empty_like(keys)
     with torch.cuda.device_of(keys):
-        _sort_runs_kernel[(triton.cdiv(width, _RUN), batch)](
-            keys, runs, counts, width, RUN=_RUN, CHUNK=32, enable_fp_fusion=False
-        )
-        _merge_runs_kernel[(triton.cdiv(width, _MERGE), batch)](
-            runs, out, counts, width, RUN=_RUN, MAX_RUNS=_MAX_RUNS, KEYS=_MERGE, enable_fp_fusion=False
+        _merge_runs_kernel[(triton.cdiv(width, MERGED), batch)](
+            runs, out, counts, width, RUN=RUN, MAX_RUNS=MAX_RUNS, KEYS=MERGED, enable_fp_fusion=False
         )
     return out

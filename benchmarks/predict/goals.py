@@ -56,9 +56,10 @@ def matching_scene(batch: int, count: int) -> Scene:
     return Scene(float(met_by.float().mean()), int(met_by.max()), count, foreground, mixed)
 
 
-def _kept(boxes: Tensor, scores: Tensor | None, labels: Tensor, survivors: float = 0.0) -> Scene:
+def _kept(batch: int, boxes: Tensor, scores: Tensor | None, labels: Tensor, survivors: float = 0.0) -> Scene:
     """Returns, of the fullest program of NMS, its boxes and those that it keeps."""
-    groups = labels % constant_of("batched_nms", "_suppress_kernel", "GROUPS")
+    launches = launches_of(functools.partial(kernel_calls.call_batched_nms, True, True, batch))
+    groups = labels % launches[0].kwargs["GROUPS"]
     kept = groups[nms_image(boxes, scores, labels, postprocess.IOU)]
     return Scene(
         survivors=survivors,
@@ -69,21 +70,21 @@ def _kept(boxes: Tensor, scores: Tensor | None, labels: Tensor, survivors: float
 
 
 @functools.cache
-def nms_scene() -> Scene:
-    """Returns the scene of the NMS benchmark's first case."""
+def nms_scene(batch: int) -> Scene:
+    """Returns the scene of the NMS benchmark's first case, in a batch of so many images."""
     boxes, scores, labels, _ = batched_nms.inputs(batched_nms.BASES[0], CPU)
-    return _kept(boxes[0], scores[0], labels[0])
+    return _kept(batch, boxes[0], scores[0], labels[0])
 
 
 @functools.cache
-def postprocess_scene() -> Scene:
-    """Returns the scene of the postprocess benchmark at batch 1."""
+def postprocess_scene(batch: int) -> Scene:
+    """Returns the scene of the postprocess benchmark's image, in a batch of so many."""
     setting = postprocess.Setting(batch=1)
     outputs, anchors, _ = postprocess.inputs(setting, CPU)
     found = candidate_selection_reference(outputs["cls_logits"], 91, postprocess.THRESHOLD, postprocess.TOPK)
     boxes = box_decode_reference(outputs["bbox_regression"], anchors, found.anchors, torch.tensor([[800, 800]]))
     count = int(found.counts[0])
-    return _kept(boxes[0, :count], None, found.labels[0, :count], setting.above)
+    return _kept(batch, boxes[0, :count], None, found.labels[0, :count], setting.above)
 
 
 def _focal_loss(dtype: torch.dtype) -> None:
@@ -116,8 +117,18 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[], Scene]]] = {
     "K2": (_loss_path, lambda: matching_scene(16, 16)),
     "K3-g500": (lambda: kernel_calls.call_anchor_matching(True, 4000, 8), lambda: matching_scene(8, 500)),
     "K3-b16": (lambda: kernel_calls.call_anchor_matching(True, 256, 16), lambda: matching_scene(16, 16)),
-    **{f"K4-b{b}": (functools.partial(kernel_calls.detect, BF16, b), postprocess_scene) for b in (1, 8, 32)},
-    **{f"K5-b{b}": (functools.partial(kernel_calls.call_batched_nms, True, False, b), nms_scene) for b in (1, 32)},
+    **{
+        f"K4-b{b}": (functools.partial(kernel_calls.detect, BF16, b), functools.partial(postprocess_scene, b))
+        for b in (1, 8, 32)
+    },
+    "K5-all": (
+        lambda: kernel_calls.call_batched_nms(False, False, 1, 100_000, 100_000),
+        lambda: Scene(candidates=100_000, kept=100_000),
+    ),
+    **{
+        f"K5-b{b}": (functools.partial(kernel_calls.call_batched_nms, True, False, b), functools.partial(nms_scene, b))
+        for b in (1, 32)
+    },
     "K6": (lambda: kernel_calls.call_image_batch(torch.float32, torch.float32), _image_scene),
 }
 

@@ -47,8 +47,8 @@ def predictions(rows: dict[tuple[str, ...], Row]) -> dict[str, Prediction]:
     and writes weights, gradients and momenta.
     """
     steps = {name: _steps(gpu_work_of(call), rows, scene()) for name, (call, scene) in CALLS.items()}
-    steps["E1"] = _steps(inference_work(1), rows, postprocess_scene())
-    steps["E2"] = _steps(inference_work(32), rows, postprocess_scene())
+    steps["E1"] = _steps(inference_work(1), rows, postprocess_scene(1))
+    steps["E2"] = _steps(inference_work(32), rows, postprocess_scene(32))
     run = Training(width=800)
     forward = _steps(training_forward_work(16), rows, Scene())
     times = run.step_gflop / run.forward_gflop

@@ -171,6 +171,13 @@ def _merge_runs(launch: Launch, row: Row, scene: Scene) -> Work:
     return Work(16 * batch * scene.candidates, programs * path, 0, ALONE * path + (turns + 2) * L2)
 
 
+def _place(launch: Launch, row: Row, scene: Scene) -> Work:
+    """A merge that writes an anchor, a score and a label instead of a key."""
+    merge = _merge_runs(launch, row, scene)
+    merge.bytes += 12 * launch.grid[1] * scene.candidates
+    return merge
+
+
 def _box_decode(launch: Launch, row: Row, scene: Scene) -> Work:
     """A box gathers 32 bytes of deltas and 32 of anchors; its index has 8 bytes, and it has 16."""
     _, batch = launch.grid
@@ -191,6 +198,34 @@ def _suppress(launch: Launch, row: Row, scene: Scene) -> Work:
     return Work(32 * batch * scene.candidates, math.prod(launch.grid) * path, 0, ALONE * path + waits)
 
 
+def _block_bits(launch: Launch, row: Row, scene: Scene) -> Work:
+    """Half of the programs compare a word of better boxes with their own; the others end at once."""
+    columns, words, batch = launch.grid
+    length = 4 * launch.kwargs["BLOCK"] // 32 * launch.kwargs["BLOCK"]
+    size = batch * (16 * launch.kwargs["BLOCK"] + length / 2)
+    return Work(size, columns * words * batch * (row.code + row.path) / 2, 0, ALONE * row.code + 3 * DRAM + REDUCTION)
+
+
+def _decide(launch: Launch, row: Row, scene: Scene) -> Work:
+    """A warp goes through the words of a block; each waits for the bits, the marks and, to store, the key."""
+    block, (batch,) = launch.args[10], launch.grid
+    words = math.ceil(min(launch.kwargs["BLOCK"], scene.candidates - block * launch.kwargs["BLOCK"]) / 32)
+    turn, *rest = row.loops
+    path = row.path + words * (turn + 2 * sum(rest[:-1]))
+    size = batch * 32 * words * (9 + 4 * words / 2)
+    return Work(size, batch * path, 0, ALONE * path + words * 2 * L2 + DRAM)
+
+
+def _remove(launch: Launch, row: Row, scene: Scene) -> Work:
+    """Each program compares its boxes with its share of what a block has kept, 32 at a time."""
+    columns, shares, batch = launch.grid
+    kept = min(1.0, scene.kept / scene.candidates) * launch.kwargs["BLOCK"]
+    turns = math.ceil(kept / 32 / shares)
+    path = row.path + turns * row.loops[0]
+    size = batch * columns * launch.kwargs["COLUMNS"] * (16 + 1)
+    return Work(size, math.prod(launch.grid) * path, 0, ALONE * path + 2 * DRAM + turns * (2 * L2 + REDUCTION))
+
+
 def _first(launch: Launch, row: Row, scene: Scene) -> Work:
     turns = math.ceil(scene.candidates / launch.kwargs["SCAN"])
     path = row.path + turns * row.loops[0]
@@ -209,7 +244,6 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_focal_loss_kernel": _focal_loss,
     "_image_batch_kernel": _streamed,
     "_score_keys_kernel": _streamed,
-    "_emit_kernel": _streamed,
     "_scale_kernel": _scale,
     "_anchor_matching_kernel": _anchor_matching,
     "_box_loss_kernel": _box_loss,
@@ -217,8 +251,12 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_search_kernel": _search,
     "_sort_runs_kernel": _sort_runs,
     "_merge_runs_kernel": _merge_runs,
+    "_place_kernel": _place,
     "_box_decode_kernel": _box_decode,
     "_suppress_kernel": _suppress,
+    "_block_bits_kernel": _block_bits,
+    "_decide_kernel": _decide,
+    "_remove_kernel": _remove,
     "_first_kernel": _first,
     "_take_kept_kernel": _take_kept,
 }

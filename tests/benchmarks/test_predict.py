@@ -66,8 +66,11 @@ def test_the_fullest_run_of_logits():
         ("_search_kernel", Scene(survivors=0.01), {"survivors": 0.1}),
         ("_sort_runs_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_merge_runs_kernel", Scene(candidates=2000), {"candidates": 4000}),
+        ("_place_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_box_decode_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_suppress_kernel", Scene(candidates=2000, members=200, kept=50), {"kept": 150}),
+        ("_decide_kernel", Scene(candidates=1000), {"candidates": 2000}),
+        ("_remove_kernel", Scene(candidates=100_000, kept=10_000), {"kept": 100_000}),
         ("_first_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_box_loss_kernel", Scene(foreground=0.1), {"foreground": 0.5}),
         ("_image_batch_kernel", Scene(image_bytes=10), {"image_bytes": 10**9}),
@@ -103,7 +106,8 @@ def test_every_goal_of_speed_has_a_prediction():
     stored = json.loads(PREDICTIONS.read_text())
     assert set(stored) == {"3.6.0", "3.8.0", "3.9.0"}
     for predicted in stored.values():
-        assert set(predicted) == set(GOALS) - {"K5-all", "E3-mlperf", "E4"}  # the last is no speed
+        assert set(predicted) | {"K5-all"} == set(GOALS) - {"E3-mlperf", "E4"}  # the last is no speed
+    assert "K5-all" in stored["3.8.0"]
     for goal in (goal for predicted in stored.values() for goal in predicted.values()):
         assert 0 < goal["graph_ms"] < goal["ms"]
         assert sum(us for *_, us in goal["launches"]) / 1e3 < goal["graph_ms"]
@@ -131,9 +135,10 @@ def test_scenes_are_those_of_the_benchmarks():
     assert scene.ground_truths == 16
     assert 1 < scene.met < scene.most_met <= 16
     assert 0.05 < scene.foreground < 0.5
-    assert goals.nms_scene().candidates == 5000
-    assert 5000 / 16 < goals.nms_scene().members < 500
-    found = goals.postprocess_scene()
+    assert goals.nms_scene(32).candidates == 5000
+    assert 5000 / 16 < goals.nms_scene(32).members < 500
+    assert 5000 / 91 < goals.nms_scene(1).members < goals.nms_scene(32).members
+    found = goals.postprocess_scene(1)
     assert found.survivors == 0.01
     assert 4000 < found.candidates <= 5000  # a thousand of each level, and fewer of the smallest
 

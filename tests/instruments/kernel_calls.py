@@ -123,16 +123,16 @@ def _group_norm_relu_backward(dtype: torch.dtype, num_groups: int = 32) -> None:
     )
 
 
-def _candidate_selection(dtype: torch.dtype) -> None:
+def _candidate_selection(dtype: torch.dtype, topk: int = 1000) -> None:
     levels = [level.detach() for level in levels_of(dtype, 91)]
-    candidate_selection.candidate_selection(levels, 91, 0.05, 1000)
+    candidate_selection.candidate_selection(levels, 91, 0.05, topk)
 
 
-def call_batched_nms(by_class: bool, best_first: bool, batch: int = 8) -> None:
-    boxes, counts = torch.empty(batch, 5000, 4, device="cuda"), torch.empty(batch, dtype=torch.int64, device="cuda")
-    scores = None if best_first else torch.empty(batch, 5000, device="cuda")
-    labels = torch.empty(batch, 5000, dtype=torch.int64, device="cuda") if by_class else None
-    batched_nms.batched_nms(boxes, scores, labels, counts)
+def call_batched_nms(by_class: bool, best_first: bool, batch: int = 8, count: int = 5000, most: int = 300) -> None:
+    boxes, counts = torch.empty(batch, count, 4, device="cuda"), torch.empty(batch, dtype=torch.int64, device="cuda")
+    scores = None if best_first else torch.empty(batch, count, device="cuda")
+    labels = torch.empty(batch, count, dtype=torch.int64, device="cuda") if by_class else None
+    batched_nms.batched_nms(boxes, scores, labels, counts, max_detections=most)
 
 
 def _box_decode(dtype: torch.dtype) -> None:
@@ -208,9 +208,19 @@ KERNEL_CALLS = {
         lambda: _candidate_selection(torch.bfloat16), _TILE, 2, 6, 0, "_list_kernel"
     ),
     "candidate_selection fp32": KernelCall(lambda: _candidate_selection(torch.float32), _TILE, 4, 6, 0, "_list_kernel"),
+    "candidate_selection bf16 topk=5000": KernelCall(lambda: _candidate_selection(torch.bfloat16, 5000)),
     "box_decode bf16": KernelCall(lambda: _box_decode(torch.bfloat16)),
     "batched_nms": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False)),
     "batched_nms best first": KernelCall(lambda: call_batched_nms(by_class=True, best_first=True)),
+    "batched_nms one image": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False, batch=1)),
+    "batched_nms 32 images": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False, batch=32)),
     "batched_nms class-agnostic": KernelCall(lambda: call_batched_nms(by_class=False, best_first=True)),
+    "batched_nms class-agnostic, few": KernelCall(lambda: call_batched_nms(by_class=False, best_first=True, count=200)),
+    "batched_nms all kept": KernelCall(
+        lambda: call_batched_nms(by_class=True, best_first=False, batch=1, count=7000, most=7000)
+    ),
+    "batched_nms class-agnostic, all kept": KernelCall(
+        lambda: call_batched_nms(by_class=False, best_first=False, batch=1, count=7000, most=7000)
+    ),
     "take_kept": KernelCall(_take_kept),
 }

@@ -1,5 +1,6 @@
 """Non-maximum suppression against a plain Python loop, and against torchvision where that is exact."""
 
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -10,8 +11,11 @@ from hypothesis import strategies as st
 
 from retina_fast import ops
 from retina_fast.kernels import batched_nms as module
+from retina_fast.kernels import nms_blocks, nms_walk
 from retina_fast.kernels.batched_nms import Kept, batched_nms, batched_nms_reference
 from retina_fast.kernels.compiler import INTERPRETED
+from tests.instruments.fake_gpu import launches_of
+from tests.instruments.kernel_calls import call_batched_nms
 from tests.ptx.cases import OTHER_ORDERS, check, names
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy's, of interpreted kernels
@@ -28,11 +32,17 @@ def equal(ours, expected):
     assert torch.equal(ours.positions.cpu(), expected.positions.cpu())
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Few programs and short scans: members that wait in the ring, classes that share a program."""
-    monkeypatch.setattr(module, "_GROUPS", 2)
-    monkeypatch.setattr(module, "_SCAN", 32)
+@pytest.fixture(params=["walks", "blocks"])
+def small_tiles(request, monkeypatch):
+    """Both ways of suppression, whatever the size. Walks have few programs and short scans, so that members wait in the
+    ring and classes share a program; blocks are short, so that there are several."""
+    walked = 0 if request.param == "blocks" else 10**9
+    for name in ("_WALKED", "_WALKED_OF_ONE_CLASS"):
+        monkeypatch.setattr(module, name, walked)
+    for name, value in (("_FEWEST_GROUPS", 2), ("_MOST_GROUPS", 2), ("_SCAN", 32), ("_FLAGS", 32)):
+        monkeypatch.setattr(nms_walk, name, value)
+    for name, value in (("_BLOCK", 64), ("_COLUMNS", 32), ("_SHARES", 2)):
+        monkeypatch.setattr(nms_blocks, name, value)
 
 
 def greedy(boxes, scores, labels, threshold):
@@ -134,8 +144,9 @@ def test_adversarial_sets(name, device, small_tiles):
 @pytest.mark.parametrize("count", [8193, 100_000])
 def test_many_boxes(count, device, monkeypatch):
     """Longer rows than the kernels sort, as in 100,000 boxes an image; stops at what the result holds."""
-    if device.type == "cpu":
-        monkeypatch.setattr(module, "_GROUPS", 1)
+    if device.type == "cpu":  # the interpreter's time is that of the programs
+        for name, value in (("_BLOCK", 8192), ("_COLUMNS", 8192), ("_SHARES", 1)):
+            monkeypatch.setattr(nms_blocks, name, value)
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(1, count, 2, generator=generator) * 250
     boxes = torch.cat((corner, corner + 20), dim=2).to(device)
@@ -144,6 +155,30 @@ def test_many_boxes(count, device, monkeypatch):
     equal(
         by_kernels(boxes, scores, None, counts, 0.5, 100), batched_nms_reference(boxes, scores, None, counts, 0.5, 100)
     )
+
+
+@pytest.mark.parametrize(
+    ("by_class", "count", "most", "launches"),
+    [(True, 5000, 300, 5), (True, 7000, 7000, 3 + 11), (False, 200, 200, 5), (False, 7000, 7000, 3 + 11)],
+)
+def test_many_boxes_or_one_class_go_block_by_block(by_class, count, most, launches):
+    """Four blocks of three launches but the last, after three that order the scores; a walk has two."""
+    made = [
+        launch.kernel.__name__ for launch in launches_of(partial(call_batched_nms, by_class, False, 1, count, most))
+    ]
+    assert len(made) == launches
+    assert ("_decide_kernel" in made) == (launches > 5) != ("_suppress_kernel" in made)
+
+
+@pytest.mark.parametrize(("batch", "groups"), [(0, 128), (1, 128), (4, 128), (5, 64), (8, 64), (32, 16), (600, 16)])
+def test_classes_are_shared_out_to_as_many_programs_as_the_batch_leaves_room_for(batch, groups):
+    (launch,) = [
+        launch
+        for launch in launches_of(partial(call_batched_nms, True, True, batch))
+        if launch.kernel.__name__ == "_suppress_kernel"
+    ]
+    assert launch.kwargs["GROUPS"] == groups
+    assert launch.grid == (groups, batch)
 
 
 @pytest.mark.parametrize("numerator", range(1, 20))

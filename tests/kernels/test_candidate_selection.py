@@ -6,8 +6,9 @@ from unittest import mock
 import pytest
 import torch
 
+from retina_fast.kernels import candidate_search
 from retina_fast.kernels import candidate_selection as module
-from retina_fast.kernels.candidate_selection import candidate_selection, candidate_selection_reference
+from retina_fast.kernels.candidate_selection import candidate_selection, candidate_selection_reference, logit
 from tests.ptx.cases import OTHER_ORDERS, check, names
 
 
@@ -35,8 +36,8 @@ def place(path, device):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles of both kinds in few logits, images off the 16-byte boundaries, several programs a segment."""
-    monkeypatch.setattr(module, "_TILE_BYTES", 256)
-    monkeypatch.setattr(module, "_SEARCH_TILE", 16)
+    monkeypatch.setattr(candidate_search, "_TILE_BYTES", 256)
+    monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 16)
 
 
 def brute_force(levels, k, threshold, topk):
@@ -124,6 +125,22 @@ def test_agrees_with_torchvision_on_what_is_above_the_threshold():
     assert found.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [0, 5, 64, 64 * 3, 64 * 40 + 17])
+@pytest.mark.parametrize("topk", [0, 1, 7, 100])
+def test_the_reference_misses_nothing_in_long_rows(length, topk, dtype):
+    """Against a sort of all, with ties, infinities and a NaN in every third stretch of 64."""
+    flat = (torch.randn(length, generator=torch.Generator().manual_seed(length)) * 4).round().div(4).to(dtype)
+    flat[5::192], flat[70::640], flat[71::640] = float("nan"), float("inf"), -float("inf")
+    for score_thresh in (0.0, 0.5, 0.9, 1.0):
+        values = flat.float().nan_to_num(-float("inf"), posinf=float("inf"), neginf=-float("inf"))
+        falling = values.sort(descending=True, stable=True).indices.tolist()
+        order = [i for i in falling if values[i] > logit(score_thresh)]
+        ours = candidate_selection_reference([flat.reshape(1, -1, 1)], 1, score_thresh, topk)
+        assert ours.counts.tolist() == [len(order[:topk])]
+        assert ours.anchors[0, : len(order[:topk])].tolist() == order[:topk]
+
+
 # Gradients
 
 
@@ -144,13 +161,25 @@ def test_scores_are_differentiable():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_million_equal_scores_go_by_index(dtype, select, place, monkeypatch):
     if place.type == "cpu":
-        monkeypatch.setattr(module, "_TILE_BYTES", 1 << 17)
-        monkeypatch.setattr(module, "_SEARCH_TILE", 1 << 17)
-        monkeypatch.setattr(module, "_SEARCH_PROGRAMS", 1)
+        monkeypatch.setattr(candidate_search, "_TILE_BYTES", 1 << 17)
+        monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 1 << 17)
+        monkeypatch.setattr(candidate_search, "_SEARCH_PROGRAMS", 1)
     ours = select([torch.zeros(1, 1_000_000, 1, dtype=dtype, device=place)], 1, 0.05, 1000)
     assert ours.counts.tolist() == [1000]
     assert torch.equal(ours.anchors[0].cpu(), torch.arange(1000))
     assert (ours.scores == 0.5).all()
+
+
+@pytest.mark.parametrize("score_thresh", [0.0, 0.9])
+def test_more_candidates_than_the_kernels_sort(score_thresh, select, place):
+    """Up to 9000 an image, in two images of which one has none."""
+    logits = torch.randn(2, 3000, 3, generator=torch.Generator().manual_seed(0))
+    logits[1] = -float("inf")
+    ours = select([logits.to(place)], 3, score_thresh, 10**10)
+    expected = candidate_selection_reference([logits], 3, score_thresh, 10**10)
+    assert ours.anchors.shape == (2, 9000)
+    assert ours.counts.tolist() == [int((torch.sigmoid(logits[0]) > score_thresh).sum()), 0]
+    equal(ours, expected)
 
 
 def test_nothing_above_and_not_a_number(select, place, small_tiles):

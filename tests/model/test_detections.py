@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from retina_fast import RetinaNet, retinanet_resnet18_fpn
 from retina_fast.detections import Thresholds, detect
 from retina_fast.forward import HeadOutputs
-from retina_fast.kernels import batched_nms, box_decode, candidate_selection, take_kept
+from retina_fast.kernels import batched_nms, box_decode, candidate_search, candidate_selection, nms_walk, take_kept
 from tests.instruments import agreement, kernel_calls
 from tests.instruments.fake_gpu import launches_of
 
@@ -76,9 +76,10 @@ def head_outputs(batch, dtype, seed=0):
 def test_detect_by_the_kernels_matches_torchvisions_exact_path(dtype, device, monkeypatch):
     """Every operation by its kernel, interpreted where there is no GPU; two images."""
     if device.type == "cpu":
-        monkeypatch.setattr(batched_nms, "_GROUPS", 2)
-        monkeypatch.setattr(candidate_selection, "_TILE_BYTES", 1 << 18)
-        monkeypatch.setattr(candidate_selection, "_SEARCH_TILE", 1 << 15)
+        monkeypatch.setattr(nms_walk, "_FEWEST_GROUPS", 2)
+        monkeypatch.setattr(nms_walk, "_MOST_GROUPS", 2)
+        monkeypatch.setattr(candidate_search, "_TILE_BYTES", 1 << 18)
+        monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 1 << 15)
     for module in (candidate_selection, batched_nms, box_decode, take_kept):
         monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
     theirs, _ = agreement.models()

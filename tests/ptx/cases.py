@@ -65,11 +65,18 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "candidate_selection fp32 K=7 unaligned": partial(
         detection.candidate_selection, dtype=F32, num_classes=7, topk=50, shift=3
     ),
+    "candidate_selection bf16 K=7 all": partial(
+        detection.candidate_selection, dtype=BF16, num_classes=7, topk=10**10, shapes=_WIDE
+    ),
     "key_sort": detection.key_sort,
     "batched_nms": partial(detection.batched_nms, by_class=True, best_first=False),
     "batched_nms best first": partial(detection.batched_nms, by_class=True, best_first=True),
     "batched_nms class-agnostic unaligned": partial(
         detection.batched_nms, by_class=False, best_first=True, count=400, iou_thresh=0.3, limit=40, shift=1
+    ),
+    "batched_nms blocks": partial(detection.batched_nms, by_class=True, best_first=False, count=2150, limit=2150),
+    "batched_nms class-agnostic blocks": partial(
+        detection.batched_nms, by_class=False, best_first=True, count=700, limit=600, shift=1
     ),
     "box_decode bf16": partial(detection.box_decode, dtype=BF16),
     "box_decode fp32": partial(detection.box_decode, dtype=F32),

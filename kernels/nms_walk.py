@@ -1,0 +1,160 @@
+"""Suppression of a few thousand boxes in two launches: each program walks down the boxes of its classes.
+
+The classes of an image are shared out to programs. A program takes the boxes of its classes in tiles of 32, best first:
+it compares a tile with the boxes it has kept so far, then within itself. It ends when it has kept as many as the result
+can hold.
+"""
+
+import torch
+from torch import Tensor
+
+from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.nms_overlap import WORD, overlap, position_of, settle
+
+_PROGRAMS = 512  # of all images together, as far as that leaves an image no fewer and no more groups than these
+_FEWEST_GROUPS, _MOST_GROUPS = 16, 128
+_SCAN = 512  # boxes whose class a program looks at in one go
+_FLAGS = 2048  # flags that a program looks at in one go
+
+
+@triton.jit
+def _deal(
+    labels_ptr, keys_ptr, members_ptr, flags_ptr, scanned, tail, count, group, GROUPS: tl.constexpr,
+    SCAN: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    """Appends to the members those of the next SCAN boxes that belong to the program's classes, and lowers their flags;
+    returns how many."""
+    i = scanned + tl.arange(0, SCAN)
+    mine = i < count
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + position_of(keys_ptr, i, mine), mask=mine, other=0)
+        mine &= (label & (GROUPS - 1)) == group
+    slots = tail + tl.cumsum(mine.to(tl.int32), axis=0) - 1
+    tl.store(members_ptr + slots % RING, i, mask=mine)
+    tl.store(flags_ptr + i, tl.zeros([SCAN], tl.int8), mask=mine)
+    return tl.sum(mine.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _keep(
+    boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, flags_ptr, head, tail, kept, max_kept, iou_thresh,
+    below_thresh, RING: tl.constexpr, WORD: tl.constexpr,
+):  # fmt: skip
+    """Decides which of the next WORD members are kept; returns how many."""
+    t = tl.arange(0, WORD)
+    waiting = head + t < tail
+    i = tl.load(members_ptr + (head + t) % RING, mask=waiting, other=0)
+    position = position_of(keys_ptr, i, waiting)
+    suppressed = tl.zeros([WORD, WORD], tl.int32)
+    first = 0
+    while first < kept:
+        above = tl.load(kept_ptr + first + t, mask=first + t < kept, other=0)
+        comparable = (first + t < kept)[:, None] & waiting[None, :]
+        suppressed |= overlap(
+            boxes_ptr, labels_ptr, above[:, None], position[None, :], comparable, iou_thresh, below_thresh
+        )
+        first += WORD
+    alive = waiting & (tl.max(suppressed, axis=0) == 0)
+    comparable = (t[:, None] < t[None, :]) & waiting[None, :]
+    suppressed = overlap(
+        boxes_ptr, labels_ptr, position[:, None], position[None, :], comparable, iou_thresh, below_thresh
+    )
+    by = tl.sum(suppressed << t[:, None], axis=0)  # [WORD]: the bits of those that suppress each
+    staying = settle(alive, by, WORD)
+    chosen = ((staying >> t) & 1) == 1
+    slots = kept + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    chosen &= slots < max_kept
+    tl.store(kept_ptr + slots, position, mask=chosen)
+    tl.store(flags_ptr + i, tl.full([WORD], 1, tl.int8), mask=chosen)
+    return tl.sum(chosen.to(tl.int32), axis=0)
+
+
+@triton.jit(do_not_specialize=["width", "max_kept"])
+def _suppress_kernel(
+    boxes_ptr, labels_ptr, keys_ptr, counts_ptr, members_ptr, kept_ptr, flags_ptr, width, max_kept, iou_thresh,
+    below_thresh, GROUPS: tl.constexpr, SCAN: tl.constexpr, WORD: tl.constexpr,
+):  # fmt: skip
+    """Program (g, b) handles the classes of image b whose low bits are g. It sets the flags of its boxes, by falling
+    score, as far down as it walks: 1 where it keeps the box, which it does at most max_kept times. Boxes not yet
+    decided wait in a ring of members."""
+    group = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    count = tl.load(counts_ptr + image).to(tl.int32)
+    boxes_ptr += image * width * 4
+    flags_ptr += image * width
+    if labels_ptr is not None:
+        labels_ptr += image * width
+    if keys_ptr is not None:
+        keys_ptr += image * width
+    RING: tl.constexpr = SCAN + WORD
+    members_ptr += (image * GROUPS + group) * RING
+    kept_ptr += (image * GROUPS + group) * max_kept
+    scanned, head, tail, kept = 0, 0, 0, 0
+    while (kept < max_kept) & ((head < tail) | (scanned < count)):
+        if (tail - head < WORD) & (scanned < count):
+            tail += _deal(labels_ptr, keys_ptr, members_ptr, flags_ptr, scanned, tail, count, group, GROUPS, SCAN, RING)
+            scanned += SCAN
+        else:
+            kept += _keep(
+                boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, flags_ptr, head, tail, kept, max_kept,
+                iou_thresh, below_thresh, RING, WORD,
+            )  # fmt: skip
+            head = tl.minimum(head + WORD, tail)
+        tl.debug_barrier()  # members, kept and flags are used by other threads than wrote them
+
+
+@triton.jit(do_not_specialize=["width", "max_detections"])
+def _first_kernel(
+    flags_ptr, keys_ptr, counts_ptr, positions_ptr, kept_counts_ptr, width, max_detections, SCAN: tl.constexpr
+):
+    """Program b writes the positions of the first flagged boxes of image b, zeros after them, and their number.
+
+    No flag before the last of these boxes is left unset: a program that ended early had kept max_detections by then.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    count = tl.load(counts_ptr + image).to(tl.int32)
+    flags_ptr += image * width
+    positions_ptr += image * max_detections
+    if keys_ptr is not None:
+        keys_ptr += image * width
+    start, kept = 0, 0
+    while (kept < max_detections) & (start < count):
+        i = start + tl.arange(0, SCAN)
+        flag = (tl.load(flags_ptr + i, mask=i < count, other=0) != 0).to(tl.int32)
+        slots = kept + tl.cumsum(flag, axis=0) - 1
+        position = position_of(keys_ptr, i, i < count).to(tl.int64)
+        tl.store(positions_ptr + slots, position, mask=(flag > 0) & (slots < max_detections))
+        kept += tl.sum(flag, axis=0)
+        start += SCAN
+    kept = tl.minimum(kept, max_detections)
+    tl.store(kept_counts_ptr + image, kept.to(tl.int64))
+    start = kept
+    while start < max_detections:
+        slots = start + tl.arange(0, SCAN)
+        tl.store(positions_ptr + slots, tl.zeros([SCAN], tl.int64), mask=slots < max_detections)
+        start += SCAN
+
+
+def suppress_by_walks(
+    boxes: Tensor, labels: Tensor | None, keys: Tensor | None, counts: Tensor, thresholds: tuple[float, float],
+    max_detections: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The fields of Kept, in two launches; the arguments are those of ``suppress_by_blocks``."""
+    batch, width = boxes.shape[:2]
+    most = max(_FEWEST_GROUPS, min(_MOST_GROUPS, _PROGRAMS // max(1, batch)))
+    groups = 1 if labels is None else 1 << (most.bit_length() - 1)  # a power of two
+    max_kept = min(max_detections, width)
+    flags = boxes.new_empty(batch, width, dtype=torch.int8)
+    members = boxes.new_empty(batch, groups, _SCAN + WORD.value, dtype=torch.int32)
+    lists = boxes.new_empty(batch, groups, max_kept, dtype=torch.int32)
+    positions = boxes.new_empty(batch, max_detections, dtype=torch.int64)
+    kept_counts = boxes.new_empty(batch, dtype=torch.int64)
+    _suppress_kernel[(groups, batch)](
+        boxes, labels, keys, counts, members, lists, flags, width, max_kept, *thresholds, GROUPS=groups, SCAN=_SCAN,
+        WORD=WORD.value, enable_fp_fusion=False,
+    )  # fmt: skip
+    _first_kernel[(batch,)](
+        flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_FLAGS, num_warps=16,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return positions, kept_counts
