@@ -148,8 +148,8 @@ def batched_nms(
     """Suppress overlapping boxes of one class in every image of a padded batch.
 
     Args:
-        boxes: ``(B, M, 4)`` xyxy, M below 2^29: offsets of coordinates, up to 4 M, are 32 bits wide. Float64 boxes or
-            scores take the reference's path on a GPU, too.
+        boxes: ``(B, M, 4)`` xyxy, with M below 2^29, since the kernel's offsets of coordinates, up to 4 M, have 32
+            bits. With float64 boxes or scores the reference runs, on a GPU, too.
         scores: ``(B, M)``; a NaN ranks above all. None: the boxes lie best first already.
         labels: ``(B, M)`` integer classes; None suppresses across classes.
         counts: ``(B,)`` integers up to M: only the first counts[b] boxes of image b count.

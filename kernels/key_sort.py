@@ -1,8 +1,8 @@
 """Rows of distinct 63-bit keys in falling order: a batch of images is sorted without waiting for the GPU.
 
-A key holds a number in its high bits, and in its low bits an index that is counted down. So keys order by falling
-number and then by rising index, no two keys of a row are equal, and a key carries all that is known of its entry: no
-other array has to be moved with it. -1 pads a row.
+A key holds a number in its high bits, and in its low bits an index, subtracted from the largest one. So falling keys
+mean falling numbers and, among equal numbers, rising indices. No two keys of a row are equal. Number and index are both
+within the key, so that no other array has to be sorted along. -1 pads a row.
 
 Rows of up to 8192 keys take two launches, where torch.sort makes about ten. In the first, each program sorts a run of
 256 keys. In the second, every key finds its place in the other runs by binary search. Longer rows go to torch.sort.

@@ -1,7 +1,8 @@
 """Model files: the weights, how to build the network that they fit, and the names of its classes.
 
 The file is a plain dictionary, read with `torch.load(weights_only=True)`, so that opening one runs no code of its
-author's. Floats are stored as float16, which halves the file and moves a detector's AP by less than it can be measured.
+author's. Floats are stored as float16, unless they overflow; this halves the file and changes AP by too little to
+measure.
 """
 
 import pickle
@@ -69,12 +70,12 @@ def build(builder: str, num_classes: int, fetch: bool = False, **kwargs: Any) ->
         builder: its name in `retina_fast.builders.MODELS`.
         num_classes: K.
         fetch: whether the weights that `weights_backbone` in `kwargs` names are loaded; torchvision downloads them.
-            Without, all weights are random, and the name decides what is frozen.
+            Without it all weights are random, and that name only decides which layers are frozen.
         **kwargs: the builder's.
 
     Raises:
-        UserError: if there is no such network, and the message lists those that there are; or if there are no such
-            weights, or they cannot be downloaded, and the message says where to put them.
+        UserError: if there is no such network; the message then lists the known ones. Also if there are no such
+            weights or they cannot be downloaded; the message then says where to put the file.
 
     Example::
 

@@ -61,13 +61,13 @@ class Thresholds(NamedTuple):
     topk_candidates: int
     """The most candidates of one image and level that reach the suppression."""
     nms_thresh: float
-    """IoU above which the lower of two boxes of one class goes."""
+    """IoU above which the lower-scored of two boxes of one class is dropped."""
     detections_per_img: int
     """D, the most detections of an image."""
 
     @classmethod
     def of(cls, model: tv.RetinaNet) -> "Thresholds":
-        """Those that the model has now."""
+        """The model's present thresholds."""
         return cls(model.score_thresh, model.topk_candidates, model.nms_thresh, model.detections_per_img)
 
 
@@ -78,7 +78,7 @@ def detect(outputs: HeadOutputs, image_sizes: Tensor, original_sizes: Tensor, th
         outputs: of the heads, for B images, level by level.
         image_sizes: ``(B, 2)`` height and width of each image inside the batch, to which boxes are clipped.
         original_sizes: ``(B, 2)`` height and width as the image was given, to which boxes are scaled back.
-        thresholds: D is never more than the candidates there can be.
+        thresholds: D is lowered to the width of the candidates if that is less.
     """
     score_thresh, topk_candidates, nms_thresh, most = thresholds
     candidates = candidate_selection(outputs.levels[LOGITS], outputs.num_classes, score_thresh, topk_candidates)

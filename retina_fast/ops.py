@@ -1,11 +1,11 @@
 """The operations for people with a detector of their own.
 
-``sigmoid_focal_loss``, ``nms`` and ``batched_nms`` have torchvision.ops' signatures and errors, and may stand in
-torchvision.ops' own place. The native ones beside them take integer labels, levels as the heads wrote them, and padded
-batches.
+``sigmoid_focal_loss``, ``nms`` and ``batched_nms`` have torchvision.ops' signatures and errors, and may replace the
+functions of torchvision.ops. The other operations are this package's own: they take integer labels, levels as the
+heads wrote them, and padded batches.
 
-What torchvision takes and these kernels do not (quantized boxes), and what it refuses, goes to torchvision's own
-function. TorchScript and ONNX export are given torchvision's operator, which they know.
+Arguments that these kernels do not take (quantized boxes, and all that torchvision refuses) are passed to torchvision's
+own function. TorchScript and ONNX export get torchvision's operator, which they can write.
 """
 
 import torch
@@ -65,8 +65,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """torchvision.ops.batched_nms, exact per class whatever the boxes' dtype and size.
 
-    In TorchScript and in ONNX files classes are kept apart by offsets, as torchvision has it: only there may two boxes
-    whose IoU lies within a rounding of the threshold go either way.
+    In TorchScript and in ONNX files, offsets keep the classes apart, as in torchvision. Only there may rounding decide
+    whether a box is kept whose IoU is almost at the threshold.
 
     Args:
         boxes: ``(N, 4)`` xyxy.
@@ -135,7 +135,7 @@ def _(boxes, scores, idxs, iou_threshold):
 
 
 def _nms_by_offsets(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """Classes moved apart, so that one suppression serves all of them; also for N = 0."""
+    """One suppression for all classes, whose boxes are moved apart by offsets; works for N = 0, too."""
     ends = torch.cat((boxes.reshape(-1), torch.zeros(1, dtype=boxes.dtype, device=boxes.device)))
     offsets = idxs.to(boxes.dtype).reshape(-1) * (ends.max() - ends.min() + 1.0)
     return torch.ops.torchvision.nms(boxes.reshape(-1, 4) + offsets[:, None], scores.reshape(-1), iou_threshold)

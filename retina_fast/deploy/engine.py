@@ -43,7 +43,7 @@ Run = Callable[[], Detections]
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How an engine computes.
+    """The settings of an engine.
 
     Attributes:
         dtype: of images, weights and activations; anchors, boxes and scores are float32 always.
@@ -66,7 +66,7 @@ class Engine(DetectorModule):
     It is a module in evaluation mode, and may stand where a detector stands. Moved to another device or dtype, copied
     or pickled, it makes its batch shapes ready anew. It cannot be trained.
 
-    Not for several threads or CUDA streams at once: calls share their buffers.
+    It does not serve several threads or CUDA streams at once, since all calls share its buffers.
     """
 
     of_the_device = ("_device", "_place", "_convs", "_thresholds", "_plans", "_captures", "_uploads")
@@ -111,7 +111,7 @@ class Engine(DetectorModule):
         return self.detect(images).to_list()
 
     def detect(self, images: Sequence[Tensor] | Tensor) -> Detections:
-        """The same, padded; nothing waits for the GPU."""
+        """The same, padded; the host waits for no more than uploads."""
         self.check_mode()
         transform = self.model.transform
         constants = max(len(transform.image_mean), len(transform.image_std))
@@ -142,7 +142,7 @@ class Engine(DetectorModule):
         plan = self._plans.pop(key, None)
         if plan is None:
             while self._plans and len(self._plans) >= self.settings.max_shapes:
-                self._plans.popitem(last=False)  # before the new one is made: its memory serves again
+                self._plans.popitem(last=False)  # before the new plan is made, so that it can reuse the memory
             self._choose_ways(shape)
             plan = min(self._candidates(shape, images, sizes), key=lambda plan: plan.seconds)
         if self.settings.max_shapes:
@@ -180,7 +180,7 @@ class Engine(DetectorModule):
 
 
 class Plan:
-    """What one batch shape needs: the batch, the table of its images, the anchors, and the graph, if there are any."""
+    """What the engine keeps for one batch shape: the batch, the table of its images, the anchors and any CUDA graph."""
 
     seconds = 0.0
 
@@ -222,7 +222,7 @@ class Plan:
 
 @contextlib.contextmanager
 def timed_convs() -> Iterator[None]:
-    """Convs of a new shape are chosen by timing them."""
+    """Lets cuDNN choose the convs of a new shape by timing them."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         yield
@@ -231,7 +231,7 @@ def timed_convs() -> Iterator[None]:
 
 
 def captured(run: Run, stream: Any) -> Run:
-    """The work as a CUDA graph of the stream, where it has run before: kernels are compiled and convs chosen then."""
+    """Capture ``run`` as a CUDA graph, after three runs on the same stream that compile kernels and choose convs."""
     with timed_convs():
         for _ in range(3):
             stream.run(run)
@@ -315,7 +315,7 @@ def compile_inference(
     if max_shapes < 0:
         raise ValueError(f"max_shapes must be at least 0, got {max_shapes}")
     own = copy.deepcopy(model).eval().requires_grad_(False)
-    # What the backbone would pad, the batch has from the start.
+    # The batch is padded for the backbone at once, which then need not pad.
     own.transform.size_divisible = math.lcm(own.transform.size_divisible, getattr(own.backbone, "size_divisible", 1))
     norms = count_norms(own)
     channels = next(module.in_channels for module in own.modules() if isinstance(module, nn.Conv2d))

@@ -1,4 +1,4 @@
-"""Leaving Python: a detector as one file that runs without this package, from images to padded detections."""
+"""Export: a detector is written to one file that goes from images to padded detections without this package."""
 
 import copy
 import json
@@ -76,7 +76,7 @@ def export(
             needs a C++ compiler to write, not to run.
         image_size: (H, W) of the images.
         preprocess: whether the file takes uint8 images and scales, normalises and resizes them as the model would. Else
-            it takes float32 images so treated already, and boxes are in their pixels.
+            it takes float32 images that are prepared already, and boxes are in their pixels.
         classes: K class names, by label; the labels themselves by default.
         category_ids: K ids of the data set's categories; the labels by default.
 

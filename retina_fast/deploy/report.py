@@ -46,7 +46,7 @@ class Report:
     ways: dict[tuple[int, ...], Mapping[str, int]] = field(default_factory=dict)
     """Of each batch shape at which the ways of the convs were timed: how many calls of convs run in which way."""
     compiled: dict[tuple[int, ...], float] = field(default_factory=dict)
-    """Of each batch shape on which torch.compile was tried: its time over eager's; it is kept below 1."""
+    """For each batch shape at which torch.compile was tried: its time divided by eager's. Below 1 it is kept."""
     not_compiled: dict[tuple[int, ...], str] = field(default_factory=dict)
     """Of each batch shape on which torch.compile failed: the error. The engine runs eagerly there."""
 
@@ -84,7 +84,7 @@ class Report:
 
 
 def _scores_and_boxes(model: RetinaNet, layout: torch.memory_format, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Of one image, every anchor's scores (N, K) and box (N, 4)."""
+    """The scores (N, K) and boxes (N, 4) of all anchors of one image."""
     weights = next(model.parameters())
     (image,) = check_images([image.to(weights.device)], 1, take_uint8=True)
     transform = model.transform
