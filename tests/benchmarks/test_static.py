@@ -104,7 +104,10 @@ def test_streaming_kernels_read_and_write_16_bytes_at_a_time(rows):
     )
 
 
-@pytest.mark.parametrize("kernel", ["_anchor_matching_kernel", "_suppress_kernel", "_take_kept_kernel"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["_anchor_matching_kernel", "_suppress_kernel", "_block_bits_kernel", "_remove_kernel", "_take_kept_kernel"],
+)
 def test_rounds_as_its_reference(kernel, rows):
     """Neither an approximate division nor a contraction: the interpreter cannot see either."""
     compiled = [row for row in rows if row.kernel == kernel and row.target != "gfx942"]
