@@ -44,6 +44,7 @@ def fuse_convs(model: nn.Module, run: Callable[[], object]) -> int:
 
     Example::
 
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
         >>> fuse_convs(model, lambda: model(torch.ones(1, 3, 8, 8)))
         1
