@@ -45,10 +45,12 @@ class Gpu:
         for name, stand_in in {
             "Event": Event,
             "CUDAGraph": Graph,
-            "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
-            "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "device": lambda device: contextlib.nullcontext(),
+            "current_device": lambda: 0,
+            "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+            "current_stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
             "stream": lambda stream: contextlib.nullcontext(),
-            "graph": lambda graph: contextlib.nullcontext(),
+            "graph": lambda graph, **how: contextlib.nullcontext(),
             "synchronize": lambda device: self.noted.append("wait"),
             "_sleep": lambda cycles: self.noted.append("sleep"),
             "reset_peak_memory_stats": lambda device: None,
@@ -93,7 +95,7 @@ def test_on_a_gpu_ours_is_captured_too(monkeypatch):
     assert record.raw_ms["ours_graph"] == 1
     assert cuda.noted.count("replay") == 3 + 3 + 25
     assert (record.peak_mb, record.baseline_peak_mb) == (3, 3)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: 1 // 0)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: 1 // 0)
     (record,), (failed,) = compare.compare(Case("a", "float32", lambda device: built), CUDA, LIMITS)
     assert "ours_graph" not in record.raw_ms
     assert (failed.baseline, failed.error.split(":")[0]) == ("our graph", "ZeroDivisionError")
