@@ -31,7 +31,6 @@ _LONGEST = [
     "test_cli",
     "test_torchvision_recipes",
     "test_report",
-    "test_kills",
     "test_engine",
     "test_model",
 ]

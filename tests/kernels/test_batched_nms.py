@@ -141,7 +141,7 @@ def test_adversarial_sets(name, device, small_tiles):
     assert expected.counts.tolist() == [kept]
 
 
-@pytest.mark.parametrize("count", [8193, 100_000])
+@pytest.mark.parametrize("count", [8193, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_many_boxes(count, device, monkeypatch):
     """Longer rows than the kernels sort, as in 100,000 boxes an image; stops at what the result holds."""
     if device.type == "cpu":  # the interpreter's time is that of the programs

@@ -63,7 +63,7 @@ def test_float32_is_within_1e_5_of_float64(channels, num_groups, device):
         assert error(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("num_groups", [32, 1, 256])
+@pytest.mark.parametrize("num_groups", [32, 1, pytest.param(256, marks=pytest.mark.slow)])
 def test_the_real_tile_sizes(num_groups, device, monkeypatch):
     monkeypatch.undo()
     inputs = case(256, device, shapes=((9, 8), (2, 1)))

@@ -223,21 +223,22 @@ def no_norm(channels: int) -> nn.Module:
     return nn.Identity()
 
 
-def test_a_thousand_random_specifications_run(monkeypatch):
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_specifications_run(count, monkeypatch):
     monkeypatch.setattr(nn.Conv2d, "reset_parameters", lambda conv: None)  # the network draws its own weights
     rng = random.Random(0)
     image = torch.rand(1, 3, 128, 128)
     seen = set()
     raw = 0
-    for _ in range(1000):
+    for _ in range(count):
         rows = valid(rng)
         seen.add(rows)
         raw += any(added_raw(rows))
         with torch.no_grad():
             levels = SpineNet(rows, width=0.02, out_channels=2, norm_layer=no_norm)(image)
         assert [level.shape for level in levels.values()] == [(1, 2, n, n) for n in (16, 8, 4, 2, 1)]
-    assert len(seen) > 990
-    assert raw > 30
+    assert len(seen) > 0.98 * count
+    assert raw > 0.03 * count
 
 
 def spoil(rng: random.Random) -> tuple[list, str]:

@@ -214,6 +214,7 @@ def state(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "last.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_published")
 def test_a_run_stopped_within_an_epoch_and_resumed_gives_the_same_weights(data, tmp_path, monkeypatch):
     settings = settings_of(V2, "retinanet_resnet18_fpn_v2", 2, data, steps=6, weights_backbone="IMAGENET1K_V1")
