@@ -89,7 +89,9 @@ def models(images):
     return {"trees": trees, "small": spread(small(), images)}
 
 
-CASES = [("trees", "torch-export"), ("trees", "onnx"), ("small", "onnx"), ("small", "aotinductor")]
+AOTINDUCTOR = pytest.param("small", "aotinductor", marks=pytest.mark.slow)  # its compiler of C++ takes half a minute
+ONE_EACH = [("trees", "torch-export"), ("trees", "onnx"), AOTINDUCTOR]
+CASES = [*ONE_EACH, ("small", "onnx")]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +162,7 @@ np.savez("outputs.npz", *outputs)
 """
 
 
-@pytest.mark.parametrize(("name", "format"), [("trees", "torch-export"), ("trees", "onnx"), ("small", "aotinductor")])
+@pytest.mark.parametrize(("name", "format"), ONE_EACH)
 def test_runs_where_the_package_is_not(name, format, files, images, tmp_path):
     np.save(tmp_path / "images.npy", images[:4].numpy())
     command = [sys.executable, "-I", "-c", RUN, format, files(name, format)]
@@ -209,7 +211,7 @@ def test_torchvisions_model_and_prepared_images(images, tmp_path):
     assert expected.counts.sum() > 10
 
 
-@pytest.mark.parametrize(("name", "format"), [("trees", "torch-export"), ("trees", "onnx"), ("small", "aotinductor")])
+@pytest.mark.parametrize(("name", "format"), ONE_EACH)
 def test_wrong_inputs_and_damaged_files_are_refused(name, format, files, images, tmp_path):
     exported = load_exported(files(name, format))
     with pytest.raises(UserError, match=r"images must be \(B, 3, 96, 128\), got \(9, 3, 96, 127\)"):
