@@ -15,6 +15,13 @@ if not torch.cuda.is_available():
 
 from torchvision.io import write_png
 
+from retina_fast.kernels.compiler import INTERPRETED
+
+if INTERPRETED:
+    from tests.instruments.interpreter import quicken
+
+    quicken()
+
 torch.backends.cudnn.allow_tf32 = False  # tolerances are those of float32
 
 # The first backward pass decides whether autograd has threads, which forked processes could not use. Without a GPU it
