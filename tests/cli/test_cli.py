@@ -45,7 +45,7 @@ def data(tmp_path_factory) -> tuple[str | Path, ...]:
 def trained(data, tmp_path_factory) -> Path:
     """The run's folder of a detector that has learnt red and blue rectangles."""
     output = tmp_path_factory.mktemp("cli") / "run"
-    result = invoke("train", *data, "--output", output, "--crop", 96, "--steps", 60, "--lr", 0.003, "--workers", 1)
+    result = invoke("train", *data, "--output", output, "--crop", 96, "--steps", 45, "--lr", 0.003, "--workers", 1)
     assert result.exit_code == 0, result.output
     assert "Wrote" in result.output
     return output

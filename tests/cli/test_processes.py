@@ -1,9 +1,11 @@
 """Several processes, which communicate by gloo, train, evaluate and detect with the results of one process."""
 
+import functools
 import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -57,17 +59,25 @@ def training(data: tuple[Any, ...], output: Path) -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope="module")
-def runs(data, tmp_path_factory) -> dict[int, Path]:
-    """The folders of the same run by one process, by two as of srun, and by four as of torchrun on two machines.
+def run_by(data, tmp_path_factory) -> Callable[[int], Path]:
+    """The folder of the same run by one process, by two as of srun, or by four as of torchrun on two machines.
 
     All are forked, since srun and torchrun differ for them only in the variables that they set.
     """
-    folders = {count: tmp_path_factory.mktemp("runs") / str(count) for count in (1, 2, 4)}
-    lines = {count: training(data, folder) for count, folder in folders.items()}
-    finish(Forked(lines[1], DOUBLE))
-    finish(*forked_by_srun(*lines[2], processes=2, module=DOUBLE))
-    finish(*forked_by_torchrun(*lines[4], machines=2, processes=2, module=DOUBLE))
-    return folders
+
+    @functools.cache
+    def folder_of(count: int) -> Path:
+        folder = tmp_path_factory.mktemp("runs") / str(count)
+        line = training(data, folder)
+        if count == 1:
+            finish(Forked(line, DOUBLE))
+        elif count == 2:
+            finish(*forked_by_srun(*line, processes=2, module=DOUBLE))
+        else:
+            finish(*forked_by_torchrun(*line, machines=2, processes=count // 2, module=DOUBLE))
+        return folder
+
+    return folder_of
 
 
 def state(folder: Path) -> dict[str, Any]:
@@ -87,25 +97,25 @@ def assert_close(one: Path, several: Path) -> None:
         assert list(map(float, row.split(",")[:4])) == pytest.approx(list(map(float, other.split(",")[:4])))
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_give_the_weights_of_one(runs, count):
-    assert_close(runs[1], runs[count])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_give_the_weights_of_one(run_by, count):
+    assert_close(run_by(1), run_by(count))
 
 
 @pytest.mark.slow
-def test_torchrun_on_two_machines_gives_the_weights_of_one(data, runs, tmp_path):
+def test_torchrun_on_two_machines_gives_the_weights_of_one(data, run_by, tmp_path):
     finish(*started_on_two_machines(*training(data, tmp_path), processes=2, module=DOUBLE))
-    assert_close(runs[1], tmp_path)
+    assert_close(run_by(1), tmp_path)
 
 
-def test_a_run_is_resumed_by_another_number_of_processes(data, runs, tmp_path):
-    shutil.copy(runs[2] / "step-00000008.ckpt", tmp_path / "last.ckpt")
-    shutil.copy(runs[2] / "log.csv", tmp_path / "log.csv")
+def test_a_run_is_resumed_by_another_number_of_processes(data, run_by, tmp_path):
+    shutil.copy(run_by(2) / "step-00000008.ckpt", tmp_path / "last.ckpt")
+    shutil.copy(run_by(2) / "log.csv", tmp_path / "log.csv")
     finish(Forked((*training(data, tmp_path), "--resume"), DOUBLE))
-    assert_close(runs[1], tmp_path)
+    assert_close(run_by(1), tmp_path)
 
 
-def test_processes_that_are_killed_or_stopped_are_resumed_to_the_same_weights(data, runs, tmp_path):
+def test_processes_that_are_killed_or_stopped_are_resumed_to_the_same_weights(data, run_by, tmp_path):
     """The run is killed under torchrun, then resumed and stopped, then resumed to its end, as under srun."""
     line = training(data, tmp_path)
     run = started_by_torchrun(*line, processes=2, module=DOUBLE)
@@ -127,7 +137,7 @@ def test_processes_that_are_killed_or_stopped_are_resumed_to_the_same_weights(da
     assert "Stopped and saved. To go on, give the same command with --resume" in " ".join(outputs[0].split())
     assert saved < state(tmp_path)["global_step"] < STEPS
     finish(*forked_by_srun(*line, "--resume", processes=2, module=DOUBLE))
-    one, other = state(runs[2]), state(tmp_path)
+    one, other = state(run_by(2)), state(tmp_path)
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(value, other[key][name]) for name, value in one[key].items())
 
@@ -163,8 +173,8 @@ def test_slurm_must_say_how_many_processes_a_machine_has(monkeypatch):
         pass
 
 
-def test_evaluate_and_detect_by_two_processes_equal_one(data, runs, tmp_path):
-    model = ("--checkpoint", runs[1] / "model.pt")
+def test_evaluate_and_detect_by_two_processes_equal_one(data, run_by, tmp_path):
+    model = ("--checkpoint", run_by(1) / "model.pt")
     missing = Path(data[3]).parent / "missing.txt"
     missing.write_text(f"{data[3]}/none.png\n")
     folders = {count: tmp_path / str(count) for count in (1, 2)}

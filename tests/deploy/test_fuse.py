@@ -50,7 +50,11 @@ def folded(name, size=64):
 
 # Equal to what they were
 
-BUILDERS = [name for name in builders.MODELS if "spinenet" not in name or name.endswith("49s")]
+BUILDERS = [
+    pytest.param(name, marks=pytest.mark.slow if "101" in name or "152" in name else ())  # more of ResNet-50's blocks
+    for name in builders.MODELS
+    if "spinenet" not in name or name.endswith("49s")
+]
 
 
 @pytest.mark.parametrize("name", BUILDERS)

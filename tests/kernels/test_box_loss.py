@@ -188,8 +188,20 @@ def test_bad_arguments(change, error, message):
         box_loss(*arguments)
 
 
-@pytest.mark.parametrize("loss_type", ["l1", "ciou"])
-@pytest.mark.parametrize("output", ["loss", "gradients", "both"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "output"),
+    [
+        ("l1", "both"),
+        ("ciou", "loss"),
+        ("ciou", "gradients"),
+        pytest.param("l1", "loss", marks=SLOW),
+        pytest.param("l1", "gradients", marks=SLOW),
+        pytest.param("ciou", "both", marks=SLOW),
+    ],
+)
 def test_opcheck(device, loss_type, output):
     deltas, *rest = case(torch.float32, device=device)
     levels = [level.contiguous() for level in flatten_all(deltas, 4)]

@@ -21,7 +21,16 @@ BATCHES = {  # image sizes, and ground truths an image
 }
 
 
-@functools.cache
+SLOW = pytest.mark.slow
+EVERY = [  # each builder with each batch, and one of the numbers of classes in turn; all of them in the slow tests
+    pytest.param(builder, classes, *given, id=f"{builder}-{classes}-{name}", marks=() if (i + j + k) % 3 == 0 else SLOW)
+    for i, builder in enumerate(BUILDERS)
+    for j, classes in enumerate((1, 7, 91))
+    for k, (name, given) in enumerate(BATCHES.items())
+]
+
+
+@functools.lru_cache(2)  # of 300 MB each
 def pair(builder, num_classes):
     """torchvision's model and ours with the same weights, whose scores are spread enough to detect things."""
     torch.manual_seed(len(builder) + num_classes)
@@ -48,9 +57,7 @@ def batch(sizes, counts, num_classes, seed=0):
     return images, targets
 
 
-@pytest.mark.parametrize(("sizes", "counts"), BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("num_classes", [1, 7, 91])
-@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize(("builder", "num_classes", "sizes", "counts"), EVERY)
 def test_training_equals_torchvision(builder, num_classes, sizes, counts):
     theirs, ours = (model.train() for model in pair(builder, num_classes))
     images, targets = batch(sizes, counts, num_classes)
@@ -71,9 +78,7 @@ def test_training_equals_torchvision(builder, num_classes, sizes, counts):
         assert all(torch.equal(target[key], kept[key]) for key in kept)
 
 
-@pytest.mark.parametrize(("sizes", "counts"), BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("num_classes", [1, 7, 91])
-@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize(("builder", "num_classes", "sizes", "counts"), EVERY)
 def test_detections_equal_torchvision(builder, num_classes, sizes, counts, monkeypatch):
     """Against torchvision's exact NMS: its default rounds, see benchmarks/agreement.py."""
     monkeypatch.setattr(torchvision.ops.boxes, "batched_nms", torchvision.ops.boxes._batched_nms_vanilla)
@@ -149,7 +154,13 @@ def test_same_seed_same_initial_weights():
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize("name", sorted(retina_fast.builders.MODELS))
+LARGEST = "retinanet_spinenet190"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=SLOW if name == LARGEST else ()) for name in sorted(retina_fast.builders.MODELS)],
+)
 def test_every_builder_trains_and_detects(name):
     model = retina_fast.builders.MODELS[name](weights=None, weights_backbone=None, num_classes=3, min_size=64)
     images, targets = batch([(64, 96)] * 2, (2, 1), 3)  # BatchNorm needs two values of P7

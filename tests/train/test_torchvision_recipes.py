@@ -259,7 +259,7 @@ def test_two_processes_give_the_weights_of_one_that_pads_as_they_do(files, tmp_p
     content["annotations"].append(content["annotations"][0] | {"id": 99, "bbox": [5, 5, 0, 3]})
     json_file = tmp_path / "shapes.json"
     json_file.write_text(json.dumps(content))
-    recipe = ("--model", "retinanet_resnet18_fpn", "--recipe", V1, "--image-scale", 0.5, "--batch-size", 4)
+    recipe = ("--model", "retinanet_resnet18_fpn", "--recipe", V1, "--image-scale", 0.2, "--batch-size", 4)
     size = ("--steps", 4, "--every", 4, "--workers", 0, "--no-bf16")
 
     def line(output: Path, *more: object) -> tuple[object, ...]:
