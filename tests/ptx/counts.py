@@ -61,9 +61,10 @@ def scale(dtype: torch.dtype) -> Count:
 
 
 def image_batch(dtype: torch.dtype, out_dtype: torch.dtype) -> Count:
-    image = torch.randint(0, 256, (3, 96, 128), generator=Generator().manual_seed(0)).to(dtype)
-    out = torch.empty(1, 3, 160, 224, dtype=out_dtype).contiguous(memory_format=torch.channels_last)
-    return Count(out.numel(), partial(ops.image_batch_, [image], [160, 213], [0.5] * 3, [0.2] * 3, out))
+    """A strip of an image that is made 5/3 as large, as 480x640 pixels to 800, whose rows fill whole blocks."""
+    image = torch.randint(0, 256, (3, 20, 615), generator=Generator().manual_seed(0)).to(dtype)
+    out = torch.empty(1, 3, 32, 1024, dtype=out_dtype).contiguous(memory_format=torch.channels_last)
+    return Count(out.numel(), partial(ops.image_batch_, [image], [32, 1024], [0.5] * 3, [0.2] * 3, out))
 
 
 def group_norm_relu(dtype: torch.dtype, backward: bool) -> Count:
