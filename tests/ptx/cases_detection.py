@@ -11,20 +11,32 @@ from retina_fast.kernels.box_decode import box_decode_reference
 from retina_fast.kernels.candidate_selection import _candidate_selection_triton, candidate_selection_reference
 from retina_fast.kernels.key_sort import sort_keys
 from retina_fast.kernels.take_kept import take_kept_reference
-from tests.ptx.inputs import SHAPES, Comparison, Run, Shapes, close, equal, head_outputs, random_boxes, shifted
+from tests.ptx.inputs import (
+    SHAPES,
+    Comparison,
+    Run,
+    Shapes,
+    boxes_near,
+    close,
+    equal,
+    head_outputs,
+    random_boxes,
+    shifted,
+)
 
 ops = torch.ops.retina_fast
 
 
 def anchor_matching(
-    generator: Generator, low_quality: bool, boxes_each: int = 37, anchors: int = 1100, shift: int = 0
+    generator: Generator, low_quality: bool, boxes_each: int = 37, anchors: int = 500, shift: int = 0
 ) -> Run:
-    """Three images: one with equal ground truths and one far from every anchor, one without any, one with a single."""
-    places = shifted(random_boxes(generator, anchors), shift)
+    """Three images: one with equal ground truths and one far from every anchor, one without any, one with a single.
+    Many anchors have an IoU that is a threshold but for rounding."""
+    drawn = random_boxes(generator, boxes_each)
+    near = torch.cat((boxes_near(drawn, 0.5), boxes_near(drawn, 0.4)))
+    places = shifted(torch.cat((random_boxes(generator, anchors), near)), shift)
     far = torch.tensor([[900.0, 900.0, 910.0, 910.0]])
-    boxes = torch.cat(
-        (random_boxes(generator, boxes_each), places[[40 % anchors] * 2], far, places[77 % anchors][None])
-    )
+    boxes = torch.cat((drawn, places[[40 % anchors] * 2], far, places[77 % anchors][None]))
     boxes = shifted(boxes, shift)
     offsets = torch.tensor([0, boxes_each + 3, boxes_each + 3, boxes_each + 4])
     labels = torch.randint(0, 91, (len(boxes),), generator=generator)

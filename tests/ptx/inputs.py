@@ -70,3 +70,11 @@ def head_outputs(
 def random_boxes(generator: Generator, count: int, size: float = 80.0) -> Tensor:
     corner = torch.rand(count, 2, generator=generator) * size
     return torch.cat((corner, corner + 2 + torch.rand(count, 2, generator=generator) * size / 3), dim=1)
+
+
+def boxes_near(boxes: Tensor, iou: float) -> Tensor:
+    """Nine boxes within each of these (N, 4), whose IoU with it differs from ``iou`` by at most some units in the last
+    place: which of them reach it depends on how every step of the IoU is rounded."""
+    x1, y1, x2, y2 = boxes[:, None].expand(-1, 9, -1).unbind(-1)
+    units = torch.arange(-4, 5) * 2.0**-23
+    return torch.stack((x1, y1, x2, (y1 + iou * (y2 - y1)) * (1 + units)), dim=-1).flatten(0, 1)
