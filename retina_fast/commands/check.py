@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from retina_fast.commands.shared import DEFAULT_MODEL, Images, Workers, console, one_sentence
+from retina_fast.data.errors import one_line
 from retina_fast.data.outputs import check_plot
 from retina_fast.data.processes import WORKERS
 
@@ -58,7 +59,7 @@ def print_checked(checked: "Checked", console: Console) -> None:
     """
     table = Table("class", "boxes", box=None)
     for name, count in checked.objects.most_common():
-        table.add_row(Text(name), str(count))
+        table.add_row(Text(one_line(name)), str(count))
     console.print(table)
     if len(checked.ious):
         anchors = checked.anchors.prod(dim=1).sqrt()

@@ -20,6 +20,7 @@ from retina_fast.commands.shared import (
     one_sentence,
     said_once,
 )
+from retina_fast.data.errors import one_line
 from retina_fast.data.outputs import check_plot
 from retina_fast.data.processes import WORKERS, joined
 from retina_fast.data.voc import open_data
@@ -94,7 +95,7 @@ def print_evaluation(evaluation: "Evaluation", console: Console) -> None:
         "tables count 100: --max-detections)"
     )
     for problem in evaluation.crowded + evaluation.unreadable:
-        console.print(f"warning: {problem}", style="yellow", markup=False, emoji=False, soft_wrap=True)
+        console.print(f"warning: {one_line(problem)}", style="yellow", markup=False, emoji=False, soft_wrap=True)
     if evaluation.unreadable:
         console.print(f"{len(evaluation.unreadable)} images could not be read and do not count")
     console.print(f"AP50 {evaluation.metrics.values['AP50']:.2f}", highlight=False)

@@ -1,8 +1,36 @@
 """Errors that a person can put right. The command line prints them in one sentence, without a traceback."""
 
+import unicodedata
+
+_ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of what changes lines, colours or directions
+_JOINERS = "\u200c\u200d"  # which belong to the letters of some scripts
+
+
+def one_line(text: str) -> str:
+    """The text with line breaks and characters that steer a terminal written as escapes.
+
+    Names in files may hold any characters; printed as they are, they could look like other messages.
+
+    Example::
+
+        >>> print(one_line("Tree" + chr(10) + "Bush"))
+        Tree\\nBush
+    """
+    if text.isprintable():
+        return text
+    escaped = (c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
+    return "".join(escaped)
+
+
+def _steers(character: str) -> bool:
+    return unicodedata.category(character) in _ESCAPED and character not in _JOINERS
+
 
 class UserError(ValueError):
-    """Something is wrong with a file or an option. The message says what, where, and what to do."""
+    """Something is wrong with a file or an option. The message says what, where, and what to do, in one line."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ImageError(UserError):
