@@ -4,7 +4,8 @@
     python -m tests.other_suites deepforest CHECKOUT     all of its tests; its detector is a torchvision RetinaNet
 
 CHECKOUT is a folder with the project's source, and what its tests import must be installed. Nothing is fetched: what
-needs the network fails in both runs. Whatever ends otherwise in the second run than in the first is printed; the exit
+needs the network fails in both runs. Where DeepForest would download weights of a detector or a ResNet, it finds random
+ones, the same in both runs, so that tests which look at what the real ones find fail in both. Whatever ends otherwise in the second run than in the first is printed; the exit
 code is 1 if a test that passes with torchvision does not pass with this package. Since this package's models cannot be
 scripted, torchvision's check of that is left out of both runs.
 """
@@ -81,28 +82,61 @@ def _refuse_network() -> None:
     socket.getaddrinfo = local_only
 
 
-def _outcomes(suite: str, checkout: Path, place: str) -> dict[str, str]:
+def _random_weights(folder: Path) -> None:
+    """Put random weights where DeepForest's downloads would be kept: of COCO, of ImageNet, and its detector of trees."""
+    import torch
+    from deepforest.models.retinanet import RetinaNetHub
+    from torchvision.models import ResNet18_Weights, ResNet50_Weights, detection, resnet18, resnet50
+
+    torch.manual_seed(0)
+    checkpoints = folder / "torch" / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    coco = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None)
+    weights = {
+        detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1: coco,
+        ResNet18_Weights.DEFAULT: resnet18(),
+        ResNet50_Weights.DEFAULT: resnet50(),
+    }
+    for place, network in weights.items():
+        torch.save(network.state_dict(), checkpoints / place.url.rpartition("/")[2])
+    trees = RetinaNetHub(backbone_weights="COCO_V1", num_classes=1, label_dict={"Tree": 0})
+    torch.nn.init.zeros_(trees.head.classification_head.cls_logits.bias)  # so that it finds something
+    repository = folder / "hub" / "models--weecology--deepforest-tree"
+    trees.save_pretrained(repository / "snapshots" / "random")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("random")
+
+
+def _child(checkout: Path, folder: Path, *arguments: str) -> None:
+    """This file again, in a process of its own in the other project, with `folder` for what it would download."""
+    paths = os.pathsep.join(filter(None, [str(checkout / "src"), os.environ.get("PYTHONPATH", "")]))
+    places = {"PYTHONPATH": paths, "TORCH_HOME": str(folder / "torch"), "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, __file__, *arguments], cwd=checkout, env=os.environ | places, check=False)
+
+
+def _outcomes(suite: str, checkout: Path, folder: Path, place: str) -> dict[str, str]:
     """The outcome of each test: passed, skipped, or the first line of what went wrong."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        paths = [str(checkout / "src"), os.environ.get("PYTHONPATH", "")]
-        offline = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONHASHSEED": "0"}
-        command = [sys.executable, __file__, place, *_SUITES[suite], "-q", "--no-header", "-p", "no:cacheprovider"]
-        subprocess.run([*command, f"--junitxml={report}"], cwd=checkout, env=os.environ | offline, check=False)
-        if not report.exists():
-            sys.exit(f"{checkout}: pytest did not come to its end there")
-        found = {}
-        for case in ElementTree.parse(report).iter("testcase"):
-            wrong = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-            words = "passed" if wrong is None else f"{wrong.tag}: {(wrong.get('message') or '').splitlines()[:1]}"
-            found[f"{case.get('classname')}::{case.get('name')}"] = words
-        return found
+    report = folder / f"{place}.xml"
+    quiet = ("-q", "--no-header", "-p", "no:cacheprovider", f"--junitxml={report}")
+    _child(checkout, folder, place, *_SUITES[suite], *quiet)
+    if not report.exists():
+        sys.exit(f"{checkout}: pytest did not come to its end there")
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        wrong = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        words = "passed" if wrong is None else f"{wrong.tag}: {(wrong.get('message') or '').splitlines()[:1]}"
+        found[f"{case.get('classname')}::{case.get('name')}"] = words
+    return found
 
 
 def main() -> None:
     """Runs the suite twice, prints what differs, and how many tests ended how."""
     suite, checkout = sys.argv[1], Path(sys.argv[2]).resolve()
-    theirs, ours = (_outcomes(suite, checkout, place) for place in ("torchvision", "retina_fast"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if suite == "deepforest":
+            _child(checkout, folder, "weights", name)
+        theirs, ours = (_outcomes(suite, checkout, folder, place) for place in ("torchvision", "retina_fast"))
     for name, found in (("torchvision", theirs), ("retina_fast", ours)):
         print(f"{name}: {dict(Counter(words.partition(':')[0] for words in found.values()))}")
     lost = {name for name, words in theirs.items() if words == "passed" != ours.get(name)}
@@ -116,7 +150,7 @@ def main() -> None:
 
 
 def _run() -> None:
-    """One run of pytest in the other project, in a process of its own."""
+    """What a child does: one run of pytest in the other project, or the weights for both."""
     import pytest
 
     sys.path[:1] = []  # this file's folder, which has modules of the names of theirs
@@ -124,6 +158,8 @@ def _run() -> None:
     import torchvision  # noqa: F401  the one that is installed, and not the checkout's, which is not built
 
     _refuse_network()
+    if sys.argv[1] == "weights":
+        return _random_weights(Path(sys.argv[2]))
     if sys.argv[1] == "retina_fast":
         put_in_place()
     sys.exit(pytest.main(sys.argv[2:], plugins=[_Unscripted()]))
