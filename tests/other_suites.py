@@ -5,9 +5,11 @@
 
 CHECKOUT is a folder with the project's source, and what its tests import must be installed. Nothing is fetched: what
 needs the network fails in both runs. Where DeepForest would download weights of a detector or a ResNet, it finds random
-ones, the same in both runs, so that tests which look at what the real ones find fail in both. Whatever ends otherwise in the second run than in the first is printed; the exit
-code is 1 if a test that passes with torchvision does not pass with this package. Since this package's models cannot be
-scripted, torchvision's check of that is left out of both runs.
+ones, the same in both runs, so that tests which look at what the real ones find fail in both. Since this package's
+models cannot be scripted, torchvision's check of that is left out of both runs.
+
+Whatever ends otherwise in the second run than in the first is printed. The exit code is 1 if a test that passes with
+torchvision does not pass with this package.
 """
 
 import functools
@@ -83,7 +85,7 @@ def _refuse_network() -> None:
 
 
 def _random_weights(folder: Path) -> None:
-    """Put random weights where DeepForest's downloads would be kept: of COCO, of ImageNet, and its detector of trees."""
+    """Put random weights where DeepForest's downloads would be kept: COCO's, ImageNet's, and its detector's."""
     import torch
     from deepforest.models.retinanet import RetinaNetHub
     from torchvision.models import ResNet18_Weights, ResNet50_Weights, detection, resnet18, resnet50
@@ -117,7 +119,7 @@ def _child(checkout: Path, folder: Path, *arguments: str) -> None:
 def _outcomes(suite: str, checkout: Path, folder: Path, place: str) -> dict[str, str]:
     """The outcome of each test: passed, skipped, or the first line of what went wrong."""
     report = folder / f"{place}.xml"
-    quiet = ("-q", "--no-header", "-p", "no:cacheprovider", f"--junitxml={report}")
+    quiet = ("-q", "-o", "addopts=", "--no-header", "-p", "no:cacheprovider", f"--junitxml={report}")
     _child(checkout, folder, place, *_SUITES[suite], *quiet)
     if not report.exists():
         sys.exit(f"{checkout}: pytest did not come to its end there")

@@ -14,6 +14,7 @@ from retina_fast.commands.shared import DEFAULT_MODEL, Images, Workers, console,
 from retina_fast.data.errors import one_line
 from retina_fast.data.outputs import check_plot
 from retina_fast.data.processes import WORKERS
+from retina_fast.data.voc import read_places
 
 if TYPE_CHECKING:  # only when it runs does the command import what takes seconds
     from retina_fast.data.check import Checked
@@ -36,7 +37,7 @@ def check(
         from retina_fast.data.check import plot_sizes
 
         if plot:
-            check_plot(plot, filter(None, (data, images)))
+            check_plot(plot, read_places(data, images))
 
         def show(fault: object) -> None:
             console.print(str(fault), markup=False, soft_wrap=True, highlight=False)

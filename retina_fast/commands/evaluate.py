@@ -23,7 +23,7 @@ from retina_fast.commands.shared import (
 from retina_fast.data.errors import one_line
 from retina_fast.data.outputs import check_plot
 from retina_fast.data.processes import WORKERS, joined
-from retina_fast.data.voc import open_data
+from retina_fast.data.voc import open_data, read_places
 
 if TYPE_CHECKING:  # only when it runs does the command import what takes seconds
     from retina_fast.predict.evaluate import Evaluation
@@ -58,7 +58,7 @@ def evaluate(
         from retina_fast.predict.evaluate import evaluate as run
 
         if plot:
-            check_plot(plot, filter(None, (json, images)))
+            check_plot(plot, read_places(json, images))
         network, content = chosen_model(checkpoint, model, weights)
         with said_once(processes):
             data = open_data(json, images)

@@ -16,6 +16,7 @@ from retina_fast.data.coco import CocoDataset, Tried
 from retina_fast.data.errors import ImageError
 from retina_fast.data.faults import LEFT_OUT, Fault, Kind, Size, corners, place, spelling, twins
 from retina_fast.data.fitting import FittingImages
+from retina_fast.data.outputs import save_plot
 from retina_fast.data.processes import WORKERS
 from retina_fast.data.progress import tracked
 from retina_fast.data.voc import read_annotations
@@ -162,7 +163,7 @@ def plot_sizes(checked: Checked, file: Path) -> None:
     axes.scatter(width, height, marker="+", c="red", label="anchors")
     figure.colorbar(dots, label="highest IoU with an anchor")
     axes.legend()
-    figure.savefig(file, dpi=100)
+    save_plot(figure, file)
 
 
 def warn_of_faults(data: CocoDataset) -> None:

@@ -78,6 +78,13 @@ def test_other_names_beyond_ascii_are_not(name):
     assert one_line(name) == name
 
 
+def test_the_middle_of_what_is_too_long_to_read_is_left_out():
+    error = str(UserError(f"begin.json: {'x' * 5000}, which is wrong"))
+    assert len(error) < 1600
+    assert error.startswith("begin.json: xxx")
+    assert error.endswith("xxx, which is wrong")
+
+
 def test_a_class_of_a_file_adds_no_line_to_what_check_says(tmp_path):
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
     content = {

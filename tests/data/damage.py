@@ -161,8 +161,13 @@ def change_picture(folder: Path, r: random.Random) -> None:
         lambda: file.rename(file.with_suffix(r.choice([".PNG", ".jpg", ".Jpeg", ".bmp", "", ".png.jpg"]))),
         lambda: (folder / f"._{file.name}").write_bytes(b"\0\5\x16\7"),
         lambda: (folder / "Thumbs.db").write_bytes(b"\xd0\xcf"),
-        lambda: (file.unlink(), file.mkdir()),
-        lambda: (file.unlink(), file.symlink_to(r.choice([file.name, "none.png", "..", pictures[0].name]))),
+        lambda: _removed(file).mkdir(),
+        lambda: _removed(file).symlink_to(r.choice([file.name, "none.png", "..", pictures[0].name])),
         lambda: file.rename(folder / r.choice(["P0.png", "p 0.png", "p0.png ", "p0\n.png", "x.png"])),
     ]
     r.choice(changes)()
+
+
+def _removed(file: Path) -> Path:
+    file.unlink()
+    return file

@@ -156,7 +156,7 @@ HEADS = [
     '<!DOCTYPE annotation [<!ENTITY x "7"><!ENTITY lol "Tree">]>', '<!DOCTYPE annotation SYSTEM "voc.dtd">', "<!-- -->",
     '<!DOCTYPE annotation [<!ENTITY x SYSTEM "file:///etc/hostname">]>', "<?xml-stylesheet?>", "\n", "\ufeff", "x",
     f'<!DOCTYPE annotation [<!ENTITY a "{"9" * 99}">'  # a text of 10 ** 9 letters
-    + "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in ["ab", "bc", "cd", "de", "ef", "fg", "gx"]) + "]>",
+    + "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip("abcdefg", "bcdefgx", strict=True)) + "]>",
 ]  # fmt: skip
 TAGS = ["xmin", "xmax", "ymin", "ymax", "object", "bndbox", "name", "difficult", "width", "size"]
 
