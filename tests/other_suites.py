@@ -3,10 +3,11 @@
     python -m tests.other_suites torchvision CHECKOUT    its tests of RetinaNet, NMS and the focal loss
     python -m tests.other_suites deepforest CHECKOUT     all of its tests; its detector is a torchvision RetinaNet
 
-CHECKOUT is a folder with the project's source, and what its tests import must be installed. Nothing is fetched: what
-needs the network fails in both runs. Where DeepForest would download weights of a detector or a ResNet, it finds random
-ones, the same in both runs, so that tests which look at what the real ones find fail in both. Since this package's
-models cannot be scripted, torchvision's check of that is left out of both runs.
+Arguments of pytest may follow, in place of these tests. CHECKOUT is a folder with the project's source, and what its
+tests import must be installed. Nothing is fetched: what needs the network fails in both runs. Where DeepForest would
+download weights of a detector or a ResNet, it finds random ones, the same in both runs, so that tests which look at
+what the real ones find fail in both. Since this package's models cannot be scripted, torchvision's check of that is
+left out of both runs.
 
 Whatever ends otherwise in the second run than in the first is printed. The exit code is 1 if a test that passes with
 torchvision does not pass with this package.
@@ -94,13 +95,13 @@ def _random_weights(folder: Path) -> None:
     checkpoints = folder / "torch" / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
     coco = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None)
-    weights = {
+    networks = {
         detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1: coco,
-        ResNet18_Weights.DEFAULT: resnet18(),
-        ResNet50_Weights.DEFAULT: resnet50(),
+        **dict.fromkeys(ResNet18_Weights, resnet18()),
+        **dict.fromkeys(ResNet50_Weights, resnet50()),
     }
-    for place, network in weights.items():
-        torch.save(network.state_dict(), checkpoints / place.url.rpartition("/")[2])
+    for weights, network in networks.items():
+        torch.save(network.state_dict(), checkpoints / weights.url.rpartition("/")[2])
     trees = RetinaNetHub(backbone_weights="COCO_V1", num_classes=1, label_dict={"Tree": 0})
     torch.nn.init.zeros_(trees.head.classification_head.cls_logits.bias)  # so that it finds something
     repository = folder / "hub" / "models--weecology--deepforest-tree"
@@ -116,29 +117,29 @@ def _child(checkout: Path, folder: Path, *arguments: str) -> None:
     subprocess.run([sys.executable, __file__, *arguments], cwd=checkout, env=os.environ | places, check=False)
 
 
-def _outcomes(suite: str, checkout: Path, folder: Path, place: str) -> dict[str, str]:
+def _outcomes(checkout: Path, folder: Path, mode: str, *arguments: str) -> dict[str, str]:
     """The outcome of each test: passed, skipped, or the first line of what went wrong."""
-    report = folder / f"{place}.xml"
+    report = folder / "report.xml"
+    report.unlink(missing_ok=True)
     quiet = ("-q", "-o", "addopts=", "--no-header", "-p", "no:cacheprovider", f"--junitxml={report}")
-    _child(checkout, folder, place, *_SUITES[suite], *quiet)
+    _child(checkout, folder, mode, *arguments, *quiet)
     if not report.exists():
         sys.exit(f"{checkout}: pytest did not come to its end there")
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):
         wrong = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        words = "passed" if wrong is None else f"{wrong.tag}: {(wrong.get('message') or '').splitlines()[:1]}"
+        words = "passed" if wrong is None else f"{wrong.tag}: {(wrong.get('message') or '').partition(chr(10))[0]}"
         found[f"{case.get('classname')}::{case.get('name')}"] = words
     return found
 
 
 def main() -> None:
     """Runs the suite twice, prints what differs, and how many tests ended how."""
-    suite, checkout = sys.argv[1], Path(sys.argv[2]).resolve()
+    suite, checkout, arguments = sys.argv[1], Path(sys.argv[2]).resolve(), sys.argv[3:] or _SUITES[sys.argv[1]]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         if suite == "deepforest":
-            _child(checkout, folder, "weights", name)
-        theirs, ours = (_outcomes(suite, checkout, folder, place) for place in ("torchvision", "retina_fast"))
+            _child(checkout, Path(name), "--weights", name)
+        theirs, ours = (_outcomes(checkout, Path(name), mode, *arguments) for mode in ("--as-it-is", "--in-place"))
     for name, found in (("torchvision", theirs), ("retina_fast", ours)):
         print(f"{name}: {dict(Counter(words.partition(':')[0] for words in found.values()))}")
     lost = {name for name, words in theirs.items() if words == "passed" != ours.get(name)}
@@ -160,12 +161,12 @@ def _run() -> None:
     import torchvision  # noqa: F401  the one that is installed, and not the checkout's, which is not built
 
     _refuse_network()
-    if sys.argv[1] == "weights":
+    if sys.argv[1] == "--weights":
         return _random_weights(Path(sys.argv[2]))
-    if sys.argv[1] == "retina_fast":
+    if sys.argv[1] == "--in-place":
         put_in_place()
     sys.exit(pytest.main(sys.argv[2:], plugins=[_Unscripted()]))
 
 
 if __name__ == "__main__":
-    main() if sys.argv[1] in _SUITES and len(sys.argv) == 3 else _run()
+    _run() if sys.argv[1].startswith("-") else main()
