@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-THEIRS = '''
+THEIRS = """
 import urllib.request
 
 import pytest
@@ -32,7 +32,7 @@ def test_that_holds_for_torchvisions_class_alone():
 
 def test_that_needs_the_network():
     urllib.request.urlopen("http://example.com")
-'''
+"""
 
 
 def test_the_runs_are_compared(tmp_path):
