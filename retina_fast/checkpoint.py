@@ -50,9 +50,14 @@ class Checkpoint:
         """The network with the weights, float32, on the CPU, in training mode.
 
         Raises:
-            UserError: if this version of the package has no such builder, or the weights do not fit it.
+            UserError: if this version of the package has no such builder, or the arguments or weights do not fit it.
         """
-        model = build(self.builder, len(self.classes), **self.kwargs)
+        try:
+            model = build(self.builder, len(self.classes), **self.kwargs)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a builder says of arguments that are not its own
+            raise UserError(f"the arguments {self.kwargs} do not fit {self.builder}: {error}") from error
         try:
             problems = model.load_state_dict(self.state_dict, strict=False)
         except RuntimeError as error:  # the shapes differ
@@ -172,6 +177,11 @@ def load(path: str | Path) -> Checkpoint:
             raise UserError(f"{path}: not a model file of retina_fast: its {name} is no {kind.__name__}")
     if not all(isinstance(value, Tensor) for value in checkpoint.state_dict.values()):
         raise UserError(f"{path}: not a model file of retina_fast: its state_dict holds more than tensors")
+    names, ids = checkpoint.classes, checkpoint.category_ids
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: not a model file of retina_fast: its classes are no list of names")
+    if len(ids) != len(names) or not all(type(number) is int for number in ids):
+        raise UserError(f"{path}: not a model file of retina_fast: its category_ids are not one number a class")
     checkpoint.state_dict = {
         name: value.float() if value.dtype == torch.float16 else value for name, value in checkpoint.state_dict.items()
     }

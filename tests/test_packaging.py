@@ -1,6 +1,9 @@
 """The package as it is installed: what the wheel holds, and what importing it brings along."""
 
+import ast
+import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +74,70 @@ def test_every_subpackage_is_listed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert {name.rpartition("/")[0].replace("/", ".") for name in sources()} == set(listed)
     assert not (ROOT / "kernels" / "__init__.py").exists()  # it would hide Hugging Face's package of that name
+
+
+def needed_by(extra: str) -> set[str]:
+    """The names of the distributions that the package asks for with an extra, or without one: ''."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
+    for line in project["optional-dependencies"][extra] if extra else []:
+        own = re.fullmatch(r"retina_fast\[(.+)\]", line)
+        found |= set().union(*map(needed_by, own[1].split(","))) if own else {re.split(r"[^\w-]", line)[0]}
+    return {name.lower().replace("_", "-") for name in found}
+
+
+def imported_by(module: str) -> set[str]:
+    """The distributions that a module imports anywhere in it, or in what it imports of this package."""
+    waiting, seen, found = {module}, set(), set()
+    while waiting:
+        seen.add(name := waiting.pop())
+        names = {alias.name for node in _walk(name) if isinstance(node, ast.Import) for alias in node.names}
+        for node in _walk(name):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        waiting |= {name for name in names if name.startswith("retina_fast") and _file(name)} - seen
+        found |= {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"retina_fast"}
+    return {{"PIL": "pillow"}.get(name, name).replace("_", "-") for name in found}
+
+
+def _file(module: str) -> Path | None:
+    path = ROOT.joinpath(*module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+@functools.cache
+def _walk(module: str) -> list[ast.AST]:
+    file = _file(module)
+    assert file
+    tree = ast.walk(ast.parse(file.read_text()))
+    return [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+# What a command needs only for a backbone, an exported file, or several processes, where the user asks for them.
+ASKED_FOR = {"timm", "onnx", "onnxruntime", "onnxscript", "lightning"}
+COMMANDS = {
+    "train": "train",
+    "evaluate": "eval",
+    "detect": "eval",
+    "bench": "plot",
+    "check": "eval",
+    "export": "export",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_import_of_a_command_is_in_an_extra(command):
+    module = f"retina_fast.commands.{command}"
+    missing = imported_by(module) - needed_by(COMMANDS[command]) - needed_by("cli") - needed_by("plot")
+    assert missing <= ASKED_FOR
+    assert imported_by(module) <= needed_by("all")
+    assert "typer" in imported_by(module)
+
+
+def test_the_extra_for_training_is_enough_for_it():
+    needed = imported_by("retina_fast.commands.train") | imported_by("retina_fast.train.run")
+    assert needed - needed_by("train") <= ASKED_FOR - {"lightning"}
+    assert {"rich", "matplotlib", "faster-coco-eval", "lightning"} <= needed
 
 
 def test_wheel_and_sdist(built):

@@ -11,8 +11,10 @@ from rich.text import Text
 from torch import Tensor
 
 from retina_fast.commands.shared import DEFAULT_MODEL, Images, Workers, console, one_sentence
+from retina_fast.data.errors import one_line
 from retina_fast.data.outputs import check_plot
 from retina_fast.data.processes import WORKERS
+from retina_fast.data.voc import read_places
 
 if TYPE_CHECKING:  # only when it runs does the command import what takes seconds
     from retina_fast.data.check import Checked
@@ -35,7 +37,7 @@ def check(
         from retina_fast.data.check import plot_sizes
 
         if plot:
-            check_plot(plot, filter(None, (data, images)))
+            check_plot(plot, read_places(data, images))
 
         def show(fault: object) -> None:
             console.print(str(fault), markup=False, soft_wrap=True, highlight=False)
@@ -58,7 +60,7 @@ def print_checked(checked: "Checked", console: Console) -> None:
     """
     table = Table("class", "boxes", box=None)
     for name, count in checked.objects.most_common():
-        table.add_row(Text(name), str(count))
+        table.add_row(Text(one_line(name)), str(count))
     console.print(table)
     if len(checked.ious):
         anchors = checked.anchors.prod(dim=1).sqrt()

@@ -19,7 +19,7 @@ from retina_fast.commands.shared import (
     finite,
     one_sentence,
 )
-from retina_fast.data.errors import UserError
+from retina_fast.data.errors import UserError, one_line
 from retina_fast.data.processes import WORKERS, joined
 
 if TYPE_CHECKING:  # only when it runs does the command import what takes seconds
@@ -81,13 +81,13 @@ def print_found(found: "Found", console: Console) -> None:
     """
 
     def words(counts: Counter[str]) -> str:
-        return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "none"
+        return ", ".join(f"{count} {one_line(name)}" for name, count in counts.most_common()) or "none"
 
     for problem in found.unreadable + found.unfit:
-        console.print(f"warning: {problem}", style="yellow", markup=False, emoji=False, soft_wrap=True)
+        console.print(f"warning: {one_line(problem)}", style="yellow", markup=False, emoji=False, soft_wrap=True)
     table = Table(Column("image", overflow="fold"), Column("objects", overflow="fold"))
     for path, counts in found.first.items():
-        table.add_row(Text(str(path)), Text(words(counts)))
+        table.add_row(Text(one_line(str(path))), Text(words(counts)))
     if found.images > len(found.first):
         table.add_row(f"... all {found.images}", Text(words(found.objects)))
     if found.images:

@@ -20,9 +20,10 @@ from retina_fast.commands.shared import (
     one_sentence,
     said_once,
 )
+from retina_fast.data.errors import one_line
 from retina_fast.data.outputs import check_plot
 from retina_fast.data.processes import WORKERS, joined
-from retina_fast.data.voc import open_data
+from retina_fast.data.voc import open_data, read_places
 
 if TYPE_CHECKING:  # only when it runs does the command import what takes seconds
     from retina_fast.predict.evaluate import Evaluation
@@ -57,7 +58,7 @@ def evaluate(
         from retina_fast.predict.evaluate import evaluate as run
 
         if plot:
-            check_plot(plot, filter(None, (json, images)))
+            check_plot(plot, read_places(json, images))
         network, content = chosen_model(checkpoint, model, weights)
         with said_once(processes):
             data = open_data(json, images)
@@ -94,7 +95,7 @@ def print_evaluation(evaluation: "Evaluation", console: Console) -> None:
         "tables count 100: --max-detections)"
     )
     for problem in evaluation.crowded + evaluation.unreadable:
-        console.print(f"warning: {problem}", style="yellow", markup=False, emoji=False, soft_wrap=True)
+        console.print(f"warning: {one_line(problem)}", style="yellow", markup=False, emoji=False, soft_wrap=True)
     if evaluation.unreadable:
         console.print(f"{len(evaluation.unreadable)} images could not be read and do not count")
     console.print(f"AP50 {evaluation.metrics.values['AP50']:.2f}", highlight=False)

@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
-from retina_fast.data.errors import UserError
+from retina_fast.data.errors import UserError, one_line
 from retina_fast.data.processes import Processes
 
 console = Console(markup=False, emoji=False)  # names of files and classes are printed as they are
@@ -66,7 +66,7 @@ def one_sentence() -> Iterator[None]:
     stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        stderr.print(f"warning: {message}", style="yellow")
+        stderr.print(f"warning: {one_line(str(message))}", style="yellow")
 
     try:
         with warnings.catch_warnings():
@@ -89,7 +89,7 @@ def one_sentence() -> Iterator[None]:
         raise typer.Exit(130) from None
     else:
         return
-    stderr.print(f"error: {problem}", style="red")
+    stderr.print(f"error: {one_line(problem)}", style="red")
     raise typer.Exit(1)
 
 

@@ -15,6 +15,8 @@ from retina_fast.data.anchor_fit import AnchorFit
 from retina_fast.data.coco import CocoDataset, Tried
 from retina_fast.data.errors import ImageError
 from retina_fast.data.faults import LEFT_OUT, Fault, Kind, Size, corners, place, spelling, twins
+from retina_fast.data.fitting import FittingImages
+from retina_fast.data.outputs import save_plot
 from retina_fast.data.processes import WORKERS
 from retina_fast.data.progress import tracked
 from retina_fast.data.voc import read_annotations
@@ -81,7 +83,7 @@ def check(
     content, folder = read_annotations(annotations, images, found=report)
     data = CocoDataset(annotations, folder, content, found=report)
     checked.images = len(data)
-    readable = _readable(data, workers, console, report)
+    readable = _readable(data, model.transform, workers, console, report)
 
     files = {record["id"]: record["file_name"] for record in data.images}
     classes = dict(zip(data.category_ids, data.classes, strict=True))
@@ -124,10 +126,11 @@ def _compare_with_anchors(
 
 
 def _readable(
-    data: CocoDataset, workers: int, console: "Console | None", report: Callable[[Fault], None]
+    data: CocoDataset, transform: Any, workers: int, console: "Console | None", report: Callable[[Fault], None]
 ) -> set[int | str]:
-    """The ids of the images that can be read and have the size in the file; the others are reported."""
-    loader: DataLoader = DataLoader(Tried(data), batch_size=None, collate_fn=_problem, num_workers=workers)
+    """The ids of the images that can be read, have the size in the file and fit the model; the others are reported."""
+    images = Tried(FittingImages(data, transform))
+    loader: DataLoader = DataLoader(images, batch_size=None, collate_fn=_problem, num_workers=workers)
     readable = set()
     problems = tracked(loader, "Reading images", len(data), console)
     for record, problem in zip(data.images, problems, strict=True):
@@ -160,7 +163,7 @@ def plot_sizes(checked: Checked, file: Path) -> None:
     axes.scatter(width, height, marker="+", c="red", label="anchors")
     figure.colorbar(dots, label="highest IoU with an anchor")
     axes.legend()
-    figure.savefig(file, dpi=100)
+    save_plot(figure, file)
 
 
 def warn_of_faults(data: CocoDataset) -> None:

@@ -32,10 +32,11 @@ from retina_fast.data.faults import LEFT_OUT, Fault, Size, box_fault, corners, p
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
 """What the names of image files usually end in. Which kind a file is of, its content decides."""
 
-_BY_TORCHVISION = (b"\xff\xd8\xff", b"GIF8")  # how JPEG and GIF begin
-# torchvision's decoder of PNG (0.29) ends the process on most damaged files; it ignores the orientation of a WebP, and
-# reads none of the others.
-_BY_PILLOW = ("WEBP", "TIFF", "BMP", "AVIF")
+_JPEG = b"\xff\xd8\xff"  # how it begins
+# torchvision decodes JPEG alone. Its decoder of PNG (0.29) ends the process on most damaged files. That of GIF decodes
+# every picture of an animation, takes memory for whatever size the file says, and gives what was in memory for pixels
+# that are missing. It ignores the orientation of a WebP, and reads none of the others.
+_BY_PILLOW = ("GIF", "WEBP", "TIFF", "BMP", "AVIF")
 
 Sample = tuple[Tensor, dict[str, Any]]
 
@@ -61,18 +62,17 @@ def read_image(path: Path) -> Tensor:
         content = path.read_bytes()
         if not content:
             raise ValueError("an image file must be non empty")
-        if not content.startswith(_BY_TORCHVISION):
+        if not content.startswith(_JPEG):
             return _decode_by_pillow(content)
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+        return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
     except Exception as error:  # A damaged file may make a decoder raise anything.
         reason = getattr(error, "strerror", None) or re.sub(r"^.*\.cpp:\d+, ", "", f"{error}\n".splitlines()[0])
         raise ImageError(f"{path}: not a readable image ({reason})") from error
-    return image[0] if image.ndim == 4 else image  # An animated GIF is decoded to all its frames.
 
 
 def _decode_by_pillow(content: bytes) -> Tensor:
-    """The first picture in a file of a kind that is not left to torchvision, RGB (3, H, W) uint8."""
+    """The first picture in a file of another kind than JPEG, RGB (3, H, W) uint8."""
     with _opened(content) as opened:
         picture = ImageOps.exif_transpose(opened)
         if picture.mode.startswith("I;16") or (picture.mode == "I" and opened.format == "PNG"):

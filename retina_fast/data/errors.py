@@ -1,8 +1,40 @@
 """Errors that a person can put right. The command line prints them in one sentence, without a traceback."""
 
+import unicodedata
+
+_ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of what changes lines, colours or directions
+_JOINERS = "\u200c\u200d"  # which belong to the letters of some scripts
+_LONGEST = 1500  # characters
+
+
+def one_line(text: str) -> str:
+    """The text with line breaks and characters that steer a terminal written as escapes, and not too long to read.
+
+    Names in files may hold any characters, and thousands of them; printed as they are, they could look like other
+    messages. Of more than 1500 characters the middle is left out.
+
+    Example::
+
+        >>> print(one_line("Tree" + chr(10) + "Bush"))
+        Tree\\nBush
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    if text.isprintable():
+        return text
+    escaped = (c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
+    return "".join(escaped)
+
+
+def _steers(character: str) -> bool:
+    return unicodedata.category(character) in _ESCAPED and character not in _JOINERS
+
 
 class UserError(ValueError):
-    """Something is wrong with a file or an option. The message says what, where, and what to do."""
+    """Something is wrong with a file or an option. The message says what, where, and what to do, in one line."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ImageError(UserError):

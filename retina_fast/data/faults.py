@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retina_fast.data.errors import one_line
+
 _SLACK = 1.0  # px: formats that count pixels from 0 or from 1, and rounded sizes, differ by at most this much
 _SAME = 0.5  # px: boxes whose sides all differ by at most this much count as the same box
 
@@ -66,7 +68,7 @@ class Fault(NamedTuple):
     image: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where} {self.what}".strip()
+        return one_line(f"{self.where} {self.what}".strip())
 
 
 Size = tuple[int, int]  # height, width

@@ -16,7 +16,8 @@ from retina_fast.data.errors import UserError
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a file beside `path` to write into; at the end of the block it takes the place of `path`.
 
-    Before that, its content is flushed to the disk.
+    Before that, its content is flushed to the disk. Each process has a file of its own, so that several may write
+    `path` at once.
 
     Raises:
         UserError: if it cannot be written, for example on a full disk. `path` then has its old content, as it has after
@@ -27,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
         >>> with replacing(Path("model.pt")) as partial:  # doctest: +SKIP
         ...     torch.save(content, partial)
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         with partial.open("rb") as written:

@@ -10,6 +10,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
 from retina_fast.data.entries import as_id
+from retina_fast.data.outputs import save_plot
 
 # In the order of COCO's own summary; None stands for a metric that is not reported.
 _SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", None, None, "AR")
@@ -135,4 +136,4 @@ def plot_precision_recall(metrics: CocoMetrics, file: Path) -> None:
         axes.legend()
     axes.set_title("mean over the classes")
     axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=100)
+    save_plot(figure, file)

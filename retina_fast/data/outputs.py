@@ -4,33 +4,55 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from retina_fast.data.errors import UserError
+from retina_fast.data.files import replacing
+
+if TYPE_CHECKING:  # matplotlib is needed only where something is drawn
+    from matplotlib.figure import Figure
 
 _UNPLOTTED = ("pgf", "raw", "rgba")
 """Formats of matplotlib that need LaTeX, or that no viewer opens."""
 
 
-def check_folder(folder: Path, option: str = "--output") -> None:
-    """Make the folder, if it is missing, and write a file into it that is removed at once.
+def check_folder(folder: Path, files: Iterable[str] = ()) -> None:
+    """Raise a UserError if a folder, the --output of a command, takes no file. One that is missing is not made.
+
+    Args:
+        folder: if it is missing, it must be possible to make it.
+        files: names of files in it that must be possible to write; see :func:`check_file`.
 
     Raises:
-        UserError: if it is a file, cannot be made, or takes no file; the message names it.
+        UserError: also if it is a file; the message names it.
 
     Example::
 
         >>> check_folder(Path("out"))  # doctest: +SKIP
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=_first_there(folder)):
             pass
     except OSError as error:
         if os.path.isfile(folder):
-            raise UserError(f"{folder}: is a file; give a folder as {option}") from error
+            raise UserError(f"{folder}: is a file; give a folder as --output") from error
         raise UserError(
-            f"{folder}: cannot be written into ({error.strerror}); give another folder as {option}"
+            f"{folder}: cannot be written into ({error.strerror}); give another folder as --output"
         ) from error
+    if folder.is_dir():
+        for name in files:
+            check_file(folder / name)
+
+
+def _first_there(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there. Raises an OSError for a name that no folder can have."""
+    for place in (folder, *folder.parents):
+        try:
+            place.lstat()
+        except FileNotFoundError:
+            continue
+        return place
+    return Path()
 
 
 def check_file(file: Path, inputs: Iterable[Path] = ()) -> None:
@@ -79,6 +101,25 @@ def check_plot(file: Path, inputs: Iterable[Path] = ()) -> None:
     if file.suffix.lower().removeprefix(".") not in formats:
         raise UserError(f"{file}: the suffix of a plot must be one of .{', .'.join(formats)}, got {file.suffix!r}")
     check_file(file, inputs)
+
+
+def save_plot(figure: "Figure", file: Path, dpi: int = 100) -> None:
+    """Write a plot whole, in the format of its suffix. If `file` is a link, it is replaced, and not what it leads to.
+
+    Args:
+        figure: of matplotlib.
+        file: see :func:`check_plot`.
+        dpi: dots an inch.
+
+    Raises:
+        UserError: if it cannot be written.
+
+    Example::
+
+        >>> save_plot(figure, Path("curves.png"))  # doctest: +SKIP
+    """
+    with replacing(file) as partial:
+        figure.savefig(partial, dpi=dpi, format=file.suffix.lower().removeprefix("."))
 
 
 def same_file(one: Path, other: Path) -> bool:

@@ -77,6 +77,18 @@ def read_annotations(
     return read_json(annotations), images
 
 
+def read_places(annotations: Path, images: Path | None) -> list[Path]:
+    """The files, and folders of files, that :func:`open_data` reads, for commands that must not replace them.
+
+    Example::
+
+        >>> read_places(Path("VOC2012/ImageSets/Main/train.txt"), None)
+        [PosixPath('VOC2012')]
+    """
+    voc = annotations.is_dir() or annotations.suffix.lower() == ".txt"
+    return [_root(annotations) if voc else annotations, *([images] if images else [])]
+
+
 def read_voc(
     path: Path,
     images: Path | None = None,
@@ -103,7 +115,7 @@ def read_voc(
         >>> folder  # doctest: +SKIP
         PosixPath('VOC2012/JPEGImages')
     """
-    root = path if path.is_dir() else path.parents[2 if path.parent.parent.name == "ImageSets" else 0]
+    root = _root(path)
     folder = root / "Annotations" if (root / "Annotations").is_dir() else root
     images = images or (root / "JPEGImages" if (root / "JPEGImages").is_dir() else folder)
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -147,6 +159,11 @@ def read_voc(
         )
     categories = [{"id": number, "name": name} for name, number in ids.items()]
     return {"images": records, "annotations": annotations, "categories": categories}, images
+
+
+def _root(path: Path) -> Path:
+    """The folder of Pascal VOC files, given itself or a list of images in it."""
+    return path if path.is_dir() else path.parents[2 if path.parent.parent.name == "ImageSets" else 0]
 
 
 def _counts(path: Path) -> bool:

@@ -20,7 +20,9 @@ from rich.text import Text
 from torch import Tensor
 
 from retina_fast.convert import to_torchvision
-from retina_fast.data.outputs import check_file, check_folder, check_plot
+from retina_fast.data.errors import UserError
+from retina_fast.data.files import replacing
+from retina_fast.data.outputs import check_folder, save_plot
 from retina_fast.deploy.engine import Engine, compile_inference
 
 TORCHVISION = "torchvision"
@@ -136,6 +138,19 @@ def report(speeds: Sequence[Speed], title: str, console: Console) -> None:
     console.print(table)
 
 
+def _check_output(output: Path) -> None:
+    """Raises a UserError if the folder cannot be written into, or has files of these names from anywhere else."""
+    names = ("bench.png", "bench.json")
+    check_folder(output, names)
+    try:
+        ours = "speeds" in json.loads((output / "bench.json").read_text())
+    except (OSError, ValueError, TypeError):
+        ours = False
+    for name in names:
+        if not ours and (output / name).exists():
+            raise UserError(f"{output / name}: is of no earlier bench; give another folder as --output")
+
+
 def plot(speeds: Sequence[Speed], title: str, path: Path) -> None:
     """Draw images a second and milliseconds a batch over the batch size.
 
@@ -159,7 +174,7 @@ def plot(speeds: Sequence[Speed], title: str, path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.legend(*throughput.get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     figure.suptitle(title, fontsize="medium", parse_math=False)  # a file's name may hold dollar signs
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path, dpi=120)
 
 
 def bench(
@@ -184,17 +199,17 @@ def bench(
         >>> bench(model, [torch.zeros(3, 512, 512, dtype=torch.uint8)], [1], 5, Path("out"), "trees", Console())
         ... # doctest: +SKIP
     """
-    check_folder(output)
-    check_plot(output / "bench.png")
-    check_file(output / "bench.json")
+    _check_output(output)
     runs, engine = contestants(model, images)
     speeds = measure(runs, images, batches, rounds, console)
     sizes = ", ".join(sorted({f"{image.shape[1]}x{image.shape[2]}" for image in images}))
     title = f"{name}, images of {sizes}; {machine(images[0].device)}"
     report(speeds, title, console)
     console.print(str(engine), highlight=False, markup=False)
+    output.mkdir(parents=True, exist_ok=True)
     plot(speeds, title, output / "bench.png")
     rows = [asdict(speed) | {"images_per_second": speed.images_per_second} for speed in speeds]
     content = {"title": title, "engine": str(engine).splitlines(), "speeds": rows}
-    (output / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
+    with replacing(output / "bench.json") as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
     return speeds

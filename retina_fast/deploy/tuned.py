@@ -6,11 +6,9 @@ misses the tolerance is dropped. The file keeps the choices of each machine and 
 
 import contextlib
 import json
-import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retina_fast.data.errors import UserError
+from retina_fast.data.files import replacing
 from retina_fast.deploy.fused import FusedConv
 
 Way = Callable[[], Tensor]
@@ -81,7 +81,7 @@ class Chooser:
 
     Example::
 
-        >>> chooser = Chooser(Path(tempfile.mkdtemp()) / "choices.json", torch.device("cpu"))
+        >>> chooser = Chooser(Path("none/choices.json"), torch.device("cpu"))
         >>> x = torch.ones(9)
         >>> chooser.choose("twice", {"product": lambda: 2 * x, "wrong": lambda: x})
         'product'
@@ -119,9 +119,10 @@ class Chooser:
             return
         choices = self._read()
         choices[self._machine] = choices.get(self._machine, {}) | self._new
-        with contextlib.suppress(OSError):  # a folder that is read-only, a disk that is full
+        with contextlib.suppress(OSError, UserError):  # a folder that is read-only, a disk that is full
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.path, json.dumps({"format": _FORMAT, "choices": choices}, indent=1, sort_keys=True))
+            with replacing(self.path) as partial:
+                partial.write_text(json.dumps({"format": _FORMAT, "choices": choices}, indent=1, sort_keys=True))
             self._new = {}
 
     def _is_right(self, way: Way, expected: Tensor) -> bool:
@@ -156,18 +157,6 @@ class Chooser:
             return {str(name): dict(of_machine) for name, of_machine in choices.items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return {}
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all, whoever reads or writes it at the same time."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def choose_ways(model: nn.Module, run: Callable[[], object], chooser: Chooser) -> Counter[str]:

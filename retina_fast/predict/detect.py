@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from retina_fast.checkpoint import Checkpoint
 from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.metrics import as_results
-from retina_fast.data.outputs import check_file, check_folder
+from retina_fast.data.outputs import check_folder
 from retina_fast.data.processes import ALONE, WORKERS, Processes
 from retina_fast.data.progress import tracked
 from retina_fast.deploy.exported import Exported
@@ -125,9 +125,8 @@ def detect(
 
 def _check_output(output: Path) -> None:
     """Raises a UserError if the folder cannot be written into, or its detections.json is no COCO file of detections."""
-    check_folder(output)
     file = output / "detections.json"
-    check_file(file)
+    check_folder(output, [file.name])
     if not file.exists():
         return
     with file.open("rb") as opened:
@@ -161,6 +160,7 @@ def _scores_from(model: Any, score: float) -> Iterator[None]:
 @contextmanager
 def _part_of(output: Path, rank: int) -> Iterator[IO[str]]:
     """The file of what one process finds, opened. After an error, or Ctrl-C, no unfinished file is left."""
+    output.mkdir(parents=True, exist_ok=True)
     try:
         with _part(output, rank).open("w") as part:
             yield part

@@ -1,6 +1,5 @@
 """A model over a data set, image by image."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,8 +9,8 @@ from torch.utils.data import DataLoader
 
 from retina_fast.data.coco import Sample, Tried, plain
 from retina_fast.data.errors import ImageError, UserError
+from retina_fast.data.fitting import check_fit
 from retina_fast.deploy.exported import Exported
-from retina_fast.transform import is_stock_transform, resized_size
 
 
 class UnfitImage(ImageError):
@@ -61,28 +60,6 @@ def _by_network(model: Any) -> Callable[[Tensor], list[dict[str, Tensor]]]:
         return model([image.to(device).float() / 255])
 
     return run
-
-
-def check_fit(transform: Any, height: int, width: int) -> None:
-    """Raise a UserError for an image so elongated that a model's transform would resize it to no pixel.
-
-    Args:
-        transform: of the model; one of the user's own is not looked into.
-        height: of the image, in pixels.
-        width: likewise.
-
-    Example::
-
-        >>> from retina_fast.transform import RetinaNetTransform
-        >>> check_fit(RetinaNetTransform(800, 1333, [0.0], [1.0]), 480, 640)
-    """
-    if not is_stock_transform(transform):
-        return
-    in_evaluation = copy.copy(transform)  # in training a size would be drawn
-    in_evaluation.training = False
-    resized = resized_size(in_evaluation, height, width)
-    if min(resized) < 1:
-        raise UserError(f"its {width}x{height} pixels would be resized to {resized[1]}x{resized[0]}: cut it into parts")
 
 
 def _by_exported(model: Exported) -> Callable[[Tensor], list[dict[str, Tensor]]]:

@@ -8,40 +8,9 @@ from torch.utils.data import DataLoader
 
 from retina_fast.data.augment import TrainingSet, batches
 from retina_fast.data.coco import CocoDataset, Sample, Tried, plain
-from retina_fast.data.errors import ImageError, UserError
-from retina_fast.predict.predictions import check_fit
+from retina_fast.data.fitting import FittingImages
 from retina_fast.train.detector import Batch, Detector
 from retina_fast.train.stopping import ignore_signals
-
-
-class FittingImages:
-    """A data set in which images that the model would resize to nothing count as images that cannot be read.
-
-    Args:
-        dataset: whose attributes are this one's, too.
-        transform: of the model.
-
-    Example::
-
-        >>> image, target = FittingImages(data, model.transform)[0]  # doctest: +SKIP
-    """
-
-    def __init__(self, dataset: CocoDataset, transform: Any) -> None:
-        self.dataset, self.transform = dataset, transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["dataset"], name) if "dataset" in vars(self) else object.__getattribute__(self, name)
-
-    def __getitem__(self, index: int) -> Sample:
-        image, target = self.dataset[index]
-        try:
-            check_fit(self.transform, *image.shape[1:])
-        except UserError as error:
-            raise ImageError(f"{target['path']}: {error}") from error
-        return image, target
 
 
 class StepSampler:

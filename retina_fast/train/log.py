@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from retina_fast.data.files import replacing
+from retina_fast.data.outputs import save_plot
 
 _EVERY = 20  # steps a row, since the loss of a single step is noisy
 _COLUMNS = ("step", "classification", "bbox_regression", "lr", "images_per_second", "waiting")
@@ -92,7 +93,7 @@ class TrainLog:
         top, lines = (right, [*axes.lines, *right.lines]) if validated else (axes, list(axes.lines))
         if lines:
             top.legend(handles=lines)
-        figure.savefig(self.folder / "loss.png", dpi=100)
+        save_plot(figure, self.folder / "loss.png")
 
     def _write(self, row: dict[str, float]) -> None:
         self.rows.append(row)

@@ -4,6 +4,9 @@ A new run replaces no file that is there already; a resumed one must have the sa
 """
 
 import hashlib
+import itertools
+import os
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -11,14 +14,18 @@ from typing import Any
 from retina_fast import checkpoint
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
-from retina_fast.data.outputs import check_file, check_folder
+from retina_fast.data.outputs import check_folder
 from retina_fast.train.settings import RANDOM, ResolvedSettings, TrainSettings
 
+_MODELS = ("model.pt", "best.pt")
+_RECORDS = ("log.csv", "loss.png", "precision_recall.png")
 _STATE = ("settings", "global_step", "state_dict", "optimizer_states", "loops", "callbacks")
 
 
 def check_new_run(output: Path) -> None:
-    """Make the folder of a new run, and look whether its files can be written there without replacing others.
+    """Look whether the files of a new run can be written into the folder without replacing others.
+
+    Files of a run that ended before its first checkpoint are no hindrance: :func:`set_aside` keeps them.
 
     Raises:
         UserError: if not, or if there is a run already; the message names the file and what to do.
@@ -27,18 +34,42 @@ def check_new_run(output: Path) -> None:
 
         >>> check_new_run(Path("runs/a"))  # doctest: +SKIP
     """
-    check_folder(output)
+    check_folder(output, ("last.ckpt", *_RECORDS))
     if (output / "last.ckpt").exists():
         raise UserError(f"{output} already holds a run: add --resume to go on with it, or choose another --output")
-    log = output / "log.csv"
-    begun = log.is_file() and log.read_bytes().startswith(b"step,")  # by a run that ended before its first checkpoint
-    pictures = () if begun else ("log.csv", "loss.png", "precision_recall.png")
+    if (output / "tensorboard").is_file():
+        raise UserError(f"{output / 'tensorboard'}: is a file, where the run needs a folder: choose another --output")
     steps = sorted(path.name for path in output.glob("step-*.ckpt"))
-    for name in ("model.pt", "best.pt", *steps, *pictures):
+    for name in (*steps, *(() if _was_begun(output) else (*_MODELS, *_RECORDS))):
         if (output / name).exists():
             raise UserError(f"{output} already holds {name}, which the run would replace: choose another --output")
-    for name in ("last.ckpt", "log.csv", "loss.png", "precision_recall.png"):
-        check_file(output / name)
+
+
+def set_aside(output: Path) -> None:
+    """Give other names to the files of a run without a checkpoint, and warn of it.
+
+    The last file of an interval is last.ckpt, so that a run that is killed in its first one may leave others alone.
+
+    Example::
+
+        >>> set_aside(Path("runs/a"))  # doctest: +SKIP
+    """
+    there = [output / name for name in (*_MODELS, *_RECORDS) if os.path.lexists(output / name)]
+    for number in itertools.count(1):
+        others = [file.with_name(f"{file.stem}.{number}{file.suffix}") for file in there]
+        if not any(map(os.path.lexists, others)):
+            break
+    for file, other in zip(there, others, strict=True):
+        file.rename(other)
+    if there:
+        names = ", ".join(other.name for other in others)
+        warnings.warn(f"{output}: the files of a run that left no checkpoint are now {names}", stacklevel=2)
+
+
+def _was_begun(output: Path) -> bool:
+    """Whether the folder's log.csv is of a run."""
+    log = output / "log.csv"
+    return log.is_file() and log.read_bytes().startswith(b"step,")
 
 
 def fingerprint(data: CocoDataset) -> str:

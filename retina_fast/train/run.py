@@ -40,7 +40,7 @@ from retina_fast.train.detector import Detector
 from retina_fast.train.loaders import training_loader, validation_loader
 from retina_fast.train.log import TrainLog
 from retina_fast.train.recipes import recipe_named
-from retina_fast.train.resume import check_new_run, check_resume
+from retina_fast.train.resume import check_new_run, check_resume, set_aside
 from retina_fast.train.run_files import RunFiles, WholeFiles
 from retina_fast.train.settings import TrainSettings
 from retina_fast.train.start import starting_network
@@ -115,6 +115,8 @@ def train(
     network, about = starting_network(settings, data, start_from, resumed)
     module = Detector(network, about, settings, processes)
     loader = training_loader(module, data, workers)
+    if not resume and processes.first:
+        set_aside(output)
     with _progress_bar(console) as progress, StopRequest(progress.console.print) as stop, _quiet_lightning():
         trainer = L.Trainer(
             max_epochs=settings.total_steps // settings.interval,

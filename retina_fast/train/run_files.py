@@ -68,10 +68,18 @@ class RunFiles(L.Callback):
         self.stop.listen()
         self.data = fingerprint(trainer.train_dataloader.dataset.dataset)  # type: ignore[union-attr]
         if module.processes.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_unfinished()
             self.record.resume(trainer.global_step)
         total = module.settings.total_steps
         self.task = self.progress.add_task("Training", total=total, completed=trainer.global_step, pace="")
         self.pace = Pace(module.settings.batch_size)
+
+    def _remove_unfinished(self) -> None:
+        """Removes what a process that was killed had begun to write, see `retina_fast.data.files`."""
+        for name in ("last.ckpt", "step-*.ckpt", "model.pt", "best.pt", "log.csv"):
+            for unfinished in self.folder.glob(f"{name}.[0-9]*.partial"):
+                unfinished.unlink()
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.pace.begin()

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from retina_fast import cli
 from retina_fast.checkpoint import Checkpoint
 from retina_fast.commands.detect import print_found
+from retina_fast.data.errors import UserError, one_line
+from retina_fast.data.faults import Fault, Kind
 from retina_fast.deploy.bench import Speed, plot, report
 from retina_fast.predict import lettering as module
 from retina_fast.predict.detect import Found, detect
@@ -51,6 +53,53 @@ def test_bench_prints_and_draws_every_title(name, tmp_path):
     assert name in printed(lambda console: report(speeds, name, console))
     plot(speeds, name, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
+STEERING = ["a\nerror: b", "\x1b[31ma", "a\u202eb", "\ufeffa", "a\u2028b", "a\rb", "a\0b", "a\udcffb", "a\x9b2Jb"]
+
+
+@pytest.mark.parametrize("name", STEERING)
+def test_what_steers_a_terminal_is_printed_as_an_escape(name, tmp_path):
+    shown = one_line(name)
+    assert shown.isprintable()
+    assert shown != name
+    assert str(UserError(name)) == shown
+    assert str(Fault(Kind.FILE, "a.json:", name)) == f"a.json: {shown}"
+    found = Found(51, [name], [name], Counter({name: 2}), {Path(name): Counter({name: 1})})
+    text = printed(lambda console: print_found(found, console))
+    assert text.count(shown) == 5
+    assert name not in text
+
+
+@pytest.mark.parametrize(
+    "name", ["B\xe4ume", "\u6811\u3000\u6728", "a\xa0b", "\u0928\u094d\u200d\u0930", "\U0001f468\u200d\U0001f33e"]
+)
+def test_other_names_beyond_ascii_are_not(name):
+    assert one_line(name) == name
+
+
+def test_the_middle_of_what_is_too_long_to_read_is_left_out():
+    error = str(UserError(f"begin.json: {'x' * 5000}, which is wrong"))
+    assert len(error) < 1600
+    assert error.startswith("begin.json: xxx")
+    assert error.endswith("xxx, which is wrong")
+
+
+def test_a_class_of_a_file_adds_no_line_to_what_check_says(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": "x\ny", "file_name": "a.png"}],
+        "annotations": [{"id": "1\n2", "image_id": "x\ny", "category_id": "c\nd", "bbox": [4, 4, 0, 30]}],
+        "categories": [{"id": "c\nd", "name": "Tree\n0 faults"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    line = ["check", f"{tmp_path}/a.json", "--images", str(tmp_path), "--workers", "0"]
+    printed_lines = CliRunner().invoke(cli.app, line).output.splitlines()
+    assert not any(line.startswith("0 faults") for line in printed_lines)
+    assert any(r"annotation 1\n2 (a.png) has bbox" in line for line in printed_lines)
+    content["annotations"] = [{"image_id": "gone\nerror: x", "category_id": "c\nd", "bbox": [4, 4, 9, 30]}]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert r"belongs to image gone\nerror: x, which" in CliRunner().invoke(cli.app, line).output
 
 
 def test_long_names_are_folded_not_cut():

@@ -1,7 +1,8 @@
-"""Random damage to COCO and Pascal VOC data: python -m tests.data.fuzz SEED COUNT.
+"""Random damage to COCO and Pascal VOC data and to pictures: python -m tests.data.fuzz SEED COUNT.
 
 Each case is a small sound data set with a few random changes, as tools, editors and archives make them and as no tool
-would. check, the loader of train and evaluate must end with one answer, and none of them with a traceback.
+would: of six cases, three are COCO files, two Pascal VOC files and one pictures. check, the loader of train and
+evaluate must end with one answer in one sentence, and none of them with a traceback.
 """
 
 import copy
@@ -10,6 +11,7 @@ import random
 import re
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -18,18 +20,14 @@ from typing import Any
 
 from PIL import Image
 
+from tests.data.damage import DEEP, ENCODINGS, SIZE, VALUES, change_bytes, change_picture, change_text, picture
 from tests.data.three import agreed
 
-VALUES: list[Any] = [
-    None, 0, -1, 1, 2, 7, 1.0, 1.5, -0.5, True, False, "", "0", "1", "01", " 1 ", "x", "Tree", "tree ", "Ba\u0308ume",
-    "\u6811", "nan", "inf", "1e3", "1_0", "12,5", "true", "\ud800", "a" * 5000, "a\0b", "../p0.png", "[b]", "[/b]",
-    float("nan"), float("inf"), float("-inf"), 10**20, 10**400, -(10**400), 1e308, 1e-30, 2**31, [], {}, [1], {"a": 1},
-    [1, 2, 3, 4], ["1", "2", "30", "40"], [0, 0, 0, 0], [5, 5, 1e308, 1e308], [-9, -9, 500, 500], [900, 900, 5, 5],
+TURNED: list[Callable[[Any], Any]] = [
+    str, "n_{}".format, float, lambda x: [x], lambda x: None, lambda x: -1, lambda x: x - 1, lambda x: x * 10**30,
+    "{:03}".format, lambda x: {"$oid": str(x)}, bool, lambda x: f" {x} ", lambda x: 0, lambda x: -x,
 ]  # fmt: skip
-TURNED: list[Callable[[Any], Any]] = [str, "n_{}".format, float, lambda x: [x], lambda x: None, lambda x: -1]
-ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "gb18030", "cp1252"]
 DECLARED = [*ENCODINGS, "gb2312", "GBK", "us-ascii", "x-own", "rot13", "hex", "undefined", "big5", "shift_jis", "utf-7"]
-SIZE = (64, 48)
 
 
 def write_pictures(folder: Path, count: int) -> None:
@@ -56,8 +54,10 @@ def change_entries(content: dict[str, Any], r: random.Random) -> None:
     """One random change of a COCO file's content."""
     key = r.choice(["images", "annotations", "annotations", "categories"])
     entries = content.get(key)
-    if not isinstance(entries, list) or not entries or r.random() < 0.02:
-        content[key] = copy.deepcopy(r.choice(VALUES))
+    if not isinstance(entries, list) or not entries or r.random() < 0.03:
+        content[key] = r.choice([copy.deepcopy(r.choice(VALUES)), entries, {"0": entries}])
+        if r.random() < 0.3:
+            del content[key]
         return
     entry = r.choice(entries)
     kind = r.random()
@@ -76,65 +76,57 @@ def change_entries(content: dict[str, Any], r: random.Random) -> None:
         turned = r.choice(TURNED)
         for other in entries:
             if isinstance(other, dict) and field in other:
-                try:
-                    other[field] = turned(other[field])
-                except (TypeError, ValueError, OverflowError):
-                    other[field] = None
-    elif kind < 0.4 and isinstance(entry.get("bbox"), list) and entry["bbox"]:
+                other[field] = _turned(other[field], turned)
+    elif kind < 0.36:  # every id of a kind, wherever it stands
+        turned = r.choice(TURNED)
+        for where, field in r.choice(REFERENCES):
+            for other in content[where] if isinstance(content.get(where), list) else []:
+                if isinstance(other, dict) and field in other:
+                    other[field] = _turned(other[field], turned)
+    elif kind < 0.46 and isinstance(entry.get("bbox"), list) and entry["bbox"]:
         entry["bbox"][r.randrange(len(entry["bbox"]))] = copy.deepcopy(r.choice(VALUES))
+    elif kind < 0.5:  # a value from another place
+        other = r.choice(content["images"]) if isinstance(content.get("images"), list) and content["images"] else entry
+        if isinstance(other, dict) and other:
+            entry[r.choice(list(entry))] = copy.deepcopy(other[r.choice(list(other))])
+    elif kind < 0.53:
+        entry[r.choice(list(entry))] = DEEP
     else:
-        entry[r.choice([*entry, "source", "ignore"])] = copy.deepcopy(r.choice(VALUES))
+        extra = ["source", "ignore", "segmentation", "supercategory", "", "ID", "keypoints", "license"]
+        entry[r.choice([*entry, *entry, *extra])] = copy.deepcopy(r.choice(VALUES))
 
 
-def change_bytes(file: Path, r: random.Random) -> None:
-    """Cuts a file, changes a byte of it, or empties it."""
-    content = bytearray(file.read_bytes())
-    kind = r.random()
-    if kind < 0.4:
-        content = content[: r.randrange(len(content) + 1)]
-    elif kind < 0.9 and content:
-        content[r.randrange(len(content))] = r.randrange(256)
-    else:
-        content = bytearray(r.choice([b"", b"no image", b"[" * 100_000, b"\xff\xfe", b"\xef\xbb\xbf", b"{}", b"null"]))
-    file.write_bytes(content)
+REFERENCES = [
+    [("images", "id"), ("annotations", "image_id")],
+    [("categories", "id"), ("annotations", "category_id")],
+    [("images", "id"), ("annotations", "image_id"), ("categories", "id"), ("annotations", "category_id")],
+    [("annotations", "id")],
+]
 
 
-def change_picture(folder: Path, r: random.Random) -> None:
-    """One random change of a picture, or of its name."""
-    pictures = sorted(path for path in folder.glob("*.png") if path.is_file())
-    if not pictures:
-        return
-    file = r.choice(pictures)
-    kind = r.randrange(6)
-    if kind == 0:
-        change_bytes(file, r)
-    elif kind == 1:
-        file.unlink()
-    elif kind == 2:
-        exif = Image.Exif()
-        exif[0x0112] = r.choice([0, 1, 3, 5, 6, 8, 9, 300])
-        Image.new("RGB", SIZE, (9, 9, r.randrange(256))).save(file, exif=exif)
-    elif kind == 3:
-        Image.new(r.choice(["L", "P", "1", "RGBA"]), r.choice([SIZE, (1, 1), (48, 64), (1, 300)])).save(file)
-    elif kind == 4:
-        file.rename(file.with_suffix(r.choice([".PNG", ".jpg", ".Jpeg", ".bmp"])))
-    else:
-        (folder / f"._{file.name}").write_bytes(b"\0\5\x16\7")
-        (folder / "Thumbs.db").write_bytes(b"\xd0\xcf")
+def _turned(value: Any, turned: Callable[[Any], Any]) -> Any:
+    try:
+        return turned(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def coco_case(folder: Path, r: random.Random) -> tuple[Path, Path]:
     """A damaged COCO file, and the folder of its pictures."""
     write_pictures(folder / "img", 3)
     content = sound_coco()
-    for _ in range(r.choice([1, 1, 2, 4])):
+    for _ in range(r.choice([1, 1, 2, 4, 9])):
         change_entries(content, r)
+    text = json.dumps(content, ensure_ascii=r.random() < 0.5, indent=r.choice([None, None, 1, "\t"]))
+    depth = r.choice([3, 500, 900, 100_000])
+    text = text.replace(f'"{DEEP}"', r.choice(["[" * depth + "]" * depth, '{"id": ' * depth + "1" + "}" * depth]))
+    if r.random() < 0.15:
+        text = change_text(text, r)
     file = folder / "data.json"
-    text = json.dumps(content, ensure_ascii=r.random() < 0.5)
     encoding = r.choice(ENCODINGS) if r.random() < 0.3 else "utf-8"
     file.write_bytes(text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace"))
     if r.random() < 0.1:
-        change_bytes(file, r)
+        file.write_bytes(change_bytes(file.read_bytes(), r))
     if r.random() < 0.3:
         change_picture(folder / "img", r)
     return file, folder / "img"
@@ -149,20 +141,51 @@ XML = (
 )
 
 
+STRANGE = [
+    "C:\\x\\p1.png", "/home/x/p2.png", "p1", "", "&amp;", "&x;", "&lol;", "12.7", "1e400", "-3", "Unspecified", "nan",
+    "-inf", "5.0", " 5\n", "<![CDATA[Tree]]>", "<![CDATA[7]]>", "<b>7</b>", "Tree<!-- x -->s", "&#0;", "&#x1F333;",
+    "&#55296;", "<?x?>7", "7<x/>", "]]>", "&lt;b&gt;", *(str(x)[:99] for x in VALUES if isinstance(x, str | float)),
+]  # fmt: skip
+BOX = "<bndbox><xmin>3</xmin><ymin>4</ymin><xmax>20</xmax><ymax>20</ymax></bndbox>"
+PARTS = [
+    "", "<object/>", "<x>", "<object><name>Tree</name></object>", "<object><object><name>Bush</name></object></object>",
+    BOX, "<size/>", "<name>Car</name>", "<!-- x -->", "<annotation/>", "<polygon><x1>1</x1></polygon>",
+    "<part><name>x</name></part>", "<filename>p2.png</filename>", f"<object><name>Tree</name>{BOX}</object>",
+]  # fmt: skip
+HEADS = [
+    '<!DOCTYPE annotation [<!ENTITY x "7"><!ENTITY lol "Tree">]>', '<!DOCTYPE annotation SYSTEM "voc.dtd">', "<!-- -->",
+    '<!DOCTYPE annotation [<!ENTITY x SYSTEM "file:///etc/hostname">]>', "<?xml-stylesheet?>", "\n", "\ufeff", "x",
+    f'<!DOCTYPE annotation [<!ENTITY a "{"9" * 99}">'  # a text of 10 ** 9 letters
+    + "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip("abcdefg", "bcdefgx", strict=True)) + "]>",
+]  # fmt: skip
+TAGS = ["xmin", "xmax", "ymin", "ymax", "object", "bndbox", "name", "difficult", "width", "size"]
+
+
 def change_xml(text: str, r: random.Random) -> str:
     """One random change of the text of an annotation file."""
     spans = [match.span(1) for match in re.finditer(r">([^<>]+)<", text)]
     kind = r.random()
-    if kind < 0.7 and spans:
+    if kind < 0.55 and spans:
         start, end = r.choice(spans)
-        strange = ["C:\\x\\p1.png", "/home/x/p2.png", "p1", "", "&amp;", "&x;", "12.7", "1e400", "-3", "Unspecified"]
-        value = r.choice([*strange, *(str(x)[:99] for x in VALUES if isinstance(x, str | float))])
-        return text[:start] + value + text[end:]
+        return text[:start] + r.choice(STRANGE) + text[end:]
+    if kind < 0.6:
+        return r.choice(HEADS) + text
+    if kind < 0.65:
+        begin = r.choice(['<annotation xmlns="http://x"', '<annotation id="1"', "<v:annotation"])
+        return text.replace("<annotation", begin, 1)
+    if kind < 0.7:
+        one, other = r.sample(TAGS, 2)
+        text = text.replace(one, "\0" if r.random() < 0.5 else other)
+        return text.replace(other, one).replace("\0", other) if "\0" in text else text
+    if kind < 0.75:
+        return text.replace("><", r.choice([">\n  <", ">\r\n\t<", "> \u00a0<"]))
+    if kind < 0.8:
+        return change_text(text, r)
     tags = [match.span() for match in re.finditer(r"</?\w+/?>", text)]
     if not tags:
         return text
     start, end = r.choice(tags)
-    return text[:start] + r.choice(["", text[start:end] * 2, "<object/>", "<x>"]) + text[end:]
+    return text[:start] + r.choice([text[start:end] * 2, text[start:end].upper(), *PARTS]) + text[end:]
 
 
 def voc_case(folder: Path, r: random.Random) -> tuple[Path, None]:
@@ -175,7 +198,7 @@ def voc_case(folder: Path, r: random.Random) -> tuple[Path, None]:
     for number in range(3):
         text = XML.format(file=f"p{number}.png")
         if number == damaged:
-            for _ in range(r.choice([0, 1, 1, 2])):
+            for _ in range(r.choice([0, 1, 1, 2, 5])):
                 text = change_xml(text, r)
             encoding = r.choice(ENCODINGS) if r.random() < 0.5 else "utf-8"
             if r.random() < 0.5:
@@ -188,30 +211,61 @@ def voc_case(folder: Path, r: random.Random) -> tuple[Path, None]:
         (annotations / "desktop.ini").write_bytes(b"[x]")
         (annotations / "p0.xml").rename(annotations / r.choice(["p0.XML", "p9.xml"]))
     if r.random() < 0.1:
-        change_bytes(annotations / f"p{damaged}.xml" if damaged else annotations / "p1.xml", r)
+        file = annotations / f"p{damaged or 1}.xml"
+        file.write_bytes(change_bytes(file.read_bytes(), r))
     if r.random() < 0.3:
         change_picture(images, r)
     if r.random() < 0.4:
         lines = r.choice(
-            ["p0\np1\n", "p0  1\r\np1 -1\r\n", "p1.png\n", "JPEGImages/p2.png\n\n", "._p0\np1\n", "", "\0"]
-        )
+            ["p0\np1\n", "p0  1\r\np1 -1\r\n", "p1.png\n", "JPEGImages/p2.png\n\n", "._p0\np1\n", "", "\0",
+             "p0 p1 p2", "# p0\np1", "p0\np0\n", "../p0\n", "p9\n", "/\n", "p0," * 3000, "p\u2028p1\n"]
+        )  # fmt: skip
         encoding = r.choice(ENCODINGS)
-        (folder / "list.txt").write_bytes(lines.encode(encoding))
+        (folder / "list.txt").write_bytes(lines.encode(encoding, "replace"))
         return folder / "list.txt", None
     return folder, None
 
 
-def run(seed: int) -> str:
-    """The answer of all three to the case of a seed: why the data is refused, or that it is taken.
+def picture_case(folder: Path, r: random.Random) -> tuple[Path, Path]:
+    """A sound COCO file whose pictures are of many kinds and damaged, with their sizes in the file or without."""
+    (folder / "img").mkdir(parents=True)
+    content, sized = sound_coco(), r.random() < 0.5
+    for number, image in enumerate(content["images"]):
+        found, suffix = picture(r, (60 * number + 20, 90, 30))
+        if number == 0 or r.random() < 0.7:
+            found = change_bytes(found, r)
+        image["file_name"] = f"p{number}{suffix if r.random() < 0.9 else '.jpg'}"
+        (folder / "img" / image["file_name"]).write_bytes(found)
+        if not sized:
+            del image["width"], image["height"]
+    file = folder / "data.json"
+    file.write_text(json.dumps(content))
+    return file, folder / "img"
+
+
+CASES: list[Callable[[Path, random.Random], tuple[Path, Path | None]]] = [
+    *[coco_case] * 3,
+    *[voc_case] * 2,
+    picture_case,
+]
+
+
+def run(seed: int) -> tuple[str, str]:
+    """The kind of the case of a seed, and the answer of all three: why the data is refused, or that it is taken.
 
     Raises:
-        AssertionError: if they differ.
+        AssertionError: if they differ, or refuse the data in other than one sentence that names a file.
     """
     r = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
-        case = coco_case if r.random() < 0.6 else voc_case
+        case = r.choice(CASES)
         answer, _ = agreed(*case(Path(folder) / "case", r))
-        return answer.refused.replace(folder, "") or "taken"
+        refused = answer.refused
+        if refused:
+            assert len(refused.splitlines()) == 1, refused
+            assert len(refused) < 2000, refused
+            assert folder in refused or "not one image" in refused, refused
+        return case.__name__.removesuffix("_case"), refused.replace(folder, "") or "taken"
 
 
 def main() -> None:
@@ -219,11 +273,15 @@ def main() -> None:
     first, count = map(int, sys.argv[1:])
     answers: Counter[str] = Counter()
     for seed in range(first, first + count):
+        begin = time.monotonic()
         try:
-            answers["taken" if run(seed) == "taken" else "refused"] += 1
+            kind, answer = run(seed)
+            answers[f"{kind} {'taken' if answer == 'taken' else 'refused'}"] += 1
+            if time.monotonic() - begin > 30:
+                raise TimeoutError("took longer than 30 seconds")
         except Exception:
             answers["failed"] += 1
-            print(f"seed {seed}:", traceback.format_exc(limit=-3))
+            print(f"seed {seed}:", traceback.format_exc(limit=-4), flush=True)
     print(dict(answers))
     sys.exit(1 if answers["failed"] else 0)
 

@@ -229,6 +229,10 @@ COCO: dict[str, list[Change]] = {
         picture(lambda path: path.write_text("no image")),
         several(picture(lambda path: path.write_bytes(b"x")), without("images", "width", "height")),
     ],
+    "an image so thin that the model would resize it to nothing": [
+        several(picture(Image.new("RGB", size, (9, 9, 200)).save), without("images", "width", "height"))
+        for size in ((10_000, 1), (1, 3000))
+    ],
     "no image that can be read": [without_pictures],
     "a null file name": [
         *of_first("images", "file_name", None, "", " ", 7, ["p0.png"], "\ud800", "a\0b")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.data.faults_page import outcome, rows
-from tests.data.fuzz import SIZE, XML, write_pictures
+from tests.data.fuzz import BOX, HEADS, SIZE, XML, write_pictures
 
 ROWS = rows("Pascal VOC and lists of images")
 
@@ -30,6 +30,14 @@ def edited(old: str, new: str) -> Callable[[Path], None]:
         file = root / "Annotations" / "p0.xml"
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new, 1))
+
+    return change
+
+
+def several(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        for one in changes:
+            one(root)
 
     return change
 
@@ -143,6 +151,21 @@ VOC: dict[str, list[Callable[[Path], Any]]] = {
         lambda root: (root / "Annotations" / "x.xml").write_text(""),
         lambda root: (root / "Annotations" / "x.xml").mkdir(),
     ],
+    "a DOCTYPE, entities of its own, CDATA, comments": [
+        edited("<annotation>", '<!DOCTYPE annotation SYSTEM "voc.dtd"><annotation>'),
+        several(edited("<annotation>", f"{HEADS[0]}<annotation>"), edited("Tree", "&lol;"), edited(">5<", ">&x;<")),
+        several(edited("<name>Tree<", "<name><![CDATA[Tree]]><"), edited(">5<", "><![CDATA[5]]><")),
+        several(edited("Tree", "Tr<!-- a -->ee"), edited(">5<", "><!-- b -->5<")),
+        edited("<annotation>", "<!-- c --><annotation>"),
+    ],
+    "an entity that is not known, or that grows without end": [
+        edited("Tree", "&unknown;"),
+        edited("Tree", "Tree & Co"),
+        several(edited("<annotation>", f"{HEADS[3]}<annotation>"), edited("Tree", "&x;")),
+        several(edited("<annotation>", f"{HEADS[-1]}<annotation>"), edited("Tree", "&x;")),
+    ],
+    "a namespace": [edited("<annotation>", '<annotation xmlns="http://x">'), edited("<annotation>", "<v:annotation>")],
+    "objects within objects": [edited("</object>", f"<object><name>Bush</name>{BOX}</object></object>")],
     "a list in UTF-16 or with a byte order mark": [
         listed("p0\r\np1\r\np2\r\n", encoding)
         for encoding in ("utf-16", "utf-8-sig", "utf-16-le", "utf-16-be", "utf-32")

@@ -1,4 +1,5 @@
 import contextlib
+import os
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def test_a_file_is_replaced_whole(tmp_path):
 def test_a_full_disk_leaves_the_old_file(tmp_path, content):
     file = tmp_path / "model.pt"
     torch.save("old", file)
-    (tmp_path / "model.pt.partial").symlink_to("/dev/full")  # each write into it fails as on a full disk
+    (tmp_path / f"model.pt.{os.getpid()}.partial").symlink_to("/dev/full")  # each write into it fails as on a full disk
     message = r"model\.pt: cannot be written .*what it held before is unharmed"
     with pytest.raises(UserError, match=message), replacing(file) as partial:
         torch.save(content, partial)

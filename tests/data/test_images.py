@@ -132,6 +132,31 @@ def test_an_animated_gif_gives_its_first_picture(tmp_path):
     assert torch.equal(read_image(tmp_path / "two.gif"), as_pillow_reads(tmp_path / "two.gif"))
 
 
+def test_a_gif_that_says_it_is_huge_takes_no_memory(tmp_path):
+    PICTURE.quantize(16).save(tmp_path / "huge.gif")
+    content = bytearray((tmp_path / "huge.gif").read_bytes())
+    content[6:10] = struct.pack("<HH", 60_000, 60_000)
+    (tmp_path / "huge.gif").write_bytes(content)
+    with pytest.raises(ImageError, match=r"huge\.gif: not a readable image \(Image size .* exceeds limit"):
+        read_image(tmp_path / "huge.gif")
+
+
+def test_pixels_that_a_gif_does_not_give_are_not_what_was_in_memory(tmp_path):
+    frame = PICTURE.quantize(16)
+    frame.save(tmp_path / "small.gif")
+    content = bytearray((tmp_path / "small.gif").read_bytes())
+    content[6:10] = struct.pack("<HH", 5 * WIDTH, 5 * HEIGHT)  # the picture is a corner of it
+    (tmp_path / "small.gif").write_bytes(content)
+    images = []
+    for value in (7, 201):
+        poison = [torch.full((3 * 25 * HEIGHT * WIDTH,), value, dtype=torch.uint8) for _ in range(20)]
+        del poison
+        images.append(read_image(tmp_path / "small.gif"))
+    assert images[0].shape == (3, 5 * HEIGHT, 5 * WIDTH)
+    assert torch.equal(*images)
+    assert torch.equal(images[0][:, :HEIGHT, :WIDTH], as_pillow_reads(tmp_path / "small.gif")[:, :HEIGHT, :WIDTH])
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

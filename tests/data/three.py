@@ -18,6 +18,7 @@ from retina_fast.data.check import check, warn_of_faults, warn_of_other_classes
 from retina_fast.data.coco import CocoDataset, Tried
 from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.faults import REFUSED, Fault, Kind
+from retina_fast.data.fitting import FittingImages
 from retina_fast.data.voc import open_data
 from retina_fast.predict.evaluate import evaluate
 
@@ -40,8 +41,8 @@ class Truth(nn.Module):
     def __init__(self, data: CocoDataset) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.detections_per_img = 1000
-        tried = Tried(data)
+        self.detections_per_img, self.transform = 1000, _MODEL.transform
+        tried = Tried(FittingImages(data, _MODEL.transform))
         samples = [sample for sample in map(tried.__getitem__, range(len(data))) if not isinstance(sample, ImageError)]
         self.targets = {self.key(image.as_subclass(Tensor).float() / 255): target for image, target in samples}
         self.distinct = len(self.targets) == len(samples)
@@ -62,7 +63,7 @@ class Truth(nn.Module):
         ]
 
 
-_MODEL = build("retinanet_resnet18_fpn_lite", 1)
+_MODEL = build("retinanet_resnet18_fpn_lite", 1, min_size=800, max_size=1333)  # would resize some to nothing
 
 
 def by_check(annotations: Path, images: Path | None) -> tuple[Answer, list[Fault]]:
@@ -89,14 +90,15 @@ def by_train(annotations: Path, images: Path | None) -> Answer:
     try:
         data = open_data(annotations, images)
         warn_of_faults(data)
-        training_set = TrainingSet(data, augmentation(0, Flips.NONE), seed=0)
+        fitting: Any = FittingImages(data, _MODEL.transform)
+        training_set = TrainingSet(fitting, augmentation(0, Flips.NONE), seed=0)
         for index in range(len(data)):
             boxes = training_set[0, index][1]["boxes"]
             assert torch.isfinite(boxes).all()
             assert (boxes[:, 2:] > boxes[:, :2]).all()
     except UserError as error:
         return Answer(str(error))
-    unreadable = sum(isinstance(sample, ImageError) for sample in map(Tried(data).__getitem__, range(len(data))))
+    unreadable = sum(isinstance(sample, ImageError) for sample in map(Tried(fitting).__getitem__, range(len(data))))
     return Answer("", unreadable, sum(not box["iscrowd"] for box in data.coco["annotations"]))
 
 

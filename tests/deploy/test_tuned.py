@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 from pathlib import Path
 
 import pytest
@@ -175,7 +174,7 @@ def test_a_folder_that_cannot_be_written(path, clock, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("tempfile.mkstemp", refuse)  # root, who may run the tests, can write anywhere
+    monkeypatch.setattr(Path, "write_text", refuse)  # root, who may run the tests, can write anywhere
     assert chosen(path, clock, first=clock.way(X, 2), second=clock.way(X, 1)) == "second"
     assert not path.exists()
 
@@ -183,7 +182,7 @@ def test_a_folder_that_cannot_be_written(path, clock, tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_leaves_the_old_file_whole(path, clock, monkeypatch):
     chosen(path, clock, first=clock.way(X, 2), second=clock.way(X, 1))
     before = path.read_text()
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     chooser = Chooser(path, CPU, clock)
     chooser.choose("other", {"first": clock.way(X, 1)})
     chooser.save()

@@ -15,7 +15,7 @@ from retina_fast.backbones.published import load_published_weights
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
 from retina_fast.data.files import damage, replacing
-from retina_fast.predict.load import load_published
+from retina_fast.predict.load import load_model, load_published
 from retina_fast.train import TrainSettings
 from retina_fast.train.resume import check_resume
 
@@ -226,6 +226,33 @@ def test_model_files_that_hold_something_else(tmp_path):
     saved(tmp_path / "m.pt", whole | {"state_dict": {"a": 1}})
     with pytest.raises(UserError, match="its state_dict holds more than tensors"):
         checkpoint.load(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": []}, "its classes are no list of names"),
+        ({"classes": [None]}, "its classes are no list of names"),
+        ({"classes": [1]}, "its classes are no list of names"),
+        ({"category_ids": []}, "its category_ids are not one number a class"),
+        ({"category_ids": [1, 2]}, "its category_ids are not one number a class"),
+        ({"category_ids": ["1"]}, "its category_ids are not one number a class"),
+        ({"category_ids": [True]}, "its category_ids are not one number a class"),
+        ({"builder": "__init__"}, "there is no model '__init__'"),
+        ({"kwargs": {"num_classes": 3}}, "the arguments {'num_classes': 3} do not fit retinanet_resnet18_fpn_lite"),
+        ({"kwargs": {"weights": "COCO_V1"}}, "the arguments {'weights': 'COCO_V1'} do not fit"),
+        ({"kwargs": {1: 2}}, "the arguments {1: 2} do not fit"),
+        ({"kwargs": {"image_scale": 2.0, "min_size": 9}}, "image_scale needs min_size=None, got min_size=9"),
+        ({"kwargs": {"weights_backbone": "none"}}, "backbone's weights none"),
+    ],
+)
+def test_model_files_whose_parts_do_not_fit(change, message, tmp_path):
+    whole = vars(checkpoint.Checkpoint("retinanet_resnet18_fpn_lite", {}, ["a"], [1], {}))
+    saved(tmp_path / "m.pt", whole | {"version": checkpoint.VERSION} | change)
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path / "m.pt")
+    assert f"{tmp_path}/m.pt: " in str(error.value)
+    assert message in str(error.value)
 
 
 def test_archives_that_python_cannot_open(tmp_path):

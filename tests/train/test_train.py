@@ -235,7 +235,7 @@ def test_the_newest_checkpoints_and_the_best_model_stay(data, tmp_path):
 
 def test_a_disk_that_fills_up_costs_one_interval(data, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        interrupt(patch, 5, lambda: (tmp_path / "last.ckpt.partial").symlink_to("/dev/full"))
+        interrupt(patch, 5, lambda: (tmp_path / f"last.ckpt.{os.getpid()}.partial").symlink_to("/dev/full"))
         with pytest.raises(UserError, match=r"last\.ckpt: cannot be written .*what it held before is unharmed"):
             run(data, tmp_path, validation=data)
     assert state(tmp_path)["global_step"] == 3
