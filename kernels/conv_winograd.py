@@ -250,20 +250,21 @@ def winograd_weight_gradient(x: Tensor, dy: Tensor, scratch: Scratch) -> Tensor:
     """
     channels, out = x.shape[1], dy.shape[1]
     tiling = _Tiling.of(x, max(channels, out))
-    padded, inputs, gradients, tiles, padded_dy, tiles_dy = scratch.take(
+    padded, inputs, gradients, tiles, padded_dy, tiles_dy, total = scratch.take(
         tiling.padded_shape(x, 1),
         tiling.transforms(channels),
         tiling.transforms(out),
         tiling.chunk(_IN, channels),
         tiling.padded_shape(dy, 0),
         tiling.chunk(_OUT, out),
+        (_IN * _IN, channels, out),
     )
     windows, windows_dy = _windows(_pad(x, padded, 1), tiling, _IN), _windows(_pad(dy, padded_dy, 0), tiling, _OUT)
-    total = torch.zeros(_IN * _IN, channels, out)
     for band in tiling.bands:
         rows = _transform(_TO_INPUT, windows, band, tiles, inputs)
         _transform(_FROM_OUTPUT, windows_dy, band, tiles_dy, gradients)
-        total.baddbmm_(_matrices(inputs, rows, channels).transpose(1, 2), _matrices(gradients, rows, out))
+        factors = _matrices(inputs, rows, channels).transpose(1, 2), _matrices(gradients, rows, out)
+        torch.bmm(*factors, out=total) if band is tiling.bands[0] else total.baddbmm_(*factors)
     kernel = _G.T.float() @ total.view(_IN * _IN, -1)
     return kernel.view(3, 3, channels, out).permute(3, 2, 0, 1).contiguous()
 
