@@ -28,10 +28,10 @@ _BAND = 640  # tiles whose transforms are kept for one product: many enough to r
 
 def _toom_cook() -> tuple[Tensor, Tensor, Tensor]:
     """A' (4, 6), G (6, 3) and B' (6, 6) in float64."""
-    points = torch.tensor(_POINTS, dtype=torch.float64)
+    points = torch.tensor(_POINTS, dtype=torch.float64, device="cpu")
     finite = len(points)
-    powers = points[:, None] ** torch.arange(_IN)
-    out, kernel, inputs = (torch.zeros(_IN, side, dtype=torch.float64) for side in (_OUT, 3, _IN))
+    powers = points[:, None] ** torch.arange(_IN, device="cpu")
+    out, kernel, inputs = (points.new_zeros(_IN, side) for side in (_OUT, 3, _IN))
     for i in range(finite):
         others = torch.cat((points[:i], points[i + 1 :]))
         out[i], kernel[i] = powers[i, :_OUT], powers[i, :3] / (points[i] - others).prod()
@@ -55,10 +55,10 @@ _TO_OUTPUT, _FROM_OUTPUT, _TO_INPUT = _A.float(), _A.T.float().contiguous(), _B.
 
 class Scratch:
     """Memory for what convs need while they run, and which one conv after the other takes. New memory in its place
-    would cost as many page faults as a fifth of the conv's time."""
+    would be cleared page by page each time."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """A copy has memory of its own, none at first."""
@@ -72,7 +72,7 @@ class Scratch:
             ends.append(ends[-1] + -(-size // 16) * 16)  # whole cache lines
         if ends[-1] > self._memory.numel():
             with torch.inference_mode(False):
-                self._memory = torch.empty(ends[-1])
+                self._memory = torch.empty(ends[-1], dtype=torch.float32, device="cpu")
         starts = zip(ends, sizes, shapes, strict=False)
         return [self._memory[start : start + size].view(shape) for start, size, shape in starts]
 
@@ -205,7 +205,8 @@ def winograd_conv(
     if overwrite_z and z is not None and z.is_contiguous(memory_format=torch.channels_last):
         y = z
     else:
-        y = torch.empty((x.shape[0], out, *x.shape[2:]), memory_format=torch.channels_last)
+        shape = x.shape[0], out, *x.shape[2:]
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     padded, inputs, products, tiles, results, pixels = scratch.take(
         tiling.padded_shape(x, 1),
         tiling.transforms(channels),

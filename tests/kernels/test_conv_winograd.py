@@ -86,6 +86,18 @@ def test_nchw_no_bias_and_memory_that_held_nan():
     assert winograd_weight_gradient(x, dy, scratch).isfinite().all()
 
 
+def test_under_another_default_dtype():
+    x, weight, bias, _, dy = case("part of a tile")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        ours = winograd_conv(x, transform_weight(weight), bias, None, "none", Scratch())
+        gradient = winograd_weight_gradient(x, dy, Scratch())
+    finally:
+        torch.set_default_dtype(before)
+    assert ours.dtype == gradient.dtype == torch.float32
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_the_memory_of_z_is_taken_where_it_is_laid_out_as_the_output(last):
     x, weight, bias, z, _ = case("several bands", last)
