@@ -30,12 +30,15 @@ PTX = HAS_TRITON and not INTERPRETED and torch.version.hip is None  # inline PTX
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func or forward-mode AD traces one of the tensors. They need plain PyTorch operations: through a
-    kernel they would get a derivative of zero, or none."""
+    """Whether torch.func, forward-mode AD or ``is_grads_batched`` traces one of the tensors. They need plain PyTorch
+    operations: through a kernel they would get a derivative of zero, or none."""
     if torch.compiler.is_compiling():
         return False
     given = [x for x in tensors if x is not None]
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None for x in given)
+    functorch = torch._C._functorch
+    if any(functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x) for x in given):
+        return True
+    return any(unpack_dual(x).tangent is not None for x in given)
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:

@@ -61,7 +61,7 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, *ge
     return conv_add_relu_reference(x, weight, bias, z, *geometry)
 
 
-def _memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+def output_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """The format of a conv's output: channels_last if that of its input or of its weight is."""
     last = torch.channels_last
     is_last = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight))
@@ -79,8 +79,8 @@ def _op(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """y in the memory format of :func:`_memory_format`."""
-    layout, geometry = _memory_format(x, weight), (stride, padding, dilation, groups)
+    """y in the memory format of :func:`output_format`."""
+    layout, geometry = output_format(x, weight), (stride, padding, dilation, groups)
     if not _runs_cudnn(x):
         return _eager(x, weight, bias, z, *geometry).contiguous(memory_format=layout)
     x, weight = (tensor.contiguous(memory_format=layout) for tensor in (x, weight))
@@ -95,7 +95,7 @@ def _op(
 @_op.register_fake
 def _(x, weight, bias, z, stride, padding, dilation, groups):
     shape = output_shape(x, weight, stride, padding, dilation)
-    return x.new_empty(shape).contiguous(memory_format=_memory_format(x, weight))
+    return x.new_empty(shape).contiguous(memory_format=output_format(x, weight))
 
 
 def _setup_context(ctx, inputs, output):

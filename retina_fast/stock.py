@@ -15,6 +15,8 @@ from torchvision.models.detection._utils import BoxCoder
 from retina_fast import ops
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE
 
+_LIBRARIES = ("torch.", "torchvision.", "timm.", "retina_fast.")
+
 
 def is_stock(part: object, cls: type, *methods: str) -> bool:
     """Whether ``part`` is exactly a ``cls``, with none of ``methods`` replaced on the object, and without hooks.
@@ -34,6 +36,19 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def has_own_code(model: nn.Module) -> bool:
+    """Whether a part of the model is of a class of the user's own, or has hooks.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+        >>> before, _ = has_own_code(model), model[0].register_forward_hook(print)
+        >>> before, has_own_code(model)
+        (False, True)
+    """
+    return any(not type(part).__module__.startswith(_LIBRARIES) or has_hooks(part) for part in model.modules())
 
 
 def overrides(model: nn.Module, base: type, method: str) -> bool:

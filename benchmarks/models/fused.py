@@ -1,7 +1,8 @@
-"""What fusing the convs of a model gains on a CPU: the engine with and without it, in turns on one image.
+"""What the engine's convs gain on a CPU: unfused, fused, and with Winograd's algorithm, too, in turns on one image.
 
-`python -m benchmarks.models.fused [--threads 2] [--rounds 9]` prints a row a model: medians, and the median of the
-ratios of each turn. With one thread, the time is what the processor spent on it, which other processes disturb less.
+`python -m benchmarks.models.fused [--threads 2] [--rounds 9]` prints a row a model: medians, and the medians of each
+turn's ratios to the unfused engine. With one thread, the time is what the processor spent on it, which other processes
+disturb less.
 """
 
 import argparse
@@ -16,7 +17,9 @@ from torch import Tensor
 from retina_fast import compile_inference
 from retina_fast.builders import MODELS
 from retina_fast.deploy import engine as engine_module
-from retina_fast.deploy.engine import Engine
+from retina_fast.deploy import fused as fused_module
+
+Run = Callable[[list[Tensor]], object]
 
 CASES = [
     ("retinanet_resnet50_fpn", 800, torch.float32),
@@ -29,25 +32,31 @@ CASES = [
 ]
 
 
-def engines(name: str, size: int, dtype: torch.dtype) -> dict[str, Engine]:
-    """Engines of one model of 91 classes, without fused convs and with them."""
+def engines(name: str, size: int, dtype: torch.dtype) -> dict[str, Run]:
+    """Engines of one model of 91 classes: without fused convs, with them, and as users have it."""
     torch.manual_seed(0)
     options = {"num_classes": 91, "weights": None, "weights_backbone": None, "min_size": size, "max_size": 1333}
     model = MODELS[name](**options).eval()
     with mock.patch.object(engine_module, "fuse_convs", return_value=0):
         plain = compile_inference(model, dtype=dtype)
-    return {"plain": plain, "fused": compile_inference(model, dtype=dtype)}
+    engine = compile_inference(model, dtype=dtype)
+
+    def fused(images: list[Tensor]) -> object:
+        with mock.patch.object(fused_module, "gains_from_winograd", return_value=False):
+            return engine.detect(images)
+
+    return {"unfused": plain.detect, "fused": fused, "engine": engine.detect}
 
 
 def turns(
-    runs: dict[str, Engine], images: list[Tensor], rounds: int, clock: Callable[[], float]
+    runs: dict[str, Run], images: list[Tensor], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
     """Seconds of each engine in every round but the first; they swap places from round to round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name in sorted(runs, reverse=turn % 2 == 1):
             start = clock()
-            runs[name].detect(images)
+            runs[name](images)
             seconds[name].append(clock() - start)
     return {name: times[1:] for name, times in seconds.items()}
 
@@ -63,13 +72,14 @@ def main() -> None:
         images = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8)]
         clock = time.thread_time if arguments.threads == 1 else time.perf_counter
         seconds = turns(engines(name, size, dtype), images, arguments.rounds, clock)
-        plain, fused = (1000 * statistics.median(seconds[which]) for which in ("plain", "fused"))
-        ratios = sorted(a / b for a, b in zip(seconds["plain"], seconds["fused"], strict=True))
-        print(
-            f"{name}, {size}x{size}, {dtype}: {plain:.0f} ms, fused {fused:.0f} ms, "
-            f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
-            flush=True,
-        )
+        row = [f"{name}, {size}x{size}, {dtype}: unfused {1000 * statistics.median(seconds['unfused']):.0f} ms"]
+        for which in ("fused", "engine"):
+            ratios = sorted(a / b for a, b in zip(seconds["unfused"], seconds[which], strict=True))
+            row.append(
+                f"{which} {1000 * statistics.median(seconds[which]):.0f} ms, "
+                f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            )
+        print("; ".join(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ own training, three stages of the trunk are trained, and v1 has FrozenBatchNorm.
 heads and losses, in channels_last and with a fused optimizer; what in its losses depends on the number of foreground
 anchors breaks its graph. Images a second are the batch over the time. Peak memory is that of an uncaptured step, and a
 graph holds as much for good.
+
+`python -m benchmarks.models.training_step` times it on a CPU, in float32 and bfloat16, beside torchvision in float32.
 """
 
 import copy
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import retinanet as tv
 
 import retina_fast
-from benchmarks.case import COMPILED_SECONDS, SECONDS, Built, Case, run_benchmark
+from benchmarks.case import COMPILED_SECONDS, SECONDS, Built, Case, print_in_turns, run_benchmark
 from retina_fast import RetinaNet, TrainingStep
 from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d, as_torchvision
 from retina_fast.backbones.resnet_fpn import resnet_fpn
@@ -116,13 +118,16 @@ def _compiled(model: tv.RetinaNet) -> tv.RetinaNet:
     return model
 
 
-def build(setting: Setting, device: torch.device, baselines: tuple[str, ...]) -> Built:
-    """Makes a case with baselines among "torchvision eager", the same with "AMP" or "compiled", and "uncaptured"."""
+def build(
+    setting: Setting, device: torch.device, baselines: tuple[str, ...], dtype: torch.dtype | None = torch.bfloat16
+) -> Built:
+    """Makes a case with baselines among "torchvision eager", the same with "AMP" or "compiled", and "uncaptured"; ours
+    in mixed precision, or with dtype None in float32."""
     model = network(setting).to(device)
     batch = inputs(setting, device)
 
     def step_of(model: RetinaNet, max_boxes: int) -> Callable[[], dict[str, Tensor]]:
-        step = TrainingStep(model, _sgd(model, fused=True), max_boxes, dtype=torch.bfloat16)
+        step = TrainingStep(model, _sgd(model, fused=True), max_boxes, dtype=dtype)
         steps.append(step)
         return functools.partial(step, *batch)
 
@@ -197,3 +202,10 @@ def test_training_step(implementation: str, version: int, benchmark: Any) -> Non
     setting = dataclasses.replace(BASE if torch.cuda.is_available() else CPU_SETTING, version=version)
     baselines = (_AMP,) if implementation == "ours" else (implementation,)
     run_benchmark(functools.partial(build, baselines=baselines), setting, "bfloat16", implementation, benchmark)
+
+
+if __name__ == "__main__":
+    on_cpu = dataclasses.replace(BASE, batch=2, size=512)
+    for dtype in (None, torch.bfloat16):
+        print(f"{on_cpu.name}, {'float32' if dtype is None else 'bfloat16'}")
+        print_in_turns(build(on_cpu, torch.device("cpu"), (_EAGER,), dtype), 5)

@@ -27,6 +27,9 @@ def bench(
         str | None, typer.Option(help="A network with random weights and 91 classes, in place of a checkpoint.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
+    others: Annotated[
+        bool, typer.Option("--others", help="Also ONNX Runtime, OpenVINO and torch.compile, where they are installed.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="The folder for bench.png and bench.json.")] = Path("out/bench"),
 ) -> None:
     """Measure images a second: torchvision, this package's model, and its engine, with the same weights."""
@@ -56,5 +59,5 @@ def bench(
         images = [read_image(path) for path in files] if inputs else noise
         images = [image.as_subclass(torch.Tensor).to(place) for image in images]
         name = model or str(checkpoint or "the embedded tree detector")
-        run(network, images, batch_sizes or [1, 2, 4], rounds, output, name, console)
+        run(network, images, batch_sizes or [1, 2, 4], rounds, output, name, console, others)
         console.print(f"Wrote bench.png and bench.json in {output}", soft_wrap=True)

@@ -1,7 +1,7 @@
 """How fast a model is on this machine: `retina-fast bench`.
 
-torchvision, the drop-in model and the engine take turns on the same images with the same weights, from uint8 images on
-the device to detections.
+torchvision, the drop-in model and the engine, and if asked for other runtimes, take turns on the same images with the
+same weights, from uint8 images on the device to detections.
 """
 
 import json
@@ -24,6 +24,7 @@ from retina_fast.data.errors import UserError
 from retina_fast.data.files import replacing
 from retina_fast.data.outputs import check_folder, save_plot
 from retina_fast.deploy.engine import Engine, compile_inference
+from retina_fast.deploy.runtimes import other_runtimes
 
 TORCHVISION = "torchvision"
 
@@ -70,6 +71,8 @@ def contestants(model: Any, images: Sequence[Tensor]) -> tuple[dict[str, Callabl
     if dtype != torch.float32:
         runs[f"{TORCHVISION}, {name}"] = autocast
     runs["model"] = lambda images: model(floats(images))
+    if dtype != torch.float32:
+        runs["engine, float32"] = compile_inference(model, dtype=torch.float32)
     runs[f"engine, {name}"] = engine
     return runs, engine
 
@@ -178,8 +181,9 @@ def plot(speeds: Sequence[Speed], title: str, path: Path) -> None:
 
 
 def bench(
-    model: Any, images: Sequence[Tensor], batches: Sequence[int], rounds: int, output: Path, name: str, console: Console
-) -> list[Speed]:
+    model: Any, images: Sequence[Tensor], batches: Sequence[int], rounds: int, output: Path, name: str,
+    console: Console, others: bool = False,
+) -> list[Speed]:  # fmt: skip
     """Measure, print the table and the engine's own report, and write bench.png and bench.json into `output`.
 
     Args:
@@ -190,6 +194,7 @@ def bench(
         output: a folder, made if need be.
         name: of the model, for the title.
         console: where the table is printed.
+        others: whether to measure the runtimes of :mod:`retina_fast.deploy.runtimes`, too.
 
     Raises:
         UserError: if the output cannot be written.
@@ -201,6 +206,8 @@ def bench(
     """
     _check_output(output)
     runs, engine = contestants(model, images)
+    if others:
+        runs |= other_runtimes(model, images, lambda text: console.print(text, highlight=False, markup=False))
     speeds = measure(runs, images, batches, rounds, console)
     sizes = ", ".join(sorted({f"{image.shape[1]}x{image.shape[2]}" for image in images}))
     title = f"{name}, images of {sizes}; {machine(images[0].device)}"

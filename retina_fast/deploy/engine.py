@@ -284,8 +284,8 @@ def compile_inference(
     Args:
         model: a RetinaNet of this package or of torchvision. Backbone and head may be anything.
         images: sample images, ``(C, H, W)`` each, on which the engine's difference from the model is measured.
-        dtype: to compute in; by default bfloat16 where the device has it natively, else float16 on a GPU and float32
-            on a CPU. Anchors, boxes and scores are float32 always.
+        dtype: to compute in; by default bfloat16 on a GPU that has it and on a CPU with AMX, else float16 on a GPU and
+            float32 on a CPU. Anchors, boxes and scores are float32 always.
         max_shapes: how many batch shapes are kept ready; 0 keeps none, and captures no graph.
         try_compile: whether to time torch.compile's trunk against the eager one at each new shape, and keep the faster.
             That takes a minute a shape.

@@ -25,6 +25,7 @@ from retina_fast.deploy.fused import (
     FusedSpineNet,
     convs_of,
 )
+from retina_fast.kernels.conv_winograd import Scratch
 from retina_fast.stock import has_hooks, is_stock
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "swish"}
@@ -62,7 +63,11 @@ def fuse_convs(model: nn.Module, run: Callable[[], object]) -> int:
     for module in model.modules():
         if is_stock(module, nn.Sequential, "forward"):
             _allow_overwriting(module, calls)
-    return sum(isinstance(module, FusedConv) for module in model.modules())
+    fused = [module for module in model.modules() if isinstance(module, FusedConv)]
+    scratch = Scratch()
+    for conv in fused:
+        conv.scratch = scratch
+    return len(fused)
 
 
 class _Calls:

@@ -1,7 +1,7 @@
 """Modules that run a conv together with what follows it; ``fuse.py`` puts them into a model."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +14,13 @@ from torchvision.ops import FeaturePyramidNetwork
 from retina_fast.backbones.spinenet import Residual, SpineNet
 from retina_fast.kernels.conv_onednn import onednn_conv, pack_weight, runs_onednn
 from retina_fast.kernels.conv_relu import conv_add_relu, conv_relu, output_shape
+from retina_fast.kernels.conv_winograd import (
+    Scratch,
+    gains_from_winograd,
+    suits_winograd,
+    transform_weight,
+    winograd_conv,
+)
 
 
 def _activated(x: Tensor, activation: str) -> Tensor:
@@ -26,28 +33,54 @@ def _activated(x: Tensor, activation: str) -> Tensor:
 class FusedConv(nn.Conv2d):
     """A conv followed by an activation: ``activation(conv(x) + z)``, where z may be left out.
 
-    On a CPU its weights are packed into oneDNN's own memory format at the first call, and again after they change.
+    On a CPU its weights are packed into oneDNN's own memory format, or transformed for Winograd's algorithm, at the
+    first call that reads them so, and again after they change.
     """
 
     activation = "none"
     """``none``, ``relu`` or ``swish``."""
     ways: Mapping[tuple[int, ...], str] = MappingProxyType({})
-    """Of input shapes whose fastest way was chosen by timing: ``fused`` or ``eager``. Others run fused."""
-    _packed: tuple[object, Tensor] | None = None  # what the weights were when they were packed, and the result
+    """Of input shapes whose fastest way was chosen by timing: ``fused``, ``winograd`` or ``eager``."""
+    scratch: Scratch
+    """What the convs of a model share for Winograd's algorithm; ``fuse_convs`` gives it."""
+    _prepared: tuple[object, dict[str, Tensor]] | None = None  # what the weights were, and what was made of them
 
     def forward(self, x: Tensor, z: Tensor | None = None, overwrite_z: bool = False) -> Tensor:
         """``x`` (B, C_in, H, W); ``z`` of the output's shape (B, C_out, H_out, W_out), whose memory the output may take
         if nobody reads it afterwards."""
-        if torch.compiler.is_compiling() or self.ways.get(x.shape) == "eager":  # the compiler fuses by itself
+        if torch.compiler.is_compiling():  # the compiler fuses by itself
             return self.run_eager(x, z)
-        return self.run_fused(x, z, overwrite_z)
+        way = self.ways.get(x.shape)
+        if way is None and self.takes_winograd(x, z) and gains_from_winograd(x, self.weight):
+            way = "winograd"
+        return self.run(way or "fused", x, z, overwrite_z)
+
+    def run(self, way: str, x: Tensor, z: Tensor | None, overwrite_z: bool = False) -> Tensor:
+        """Run in one of :meth:`possible_ways`."""
+        if way == "winograd":
+            return self.run_winograd(x, z, overwrite_z)
+        return self.run_eager(x, z) if way == "eager" else self.run_fused(x, z, overwrite_z)
+
+    def possible_ways(self, x: Tensor, z: Tensor | None) -> list[str]:
+        """The ways in which an input may run, the one that is right by definition first."""
+        return ["eager", "fused", *(["winograd"] if self.takes_winograd(x, z) else [])]
+
+    def takes_winograd(self, x: Tensor, z: Tensor | None) -> bool:
+        """Whether Winograd's algorithm computes this conv."""
+        return suits_winograd(x, self.weight, *self._geometry()) and runs_onednn(x, self.weight, self.bias, z)
+
+    def run_winograd(self, x: Tensor, z: Tensor | None, overwrite_z: bool = False) -> Tensor:
+        """By Winograd's algorithm."""
+        weight = self._prepared_weight("winograd", lambda: transform_weight(self.weight))
+        return winograd_conv(x, weight, self.bias, z, self.activation, self.scratch, overwrite_z=overwrite_z)
 
     def run_fused(self, x: Tensor, z: Tensor | None, overwrite_z: bool = False) -> Tensor:
         """By oneDNN or cuDNN, where they serve the device and dtype."""
         if runs_onednn(x, self.weight, self.bias, z) and x.dtype == self.weight.dtype:
             fused = self.activation if z is None or self.activation == "relu" else "none"  # a sum takes no swish
             x = x.contiguous(memory_format=torch.channels_last)
-            y = onednn_conv(x, self._packed_weight(x), self.bias, z, fused, *self._geometry(), overwrite_z=overwrite_z)
+            weight = self._prepared_weight("packed", lambda: pack_weight(self.weight, x.shape, *self._geometry()))
+            y = onednn_conv(x, weight, self.bias, z, fused, *self._geometry(), overwrite_z=overwrite_z)
             return y if fused == self.activation else _activated(y, self.activation)
         if self.activation == "relu":
             more = (self.weight, self.bias) if z is None else (self.weight, self.bias, z)
@@ -73,16 +106,19 @@ class FusedConv(nn.Conv2d):
     def _geometry(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups
 
-    def _packed_weight(self, x: Tensor) -> Tensor:
+    def _prepared_weight(self, form: str, prepare: Callable[[], Tensor]) -> Tensor:
         weight = self.weight
         state = weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
-        if self._packed is None or self._packed[0] != state:
-            self._packed = state, pack_weight(weight, x.shape, *self._geometry())
-        return self._packed[1]
+        if self._prepared is None or self._prepared[0] != state:
+            self._prepared = state, {}
+        forms = self._prepared[1]
+        if form not in forms:
+            forms[form] = prepare()
+        return forms[form]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy packs its own: packed weights can be neither copied nor pickled."""
-        return {name: value for name, value in vars(self).items() if name != "_packed"}
+        """A copy prepares its own: packed weights can be neither copied nor pickled."""
+        return {name: value for name, value in vars(self).items() if name != "_prepared"}
 
 
 def convs_of(block: BasicBlock | Bottleneck) -> list[Any]:

@@ -186,7 +186,11 @@ def _choose_way(
     x, z = (*args, None)[:2]
     overwrite = bool(keywords.get("overwrite_z"))
     scratch = z.clone() if overwrite and z is not None else z
-    ways = {"eager": lambda: conv.run_eager(x, z), "fused": lambda: conv.run_fused(x, scratch, overwrite)}
+
+    def way(name: str) -> Way:
+        return lambda: conv.run(name, x, z if name == "eager" else scratch, overwrite)
+
+    ways = {name: way(name) for name in conv.possible_ways(x, z)}
     choice = chooser.choose(conv.describe(x, z is not None), ways)
     conv.ways = {**conv.ways, tuple(x.shape): choice}
     counts[choice] += 1

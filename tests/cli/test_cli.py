@@ -224,11 +224,16 @@ def test_bench_measures_everyone_on_the_same_images(data, tmp_path):
     assert decode_image(str(tmp_path / "bench" / "bench.png")).float().std() > 10
 
 
-def test_bench_on_noise_with_random_weights(tmp_path):
-    options = "--size", 64, "--batch-sizes", 1, "--rounds", 1, "--output", tmp_path, "--device", "cpu"
+def test_bench_on_noise_with_random_weights_beside_others(tmp_path, monkeypatch):
+    found = [{"scores": torch.ones(1)}]
+    monkeypatch.setattr("retina_fast.deploy.bench.other_runtimes", lambda *_: {"another": lambda images: found})
+    options = "--size", 64, "--batch-sizes", 1, "--rounds", 1, "--output", tmp_path, "--device", "cpu", "--others"
     result = invoke("bench", "--model", "retinanet_resnet18_fpn_lite", *options)
     assert result.exit_code == 0, result.output
     assert "retinanet_resnet18_fpn_lite, images of 64x64" in " ".join(result.output.split())
+    names = [speed["name"] for speed in json.loads((tmp_path / "bench.json").read_text())["speeds"]]
+    assert names[-1] == "another"
+    assert "engine, float32" in names
 
 
 def test_bench_says_what_is_wrong(tmp_path, data):

@@ -150,8 +150,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 def test_the_default_dtype(monkeypatch):
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda native=native: native)
         assert best_dtype(torch.device("cpu")) == dtype
     monkeypatch.setattr(torch.version, "hip", None)
     for capability, dtype in (((9, 0), torch.bfloat16), ((7, 5), torch.float16)):

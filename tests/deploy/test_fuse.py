@@ -15,6 +15,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from retina_fast import builders, compile_inference, retinanet_resnet18_fpn
 from retina_fast.backbones.spinenet import Residual, SpineNet
+from retina_fast.deploy import fused
 from retina_fast.deploy.fold import fold_batch_norm
 from retina_fast.deploy.fuse import count_convs, fuse_convs
 from retina_fast.deploy.fused import FusedConv, FusedSpineNet
@@ -65,6 +66,48 @@ def test_every_builder_in_float32(name):
     assert fuse_convs(model, lambda: outputs(model, x)) == count_convs(model)
     for ours, theirs in zip(outputs(model, x), before, strict=True):
         assert error(ours, theirs) < 1e-5
+
+
+WINOGRAD_BUILDERS = ["retinanet_resnet18_fpn", "retinanet_resnet50_fpn_v2", "retinanet_spinenet49s"]
+
+
+@pytest.mark.skipif(not serves_dtype(torch.float32), reason="this build has no fused oneDNN convs")
+@pytest.mark.parametrize("name", WINOGRAD_BUILDERS)
+@torch.no_grad()
+def test_winograds_algorithm_wherever_it_can_be(name, monkeypatch):
+    model, x = folded(name, 128)
+    before = outputs(model, x)
+    calls: list[int] = []
+    fuse_convs(model, lambda: outputs(model, x))
+    monkeypatch.setattr(fused, "gains_from_winograd", lambda *_: not calls.append(1))  # type: ignore[func-returns-value]
+    for ours, theirs in zip(outputs(model, x), before, strict=True):
+        assert error(ours, theirs) < 1e-5
+    assert len(calls) > 30
+
+
+def test_large_convs_of_an_engine_run_by_winograds_algorithm(monkeypatch):
+    """Those of the towers at the level of 52x52, and whatever the weights are changed to."""
+    model: Any = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU())
+    calls, run_winograd = [], FusedConv.run_winograd
+
+    def recorded(*args):
+        calls.append(1)
+        return run_winograd(*args)
+
+    monkeypatch.setattr(FusedConv, "run_winograd", recorded)
+    x = torch.randn(1, 128, 52, 52)
+    with torch.no_grad():
+        fuse_convs(model, lambda: model(x))
+        for _ in range(2):
+            exact = nn.functional.conv2d(x.double(), model[0].weight.double(), model[0].bias.double(), padding=1).relu()
+            assert error(model(x), exact) < 2e-6
+            model[0].weight.mul_(3)
+        assert len(calls) == 2
+        model(x[:, :, :16, :16])
+    assert model(x).requires_grad
+    assert len(calls) == 2
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(x), model(x))
 
 
 @pytest.mark.skipif(not serves_dtype(torch.bfloat16), reason="this processor has no bfloat16")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from retina_fast import compile_inference
-from retina_fast.deploy.fuse import count_convs
+from retina_fast.deploy.fuse import count_convs, fuse_convs
 from retina_fast.deploy.fused import FusedConv
-from retina_fast.deploy.tuned import Chooser, machine, user_cache_file
+from retina_fast.deploy.tuned import Chooser, choose_ways, machine, user_cache_file
 from tests.deploy.engine_soak import small_model
 from tests.deploy.pictures import images
 
@@ -238,6 +238,28 @@ def test_the_engine_chooses_remembers_and_says(path, monkeypatch):
     again = compile_inference(model, dtype=torch.float32, choices=str(path))
     again(pictures)
     assert again.report.ways == engine.report.ways
+
+
+def test_winograds_algorithm_is_among_the_ways(path, monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 1)).requires_grad_(False)
+    x, offered, calls = torch.randn(1, 8, 9, 9), [], []
+    fuse_convs(model, lambda: model(x))
+
+    def last(_, layer, ways):
+        offered.append([*ways])
+        return offered[-1][-1]
+
+    def recorded(self, x, z, overwrite_z):
+        calls.append(1)
+        return self.run_eager(x, z)
+
+    monkeypatch.setattr(Chooser, "choose", last)
+    counts = choose_ways(model, lambda: model(x), Chooser(path, CPU))
+    assert offered == [["eager", "fused", "winograd"], ["eager", "fused"]]
+    assert counts == {"winograd": 1, "fused": 1}
+    monkeypatch.setattr(FusedConv, "run_winograd", recorded)
+    model(x)
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("way", ["eager", "fused"])

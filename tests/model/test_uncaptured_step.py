@@ -5,9 +5,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.resnet import BasicBlock, resnet18
 
-from retina_fast import TrainingStep
-from tests.model.steps import TOLERANCE, adamw, assert_same_state, batch, fresh_model, plain_step, sgd
+from retina_fast import RetinaNet, TrainingStep
+from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d
+from retina_fast.backbones.resnet_fpn import resnet_fpn
+from retina_fast.kernels import conv_calls
+from tests.model.steps import TOLERANCE, K, adamw, assert_same_state, batch, fresh_model, plain_step, sgd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,3 +115,65 @@ def test_on_a_cpu_it_is_the_plain_step(dtype, clip):
         assert all(torch.equal(losses[name], value) for name, value in expected.items())
     assert_same_state(ours, plain, 0)
     assert isinstance(optimizers[0].param_groups[0]["lr"], float)
+
+
+# Convs of a step on a CPU
+
+
+@pytest.fixture
+def winograd(monkeypatch):
+    """Small convs run by Winograd's algorithm, too; a list of their calls."""
+    calls, run = [], conv_calls.winograd_conv
+
+    def recorded(*args):
+        calls.append(1)
+        return run(*args)
+
+    monkeypatch.setattr(conv_calls, "gains_from_winograd", lambda *_: True)
+    monkeypatch.setattr(conv_calls, "winograd_conv", recorded)
+    return calls
+
+
+def pretrained():
+    """A model with frozen norms, in which nothing amplifies rounding, of which a stage and the stem are frozen."""
+    torch.manual_seed(0)
+    trunk = resnet18(norm_layer=FrozenBatchNorm2d)
+    return RetinaNet(resnet_fpn(trunk, 3, p6_from_c5=False), K, 64, 96).train()
+
+
+def viewing(model):
+    """A part of the user's own that needs contiguous maps."""
+
+    class Viewing(nn.ReLU):
+        def forward(self, x):
+            return super().forward(x.view(-1)).view(x.shape)
+
+    for block in model.modules():
+        if isinstance(block, BasicBlock):
+            block.relu = Viewing()
+    return model
+
+
+def recorded_sgd(model, gradients):
+    """An optimizer that keeps the gradients of its steps."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.clone() for p in trained))
+    return optimizer
+
+
+@pytest.mark.parametrize("change", [lambda model: model, viewing], ids=["stock", "own part"])
+def test_gradients_by_winograds_algorithm(change, winograd):
+    """On a batch without a value so near to 0 that rounding decides whether ReLU keeps it, as it does now and then."""
+    ours, plain = change(pretrained()), change(pretrained())
+    gradients: list[list[torch.Tensor]] = [[], []]
+    optimizers = [recorded_sgd(model, kept) for model, kept in zip((ours, plain), gradients, strict=True)]
+    losses = TrainingStep(ours, optimizers[0])(*batch(2))
+    expected = plain_step(plain, optimizers[1], batch(2))
+    assert len(winograd) > 60
+    for name, value in expected.items():
+        assert abs(losses[name] - value) <= 1e-5 * value
+    assert len(gradients[0]) > 40
+    for mine, other in zip(*gradients, strict=True):
+        assert (mine - other).norm() <= 1e-4 * other.norm()
+        assert mine.is_contiguous()
