@@ -123,8 +123,8 @@ def _group_norm_relu_backward(dtype: torch.dtype, num_groups: int = 32) -> None:
     )
 
 
-def _candidate_selection(dtype: torch.dtype, topk: int = 1000) -> None:
-    levels = [level.detach() for level in levels_of(dtype, 91)]
+def _candidate_selection(dtype: torch.dtype, topk: int = 1000, batch: int = 8) -> None:
+    levels = [level.detach() for level in levels_of(dtype, 91, batch)]
     candidate_selection.candidate_selection(levels, 91, 0.05, topk)
 
 
@@ -209,6 +209,10 @@ KERNEL_CALLS = {
     ),
     "candidate_selection fp32": KernelCall(lambda: _candidate_selection(torch.float32), _TILE, 4, 6, 0, "_list_kernel"),
     "candidate_selection bf16 topk=5000": KernelCall(lambda: _candidate_selection(torch.bfloat16, 5000)),
+    "candidate_selection bf16 one image": KernelCall(lambda: _candidate_selection(torch.bfloat16, batch=1)),
+    "postprocess bf16": KernelCall(lambda: detect(torch.bfloat16)),
+    "postprocess bf16 one image": KernelCall(lambda: detect(torch.bfloat16, 1)),
+    "postprocess bf16 32 images": KernelCall(lambda: detect(torch.bfloat16, 32)),
     "box_decode bf16": KernelCall(lambda: _box_decode(torch.bfloat16)),
     "batched_nms": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False)),
     "batched_nms best first": KernelCall(lambda: call_batched_nms(by_class=True, best_first=True)),

@@ -63,6 +63,10 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
     },
     detection.box_decode: lambda r: {"dtype": r.choice([BF16, F32]), "shift": r.choice([0, 1])},
     detection.take_kept: lambda r: {"shift": r.choice([0, 1])},
+    detection.key_sort: lambda r: {"width": r.choice([1, 31, 300, 1100]), "counted": r.random() < 0.5},
+    detection.postprocess: lambda r: {
+        "dtype": r.choice([BF16, F32, F16]), "limit": r.choice([1, 9, 70]), "images": r.choice([1, 2]),
+    },
 }  # fmt: skip
 
 
