@@ -20,7 +20,7 @@ from retina_fast.kernels.levels import encode_sizes, level_of, pick, pick_size
 
 _TILE_BYTES = 32768  # by instruction counts: at half of that a tile's set-up costs 1 more an element
 _LISTED = 32  # the list of a segment has room for one in 32 of its logits
-_RUNS = 512  # with a survivor, up to which those of a tile are listed by as many lanes
+_RUNS = 256  # with a survivor, up to which those of a tile are listed by as many lanes
 _ONE_RUN = tl.constexpr(1 << 17)  # more than a tile has logits
 BINS = tl.constexpr(512)
 

@@ -22,9 +22,11 @@ from retina_fast.kernels import (
     batched_nms,
     box_decode,
     box_loss,
+    box_voting,
     candidate_selection,
     focal_loss,
     image_batch,
+    soft_nms,
     take_kept,
 )
 from retina_fast.kernels.group_norm_relu import group_norm_relu
@@ -142,6 +144,18 @@ def _box_decode(dtype: torch.dtype) -> None:
     box_decode.box_decode(levels, torch.empty(120087, 4, device="cuda"), index, sizes)
 
 
+def _soft_nms() -> None:
+    boxes, counts = torch.empty(8, 5000, 4, device="cuda"), torch.empty(8, dtype=torch.int64, device="cuda")
+    labels = torch.empty(8, 5000, dtype=torch.int64, device="cuda")
+    soft_nms.soft_nms(boxes, boxes[..., 0], labels, counts)
+
+
+def _box_voting() -> None:
+    boxes, counts = torch.empty(8, 5000, 4, device="cuda"), torch.empty(8, dtype=torch.int64, device="cuda")
+    labels, positions = (torch.empty(8, n, dtype=torch.int64, device="cuda") for n in (5000, 300))
+    box_voting.box_voting(boxes, boxes[..., 0], labels, counts, positions, counts)
+
+
 def _take_kept() -> None:
     boxes, scores = torch.empty(8, 5000, 4, device="cuda"), torch.empty(8, 5000, device="cuda")
     labels, positions, counts, sizes = (
@@ -226,5 +240,7 @@ KERNEL_CALLS = {
     "batched_nms class-agnostic, all kept": KernelCall(
         lambda: call_batched_nms(by_class=False, best_first=False, batch=1, count=7000, most=7000)
     ),
+    "soft_nms": KernelCall(_soft_nms),
+    "box_voting": KernelCall(_box_voting),
     "take_kept": KernelCall(_take_kept),
 }

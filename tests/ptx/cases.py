@@ -85,6 +85,10 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "box_decode bf16": partial(detection.box_decode, dtype=BF16),
     "box_decode fp32": partial(detection.box_decode, dtype=F32),
     "take_kept": detection.take_kept,
+    "soft_nms gaussian": partial(detection.soft_nms, method="gaussian", by_class=True),
+    "soft_nms linear class-agnostic": partial(detection.soft_nms, method="linear", by_class=False, count=600, limit=6),
+    "box_voting": partial(detection.box_voting, by_class=True),
+    "box_voting class-agnostic unaligned": partial(detection.box_voting, by_class=False, shift=1),
     "postprocess bf16": partial(detection.postprocess, dtype=BF16),
     "postprocess fp32 one image": partial(detection.postprocess, dtype=F32, images=1),
 }

@@ -10,9 +10,11 @@ from retina_fast.kernels import key_sort as key_sort_module
 from retina_fast.kernels.anchor_matching import _anchor_matching_triton, anchor_matching_reference
 from retina_fast.kernels.batched_nms import _batched_nms_triton, batched_nms_reference
 from retina_fast.kernels.box_decode import box_decode_reference
+from retina_fast.kernels.box_voting import box_voting_reference
 from retina_fast.kernels.candidate_selection import _candidate_selection_triton, candidate_selection_reference
 from retina_fast.kernels.key_sort import sort_keys
 from retina_fast.kernels.postprocess import postprocess_by_steps
+from retina_fast.kernels.soft_nms import soft_nms_reference
 from retina_fast.kernels.take_kept import take_kept_reference
 from tests.ptx.inputs import SHAPES, Comparison, Run, Shapes, close, equal, head_outputs, random_boxes, shifted
 
@@ -139,5 +141,39 @@ def postprocess(generator: Generator, dtype: torch.dtype, limit: int = 40, image
         yield equal("labels and counts", ours[2:], (labels, counts))
         yield close("boxes", ours[:1], [boxes], 1e-6)
         yield close("scores", ours[1:2], [scores], 2e-6)
+
+    return run
+
+
+def _clusters(generator: Generator, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes, scores, classes and counts of two images."""
+    corner = torch.rand(2, count, 2, generator=generator) * 60
+    boxes = torch.cat((corner, corner + 8 + torch.rand(2, count, 2, generator=generator) * 8), dim=2)
+    labels = torch.randint(0, 91, (2, count), generator=generator)
+    return boxes, torch.rand(2, count, generator=generator), labels, torch.tensor([count, count // 3])
+
+
+def soft_nms(generator: Generator, method: str, by_class: bool, count: int = 150, limit: int = 20) -> Run:
+    boxes, scores, labels, counts = _clusters(generator, count)
+    arguments = boxes, scores, labels if by_class else None, counts, method, 0.3, 0.5, 0.05, limit
+    positions, taken, lengths = soft_nms_reference(*arguments)
+
+    def run() -> Iterator[Comparison]:
+        ours = ops.soft_nms(*arguments)
+        yield equal("boxes taken", ours[::2], (positions, lengths))
+        yield close("scores", ours[1:2], [taken], 2e-6)
+
+    return run
+
+
+def box_voting(generator: Generator, by_class: bool, count: int = 300, shift: int = 0) -> Run:
+    boxes, scores, labels, counts = _clusters(generator, count)
+    positions = torch.randint(0, count // 3, (2, 37), generator=generator)
+    rest = labels if by_class else None, counts, positions, torch.tensor([37, 5])
+    given = shifted(boxes, shift), shifted(scores, shift)
+    expected = box_voting_reference(given[0].double(), given[1].double(), *rest)
+
+    def run() -> Iterator[Comparison]:
+        yield close("boxes", [ops.box_voting(*given, *rest, 0.5)], [expected.float()], 2e-6)
 
     return run
