@@ -46,12 +46,16 @@ def nms_image(boxes: Tensor, scores: Tensor | None, labels: Tensor | None, iou_t
         kept = torchvision_nms(boxes, falling, iou_thresh)
     else:
         by_class = (labels if order is None else labels[order]).sort(stable=True)
-        is_kept = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-        for members in by_class.indices.split(by_class.values.unique_consecutive(return_counts=True)[1].tolist()):
-            if len(members) > 1:
-                members = members[torchvision_nms(boxes[members], falling[members], iou_thresh)]
-            is_kept[members] = True
-        kept = is_kept.nonzero().squeeze(1)
+        lengths = by_class.values.unique_consecutive(return_counts=True)[1].tolist()
+        members = by_class.indices.split(lengths)
+        classes = zip(
+            members, boxes[by_class.indices].split(lengths), falling[: len(boxes)].split(lengths), strict=True
+        )
+        found = [
+            own[torchvision_nms(own_boxes, own_falling, iou_thresh)] if len(own) > 1 else own
+            for own, own_boxes, own_falling in classes
+        ]
+        kept = torch.cat(found).sort().values
     return kept if order is None else order[kept]
 
 

@@ -151,17 +151,19 @@ def _fullest(runs: int, length: int, share: float) -> float:
 
 
 def _search(launch: Launch, row: Row, scene: Scene) -> Work:
-    """The first launch reads the lists and appends what stays; the others find nothing left to do."""
+    """The first launch reads the lists and appends what stays; the others find nothing left to do. Where the lists are
+    too short, the launches read the logits, and two are taken to be needed: higher logits are coarser."""
     levels, digit, (shares, batch), tile = launch.args[0], launch.args[17], launch.grid, launch.kwargs["TILE"]
-    programs = math.prod(launch.grid)
-    if digit > 0:
+    programs, listed = math.prod(launch.grid), scene.survivors <= 1 / 32
+    if digit > (0 if listed else 1) or not scene.survivors:
         return Work(0, programs * row.path, 0, ALONE * row.path + 2 * L2)
-    turns = [math.ceil(scene.survivors * level[0].numel() / tile) for level in levels]  # an image
-    listed = 8 * scene.survivors * sum(level.numel() for level in levels)
+    read = [scene.survivors * level[0].numel() if listed else level[0].numel() for level in levels]  # of an image
+    turns = [math.ceil(each / tile) for each in read]
+    size = batch * sum(read) * (8 if listed else levels[0].element_size())
     instructions = programs * row.through[0] + batch * sum(turns) * row.loops[0]
-    most = max(math.ceil(each / max(1, shares * each // sum(turns))) for each in turns) if sum(turns) else 1
+    most = max(math.ceil(each / max(1, shares * each // sum(turns))) for each in turns)
     longest = ALONE * (row.through[0] + (most - 1) * row.loops[0])
-    return Work(listed, instructions, 0, longest + 6 * L2 + 4 * REDUCTION)
+    return Work(size, instructions, 0, longest + 6 * L2 + 4 * REDUCTION)
 
 
 def _sort_runs(launch: Launch, row: Row, scene: Scene) -> Work:

@@ -33,9 +33,8 @@ def rows(dtype: torch.dtype, by_class: bool = True, count: int = 40) -> Any:
 @pytest.mark.parametrize("by_class", [True, False])
 @pytest.mark.parametrize("iou_thresh", [0.0, 0.3, 0.9])
 def test_matches_the_definition(by_class, iou_thresh):
-    given = rows(torch.float64, by_class)
-    boxes, scores, labels, counts, positions, kept = given
-    ours = box_voting(*given, iou_thresh=iou_thresh)
+    boxes, scores, labels, counts, positions, kept = rows(torch.float64, by_class)
+    ours = box_voting(boxes, scores, labels, counts, positions, kept, iou_thresh)
     for b, n in enumerate(counts.tolist()):
         for d, i in enumerate(positions[b, : kept[b]].tolist()):
             voters = [
