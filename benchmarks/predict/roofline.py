@@ -174,10 +174,10 @@ def _sort_runs(launch: Launch, row: Row, scene: Scene) -> Work:
     return Work(16 * batch * scene.candidates, programs * path, 0, ALONE * path + 3 * L2)
 
 
-def _places(launch: Launch, row: Row, scene: Scene, parts: int) -> Work:
+def _places(launch: Launch, row: Row, scene: Scene) -> Work:
     """Keys are compared with all keys, or look for their place in each run by binary search, of which each step waits
     for what the step before has read."""
-    (_, batch), keys = launch.grid, launch.kwargs["KEYS"]
+    (_, batch), keys, parts = launch.grid, launch.kwargs["KEYS"], len(launch.args[2]) - 1
     programs = batch * math.ceil(scene.candidates / keys)
     if launch.kwargs["COUNTED"]:
         turns = parts * math.ceil(scene.candidates / parts / launch.kwargs["CHUNK"])
@@ -189,15 +189,10 @@ def _places(launch: Launch, row: Row, scene: Scene, parts: int) -> Work:
     return Work(16 * batch * scene.candidates, programs * path, 0, ALONE * path + waits)
 
 
-def _sort(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Each key is written to its place."""
-    return _places(launch, row, scene, len(launch.args[2]) - 1)
-
-
 def _place(launch: Launch, row: Row, scene: Scene) -> Work:
     """What a key stands for is written: an anchor or a box, a score and a label. A box gathers 32 bytes of deltas and
     32 of anchors."""
-    work = _places(launch, row, scene, len(launch.args[2]) - 1)
+    work = _places(launch, row, scene)
     decoded = launch.args[6] is not None
     work.bytes += (76 if decoded else 12) * launch.grid[1] * scene.candidates
     work.longest += 2 * DRAM if decoded else 0
@@ -282,7 +277,7 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_list_kernel": _list,
     "_search_kernel": _search,
     "_sort_runs_kernel": _sort_runs,
-    "_sort_kernel": _sort,
+    "_sort_kernel": _places,
     "_place_kernel": _place,
     "_box_decode_kernel": _box_decode,
     "_suppress_kernel": _suppress,

@@ -85,10 +85,11 @@ def test_more_work_takes_longer(kernel, scene, more):
         if launch.kernel.__name__ == kernel
     ]
     row = Row(
-        "", kernel, "sm_90", registers=48, warps=4, path=300, code=900, loops=[40, 120, 20], through=[340, 420, 320]
-    )
-    row.loops_mufu = [0, 4, 0]
-    row.loops = row.loops[: {"_anchor_matching_kernel": 2}.get(kernel, 3)]
+        "", kernel, "sm_90", registers=48, warps=4, path=300, code=900, loops=[40, 120, 20, 30],
+        through=[340, 420, 320, 330],
+    )  # fmt: skip
+    row.loops_mufu = [0, 4, 0, 0]
+    row.loops = row.loops[: {"_anchor_matching_kernel": 2, "_list_kernel": 4}.get(kernel, 3)]
     grown = Scene(**(vars(scene) | more))
     before, after = (roofline.WORK[kernel](of_kernel[0], row, each) for each in (scene, grown))
     assert (after.bytes, after.instructions, after.longest) > (before.bytes, before.instructions, before.longest)
