@@ -68,6 +68,9 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "candidate_selection bf16 K=7 all": partial(
         detection.candidate_selection, dtype=BF16, num_classes=7, topk=10**10, shapes=_WIDE
     ),
+    "candidate_selection bf16 K=7 few above": partial(
+        detection.candidate_selection, dtype=BF16, num_classes=7, topk=50, score_thresh=0.7, shapes=_WIDE
+    ),
     "candidate_selection bf16 K=7 equal": partial(
         detection.candidate_selection, dtype=BF16, num_classes=7, topk=100, shapes=_WIDE, scale=0.0
     ),
