@@ -46,12 +46,16 @@ def nms_image(boxes: Tensor, scores: Tensor | None, labels: Tensor | None, iou_t
         kept = torchvision_nms(boxes, falling, iou_thresh)
     else:
         by_class = (labels if order is None else labels[order]).sort(stable=True)
-        is_kept = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-        for members in by_class.indices.split(by_class.values.unique_consecutive(return_counts=True)[1].tolist()):
-            if len(members) > 1:
-                members = members[torchvision_nms(boxes[members], falling[members], iou_thresh)]
-            is_kept[members] = True
-        kept = is_kept.nonzero().squeeze(1)
+        lengths = by_class.values.unique_consecutive(return_counts=True)[1].tolist()
+        members = by_class.indices.split(lengths)
+        classes = zip(
+            members, boxes[by_class.indices].split(lengths), falling[: len(boxes)].split(lengths), strict=True
+        )
+        found = [
+            own[torchvision_nms(own_boxes, own_falling, iou_thresh)] if len(own) > 1 else own
+            for own, own_boxes, own_falling in classes
+        ]
+        kept = torch.cat(found).sort().values
     return kept if order is None else order[kept]
 
 
@@ -96,6 +100,17 @@ def rounded_down(value: float) -> float:
     return float(near if float(near) <= value else np.nextafter(near, np.float32(-np.inf)))
 
 
+def thresholds_of(iou_thresh: float) -> tuple[float, float]:
+    """The threshold as the kernels take it, and a number a little below it."""
+    thresh = rounded_down(iou_thresh)
+    return thresh, thresh * (1 - 2**-20) if thresh > 0 else float("-inf")
+
+
+def is_walked(width: int, max_detections: int, by_class: bool) -> bool:
+    """Whether programs walk down the boxes of their classes; otherwise all of the GPU goes block by block."""
+    return width * min(max_detections, width) <= (_WALKED if by_class else _WALKED_OF_ONE_CLASS)
+
+
 def _batched_nms_triton(
     boxes: Tensor, scores: Tensor | None, labels: Tensor | None, counts: Tensor, iou_thresh: float, max_detections: int
 ) -> tuple[Tensor, Tensor]:
@@ -103,10 +118,6 @@ def _batched_nms_triton(
     batch, width = boxes.shape[:2]
     boxes, counts = boxes.contiguous(), counts.contiguous()
     labels = None if labels is None else labels.contiguous()
-    pairs = width * min(max_detections, width)
-    walks = pairs <= (_WALKED_OF_ONE_CLASS if labels is None else _WALKED)
-    thresh = rounded_down(iou_thresh)
-    thresholds = thresh, thresh * (1 - 2**-20) if thresh > 0 else float("-inf")
     with torch.cuda.device_of(boxes):
         keys = None
         if scores is not None:
@@ -115,8 +126,9 @@ def _batched_nms_triton(
                 scores.contiguous(), keys, counts, width, TILE=_TILE, enable_fp_fusion=False
             )
             keys = sort_keys(keys, counts)
-        suppress = suppress_by_walks if walks else suppress_by_blocks
-        return suppress(boxes, labels, keys, counts, thresholds, max_detections)
+        walked = is_walked(width, max_detections, labels is not None)
+        suppress = suppress_by_walks if walked else suppress_by_blocks
+        return suppress(boxes, labels, keys, counts, thresholds_of(iou_thresh), max_detections)
 
 
 _op = torch.library.custom_op("retina_fast::batched_nms", _batched_nms_triton, mutates_args=())

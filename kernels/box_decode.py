@@ -51,6 +51,39 @@ def _clip(x, limit):
     return tl.where(x > limit, limit, x)
 
 
+@triton.jit
+def decode_boxes(levels, starts, anchors_ptr, sizes_ptr, image, anchor, mask, max_log_scale):
+    """The clipped boxes of chosen anchors [N] of an image, as four vectors; 0 where masked."""
+    dx = tl.zeros(anchor.shape, tl.float32)
+    dy, dw, dh = dx, dx, dx
+    for level in tl.static_range(len(levels)):
+        start, stop = decode_size(starts[level]), decode_size(starts[level + 1])
+        here = mask & (anchor >= start) & (anchor < stop)
+        ptr = levels[level] + (image * (stop - start) + anchor - start) * 4
+        dx += tl.load(ptr, mask=here, other=0.0).to(tl.float32)
+        dy += tl.load(ptr + 1, mask=here, other=0.0).to(tl.float32)
+        dw += tl.load(ptr + 2, mask=here, other=0.0).to(tl.float32)
+        dh += tl.load(ptr + 3, mask=here, other=0.0).to(tl.float32)
+    ptr = anchors_ptr + anchor * 4
+    x1, y1 = tl.load(ptr, mask=mask, other=0.0), tl.load(ptr + 1, mask=mask, other=0.0)
+    w, h = tl.load(ptr + 2, mask=mask, other=0.0) - x1, tl.load(ptr + 3, mask=mask, other=0.0) - y1
+    x, y = dx * w + (x1 + 0.5 * w), dy * h + (y1 + 0.5 * h)
+    half_w = 0.5 * (tl.exp(tl.where(dw > max_log_scale, max_log_scale, dw)) * w)
+    half_h = 0.5 * (tl.exp(tl.where(dh > max_log_scale, max_log_scale, dh)) * h)
+    bottom = tl.load(sizes_ptr + image * 2).to(tl.float32)
+    right = tl.load(sizes_ptr + image * 2 + 1).to(tl.float32)
+    return _clip(x - half_w, right), _clip(y - half_h, bottom), _clip(x + half_w, right), _clip(y + half_h, bottom)
+
+
+@triton.jit
+def store_boxes(boxes_ptr, x1, y1, x2, y2, mask):
+    """Writes boxes, of which boxes_ptr [N] points to the first numbers."""
+    tl.store(boxes_ptr, x1, mask=mask)
+    tl.store(boxes_ptr + 1, y1, mask=mask)
+    tl.store(boxes_ptr + 2, x2, mask=mask)
+    tl.store(boxes_ptr + 3, y2, mask=mask)
+
+
 @triton.jit(do_not_specialize=["width", "anchors_stride"])
 def _box_decode_kernel(
     levels, starts, anchors_ptr, index_ptr, sizes_ptr, boxes_ptr, width, anchors_stride, max_log_scale,
@@ -61,28 +94,10 @@ def _box_decode_kernel(
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = i < width
     anchor = tl.load(index_ptr + image * width + i, mask=mask, other=0)
-    dx, dy, dw, dh = (tl.zeros([TILE], tl.float32),) * 4
-    for level in tl.static_range(len(levels)):
-        start, stop = decode_size(starts[level]), decode_size(starts[level + 1])
-        here = mask & (anchor >= start) & (anchor < stop)
-        ptr = levels[level] + (image * (stop - start) + anchor - start) * 4
-        dx += tl.load(ptr, mask=here, other=0.0).to(tl.float32)
-        dy += tl.load(ptr + 1, mask=here, other=0.0).to(tl.float32)
-        dw += tl.load(ptr + 2, mask=here, other=0.0).to(tl.float32)
-        dh += tl.load(ptr + 3, mask=here, other=0.0).to(tl.float32)
-    ptr = anchors_ptr + image * anchors_stride + anchor * 4
-    x1, y1 = tl.load(ptr, mask=mask), tl.load(ptr + 1, mask=mask)
-    w, h = tl.load(ptr + 2, mask=mask) - x1, tl.load(ptr + 3, mask=mask) - y1
-    x, y = dx * w + (x1 + 0.5 * w), dy * h + (y1 + 0.5 * h)
-    half_w = 0.5 * (tl.exp(tl.where(dw > max_log_scale, max_log_scale, dw)) * w)
-    half_h = 0.5 * (tl.exp(tl.where(dh > max_log_scale, max_log_scale, dh)) * h)
-    bottom = tl.load(sizes_ptr + image * 2).to(tl.float32)
-    right = tl.load(sizes_ptr + image * 2 + 1).to(tl.float32)
-    boxes_ptr += (image * width + i) * 4
-    tl.store(boxes_ptr, _clip(x - half_w, right), mask=mask)
-    tl.store(boxes_ptr + 1, _clip(y - half_h, bottom), mask=mask)
-    tl.store(boxes_ptr + 2, _clip(x + half_w, right), mask=mask)
-    tl.store(boxes_ptr + 3, _clip(y + half_h, bottom), mask=mask)
+    x1, y1, x2, y2 = decode_boxes(
+        levels, starts, anchors_ptr + image * anchors_stride, sizes_ptr, image, anchor, mask, max_log_scale
+    )
+    store_boxes(boxes_ptr + (image * width + i) * 4, x1, y1, x2, y2, mask)
 
 
 @torch.library.custom_op("retina_fast::box_decode", mutates_args=())

@@ -1,202 +1,238 @@
-"""The keys of the candidates: one for every logit above the threshold, and of these the topk of each image and level.
+"""The keys of the candidates: of the survivors of each image and level at least the topk greatest, and a few more, up
+to the room of a level, which the sort drops.
 
-The logits are read once, and the survivors of each image and level are listed, each as one integer key that orders it.
-Where more than topk survive, a radix search over the keys, 8 bits a pass, finds the lowest key that stays. A list has
-room for 3% of the logits; where more survive, the passes read the logits instead.
+Mostly the bin of values (``candidate_list.py``) that holds the topk-th key tells which keys stay, and the first of
+three launches writes them. Where the bin has too many keys, such as many equal scores, the launches count its keys in
+512 finer bins, and those of a finer bin again. What is too many even then lies within a few thousand logits, which one
+program searches to the end; only values of the outermost bins, or so close to 0 that a bin holds them all, may make it
+look through a whole level. The launches read the lists, and the logits where a list is too short.
 """
 
+import math
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from retina_fast.kernels.candidate_list import BINS, list_survivors, lowest_key
 from retina_fast.kernels.compiler import tl, triton
-from retina_fast.kernels.key_sort import PADDING, pack, sorts_by_kernels
+from retina_fast.kernels.key_sort import PADDING, RUN, pack, sorts_by_kernels
 from retina_fast.kernels.levels import encode_sizes, level_of, pick, pick_size
 
-# A segment is one level of one image. A tile is a run of logits of one segment that starts on a 16-byte
-# boundary. A thread looks at 16 bytes of a tile at a time, and notes as bits which of these logits survive.
-
-_TILE_BYTES = 32768  # by instruction counts: at half of that a tile's set-up costs 1 more an element
-_LISTED = 32  # the list of a segment has room for one in 32 of its logits
+_SLACK = 128  # how many keys more than topk have room at least
 _SEARCH_TILE = 2048
-_SEARCH_PROGRAMS = 2048  # over all segments: about what an H200 holds at once
-_BINS = tl.constexpr(256)
+_SEARCH_PROGRAMS = 2048  # of all images together: about what an H200 holds at once
+_ONE_PROGRAM = 15  # bits of a range of keys that one program may search alone
+
+
+class FoundKeys(NamedTuple):
+    """Keys of B images, in any order within each part of a row. A part holds those of one level."""
+
+    keys: Tensor
+    """(B, M) int64; behind the keys of a part lies PADDING where the sort needs it, else anything."""
+    counts: Tensor
+    """(B, levels) int32: how many keys each part has."""
+    part_starts: tuple[int, ...]
+    """Where each part begins, and M."""
+    most: int
+    """How many keys of a part are candidates, the greatest."""
+    index_bits: int
+    """How many bits of a key the index takes."""
+    drop: int
+    """How many low bits of float32 the dtype of the logits lacks."""
 
 
 @triton.jit
-def _survivors(x_ptr, begin, end, threshold, TILE: tl.constexpr, RUN: tl.constexpr, MASKED: tl.constexpr):
-    """For each run of RUN logits, (TILE // RUN,): bits of those that exceed the threshold, plus 2^16 times their
-    number."""
-    place = tl.arange(0, RUN)[None, :]
-    i = tl.arange(0, TILE // RUN)[:, None] * RUN + place
-    if MASKED:
-        x = tl.load(x_ptr + i, mask=(begin + i >= 0) & (begin + i < end), other=float("-inf"))
-    else:
-        x = tl.load(x_ptr + i)
-    return tl.sum(tl.where(x.to(tl.float32) > threshold, (1 << place) + 65536, 0), axis=1)
+def _shift_of(size, BINS: tl.constexpr):
+    """By how many bits keys are shifted so that a range of so many falls into the bins."""
+    bits = ((tl.maximum(size, 2) - 1).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
+    return tl.maximum(bits - 9, 0)  # 2^9 bins
 
 
 @triton.jit
-def _list(x_ptr, begin, first_index, found, list_ptr, found_ptr, capacity, index_bits, DROP: tl.constexpr,
-          TILE: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
-    """Counts a tile's survivors, and appends their keys to the list as far as it has room."""
-    counts = found >> 16
-    total = tl.sum(counts, axis=0)
+def _pick_bin(counts, needed, BINS: tl.constexpr):
+    """The bin that holds the needed-th greatest key, how many keys are above it, and how many it has. Bins are counted
+    from the last, and so are the counts."""
+    falling = tl.arange(0, BINS)
+    bin = tl.sum((tl.cumsum(counts, axis=0) < needed).to(tl.int32), axis=0)
+    above = tl.sum(tl.where(falling < bin, counts, 0), axis=0)
+    return BINS - 1 - bin, above, tl.sum(tl.where(falling == bin, counts, 0), axis=0)
+
+
+@triton.jit
+def _interval(state_ptr, histogram_ptr, found, room, topk, first_bin, index_bits, digit, DROP: tl.constexpr,
+              BINS: tl.constexpr):  # fmt: skip
+    """The range of keys that holds the topk-th greatest, how many are above it and within it, and whether the launch
+    before had to leave the keys to this one."""
+    lowest = tl.full([], 0, tl.int64)
+    end = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    above, within = tl.full([], 0, tl.int32), found
+    if digit > 0:
+        lowest, end = tl.load(state_ptr), tl.load(state_ptr + 1)
+        above, within = tl.load(state_ptr + 2).to(tl.int32), tl.load(state_ptr + 3).to(tl.int32)
+    is_open = (digit == 0) | (above + within > room)
+    if above + within > room:
+        counts = tl.load(histogram_ptr + BINS - 1 - tl.arange(0, BINS))
+        bin, more, within = _pick_bin(counts, tl.maximum(topk - above, 1), BINS)
+        above += more
+        if digit == 0:
+            lowest = lowest_key(bin, first_bin, index_bits, DROP, BINS)
+            end = lowest_key(bin + 1, first_bin, index_bits, DROP, BINS)
+        else:
+            shift = _shift_of(end - lowest, BINS)
+            lowest += bin.to(tl.int64) << shift
+            end = tl.minimum(end, lowest + (tl.full([], 1, tl.int64) << shift))
+    return lowest, end, above, within, is_open
+
+
+@triton.jit
+def _append(keys, chosen, row_ptr, count_ptr):
+    """Appends the chosen keys to a part of a row."""
+    total = tl.sum(chosen.to(tl.int32), axis=0)
     if total > 0:
-        slot = tl.atomic_add(found_ptr, total, sem="relaxed")
-        if slot < capacity:
-            slots = slot + tl.cumsum(counts, axis=0) - counts
-            bits = found & 65535
-            start = tl.arange(0, TILE // RUN) * RUN
-            while tl.max(bits, axis=0) > 0:  # one survivor of each run at a time
-                lowest = (bits & -bits).to(tl.float32).to(tl.int32, bitcast=True)
-                i = start + (lowest >> 23) - 127  # the exponent of a power of two
-                x = tl.load(x_ptr + i, mask=bits > 0, other=0.0).to(tl.float32)
-                key = pack(x, first_index + begin + i, index_bits, DROP)
-                tl.store(list_ptr + slots, key, mask=(bits > 0) & (slots < capacity))
-                slots += 1
-                bits &= bits - 1
-
-
-@triton.jit(do_not_specialize=["list_width", "index_bits"])
-def _list_kernel(
-    levels, starts, first_tiles, list_starts, lists_ptr, found_ptr, list_width, index_bits, threshold,
-    DROP: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    """Program (t, b) lists the survivors of tile t, counted through the levels, of image b."""
-    tile = tl.program_id(0)
-    image = tl.program_id(1).to(tl.int64)
-    level = level_of(first_tiles, tile)
-    start, list_start = pick_size(starts, level), pick_size(list_starts, level)
-    end = pick_size(starts[1:], level) - start  # logits of an image in this level
-    shift = ((image * end) & 15).to(tl.int32)  # the image's first logit may lie off the 16-byte boundaries
-    tile -= pick_size(first_tiles, level)
-    begin = tile * TILE - shift
-    x_ptr = pick(levels, level) + tl.multiple_of(image * end - shift, 16) + tile * TILE
-    if (begin >= 0) & (begin + TILE <= end):
-        found = _survivors(x_ptr, begin, end, threshold, TILE, RUN, False)
-    else:
-        found = _survivors(x_ptr, begin, end, threshold, TILE, RUN, True)
-    capacity = pick_size(list_starts[1:], level) - list_start
-    list_ptr = lists_ptr + image * list_width + list_start
-    _list(x_ptr, begin, start, found, list_ptr, found_ptr + image * len(levels) + level, capacity, index_bits, DROP,
-          TILE, RUN)  # fmt: skip
+        slot = tl.atomic_add(count_ptr, total, sem="relaxed")
+        slots = slot + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+        tl.store(row_ptr + slots, keys, mask=chosen)
 
 
 @triton.jit
-def _lowest_key(states_ptr, histograms_ptr, found, digit, shift, topk, PASSES: tl.constexpr, BINS: tl.constexpr):
-    """What ``digit`` passes tell of the lowest key that stays: the lowest key with the same high digits, and how many
-    of the keys with these digits stay, or 0 where all of them do."""
-    if digit == 0:
-        lowest = tl.full([], 0, tl.int64)
-        staying = tl.where(found > topk, topk, 0)
-        if topk == 0:
-            lowest = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
-    else:
-        lowest = tl.load(states_ptr + 2 * digit - 2)
-        staying = tl.load(states_ptr + 2 * digit - 1).to(tl.int32)
-        if staying > 0:
-            falling = tl.arange(0, BINS)
-            counts = tl.load(histograms_ptr + (digit - 1) * BINS + BINS - 1 - falling)
-            bin = tl.sum((tl.cumsum(counts, axis=0) < staying).to(tl.int32), axis=0)
-            staying -= tl.sum(tl.where(falling < bin, counts, 0), axis=0)
-            if staying == tl.sum(tl.where(falling == bin, counts, 0), axis=0):
-                staying = 0
-            lowest += (BINS - 1 - bin).to(tl.int64) << (shift + 8)
-    return lowest, staying
+def _append_from(x_ptr, in_level, start, threshold, lowest, end, needed, room, index_bits, row_ptr, count_ptr,
+                 DROP: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr):  # fmt: skip
+    """One program appends keys from a range of which all are equal in value, or which is rare: at least the needed
+    greatest ones, and no more than have room."""
+    first, stop = 0, in_level
+    if (lowest >> index_bits) == ((end - 1) >> index_bits):  # equal values: a range of indices
+        last = (tl.full([], 1, tl.int64) << index_bits) - 1
+        first = tl.maximum((last - ((end - 1) & last)).to(tl.int32) - start, 0)
+        stop = tl.minimum((last - (lowest & last)).to(tl.int32) - start + 1, in_level)
+    bottom, top, above, within = lowest, end, 0, room + 1
+    while above + within > room:
+        shift = _shift_of(top - bottom, BINS)
+        histogram = tl.zeros([BINS], tl.int32)
+        for offset in range(first, stop, TILE):
+            i = offset + tl.arange(0, TILE)
+            x = tl.load(x_ptr + i, mask=i < stop, other=float("-inf")).to(tl.float32)
+            keys = pack(x, start + i, index_bits, DROP)
+            matching = (x > threshold) & (keys >= bottom) & (keys < top)
+            bin = tl.where(matching, BINS - 1 - ((keys - bottom) >> shift), 0).to(tl.int32)
+            histogram += tl.histogram(bin, BINS, mask=matching)
+        bin, more, within = _pick_bin(histogram, needed - above, BINS)
+        above += more
+        bottom += bin.to(tl.int64) << shift
+        top = tl.minimum(top, bottom + (tl.full([], 1, tl.int64) << shift))
+    for offset in range(first, stop, TILE):
+        i = offset + tl.arange(0, TILE)
+        x = tl.load(x_ptr + i, mask=i < stop, other=float("-inf")).to(tl.float32)
+        keys = pack(x, start + i, index_bits, DROP)
+        _append(keys, (x > threshold) & (keys >= bottom) & (keys < end), row_ptr, count_ptr)
 
 
-@triton.jit(do_not_specialize=["width", "list_width", "index_bits", "digit", "shift", "topk"])
+@triton.jit(do_not_specialize=["width", "list_width", "first_bin", "index_bits", "topk", "digit"])
 def _search_kernel(
-    levels, starts, list_starts, lists_ptr, found_ptr, states_ptr, histograms_ptr, rows_ptr, counts_ptr, width,
-    list_width, index_bits, threshold, topk, digit, shift, DROP: tl.constexpr, PASSES: tl.constexpr,
+    levels, starts, list_starts, first_shares, part_starts, lists_ptr, found_ptr, states_ptr, histograms_ptr, rows_ptr,
+    counts_ptr, width, list_width, first_bin, index_bits, threshold, topk, digit, DROP: tl.constexpr,
     TILE: tl.constexpr, BINS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Program (p, s) looks at its share of segment s. It counts by their next digit the keys whose higher digits are
-    those of the lowest key that stays. In the LAST pass this key is known, and all keys from it up go to the rows."""
-    segment = tl.program_id(1).to(tl.int64)
-    image = segment // len(levels)
-    level = segment - image * len(levels)
-    start, list_start = pick_size(starts, level), pick_size(list_starts, level)
+    """Program (p, b) looks at its share of a level of image b. If it is known by now which keys stay, they are appended
+    to the row, unless an earlier launch has done so. Otherwise those of the range that holds the lowest of them are
+    counted in finer bins."""
+    image = tl.program_id(1).to(tl.int64)
+    level = level_of(first_shares, tl.program_id(0))
+    share = tl.program_id(0) - pick_size(first_shares, level)
+    shares = pick_size(first_shares[1:], level) - pick_size(first_shares, level)
+    segment = image * len(levels) + level
+    segments = tl.num_programs(1).to(tl.int64) * len(levels)
+    start, list_start, part_start = (
+        pick_size(starts, level),
+        pick_size(list_starts, level),
+        pick_size(part_starts, level),
+    )
+    room = pick_size(part_starts[1:], level) - part_start
     found = tl.load(found_ptr + segment)
-    states_ptr += segment * (2 * PASSES)
-    histograms_ptr += segment * (PASSES * BINS)
-    lowest, staying = _lowest_key(states_ptr, histograms_ptr, found, digit, shift, topk, PASSES, BINS)
-    if not LAST and tl.program_id(0) == 0:
-        tl.store(states_ptr + 2 * digit, lowest)
-        tl.store(states_ptr + 2 * digit + 1, staying.to(tl.int64))
-
-    in_level = pick_size(starts[1:], level) - start
-    listed = found <= pick_size(list_starts[1:], level) - list_start
-    list_ptr = lists_ptr + image * list_width + list_start
-    x_ptr = pick(levels, level) + image * in_level
-    work = tl.where(listed, found, in_level)
-    if not LAST:
-        work = tl.where(staying > 0, work, 0)
-    histogram = tl.zeros([BINS], tl.int32)
-    offset = tl.program_id(0) * TILE
-    while offset < work:
-        i = offset + tl.arange(0, TILE)
-        if listed:
-            keys = tl.load(list_ptr + i, mask=i < work, other=-1)
-        else:
-            x = tl.load(x_ptr + i, mask=i < work, other=float("-inf")).to(tl.float32)
-            keys = tl.where(x > threshold, pack(x, start + i, index_bits, DROP), -1)
+    lowest, end, above, within, is_open = _interval(
+        states_ptr + ((digit - 1) * segments + segment) * 4, histograms_ptr + (digit * segments + segment) * BINS,
+        found, room, topk, first_bin, index_bits, digit, DROP, BINS,
+    )  # fmt: skip
+    if not LAST and share == 0:
+        state_ptr = states_ptr + (digit * segments + segment) * 4
+        tl.store(state_ptr, lowest)
+        tl.store(state_ptr + 1, end)
+        tl.store(state_ptr + 2, above.to(tl.int64))
+        tl.store(state_ptr + 3, within.to(tl.int64))
+    if is_open:
+        known = above + within <= room
+        in_level = pick_size(starts[1:], level) - start
+        listed = found <= pick_size(list_starts[1:], level) - list_start
+        list_ptr = lists_ptr + image * list_width + list_start
+        x_ptr = pick(levels, level) + image * in_level
+        row_ptr, count_ptr = rows_ptr + image * width + part_start, counts_ptr + segment
+        work = tl.where(listed, found, in_level)
+        from_key = tl.where(known, lowest, end)  # those from the end on stay in any case
+        shift = _shift_of(end - lowest, BINS)
+        histogram = tl.zeros([BINS], tl.int32)
+        offset = share * TILE
+        while offset < work:
+            i = offset + tl.arange(0, TILE)
+            if listed:
+                keys = tl.load(list_ptr + i, mask=i < work, other=-1)
+            else:
+                x = tl.load(x_ptr + i, mask=i < work, other=float("-inf")).to(tl.float32)
+                keys = tl.where(x > threshold, pack(x, start + i, index_bits, DROP), -1)
+            if known | LAST:
+                _append(keys, keys >= from_key, row_ptr, count_ptr)
+            elif not LAST:
+                matching = (keys >= lowest) & (keys < end)
+                bin = tl.where(matching, (keys - lowest) >> shift, 0).to(tl.int32)
+                histogram += tl.histogram(bin, BINS, mask=matching)
+            offset += shares * TILE
         if LAST:
-            chosen = keys >= lowest
-            total = tl.sum(chosen.to(tl.int64), axis=0)
-            if total > 0:
-                slot = tl.atomic_add(counts_ptr + image, total, sem="relaxed")
-                slots = slot + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-                tl.store(rows_ptr + image * width + slots, keys, mask=chosen)
-        else:
-            digits = (keys - lowest) >> shift
-            matching = (keys >= lowest) & (digits < BINS)
-            histogram += tl.histogram(tl.where(matching, digits, 0).to(tl.int32), BINS, mask=matching)
-        offset += tl.num_programs(0) * TILE
-    if not LAST and offset > tl.program_id(0) * TILE:
-        bins = histograms_ptr + digit * BINS + tl.arange(0, BINS)
-        tl.atomic_add(bins, histogram, mask=histogram > 0, sem="relaxed")
+            if (share == 0) & ~known:
+                _append_from(x_ptr, in_level, start, threshold, lowest, end, tl.maximum(topk - above, 1), room - above,
+                             index_bits, row_ptr, count_ptr, DROP, TILE, BINS)  # fmt: skip
+        elif ~known:
+            bins = histograms_ptr + ((digit + 1) * segments + segment) * BINS + tl.arange(0, BINS)
+            tl.atomic_add(bins, histogram, mask=histogram > 0, sem="relaxed")
 
 
-def search_keys(
-    levels: list[Tensor], width: int, threshold: float, topk: int, drop: int, index_bits: int
-) -> tuple[Tensor, Tensor]:
-    """The keys of the candidates (B, width), in any order, and their numbers (B,) int32. Behind them lie PADDING where
-    the sort needs it, else anything. The number of launches depends on the dtype and the number of logits alone.
+def _launches(drop: int, index_bits: int) -> int:
+    """How many launches search: as many as leave a usual bin's keys in so few bits that one program can search them."""
+    bits = index_bits + 2 + 16 - drop
+    return 1 + max(1, math.ceil((bits - _ONE_PROGRAM) / 9))
+
+
+def search_keys(levels: list[Tensor], threshold: float, topk: int) -> FoundKeys:
+    """The keys of the candidates. The number of launches depends on the dtype and the number of logits alone.
 
     Args:
-        levels: the logits, each contiguous ``(B, N_l, K)``.
-        width: the most candidates that an image can have.
+        levels: the logits, each ``(B, N_l, K)``.
         threshold: logits must exceed it.
         topk: the most candidates of an image and level.
-        drop: how many low bits of float32 the dtype of the logits lacks.
-        index_bits: how many bits an index of a logit in an image takes.
     """
-    first = levels[0]
-    batch, tile, run = len(first), _TILE_BYTES // first.element_size(), 16 // first.element_size()
-    logits = [level.shape[1] * level.shape[2] for level in levels]
+    first, *_ = levels = [level.contiguous() for level in levels]
+    batch, logits = len(first), [level.shape[1] * level.shape[2] for level in levels]
+    drop = {torch.bfloat16: 16, torch.float16: 13}.get(first.dtype, 0)
+    index_bits = max(1, (sum(logits) - 1).bit_length())
     starts = [0, *accumulate(logits)]
-    first_tiles = [0, *accumulate(triton.cdiv(count + 15, tile) for count in logits)]
-    list_starts = [0, *accumulate(count // _LISTED + 1 for count in logits)]
-    passes = triton.cdiv(32 - drop + index_bits, 8)
-    segments = batch * len(levels)
-    zeros = first.new_zeros(batch + segments * (1 + passes * _BINS.value), dtype=torch.int32)
-    counts, found, histograms = zeros[:batch], zeros[batch : batch + segments], zeros[batch + segments :]
-    states = first.new_empty(segments, passes, 2, dtype=torch.int64)
-    lists = states.new_empty(batch, list_starts[-1])
-    rows = states.new_empty(batch, width) if sorts_by_kernels(width) else states.new_full((batch, width), PADDING)
-    programs = max(1, min(_SEARCH_PROGRAMS // max(1, segments), triton.cdiv(starts[-1], 8 * _SEARCH_TILE)))
-    _list_kernel[(first_tiles[-1], batch)](
-        tuple(levels), encode_sizes(starts), encode_sizes(first_tiles), encode_sizes(list_starts), lists, found,
-        list_starts[-1], index_bits, threshold, DROP=drop, TILE=tile, RUN=run, enable_fp_fusion=False,
-    )  # fmt: skip
-    for digit in range(passes + 1):
-        _search_kernel[(programs, segments)](
-            tuple(levels), encode_sizes(starts), encode_sizes(list_starts), lists, found, states, histograms, rows,
-            counts, width, list_starts[-1], index_bits, threshold, min(topk, 2**31 - 1), digit,
-            8 * (passes - 1 - digit), DROP=drop, PASSES=passes, TILE=_SEARCH_TILE, BINS=_BINS.value,
-            LAST=digit == passes, enable_fp_fusion=False,
-        )  # fmt: skip
-    return rows, counts
+    most = min(topk, 2**31 - 1)
+    part_starts = [0, *accumulate(RUN * triton.cdiv(min(count, most + _SLACK), RUN) for count in logits)]
+    programs = max(1, _SEARCH_PROGRAMS // max(1, batch))
+    first_shares = [0, *accumulate(
+        max(1, min(triton.cdiv(count, 8 * _SEARCH_TILE), programs * count // max(1, starts[-1]))) for count in logits
+    )]  # fmt: skip
+    launches, segments, bins = _launches(drop, index_bits), batch * len(levels), BINS.value
+    zeros = first.new_zeros(segments * (2 + launches * bins), dtype=torch.int32)
+    counts, rest = zeros[:segments], zeros[segments:]
+    survivors = list_survivors(levels, encode_sizes(starts), threshold, drop, index_bits, rest)
+    states = first.new_empty(launches, segments, 4, dtype=torch.int64)
+    shape = batch, part_starts[-1]
+    rows = states.new_empty(shape) if sorts_by_kernels(shape[1]) else states.new_full(shape, PADDING)
+    with torch.cuda.device_of(first):
+        for digit in range(launches):
+            _search_kernel[(first_shares[-1], batch)](
+                tuple(levels), encode_sizes(starts), survivors.list_starts, encode_sizes(first_shares),
+                encode_sizes(part_starts), survivors.lists, survivors.found, states, survivors.histograms, rows, counts,
+                shape[1], survivors.lists.shape[1], survivors.first_bin, index_bits, threshold, most, digit, DROP=drop,
+                TILE=_SEARCH_TILE, BINS=bins, LAST=digit == launches - 1, enable_fp_fusion=False,
+            )  # fmt: skip
+    return FoundKeys(rows, counts.view(batch, len(levels)), tuple(part_starts), most, index_bits, drop)

@@ -6,8 +6,8 @@ logits by index: by level, anchor and class. Since sigmoid is monotone, logits a
 sigmoid is computed of candidates only, in float32 whatever the logits' dtype. A NaN logit is never a candidate.
 
 torchvision writes the sigmoid of every logit, a mask, and an index of every survivor. Here the logits are read once
-(``candidate_search.py``), and each candidate is one integer key that orders it. The keys are sorted (``key_sort.py``),
-and the last step of the sort writes what each key stands for to its place.
+(``candidate_search.py``), and each candidate is one integer key that orders it. Each key finds its place
+(``key_sort.py``), and what it stands for is written there (``candidate_places.py``).
 """
 
 import math
@@ -17,19 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retina_fast.kernels.candidate_places import write_candidates
 from retina_fast.kernels.candidate_search import search_keys
-from retina_fast.kernels.compiler import is_differentiated, runs_triton, tl, triton
-from retina_fast.kernels.key_sort import (
-    MAX_RUNS,
-    MERGED,
-    RUN,
-    place_in_runs,
-    sort_keys,
-    sort_runs,
-    sorts_by_kernels,
-    unpack_index,
-    unpack_number,
-)
+from retina_fast.kernels.compiler import is_differentiated, runs_triton
 from retina_fast.kernels.levels import check_levels, flatten_all
 
 
@@ -53,7 +43,7 @@ def logit(score: float) -> float:
     return math.inf if score >= 1 else math.log(score / (1 - score))
 
 
-def _width(levels: Sequence[Tensor], topk: int) -> int:
+def candidates_width(levels: Sequence[Tensor], topk: int) -> int:
     """M: the most candidates that an image can have, and at least 1."""
     return max(1, sum(min(topk, level.shape[1] * level.shape[2]) for level in levels))
 
@@ -96,7 +86,7 @@ def candidate_selection_reference(
 ) -> Candidates:
     """The definition; see :func:`candidate_selection`."""
     levels = flatten_all(logits, num_classes)
-    shape = len(levels[0]), _width(levels, topk)
+    shape = len(levels[0]), candidates_width(levels, topk)
     anchors = levels[0].new_zeros(shape, dtype=torch.int64)
     scores = levels[0].new_zeros(shape, dtype=torch.float32)
     labels, counts = torch.full_like(anchors, -1), anchors.new_zeros(len(anchors))
@@ -120,71 +110,13 @@ def candidate_selection_reference(
     return Candidates(anchors, scores, labels, counts)
 
 
-@triton.jit
-def _emit(keys, place, inside, anchors_ptr, scores_ptr, labels_ptr, index_bits, K: tl.constexpr, DROP: tl.constexpr):
-    """Writes the anchors, scores and labels of keys to their places."""
-    index = unpack_index(keys, index_bits)
-    score = tl.div_rn(1.0, 1.0 + tl.exp(-unpack_number(keys, index_bits, DROP)))
-    tl.store(anchors_ptr + place, tl.where(keys >= 0, index // K, 0).to(tl.int64), mask=inside)
-    tl.store(scores_ptr + place, tl.where(keys >= 0, score, 0.0), mask=inside)
-    tl.store(labels_ptr + place, tl.where(keys >= 0, index % K, -1).to(tl.int64), mask=inside)
-
-
-@triton.jit(do_not_specialize=["width", "index_bits"])
-def _place_kernel(
-    runs_ptr, found_ptr, anchors_ptr, scores_ptr, labels_ptr, counts_ptr, width, index_bits, K: tl.constexpr,
-    DROP: tl.constexpr, RUN: tl.constexpr, MAX_RUNS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Program (t, b) finds the places of KEYS keys of image b, and writes there what they stand for."""
-    image = tl.program_id(1).to(tl.int64)
-    count = tl.load(found_ptr + image)
-    i = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    keys, place = place_in_runs(runs_ptr + image * width, i, count, RUN, MAX_RUNS, KEYS)
-    _emit(keys, image * width + place, i < width, anchors_ptr, scores_ptr, labels_ptr, index_bits, K, DROP)
-    if tl.program_id(0) == 0:
-        tl.store(counts_ptr + image, count.to(tl.int64))
-
-
-@triton.jit(do_not_specialize=["width", "index_bits"])
-def _emit_kernel(
-    keys_ptr, found_ptr, anchors_ptr, scores_ptr, labels_ptr, counts_ptr, width, index_bits, K: tl.constexpr,
-    DROP: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Program (t, b) writes what TILE keys of the sorted row of image b stand for."""
-    image = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    keys = tl.load(keys_ptr + image * width + i, mask=i < width, other=-1)
-    _emit(keys, image * width + i, i < width, anchors_ptr, scores_ptr, labels_ptr, index_bits, K, DROP)
-    if tl.program_id(0) == 0:
-        tl.store(counts_ptr + image, tl.load(found_ptr + image).to(tl.int64))
-
-
 _Fields = tuple[Tensor, Tensor, Tensor, Tensor]  # of Candidates
 
 
 def _candidate_selection_triton(levels: list[Tensor], num_classes: int, score_thresh: float, topk: int) -> _Fields:
-    """The fields of Candidates, of levels ``(B, N_l, K)``. The number of launches depends on the dtype and sizes alone,
-    and is one more where an image can have more than 8192 candidates."""
-    first, *_ = levels = [level.contiguous() for level in levels]
-    batch, width = len(first), _width(levels, topk)
-    drop = {torch.bfloat16: 16, torch.float16: 13}.get(first.dtype, 0)
-    index_bits = max(1, (sum(level.shape[1] * level.shape[2] for level in levels) - 1).bit_length())
-    anchors, labels = (first.new_empty(batch, width, dtype=torch.int64) for _ in range(2))
-    scores, counts = first.new_empty(batch, width, dtype=torch.float32), first.new_empty(batch, dtype=torch.int64)
-    with torch.cuda.device_of(first):
-        keys, found = search_keys(levels, width, logit(score_thresh), topk, drop, index_bits)
-        fields = found, anchors, scores, labels, counts, width, index_bits
-        if sorts_by_kernels(width):
-            _place_kernel[(triton.cdiv(width, MERGED), batch)](
-                sort_runs(keys, found), *fields, K=num_classes, DROP=drop, RUN=RUN, MAX_RUNS=MAX_RUNS, KEYS=MERGED,
-                enable_fp_fusion=False,
-            )  # fmt: skip
-        else:
-            _emit_kernel[(triton.cdiv(width, 256), batch)](
-                sort_keys(keys, found), *fields, K=num_classes, DROP=drop, TILE=256, num_warps=2,
-                enable_fp_fusion=False,
-            )  # fmt: skip
-    return anchors, scores, labels, counts
+    """The fields of Candidates, of levels ``(B, N_l, K)``. The number of launches depends on dtype and sizes alone."""
+    found = search_keys(levels, logit(score_thresh), topk)
+    return write_candidates(found, candidates_width(levels, topk), num_classes)
 
 
 _op = torch.library.custom_op("retina_fast::candidate_selection", _candidate_selection_triton, mutates_args=())
@@ -199,7 +131,7 @@ def _reference_op(levels: list[Tensor], num_classes: int, score_thresh: float, t
 @_op.register_fake
 @_reference_op.register_fake
 def _(levels, num_classes, score_thresh, topk):
-    shape = levels[0].shape[0], _width(levels, topk)
+    shape = levels[0].shape[0], candidates_width(levels, topk)
     anchors, labels = (levels[0].new_empty(shape, dtype=torch.int64) for _ in range(2))
     scores = levels[0].new_empty(shape, dtype=torch.float32)
     return anchors, scores, labels, levels[0].new_empty(shape[0], dtype=torch.int64)

@@ -4,20 +4,29 @@ A key holds a number in its high bits, and in its low bits an index, subtracted 
 mean falling numbers and, among equal numbers, rising indices. No two keys of a row are equal. Number and index are both
 within the key, so that no other array has to be sorted along. -1 pads a row.
 
-Rows of up to 8192 keys take two launches, where torch.sort makes about ten. In the first, each program sorts a run of
-256 keys. In the second, every key finds its place in the other runs by binary search. Longer rows go to torch.sort.
+A row may have parts, such as the levels of an image, of which each gives its ``most`` greatest keys to the sorted row.
+The place of a key is the number of greater keys, where a part counts as no more than ``most``; a key with ``most`` or
+more greater keys in its own part is dropped.
+
+Rows of up to 8192 keys take one or two launches, where torch.sort makes about ten. In a small batch every key is
+compared with every other of its row, in one launch. In a larger one each program first sorts a run of 256 keys; then
+every key finds its place in the other runs by binary search. Longer rows go to torch.sort.
 """
 
 import torch
 from torch import Tensor
 
 from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.levels import decode_size, encode_sizes, level_of, pick_size
 
 PADDING = -1
 
 RUN = 256  # keys that are sorted together at first
 MAX_RUNS = 32
-MERGED = 64  # keys whose places one program finds
+MERGED = 64  # keys whose places one program finds in runs
+COUNTED = 16  # keys whose places one program finds by comparing them with all
+CHUNK = 512  # keys that they are compared with in one go
+_PAIRS = 10**8  # of keys in a batch, up to which all are compared: by prediction as fast as runs
 
 
 @triton.jit
@@ -52,11 +61,12 @@ def unpack_number(key, index_bits, DROP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["width"])
-def _sort_runs_kernel(keys_ptr, runs_ptr, counts_ptr, width, RUN: tl.constexpr, CHUNK: tl.constexpr):
+def _sort_runs_kernel(keys_ptr, runs_ptr, counts_ptr, part_starts, width, RUN: tl.constexpr, CHUNK: tl.constexpr):
     """Program (r, b) sorts run r of row b: the place of a key is the number of greater keys in the run."""
     image = tl.program_id(1).to(tl.int64)
-    count = tl.load(counts_ptr + image).to(tl.int32)
     start = tl.program_id(0) * RUN
+    part = level_of(part_starts, start)
+    count = tl.load(counts_ptr + image * (len(part_starts) - 1) + part).to(tl.int32) + pick_size(part_starts, part)
     if start < count:
         keys_ptr += image * width + start
         i = tl.arange(0, RUN)
@@ -70,34 +80,93 @@ def _sort_runs_kernel(keys_ptr, runs_ptr, counts_ptr, width, RUN: tl.constexpr, 
 
 
 @triton.jit
-def place_in_runs(runs_ptr, i, count, RUN: tl.constexpr, MAX_RUNS: tl.constexpr, KEYS: tl.constexpr):
-    """Keys i of a row of sorted runs, and their places: the number of greater keys in all runs. Where i is not below
-    the count, the key is -1 and its place is i."""
-    keys = tl.load(runs_ptr + i, mask=i < count, other=-1)
-    place = i
-    if tl.max(keys, axis=0) >= 0:
-        run = tl.arange(0, MAX_RUNS)[None, :] * RUN
-        greater = tl.zeros([KEYS, MAX_RUNS], tl.int32)
-        step = RUN
-        while step > 0:
-            probe = run + tl.minimum(greater + step, RUN) - 1
-            other = tl.load(runs_ptr + probe, mask=probe < count, other=-1)
-            greater = tl.where((greater + step <= RUN) & (other > keys[:, None]), greater + step, greater)
-            step //= 2
-        place = tl.where(i < count, tl.sum(greater, axis=1), i)
-    return keys, place
+def _place_in_runs(row_ptr, counts_ptr, part_starts, keys, part, most, RUN: tl.constexpr, MAX_RUNS: tl.constexpr,
+                   KEYS: tl.constexpr):  # fmt: skip
+    """Places of keys of one part, and how many greater keys their part has; the row consists of sorted runs."""
+    PARTS: tl.constexpr = len(part_starts) - 1
+    run = tl.arange(0, MAX_RUNS) * RUN
+    stop = tl.zeros([MAX_RUNS], tl.int32)
+    for p in tl.static_range(PARTS):
+        first = decode_size(part_starts[p])
+        stop = tl.where(run >= first, first + tl.load(counts_ptr + p).to(tl.int32), stop)
+    greater = tl.zeros([KEYS, MAX_RUNS], tl.int32)
+    step = RUN
+    while step > 0:
+        probe = run[None, :] + tl.minimum(greater + step, RUN) - 1
+        other = tl.load(row_ptr + probe, mask=probe < stop[None, :], other=-1)
+        greater = tl.where((greater + step <= RUN) & (other > keys[:, None]), greater + step, greater)
+        step //= 2
+    place, before = tl.zeros([KEYS], tl.int32), tl.zeros([KEYS], tl.int32)
+    for p in tl.static_range(PARTS):
+        here = (run >= decode_size(part_starts[p])) & (run < decode_size(part_starts[p + 1]))
+        in_part = tl.sum(tl.where(here[None, :], greater, 0), axis=1)
+        place += tl.minimum(in_part, most)
+        before = tl.where(part == p, in_part, before)
+    return place, before
 
 
-@triton.jit(do_not_specialize=["width"])
-def _merge_runs_kernel(
-    runs_ptr, out_ptr, counts_ptr, width, RUN: tl.constexpr, MAX_RUNS: tl.constexpr, KEYS: tl.constexpr
-):
-    """Program (t, b) writes KEYS keys of row b to their places."""
+@triton.jit
+def _place_by_counting(row_ptr, counts_ptr, part_starts, keys, part, most, KEYS: tl.constexpr, CHUNK: tl.constexpr):
+    """Places of keys of one part, and how many greater keys their part has; the row lies in any order."""
+    place, before = tl.zeros([KEYS], tl.int32), tl.zeros([KEYS], tl.int32)
+    for p in range(len(part_starts) - 1):
+        first = pick_size(part_starts, p)
+        count = tl.load(counts_ptr + p).to(tl.int32)
+        greater = tl.zeros([KEYS, CHUNK], tl.int32)
+        for start in range(0, count, CHUNK):
+            i = start + tl.arange(0, CHUNK)
+            others = tl.load(row_ptr + first + i, mask=i < count, other=0)
+            # The sign of the difference of two keys is cheaper than a comparison of 64 bits.
+            greater += ((keys[:, None] - others[None, :]).to(tl.uint64, bitcast=True) >> 63).to(tl.int32)
+        in_part = tl.sum(greater, axis=1)
+        place += tl.minimum(in_part, most)
+        before = tl.where(part == p, in_part, before)
+    return place, before
+
+
+@triton.jit
+def places(row_ptr, counts_ptr, part_starts, tile, most, KEYS: tl.constexpr, COUNTED: tl.constexpr,
+           CHUNK: tl.constexpr, RUN: tl.constexpr, MAX_RUNS: tl.constexpr):  # fmt: skip
+    """A tile of KEYS keys of a row, their places in the sorted row, and which of them belong there."""
+    start = tile * KEYS
+    part = level_of(part_starts, start)
+    i = start + tl.arange(0, KEYS)
+    count = tl.load(counts_ptr + part).to(tl.int32) + pick_size(part_starts, part)
+    keys = tl.load(row_ptr + i, mask=i < count, other=-1)
+    place, before = tl.zeros([KEYS], tl.int32), tl.zeros([KEYS], tl.int32)
+    if start < count:
+        if COUNTED:
+            place, before = _place_by_counting(row_ptr, counts_ptr, part_starts, keys, part, most, KEYS, CHUNK)
+        else:
+            place, before = _place_in_runs(row_ptr, counts_ptr, part_starts, keys, part, most, RUN, MAX_RUNS, KEYS)
+    return keys, place, (i < count) & (before < most)
+
+
+@triton.jit
+def count_of_row(counts_ptr, part_starts, most):
+    """The length of the sorted row."""
+    count = 0
+    for p in tl.static_range(len(part_starts) - 1):
+        count += tl.minimum(tl.load(counts_ptr + p).to(tl.int32), most)
+    return count
+
+
+@triton.jit(do_not_specialize=["width", "most"])
+def _sort_kernel(
+    rows_ptr, counts_ptr, part_starts, out_ptr, width, most, KEYS: tl.constexpr, COUNTED: tl.constexpr,
+    CHUNK: tl.constexpr, RUN: tl.constexpr, MAX_RUNS: tl.constexpr,
+):  # fmt: skip
+    """Program (t, b) writes KEYS keys of row b to their places, and its share of the padding."""
     image = tl.program_id(1).to(tl.int64)
+    counts_ptr += image * (len(part_starts) - 1)
+    keys, place, belongs = places(
+        rows_ptr + image * width, counts_ptr, part_starts, tl.program_id(0), most, KEYS, COUNTED, CHUNK, RUN, MAX_RUNS
+    )
+    out_ptr += image * width
+    tl.store(out_ptr + place, keys, mask=belongs)
     i = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    count = tl.load(counts_ptr + image).to(tl.int32)
-    keys, place = place_in_runs(runs_ptr + image * width, i, count, RUN, MAX_RUNS, KEYS)
-    tl.store(out_ptr + image * width + place, keys, mask=i < width)
+    tl.store(out_ptr + i, tl.full([KEYS], -1, tl.int64),
+             mask=(i >= count_of_row(counts_ptr, part_starts, most)) & (i < width))  # fmt: skip
 
 
 def sorts_by_kernels(width: int) -> bool:
@@ -105,15 +174,29 @@ def sorts_by_kernels(width: int) -> bool:
     return width <= RUN * MAX_RUNS
 
 
-def sort_runs(keys: Tensor, counts: Tensor) -> Tensor:
-    """Each run of 256 keys of a row in falling order; the arguments are those of :func:`sort_keys`."""
+def counts_pairs(batch: int, width: int) -> bool:
+    """Whether rows of so many keys are sorted by comparing all, in one launch."""
+    return batch * width * width <= _PAIRS
+
+
+def sort_runs(keys: Tensor, counts: Tensor, part_starts: tuple[int, ...]) -> Tensor:
+    """Each run of 256 keys of a row (B, M) in falling order, if its part has as many. ``counts`` (B, parts) says how
+    many keys each part has, and ``part_starts``, encoded, where each begins: at multiples of 256."""
     batch, width = keys.shape
     runs = torch.empty_like(keys)
     with torch.cuda.device_of(keys):
         _sort_runs_kernel[(triton.cdiv(width, RUN), batch)](
-            keys, runs, counts, width, RUN=RUN, CHUNK=32, enable_fp_fusion=False
+            keys, runs, counts, part_starts, width, RUN=RUN, CHUNK=32, enable_fp_fusion=False
         )
     return runs
+
+
+def placing(keys: Tensor, counts: Tensor, part_starts: tuple[int, ...]) -> tuple[Tensor, dict[str, int | bool]]:
+    """The rows as :func:`places` needs them, and its constants."""
+    counted = counts_pairs(*keys.shape)
+    rows = keys if counted else sort_runs(keys, counts, part_starts)
+    constants = {"KEYS": COUNTED if counted else MERGED, "COUNTED": counted, "CHUNK": CHUNK}
+    return rows, constants | {"RUN": RUN, "MAX_RUNS": MAX_RUNS}
 
 
 def sort_keys(keys: Tensor, counts: Tensor) -> Tensor:
@@ -127,9 +210,11 @@ def sort_keys(keys: Tensor, counts: Tensor) -> Tensor:
     batch, width = keys.shape
     if not sorts_by_kernels(width):
         return keys.sort(dim=1, descending=True).values
-    runs, out = sort_runs(keys, counts), torch.empty_like(keys)
+    part_starts = encode_sizes((0, width))
+    rows, constants = placing(keys, counts, part_starts)
+    out = torch.empty_like(keys)
     with torch.cuda.device_of(keys):
-        _merge_runs_kernel[(triton.cdiv(width, MERGED), batch)](
-            runs, out, counts, width, RUN=RUN, MAX_RUNS=MAX_RUNS, KEYS=MERGED, enable_fp_fusion=False
+        _sort_kernel[(triton.cdiv(width, constants["KEYS"]), batch)](
+            rows, counts, part_starts, out, width, width, **constants, enable_fp_fusion=False
         )
     return out

@@ -135,11 +135,12 @@ def _first_kernel(
         start += SCAN
 
 
-def suppress_by_walks(
+def flag_by_walks(
     boxes: Tensor, labels: Tensor | None, keys: Tensor | None, counts: Tensor, thresholds: tuple[float, float],
     max_detections: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The fields of Kept, in two launches; the arguments are those of ``suppress_by_blocks``."""
+) -> Tensor:  # fmt: skip
+    """Flags (B, M) int8 of the boxes by falling score, not 0 where a box is kept: up to the max_detections-th kept box
+    of an image, behind which they tell nothing. One launch; the arguments are those of ``suppress_by_blocks``."""
     batch, width = boxes.shape[:2]
     most = max(_FEWEST_GROUPS, min(_MOST_GROUPS, _PROGRAMS // max(1, batch)))
     groups = 1 if labels is None else 1 << (most.bit_length() - 1)  # a power of two
@@ -147,14 +148,26 @@ def suppress_by_walks(
     flags = boxes.new_empty(batch, width, dtype=torch.int8)
     members = boxes.new_empty(batch, groups, _SCAN + WORD.value, dtype=torch.int32)
     lists = boxes.new_empty(batch, groups, max_kept, dtype=torch.int32)
+    with torch.cuda.device_of(boxes):
+        _suppress_kernel[(groups, batch)](
+            boxes, labels, keys, counts, members, lists, flags, width, max_kept, *thresholds, GROUPS=groups,
+            SCAN=_SCAN, WORD=WORD.value, enable_fp_fusion=False,
+        )  # fmt: skip
+    return flags
+
+
+def suppress_by_walks(
+    boxes: Tensor, labels: Tensor | None, keys: Tensor | None, counts: Tensor, thresholds: tuple[float, float],
+    max_detections: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The fields of Kept, in two launches; the arguments are those of ``suppress_by_blocks``."""
+    batch, width = boxes.shape[:2]
+    flags = flag_by_walks(boxes, labels, keys, counts, thresholds, max_detections)
     positions = boxes.new_empty(batch, max_detections, dtype=torch.int64)
     kept_counts = boxes.new_empty(batch, dtype=torch.int64)
-    _suppress_kernel[(groups, batch)](
-        boxes, labels, keys, counts, members, lists, flags, width, max_kept, *thresholds, GROUPS=groups, SCAN=_SCAN,
-        WORD=WORD.value, enable_fp_fusion=False,
-    )  # fmt: skip
-    _first_kernel[(batch,)](
-        flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_FLAGS, num_warps=16,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(boxes):
+        _first_kernel[(batch,)](
+            flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_FLAGS, num_warps=16,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     return positions, kept_counts

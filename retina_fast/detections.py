@@ -8,10 +8,7 @@ from torch import Tensor
 from torchvision.models.detection import retinanet as tv
 
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
-from retina_fast.kernels.batched_nms import batched_nms
-from retina_fast.kernels.box_decode import box_decode
-from retina_fast.kernels.candidate_selection import candidate_selection
-from retina_fast.kernels.take_kept import take_kept
+from retina_fast.kernels.postprocess import postprocess
 
 
 class Detections(NamedTuple):
@@ -80,11 +77,6 @@ def detect(outputs: HeadOutputs, image_sizes: Tensor, original_sizes: Tensor, th
         original_sizes: ``(B, 2)`` height and width as the image was given, to which boxes are scaled back.
         thresholds: D is lowered to the width of the candidates if that is less.
     """
-    score_thresh, topk_candidates, nms_thresh, most = thresholds
-    candidates = candidate_selection(outputs.levels[LOGITS], outputs.num_classes, score_thresh, topk_candidates)
-    boxes = box_decode(outputs.levels[DELTAS], outputs.anchors.float(), candidates.anchors, image_sizes)  # (B, M, 4)
-    most = min(most, boxes.shape[1])  # "no limit" is often a very large number
-    # The candidates lie best first, so that the suppression needs no scores.
-    kept = batched_nms(boxes, None, candidates.labels, candidates.counts, nms_thresh, most)
-    chosen = candidates.scores, candidates.labels, kept.positions, kept.counts
-    return Detections(*take_kept(boxes, *chosen, image_sizes, original_sizes), kept.counts)
+    levels, anchors = outputs.levels, outputs.anchors.float()
+    sizes = image_sizes, original_sizes
+    return Detections(*postprocess(levels[LOGITS], levels[DELTAS], anchors, *sizes, outputs.num_classes, *thresholds))

@@ -18,25 +18,30 @@ from retina_fast.kernels.batched_nms import Kept, nms_image
 from retina_fast.kernels.batched_nms import batched_nms as padded_batched_nms
 from retina_fast.kernels.box_decode import box_decode
 from retina_fast.kernels.box_loss import box_loss
+from retina_fast.kernels.box_voting import box_voting
 from retina_fast.kernels.candidate_selection import Candidates, candidate_selection
 from retina_fast.kernels.focal_loss import focal_loss
 from retina_fast.kernels.image_batch import image_batch
 from retina_fast.kernels.sigmoid_focal_loss import sigmoid_focal_loss
+from retina_fast.kernels.soft_nms import SoftKept, soft_nms
 
 __all__ = [
     "Candidates",
     "Kept",
     "Matches",
+    "SoftKept",
     "anchor_matching",
     "batched_nms",
     "box_decode",
     "box_loss",
+    "box_voting",
     "candidate_selection",
     "focal_loss",
     "image_batch",
     "nms",
     "padded_batched_nms",
     "sigmoid_focal_loss",
+    "soft_nms",
 ]
 
 

@@ -41,6 +41,8 @@ BENCHMARKS = (
     "kernels.candidate_selection",
     "kernels.box_decode",
     "kernels.take_kept",
+    "kernels.soft_nms",
+    "kernels.box_voting",
     "kernels.key_sort",
     "models.inference",
     "models.training_step",

@@ -78,9 +78,10 @@ def nms_scene(batch: int) -> Scene:
 
 
 @functools.cache
-def postprocess_scene(batch: int) -> Scene:
-    """Returns the scene of the postprocess benchmark's image, in a batch of so many."""
-    setting = postprocess.Setting(batch=1)
+def postprocess_scene(batch: int, above: float = 0.01) -> Scene:
+    """Returns the scene of the postprocess benchmark's image, in a batch of so many; of its logits, the share `above`
+    exceeds the threshold."""
+    setting = postprocess.Setting(batch=1, above=above)
     outputs, anchors, _ = postprocess.inputs(setting, CPU)
     found = candidate_selection_reference(outputs["cls_logits"], 91, postprocess.THRESHOLD, postprocess.TOPK)
     boxes = box_decode_reference(outputs["bbox_regression"], anchors, found.anchors, torch.tensor([[800, 800]]))

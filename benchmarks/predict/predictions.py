@@ -46,11 +46,11 @@ def predictions(rows: dict[tuple[str, ...], Row]) -> dict[str, Prediction]:
     forward pass of the trunk and heads as many times over as its arithmetic, the loss path, and an optimizer that reads
     and writes weights, gradients and momenta.
     """
-    steps = {name: _steps(gpu_work_of(call), rows, scene()) for name, (call, scene) in CALLS.items()}
-    steps["E1"] = _steps(inference_work(1), rows, postprocess_scene(1))
-    steps["E2"] = _steps(inference_work(32), rows, postprocess_scene(32))
+    steps = {name: steps_of(gpu_work_of(call), rows, scene()) for name, (call, scene) in CALLS.items()}
+    steps["E1"] = steps_of(inference_work(1), rows, postprocess_scene(1))
+    steps["E2"] = steps_of(inference_work(32), rows, postprocess_scene(32))
     run = Training(width=800)
-    forward = _steps(training_forward_work(16), rows, Scene())
+    forward = steps_of(training_forward_work(16), rows, Scene())
     times = run.step_gflop / run.forward_gflop
     weights = sum(p.numel() for p in training_step.network(training_step.BASE).parameters() if p.requires_grad)
     steps["E3"] = [
@@ -61,7 +61,8 @@ def predictions(rows: dict[tuple[str, ...], Row]) -> dict[str, Prediction]:
     return {name: _summary(of_goal) for name, of_goal in steps.items()}
 
 
-def _steps(work: Iterable[Launch | TorchOp], rows: dict[tuple[str, ...], Row], scene: Scene) -> list[Step]:
+def steps_of(work: Iterable[Launch | TorchOp], rows: dict[tuple[str, ...], Row], scene: Scene) -> list[Step]:
+    """Returns the time of each launch and each operation of torch."""
     return [
         roofline.torch_step(step) if isinstance(step, TorchOp) else roofline.kernel_step(step, _row(step, rows), scene)
         for step in work

@@ -126,12 +126,19 @@ def _box_loss(launch: Launch, row: Row, scene: Scene) -> Work:
 
 
 def _list(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Each run of a thread's logits lists a survivor a turn, for as many turns as the fullest run of the tile needs."""
+    """The runs of a tile that hold survivors move together, if they are few. Then each lists a survivor a turn, for as
+    many turns as the fullest needs, and the survivors are counted in bins."""
     levels, programs, run = launch.args[0], math.prod(launch.grid), launch.kwargs["RUN"]
-    turns = _fullest(launch.kwargs["TILE"] // run, run, scene.survivors)
-    path = row.path if turns == 0 else row.through[0] + (turns - 1) * row.loops[0]
+    runs, lanes = launch.kwargs["TILE"] // run, launch.kwargs["RUNS"]
+    turns = _fullest(runs, run, scene.survivors)
+    path, counted = float(row.path), 0
+    if turns:
+        sparse = runs * (1 - (1 - scene.survivors) ** run) <= lanes
+        at, counted = (0, math.ceil(scene.survivors * launch.kwargs["TILE"] / lanes)) if sparse else (2, run)
+        path = row.through[at] + (turns - 1) * row.loops[at] + counted * row.loops[at + 1]
     written = 8 * scene.survivors * sum(level.numel() for level in levels)
-    return Work(nbytes(levels) + written, programs * path, 0, ALONE * path + DRAM + L2 + turns * 2 * L2)
+    waits = DRAM + L2 + turns * 2 * L2 + counted * (L2 + REDUCTION)
+    return Work(nbytes(levels) + written, programs * path, 0, ALONE * path + waits)
 
 
 def _fullest(runs: int, length: int, share: float) -> float:
@@ -144,14 +151,19 @@ def _fullest(runs: int, length: int, share: float) -> float:
 
 
 def _search(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Each pass reads the lists again."""
-    levels, (shares, _), tile = launch.args[0], launch.grid, launch.kwargs["TILE"]
-    batch = len(levels[0])
-    turns = [math.ceil(scene.survivors * level[0].numel() / tile) for level in levels]  # an image
-    listed = 8 * scene.survivors * sum(level.numel() for level in levels)
-    instructions = math.prod(launch.grid) * row.path + batch * sum(turns) * row.loops[0]
-    longest = ALONE * (row.through[0] + (math.ceil(max(turns) / shares) - 1) * row.loops[0])
-    return Work(listed, instructions, 0, longest + 6 * L2 + 4 * REDUCTION)
+    """The first launch reads the lists and appends what stays; the others find nothing left to do. Where the lists are
+    too short, the launches read the logits, and two are taken to be needed: higher logits are coarser."""
+    levels, digit, (shares, batch), tile = launch.args[0], launch.args[17], launch.grid, launch.kwargs["TILE"]
+    programs, listed = math.prod(launch.grid), scene.survivors <= 1 / 32
+    if digit > (0 if listed else 1) or not scene.survivors:
+        return Work(0, programs * row.path, 0, ALONE * row.path + 2 * L2)
+    read = [scene.survivors * level[0].numel() if listed else level[0].numel() for level in levels]  # of an image
+    turns = [math.ceil(each / tile) for each in read]
+    size = batch * sum(read) * (8 if listed else levels[0].element_size())
+    instructions = programs * row.through[0] + batch * sum(turns) * row.loops[0]
+    most = max(math.ceil(each / max(1, shares * each // sum(turns))) for each in turns)
+    longest = ALONE * (row.through[0] + (most - 1) * row.loops[0])
+    return Work(size, instructions, 0, longest + 6 * L2 + 4 * REDUCTION)
 
 
 def _sort_runs(launch: Launch, row: Row, scene: Scene) -> Work:
@@ -162,20 +174,29 @@ def _sort_runs(launch: Launch, row: Row, scene: Scene) -> Work:
     return Work(16 * batch * scene.candidates, programs * path, 0, ALONE * path + 3 * L2)
 
 
-def _merge_runs(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Each step of the binary search waits for what the step before has read."""
-    _, batch = launch.grid
-    turns = launch.kwargs["RUN"].bit_length()
-    programs = batch * math.ceil(scene.candidates / launch.kwargs["KEYS"])
-    path = row.through[0] + (turns - 1) * row.loops[0]
-    return Work(16 * batch * scene.candidates, programs * path, 0, ALONE * path + (turns + 2) * L2)
+def _places(launch: Launch, row: Row, scene: Scene) -> Work:
+    """Keys are compared with all keys, or look for their place in each run by binary search, of which each step waits
+    for what the step before has read."""
+    (_, batch), keys, parts = launch.grid, launch.kwargs["KEYS"], len(launch.args[2]) - 1
+    programs = batch * math.ceil(scene.candidates / keys)
+    if launch.kwargs["COUNTED"]:
+        turns = parts * math.ceil(scene.candidates / parts / launch.kwargs["CHUNK"])
+        path = row.through[-1] + (turns - 1) * row.loops[-1] + (parts - 1) * sum(row.loops[:-1])
+        waits = (turns + 3) * L2 + parts * REDUCTION
+    else:
+        turns = launch.kwargs["RUN"].bit_length()
+        path, waits = row.through[0] + (turns - 1) * row.loops[0], (turns + 3) * L2
+    return Work(16 * batch * scene.candidates, programs * path, 0, ALONE * path + waits)
 
 
 def _place(launch: Launch, row: Row, scene: Scene) -> Work:
-    """A merge that writes an anchor, a score and a label instead of a key."""
-    merge = _merge_runs(launch, row, scene)
-    merge.bytes += 12 * launch.grid[1] * scene.candidates
-    return merge
+    """What a key stands for is written: an anchor or a box, a score and a label. A box gathers 32 bytes of deltas and
+    32 of anchors."""
+    work = _places(launch, row, scene)
+    decoded = launch.args[6] is not None
+    work.bytes += (76 if decoded else 12) * launch.grid[1] * scene.candidates
+    work.longest += 2 * DRAM if decoded else 0
+    return work
 
 
 def _box_decode(launch: Launch, row: Row, scene: Scene) -> Work:
@@ -234,6 +255,12 @@ def _first(launch: Launch, row: Row, scene: Scene) -> Work:
     )
 
 
+def _write_kept(launch: Launch, row: Row, scene: Scene) -> Work:
+    """One program an image goes through the flags, and gathers what was kept."""
+    first, (batch,) = _first(launch, row, scene), launch.grid
+    return replace(first, bytes=batch * (scene.candidates + 150 * launch.args[-1]), longest=first.longest + 2 * DRAM)
+
+
 def _take_kept(launch: Launch, row: Row, scene: Scene) -> Work:
     """A few hundred boxes an image are gathered."""
     positions = launch.args[3]
@@ -250,7 +277,7 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_list_kernel": _list,
     "_search_kernel": _search,
     "_sort_runs_kernel": _sort_runs,
-    "_merge_runs_kernel": _merge_runs,
+    "_sort_kernel": _places,
     "_place_kernel": _place,
     "_box_decode_kernel": _box_decode,
     "_suppress_kernel": _suppress,
@@ -259,6 +286,7 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_remove_kernel": _remove,
     "_first_kernel": _first,
     "_take_kept_kernel": _take_kept,
+    "_write_kept_kernel": _write_kept,
 }
 
 

@@ -106,7 +106,14 @@ def test_streaming_kernels_read_and_write_16_bytes_at_a_time(rows):
 
 @pytest.mark.parametrize(
     "kernel",
-    ["_anchor_matching_kernel", "_suppress_kernel", "_block_bits_kernel", "_remove_kernel", "_take_kept_kernel"],
+    [
+        "_anchor_matching_kernel",
+        "_suppress_kernel",
+        "_block_bits_kernel",
+        "_remove_kernel",
+        "_take_kept_kernel",
+        "_write_kept_kernel",
+    ],
 )
 def test_rounds_as_its_reference(kernel, rows):
     """Neither an approximate division nor a contraction: the interpreter cannot see either."""

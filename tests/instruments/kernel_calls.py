@@ -22,9 +22,11 @@ from retina_fast.kernels import (
     batched_nms,
     box_decode,
     box_loss,
+    box_voting,
     candidate_selection,
     focal_loss,
     image_batch,
+    soft_nms,
     take_kept,
 )
 from retina_fast.kernels.group_norm_relu import group_norm_relu
@@ -123,8 +125,8 @@ def _group_norm_relu_backward(dtype: torch.dtype, num_groups: int = 32) -> None:
     )
 
 
-def _candidate_selection(dtype: torch.dtype, topk: int = 1000) -> None:
-    levels = [level.detach() for level in levels_of(dtype, 91)]
+def _candidate_selection(dtype: torch.dtype, topk: int = 1000, batch: int = 8) -> None:
+    levels = [level.detach() for level in levels_of(dtype, 91, batch)]
     candidate_selection.candidate_selection(levels, 91, 0.05, topk)
 
 
@@ -140,6 +142,18 @@ def _box_decode(dtype: torch.dtype) -> None:
     index = torch.empty(8, 5000, dtype=torch.int64, device="cuda")
     sizes = torch.empty(8, 2, dtype=torch.int64, device="cuda")
     box_decode.box_decode(levels, torch.empty(120087, 4, device="cuda"), index, sizes)
+
+
+def _soft_nms() -> None:
+    boxes, counts = torch.empty(8, 5000, 4, device="cuda"), torch.empty(8, dtype=torch.int64, device="cuda")
+    labels = torch.empty(8, 5000, dtype=torch.int64, device="cuda")
+    soft_nms.soft_nms(boxes, boxes[..., 0], labels, counts)
+
+
+def _box_voting() -> None:
+    boxes, counts = torch.empty(8, 5000, 4, device="cuda"), torch.empty(8, dtype=torch.int64, device="cuda")
+    labels, positions = (torch.empty(8, n, dtype=torch.int64, device="cuda") for n in (5000, 300))
+    box_voting.box_voting(boxes, boxes[..., 0], labels, counts, positions, counts)
 
 
 def _take_kept() -> None:
@@ -205,10 +219,16 @@ KERNEL_CALLS = {
     "group_norm_relu bf16 one group": KernelCall(lambda: _group_norm_relu(torch.bfloat16, 1)),
     "group_norm_relu bf16 one group backward": KernelCall(lambda: _group_norm_relu_backward(torch.bfloat16, 1)),
     "candidate_selection bf16": KernelCall(
-        lambda: _candidate_selection(torch.bfloat16), _TILE, 2, 6, 0, "_list_kernel"
+        lambda: _candidate_selection(torch.bfloat16), _TILE, 2, 6.5, 0, "_list_kernel"
     ),
-    "candidate_selection fp32": KernelCall(lambda: _candidate_selection(torch.float32), _TILE, 4, 6, 0, "_list_kernel"),
+    "candidate_selection fp32": KernelCall(
+        lambda: _candidate_selection(torch.float32), _TILE, 4, 6.5, 0, "_list_kernel"
+    ),
     "candidate_selection bf16 topk=5000": KernelCall(lambda: _candidate_selection(torch.bfloat16, 5000)),
+    "candidate_selection bf16 one image": KernelCall(lambda: _candidate_selection(torch.bfloat16, batch=1)),
+    "postprocess bf16": KernelCall(lambda: detect(torch.bfloat16)),
+    "postprocess bf16 one image": KernelCall(lambda: detect(torch.bfloat16, 1)),
+    "postprocess bf16 32 images": KernelCall(lambda: detect(torch.bfloat16, 32)),
     "box_decode bf16": KernelCall(lambda: _box_decode(torch.bfloat16)),
     "batched_nms": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False)),
     "batched_nms best first": KernelCall(lambda: call_batched_nms(by_class=True, best_first=True)),
@@ -222,5 +242,7 @@ KERNEL_CALLS = {
     "batched_nms class-agnostic, all kept": KernelCall(
         lambda: call_batched_nms(by_class=False, best_first=False, batch=1, count=7000, most=7000)
     ),
+    "soft_nms": KernelCall(_soft_nms),
+    "box_voting": KernelCall(_box_voting),
     "take_kept": KernelCall(_take_kept),
 }

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from retina_fast.kernels import candidate_search
+from retina_fast.kernels import candidate_list, candidate_search, key_sort
 from retina_fast.kernels import candidate_selection as module
 from retina_fast.kernels.candidate_selection import candidate_selection, candidate_selection_reference, logit
 from tests.ptx.cases import OTHER_ORDERS, check, names
@@ -36,8 +36,12 @@ def place(path, device):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles of both kinds in few logits, images off the 16-byte boundaries, several programs a segment."""
-    monkeypatch.setattr(candidate_search, "_TILE_BYTES", 256)
-    monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 16)
+    monkeypatch.setattr(candidate_list, "_TILE_BYTES", 256)
+    monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 32)
+    monkeypatch.setattr(candidate_search, "_SEARCH_PROGRAMS", 16)
+    monkeypatch.setattr(candidate_search, "_SLACK", 1)
+    for name in ("COUNTED", "MERGED"):
+        monkeypatch.setattr(key_sort, name, 256)
 
 
 def brute_force(levels, k, threshold, topk):
@@ -104,6 +108,21 @@ def test_kernels_match_the_reference(dtype, k, threshold, topk, device, small_ti
     equal(by_kernels(levels, k, threshold, topk), candidate_selection_reference(levels, k, threshold, topk))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values", ["near zero", "two near zero", "very high", "very low", "equal", "a few"])
+def test_values_that_share_a_bin(values, dtype, device, monkeypatch):
+    """Where one of the first bins has more keys than there is room for, they are counted in finer ones."""
+    monkeypatch.setattr(candidate_search, "_SEARCH_PROGRAMS", 2)
+    monkeypatch.setattr(key_sort, "COUNTED", 256)
+    noise = torch.randn(1, 3000, 1, generator=torch.Generator().manual_seed(0))
+    level = {
+        "near zero": noise * 1e-3, "two near zero": 1e-3 + (noise > 0) * 1e-9, "very high": 200 + noise,
+        "very low": noise - 200, "equal": noise * 0 - 1.25, "a few": (noise * 2).round() / 8,
+    }[values].to(device, dtype)  # fmt: skip
+    for topk in (1, 7, 300):
+        equal(by_kernels([level], 1, 0.0, topk), candidate_selection_reference([level], 1, 0.0, topk))
+
+
 @pytest.mark.parametrize("fraction", [0.01, 0.2])
 def test_the_real_tile_sizes(fraction, device):
     """At 1% above the threshold from the lists, at 20% by reading the logits again."""
@@ -161,7 +180,6 @@ def test_scores_are_differentiable():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_million_equal_scores_go_by_index(dtype, select, place, monkeypatch):
     if place.type == "cpu":
-        monkeypatch.setattr(candidate_search, "_TILE_BYTES", 1 << 17)
         monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 1 << 17)
         monkeypatch.setattr(candidate_search, "_SEARCH_PROGRAMS", 1)
     ours = select([torch.zeros(1, 1_000_000, 1, dtype=dtype, device=place)], 1, 0.05, 1000)

@@ -34,10 +34,14 @@ def assert_sorted(keys, counts, device):
     assert all((row[count:] == PADDING).all() for row, count in zip(ours, counts, strict=True))
 
 
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """What a kernel leaves unwritten is the largest integer."""
+@pytest.fixture(autouse=True, params=["counted", "in runs"])
+def _both_ways(request, monkeypatch):
+    """Both ways to find a place. What a kernel leaves unwritten is the largest integer."""
     torch.use_deterministic_algorithms(True)
+    if request.param != "compiled":
+        monkeypatch.setattr(module, "_PAIRS", 10**8 if request.param == "counted" else 0)
+    for name in () if request.param == "compiled" else ("COUNTED", "MERGED"):
+        monkeypatch.setattr(module, name, 256)  # the interpreter's time is that of the programs
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -109,22 +113,30 @@ def test_rising_orders_as_the_numbers_do(device):
     assert out[12] == keys[11] == 2**31 - 1
 
 
-def test_two_launches_for_a_batch():
+@pytest.mark.parametrize(
+    ("batch", "kernels"), [(1, ["_sort_kernel"]), (4, ["_sort_kernel"]), (8, ["_sort_runs_kernel", "_sort_kernel"])]
+)
+@pytest.mark.parametrize("_both_ways", ["counted"], indirect=True)
+def test_launches(batch, kernels):
+    """In a small batch all pairs are compared."""
+
     def run():
-        sort_keys(*(torch.empty(shape, dtype=torch.int64, device="cuda") for shape in ((8, 5000), (8,))))
+        sort_keys(*(torch.empty(shape, dtype=torch.int64, device="cuda") for shape in ((batch, 5000), (batch,))))
 
-    assert [launch.kernel.__name__ for launch in launches_of(run)] == ["_sort_runs_kernel", "_merge_runs_kernel"]
-
-
-# As compiled code
+    assert [launch.kernel.__name__ for launch in launches_of(run)] == kernels
 
 
+# As compiled code, both ways
+
+
+@pytest.mark.parametrize("_both_ways", ["compiled"], indirect=True)
 @pytest.mark.parametrize("name", names("key_sort"))
 def test_compiled(name):
     check(name)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("_both_ways", ["compiled"], indirect=True)
 @pytest.mark.parametrize("order", OTHER_ORDERS)
 @pytest.mark.parametrize("name", names("key_sort"))
 def test_compiled_in_other_orders(name, order):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from retina_fast import RetinaNet, retinanet_resnet18_fpn
 from retina_fast.detections import Thresholds, detect
 from retina_fast.forward import HeadOutputs
-from retina_fast.kernels import batched_nms, box_decode, candidate_search, candidate_selection, nms_walk, take_kept
+from retina_fast.kernels import candidate_search, key_sort, nms_walk, postprocess
 from tests.instruments import agreement, kernel_calls
 from tests.instruments.fake_gpu import launches_of
 
@@ -78,10 +78,10 @@ def test_detect_by_the_kernels_matches_torchvisions_exact_path(dtype, device, mo
     if device.type == "cpu":
         monkeypatch.setattr(nms_walk, "_FEWEST_GROUPS", 2)
         monkeypatch.setattr(nms_walk, "_MOST_GROUPS", 2)
-        monkeypatch.setattr(candidate_search, "_TILE_BYTES", 1 << 18)
         monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 1 << 15)
-    for module in (candidate_selection, batched_nms, box_decode, take_kept):
-        monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
+        monkeypatch.setattr(candidate_search, "_SEARCH_PROGRAMS", 8)
+        monkeypatch.setattr(key_sort, "COUNTED", 256)
+    monkeypatch.setattr(postprocess, "runs_triton", lambda *tensors: True)
     theirs, _ = agreement.models()
     theirs.topk_candidates, theirs.detections_per_img = 60, 90
     outputs, split = head_outputs(2, dtype), agreement.anchors(theirs) * 2
@@ -125,8 +125,8 @@ def test_launches_do_not_grow_with_the_batch():
         with Calls() as calls:
             launches = launches_of(lambda batch=batch: kernel_calls.detect(torch.bfloat16, batch))
         made[batch] = [launch.kernel.__name__ for launch in launches], calls.counts
-    assert made[1] == made[8] == made[64]
-    assert len(made[1][0]) <= 16
+    assert made[8] == made[64]
+    assert [len(names) for names, _ in made.values()] == [7, 8, 8]  # one image's keys are not sorted in runs
 
 
 @torch.no_grad()
@@ -142,4 +142,4 @@ def test_the_whole_model_never_waits_for_the_gpu(monkeypatch):
 
     launches = launches_of(lambda prepared: prepared[0].detect(prepared[1]), prepare)
     names = {launch.kernel.__name__ for launch in launches}
-    assert {"_list_kernel", "_box_decode_kernel", "_suppress_kernel", "_take_kept_kernel"} <= names
+    assert {"_list_kernel", "_place_kernel", "_suppress_kernel", "_write_kept_kernel"} <= names

@@ -68,7 +68,14 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "candidate_selection bf16 K=7 all": partial(
         detection.candidate_selection, dtype=BF16, num_classes=7, topk=10**10, shapes=_WIDE
     ),
+    "candidate_selection bf16 K=7 few above": partial(
+        detection.candidate_selection, dtype=BF16, num_classes=7, topk=50, score_thresh=0.7, shapes=_WIDE
+    ),
+    "candidate_selection bf16 K=7 equal": partial(
+        detection.candidate_selection, dtype=BF16, num_classes=7, topk=100, shapes=_WIDE, scale=0.0
+    ),
     "key_sort": detection.key_sort,
+    "key_sort in runs": partial(detection.key_sort, counted=False),
     "batched_nms": partial(detection.batched_nms, by_class=True, best_first=False),
     "batched_nms best first": partial(detection.batched_nms, by_class=True, best_first=True),
     "batched_nms class-agnostic unaligned": partial(
@@ -81,6 +88,12 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "box_decode bf16": partial(detection.box_decode, dtype=BF16),
     "box_decode fp32": partial(detection.box_decode, dtype=F32),
     "take_kept": detection.take_kept,
+    "soft_nms gaussian": partial(detection.soft_nms, method="gaussian", by_class=True),
+    "soft_nms linear class-agnostic": partial(detection.soft_nms, method="linear", by_class=False, count=600, limit=6),
+    "box_voting": partial(detection.box_voting, by_class=True),
+    "box_voting class-agnostic unaligned": partial(detection.box_voting, by_class=False, shift=1),
+    "postprocess bf16": partial(detection.postprocess, dtype=BF16),
+    "postprocess fp32 one image": partial(detection.postprocess, dtype=F32, images=1),
 }
 
 OPERATIONS = sorted({name.split()[0] for name in CASES})

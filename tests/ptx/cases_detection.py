@@ -1,15 +1,20 @@
 """Cases of matching and of the operations from logits to detections. Discrete results are compared exactly."""
 
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from torch import Generator, Tensor
 
+from retina_fast.kernels import key_sort as key_sort_module
 from retina_fast.kernels.anchor_matching import _anchor_matching_triton, anchor_matching_reference
 from retina_fast.kernels.batched_nms import _batched_nms_triton, batched_nms_reference
 from retina_fast.kernels.box_decode import box_decode_reference
+from retina_fast.kernels.box_voting import box_voting_reference
 from retina_fast.kernels.candidate_selection import _candidate_selection_triton, candidate_selection_reference
 from retina_fast.kernels.key_sort import sort_keys
+from retina_fast.kernels.postprocess import postprocess_by_steps
+from retina_fast.kernels.soft_nms import soft_nms_reference
 from retina_fast.kernels.take_kept import take_kept_reference
 from tests.ptx.inputs import (
     SHAPES,
@@ -51,10 +56,10 @@ def anchor_matching(
 
 def candidate_selection(
     generator: Generator, dtype: torch.dtype, num_classes: int, topk: int, score_thresh: float = 0.05,
-    ties: bool = False, shapes: Shapes = SHAPES, shift: int = 0,
+    ties: bool = False, shapes: Shapes = SHAPES, shift: int = 0, scale: float = 2.0,
 ) -> Run:  # fmt: skip
-    """``ties`` rounds the logits, so that many are equal."""
-    levels = head_outputs(generator, dtype, num_classes, shapes, 2.0, -4.0, shift)
+    """``ties`` rounds the logits, so that many are equal; with a scale of 0 all are."""
+    levels = head_outputs(generator, dtype, num_classes, shapes, scale, -4.0 if scale else -0.5, shift)
     if ties:
         levels = [shifted((level * 4).round() / 4, shift) for level in levels]
     levels[0][0, : min(3, levels[0].shape[1]), 0] = float("nan")
@@ -70,7 +75,7 @@ def candidate_selection(
     return run
 
 
-def key_sort(generator: Generator, width: int = 700) -> Run:
+def key_sort(generator: Generator, width: int = 700, counted: bool = True) -> Run:
     counts = torch.tensor([width, 0, 1, min(width, 257)])
     keys = torch.stack([torch.randperm(2 * width, generator=generator)[:width] << 31 for _ in counts])
     keys[0, 0] = 2**63 - 1
@@ -78,7 +83,8 @@ def key_sort(generator: Generator, width: int = 700) -> Run:
     expected = keys.sort(dim=1, descending=True).values
 
     def run() -> Iterator[Comparison]:
-        yield equal("order", [sort_keys(keys, counts)], [expected])
+        with mock.patch.object(key_sort_module, "_PAIRS", 10**8 if counted else 0):
+            yield equal("order", [sort_keys(keys, counts)], [expected])
 
     return run
 
@@ -129,5 +135,57 @@ def take_kept(generator: Generator, shift: int = 0) -> Run:
 
     def run() -> Iterator[Comparison]:
         yield equal("detections", ops.take_kept(*arguments), expected)
+
+    return run
+
+
+def postprocess(generator: Generator, dtype: torch.dtype, limit: int = 40, images: int = 2) -> Run:
+    """The kernels decode and suppress what the references do, up to the last bit of exp."""
+    levels = [level[:images] for level in head_outputs(generator, dtype, 7, scale=2.0, mean=-3.0)]
+    deltas = [level[:images] for level in head_outputs(generator, dtype, 4, scale=0.3)]
+    anchors = random_boxes(generator, sum(level.shape[1] for level in levels))
+    sizes = torch.tensor([[70, 90], [80, 60]])[:images], torch.tensor([[140, 135], [40, 61]])[:images]
+    arguments = levels, deltas, anchors, *sizes, 7, 0.05, 150, 0.5, limit
+    boxes, scores, labels, counts = postprocess_by_steps(*arguments)
+
+    def run() -> Iterator[Comparison]:
+        ours = ops.postprocess(*arguments)
+        yield equal("labels and counts", ours[2:], (labels, counts))
+        yield close("boxes", ours[:1], [boxes], 1e-6)
+        yield close("scores", ours[1:2], [scores], 2e-6)
+
+    return run
+
+
+def _clusters(generator: Generator, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes, scores, classes and counts of two images."""
+    corner = torch.rand(2, count, 2, generator=generator) * 60
+    boxes = torch.cat((corner, corner + 8 + torch.rand(2, count, 2, generator=generator) * 8), dim=2)
+    labels = torch.randint(0, 91, (2, count), generator=generator)
+    return boxes, torch.rand(2, count, generator=generator), labels, torch.tensor([count, count // 3])
+
+
+def soft_nms(generator: Generator, method: str, by_class: bool, count: int = 150, limit: int = 20) -> Run:
+    boxes, scores, labels, counts = _clusters(generator, count)
+    arguments = boxes, scores, labels if by_class else None, counts, method, 0.3, 0.5, 0.05, limit
+    positions, taken, lengths = soft_nms_reference(*arguments)
+
+    def run() -> Iterator[Comparison]:
+        ours = ops.soft_nms(*arguments)
+        yield equal("boxes taken", ours[::2], (positions, lengths))
+        yield close("scores", ours[1:2], [taken], 2e-6)
+
+    return run
+
+
+def box_voting(generator: Generator, by_class: bool, count: int = 300, shift: int = 0) -> Run:
+    boxes, scores, labels, counts = _clusters(generator, count)
+    positions = torch.randint(0, count // 3, (2, 37), generator=generator)
+    rest = labels if by_class else None, counts, positions, torch.tensor([37, 5])
+    given = shifted(boxes, shift), shifted(scores, shift)
+    expected = box_voting_reference(given[0].double(), given[1].double(), *rest)
+
+    def run() -> Iterator[Comparison]:
+        yield close("boxes", [ops.box_voting(*given, *rest, 0.5)], [expected.float()], 2e-6)
 
     return run

@@ -56,6 +56,13 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
         "score_thresh": r.choice([0.0, 0.05, 0.5, 0.99, 1.0]), "topk": r.choice([0, 1, 7, 100, 10**10]),
         "ties": r.random() < 0.5, "shift": r.choice([0, 3]),
     },
+    detection.soft_nms: lambda r: {
+        "method": r.choice(["linear", "gaussian"]), "by_class": r.random() < 0.5, "count": r.choice([3, 90, 530]),
+        "limit": r.choice([1, 12]),
+    },
+    detection.box_voting: lambda r: {
+        "by_class": r.random() < 0.5, "count": r.choice([3, 127, 300]), "shift": r.choice([0, 1]),
+    },
     detection.key_sort: lambda r: {"width": r.choice([1, 2, 255, 256, 257, 700])},
     detection.batched_nms: lambda r: {
         "by_class": r.random() < 0.5, "best_first": r.random() < 0.5, "count": r.choice([5, 40, 257, 600, 1030]),
@@ -63,6 +70,10 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
     },
     detection.box_decode: lambda r: {"dtype": r.choice([BF16, F32]), "shift": r.choice([0, 1])},
     detection.take_kept: lambda r: {"shift": r.choice([0, 1])},
+    detection.key_sort: lambda r: {"width": r.choice([1, 31, 300, 1100]), "counted": r.random() < 0.5},
+    detection.postprocess: lambda r: {
+        "dtype": r.choice([BF16, F32, F16]), "limit": r.choice([1, 9, 70]), "images": r.choice([1, 2]),
+    },
 }  # fmt: skip
 
 
