@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.arguments import check_devices, check_integers
-from retina_fast.kernels.compiler import runs_triton, tl, triton
+from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.labels import BACKGROUND, IGNORED, TL_BACKGROUND, TL_IGNORED
 from retina_fast.kernels.levels import load_rows
 

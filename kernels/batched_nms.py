@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.ops.boxes import nms as torchvision_nms  # bound now: ours may come to stand in its place
 
 from retina_fast.kernels.arguments import at_least_float32, check_devices, check_integers, check_shape
-from retina_fast.kernels.compiler import runs_triton, tl, triton
+from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.key_sort import pack, sort_keys
 from retina_fast.kernels.nms_blocks import suppress_by_blocks
 from retina_fast.kernels.nms_overlap import POSITION_BITS

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.arguments import check_anchors, check_devices, check_integers, check_shape
-from retina_fast.kernels.compiler import is_differentiated, runs_triton, tl, triton
+from retina_fast.kernels.dispatch import is_differentiated, runs_triton, tl, triton
 from retina_fast.kernels.levels import check_levels, decode_size, encode_sizes, flatten_all
 
 MAX_LOG_SCALE = math.log(1000 / 16)

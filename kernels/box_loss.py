@@ -34,7 +34,7 @@ from retina_fast.kernels.arguments import (
     loss_normalizers,
 )
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode
-from retina_fast.kernels.compiler import HAS_TRITON, runs_triton, tl, triton
+from retina_fast.kernels.dispatch import HAS_TRITON, runs_triton, tl, triton
 from retina_fast.kernels.fast_math import atan
 from retina_fast.kernels.levels import (
     check_levels,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.dispatch import tl, triton
 from retina_fast.kernels.key_sort import pack
 from retina_fast.kernels.levels import encode_sizes, level_of, pick, pick_size
 

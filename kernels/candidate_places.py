@@ -11,7 +11,7 @@ from torch import Tensor
 
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode_boxes, store_boxes
 from retina_fast.kernels.candidate_search import FoundKeys
-from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.dispatch import tl, triton
 from retina_fast.kernels.key_sort import (
     count_of_row,
     places,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.candidate_list import BINS, list_survivors, lowest_key
-from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.dispatch import tl, triton
 from retina_fast.kernels.key_sort import PADDING, RUN, pack, sorts_by_kernels
 from retina_fast.kernels.levels import encode_sizes, level_of, pick, pick_size
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from retina_fast.kernels.candidate_places import write_candidates
 from retina_fast.kernels.candidate_search import search_keys
-from retina_fast.kernels.compiler import is_differentiated, runs_triton
+from retina_fast.kernels.dispatch import is_differentiated, runs_triton
 from retina_fast.kernels.levels import check_levels, flatten_all
 
 

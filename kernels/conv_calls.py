@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from retina_fast.kernels.compiler import is_transformed
 from retina_fast.kernels.conv_relu import output_format
 from retina_fast.kernels.conv_winograd import (
     Scratch,
@@ -22,6 +21,7 @@ from retina_fast.kernels.conv_winograd import (
     winograd_conv,
     winograd_weight_gradient,
 )
+from retina_fast.kernels.dispatch import is_transformed
 
 
 class _Winograd(torch.autograd.Function):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from retina_fast.kernels.compiler import is_differentiated
+from retina_fast.kernels.dispatch import is_differentiated
 
 _OPS = torch.ops.mkldnn
 _NAMES = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")

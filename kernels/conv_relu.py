@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retina_fast.kernels.arguments import check_devices, check_shape
-from retina_fast.kernels.compiler import is_transformed
 from retina_fast.kernels.conv_onednn import onednn_conv, runs_onednn
+from retina_fast.kernels.dispatch import is_transformed
 
 Pair = int | Sequence[int]
 

@@ -10,7 +10,7 @@ cost of an element of a focal loss. The PTX documentation bounds the errors over
 So lg2 serves for powers, but not for softplus: log(1 + e) of a background logit of -7 would be wrong by 1e-4.
 """
 
-from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.dispatch import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -29,7 +29,7 @@ from retina_fast.kernels.arguments import (
     check_shape,
     loss_normalizers,
 )
-from retina_fast.kernels.compiler import PTX, is_transformed, runs_triton, tl, triton
+from retina_fast.kernels.dispatch import PTX, is_transformed, runs_triton, tl, triton
 from retina_fast.kernels.fast_math import LOG2E, exp2, reciprocal, sigmoid
 from retina_fast.kernels.focal_loss_cpu import focal_loss_cpu, weights
 from retina_fast.kernels.labels import IGNORED, TL_BACKGROUND, TL_IGNORED

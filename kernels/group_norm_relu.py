@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retina_fast.kernels.arguments import check_devices
-from retina_fast.kernels.compiler import runs_triton, tl, triton
+from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.levels import check_levels, decode_size, encode_sizes, pick, pick_size
 from retina_fast.kernels.one_pass import grads_by_reference
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retina_fast.kernels.compiler import HAS_TRITON, is_differentiated, runs_triton, tl, triton
+from retina_fast.kernels.dispatch import HAS_TRITON, is_differentiated, runs_triton, tl, triton
 
 Sizes = Sequence[tuple[int, int]]
 

@@ -16,7 +16,7 @@ every key finds its place in the other runs by binary search. Longer rows go to 
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.dispatch import tl, triton
 from retina_fast.kernels.levels import decode_size, encode_sizes, level_of, pick_size
 
 PADDING = -1

@@ -3,7 +3,7 @@
 An index from 0 up is that of a ground truth, and a label from 0 up is its class: class 0 is a real class.
 """
 
-from retina_fast.kernels.compiler import tl
+from retina_fast.kernels.dispatch import tl
 
 BACKGROUND = -1  # no ground truth overlaps the anchor enough: every class is a wrong answer
 IGNORED = -2  # the overlap lies between the two thresholds: the anchor takes no part in the loss

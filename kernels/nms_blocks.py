@@ -10,7 +10,7 @@ only the second launch, a few instructions a box, is not parallel.
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.dispatch import tl, triton
 from retina_fast.kernels.nms_overlap import WORD, overlap, position_of, settle
 
 _BLOCK = 2048  # boxes: the bits of 32 columns are 64 registers of a warp

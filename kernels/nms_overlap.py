@@ -1,6 +1,6 @@
 """What both ways of suppression share: the place of a box, whether boxes overlap, and who of 32 boxes stays."""
 
-from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.dispatch import tl, triton
 from retina_fast.kernels.key_sort import unpack_index
 
 POSITION_BITS = tl.constexpr(31)  # of a key

@@ -8,7 +8,7 @@ can hold.
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.dispatch import tl, triton
 from retina_fast.kernels.nms_overlap import WORD, overlap, position_of, settle
 
 _PROGRAMS = 512  # of all images together, as far as that leaves an image no fewer and no more groups than these

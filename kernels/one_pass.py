@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.dispatch import tl, triton
 from retina_fast.kernels.levels import decode_size, encode_sizes
 
 _TILE = 4096

@@ -16,7 +16,7 @@ from retina_fast.kernels.box_decode import box_decode
 from retina_fast.kernels.candidate_places import Decoding, write_candidates
 from retina_fast.kernels.candidate_search import search_keys
 from retina_fast.kernels.candidate_selection import candidate_selection, candidates_width, logit
-from retina_fast.kernels.compiler import is_differentiated, runs_triton, tl, triton
+from retina_fast.kernels.dispatch import is_differentiated, runs_triton, tl, triton
 from retina_fast.kernels.levels import check_levels, flatten_all
 from retina_fast.kernels.nms_blocks import suppress_by_blocks
 from retina_fast.kernels.nms_walk import flag_by_walks

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss as sigmoid_focal_loss_reference
 
-from retina_fast.kernels.compiler import PTX, runs_triton, tl, triton
+from retina_fast.kernels.dispatch import PTX, runs_triton, tl, triton
 from retina_fast.kernels.fast_math import exp2, log2, reciprocal, sigmoid
 from retina_fast.kernels.one_pass import grads_by_reference
 

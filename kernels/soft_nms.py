@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.arguments import at_least_float32, check_devices, check_integers, check_shape
-from retina_fast.kernels.compiler import runs_triton, tl, triton
+from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.key_sort import pack, sort_keys, unpack_index
 from retina_fast.kernels.nms_overlap import POSITION_BITS
 

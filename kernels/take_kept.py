@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.arguments import at_least_float32, check_devices, check_integers, check_shape
-from retina_fast.kernels.compiler import is_differentiated, runs_triton, tl, triton
+from retina_fast.kernels.dispatch import is_differentiated, runs_triton, tl, triton
 
 
 def take_kept_reference(

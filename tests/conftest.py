@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 from torchvision.io import write_png
 
-from retina_fast.kernels.compiler import INTERPRETED
+from retina_fast.kernels.dispatch import INTERPRETED
 
 if INTERPRETED:
     from tests.instruments.interpreter import quicken

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Built, Case, run_benchmark
-from retina_fast.kernels.compiler import INTERPRETED
+from retina_fast.kernels.dispatch import INTERPRETED
 from retina_fast.kernels.key_sort import PADDING, sort_keys
 
 

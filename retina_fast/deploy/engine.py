@@ -33,7 +33,7 @@ from retina_fast.deploy.tuned import Chooser, choose_ways, user_cache_file
 from retina_fast.detections import Detections, Thresholds, detect
 from retina_fast.device import Uploads, best_dtype
 from retina_fast.forward import Convs, Sizes, run_convs, run_network
-from retina_fast.kernels.compiler import HAS_TRITON
+from retina_fast.kernels.dispatch import HAS_TRITON
 from retina_fast.kernels.image_batch import batch_shape, image_batch, image_table, launch_image_batch
 from retina_fast.model import RetinaNet
 from retina_fast.transform import check_images, resized_sizes

@@ -12,7 +12,7 @@ from benchmarks.gpu import goals
 from benchmarks.gpu import run as gpu
 from benchmarks.kernels import focal_loss, image_batch
 from benchmarks.models import postprocess, spinenet, training_step
-from retina_fast.kernels.compiler import INTERPRETED
+from retina_fast.kernels.dispatch import INTERPRETED
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]

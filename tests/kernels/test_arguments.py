@@ -18,7 +18,7 @@ from retina_fast.kernels import (
     take_kept,
 )
 from retina_fast.kernels.arguments import check_devices, check_integers, check_shape, loss_normalizers
-from retina_fast.kernels.compiler import runs_triton
+from retina_fast.kernels.dispatch import runs_triton
 from tests.instruments.fake_gpu import launches_of
 
 DTYPES = [torch.float32, torch.int32, torch.int64, torch.float64, torch.bfloat16, torch.float16]

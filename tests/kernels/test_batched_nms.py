@@ -13,7 +13,7 @@ from retina_fast import ops
 from retina_fast.kernels import batched_nms as module
 from retina_fast.kernels import nms_blocks, nms_walk
 from retina_fast.kernels.batched_nms import Kept, batched_nms, batched_nms_reference
-from retina_fast.kernels.compiler import INTERPRETED
+from retina_fast.kernels.dispatch import INTERPRETED
 from tests.instruments.fake_gpu import launches_of
 from tests.instruments.kernel_calls import call_batched_nms
 from tests.ptx.cases import OTHER_ORDERS, check, names

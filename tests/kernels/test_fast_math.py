@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from retina_fast.kernels import fast_math
-from retina_fast.kernels.compiler import INTERPRETED, PTX, tl, triton
+from retina_fast.kernels.dispatch import INTERPRETED, PTX, tl, triton
 
 pytest.importorskip("triton")
 

@@ -6,7 +6,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from retina_fast.kernels import fast_math
 from retina_fast.kernels import focal_loss as module
-from retina_fast.kernels.compiler import INTERPRETED, tl, triton
+from retina_fast.kernels.dispatch import INTERPRETED, tl, triton
 from retina_fast.kernels.focal_loss import focal_loss
 from retina_fast.kernels.levels import encode_sizes, flatten_all
 from tests.kernels.focal_cases import case, error, exact, kernel_loss, loss_and_grads

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from retina_fast.kernels import focal_loss as module
-from retina_fast.kernels.compiler import INTERPRETED
+from retina_fast.kernels.dispatch import INTERPRETED
 from retina_fast.kernels.focal_loss import focal_loss, focal_loss_reference
 from retina_fast.kernels.levels import flatten_all
 from tests.kernels.focal_cases import case, error, exact, kernel_loss, loss_and_grads

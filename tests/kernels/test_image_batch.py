@@ -7,7 +7,7 @@ import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from retina_fast.kernels import image_batch as module
-from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.dispatch import tl, triton
 from retina_fast.kernels.image_batch import batch_shape, image_batch, image_batch_reference
 from retina_fast.transform import RetinaNetTransform, batch_images, resized_sizes
 from tests.instruments.fake_gpu import gpu_work_of

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from retina_fast.kernels import key_sort as module
-from retina_fast.kernels.compiler import tl, triton
+from retina_fast.kernels.dispatch import tl, triton
 from retina_fast.kernels.key_sort import PADDING, sort_keys
 from tests.instruments.fake_gpu import launches_of
 from tests.ptx.cases import OTHER_ORDERS, check, names

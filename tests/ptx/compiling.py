@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 _CHANGED_BY_THE_INTERPRETER = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
 _BEFORE = [(owner, dict(vars(owner))) for owner in _CHANGED_BY_THE_INTERPRETER]  # taken before any kernel ran
-_SWITCHES = {"PTX": True, "INTERPRETED": False}  # of retina_fast.kernels.compiler, wherever they were imported
+_SWITCHES = {"PTX": True, "INTERPRETED": False}  # of retina_fast.kernels.dispatch, wherever they were imported
 
 
 @functools.cache
