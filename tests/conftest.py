@@ -32,14 +32,17 @@ _LONGEST = [
     "test_static",
     "test_processes",
     "test_export",
-    "test_spinenet",
     "test_batched_nms",
-    "test_candidate_selection",
-    "test_cli",
-    "test_torchvision_recipes",
-    "test_report",
-    "test_engine",
     "test_model",
+    "test_candidate_selection",
+    "test_train",
+    "test_torchvision_recipes",
+    "test_benchmarks",
+    "test_anchor_matching",
+    "test_focal_loss",
+    "test_cli",
+    "test_engine",
+    "test_detections",
 ]
 
 

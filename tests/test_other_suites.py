@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 THEIRS = """
 import urllib.request
 
@@ -35,6 +37,7 @@ def test_that_needs_the_network():
 """
 
 
+@pytest.mark.slow
 def test_the_runs_are_compared(tmp_path):
     (tmp_path / "test_theirs.py").write_text(THEIRS)
     (tmp_path / "torchvision").mkdir()

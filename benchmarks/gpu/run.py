@@ -31,7 +31,7 @@ BENCHMARKS = (
     "kernels.focal_loss",
     "kernels.anchor_matching",
     "models.loss_path",
-    "models.postprocess",
+    "kernels.postprocess",
     "kernels.batched_nms",
     "kernels.image_batch",
     "kernels.box_loss",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 
-from benchmarks.kernels import batched_nms
-from benchmarks.models import postprocess, scenes, training_step
+from benchmarks.kernels import batched_nms, postprocess
+from benchmarks.models import scenes, training_step
 from benchmarks.predict.roofline import Scene
 from retina_fast import compile_inference, retinanet_resnet50_fpn
 from retina_fast.deploy.engine import EngineSettings, Plan

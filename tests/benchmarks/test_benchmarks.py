@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.gpu import goals
 from benchmarks.gpu import run as gpu
-from benchmarks.kernels import focal_loss, image_batch
-from benchmarks.models import postprocess, spinenet, training_step
+from benchmarks.kernels import focal_loss, image_batch, postprocess
+from benchmarks.models import spinenet, training_step
 from retina_fast.kernels.dispatch import INTERPRETED
 
 CPU = torch.device("cpu")

@@ -2,9 +2,12 @@
 
 import json
 import math
+import multiprocessing
+import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -105,32 +108,26 @@ def test_a_goal_is_claimed_once(here, tmp_path):
         results.add(*again)
 
 
-DEADLY = """
-import json, math, os, sys, time, torch
-from pathlib import Path
-from benchmarks.gpu import run as gpu
-from benchmarks.case import Built, Case
-from benchmarks.gpu.records import Results
-
-def case(name, build):
-    return Case(name, "float32", lambda device: build(), seconds=float(sys.argv[2]))
-
-fine = Built(lambda: 0, {"theirs": lambda: 0}, lambda: None, 1)
-cases = [case("crash", lambda: os._exit(7)), case("hang", lambda: time.sleep(1e6)), case("fine", lambda: fine)]
-here = dict.fromkeys(Results.SAME) | {"copy_gb_s": 1.0, "bf16_tflop_s": 1.0}
-gpu.run_cases(cases, Results(Path(sys.argv[1]), here), torch.device("cpu"), math.inf)
-"""
+def deadly(path, limit):
+    """Runs a case that ends its process, one that never ends, and one that is measured."""
+    fine = Built(lambda: 0, {"theirs": lambda: 0}, lambda: None, 1)
+    builds: dict[str, Any] = {"crash": lambda _: os._exit(7), "hang": lambda _: time.sleep(1e6), "fine": lambda _: fine}
+    cases = [Case(name, "float32", build, seconds=limit) for name, build in builds.items()]
+    here = dict.fromkeys(Results.SAME) | {"copy_gb_s": 1.0, "bf16_tflop_s": 1.0}
+    gpu.run_cases(cases, Results(path, here), CPU, math.inf)
 
 
 def test_a_case_that_takes_the_process_with_it_is_passed_by_next_time(tmp_path):
     path = tmp_path / "gpu.json"
     for limit, failed, measured in (
-        ("600", ["crash"], []),
-        ("0.5", ["crash", "hang"], []),  # which never ends by itself
-        ("600", ["crash", "hang"], ["fine"]),
+        (600, ["crash"], []),
+        (0.5, ["crash", "hang"], []),  # which never ends by itself
+        (600, ["crash", "hang"], ["fine"]),
     ):
-        done = subprocess.run([sys.executable, "-c", DEADLY, path, limit], cwd=ROOT, capture_output=True, text=True)
-        assert (done.returncode == 0) == bool(measured), done.stderr
+        process = multiprocessing.get_context("fork").Process(target=deadly, args=(path, limit))
+        process.start()
+        process.join()
+        assert (process.exitcode == 0) == bool(measured)
         stored = json.loads(path.read_text())
         assert [entry["case"] for entry in stored["failures"]] == failed
         assert [entry["case"] for entry in stored["records"]] == measured
@@ -216,6 +213,7 @@ def test_a_check_that_fails_hides_no_other(capsys):
 
 HANGING = """
 import time
+from typing import Any
 from benchmarks.gpu import hung_tests
 
 hung_tests.SECONDS = 1

@@ -250,6 +250,7 @@ def test_a_run_stopped_within_an_epoch_and_resumed_gives_the_same_weights(data, 
     assert sum(not p.requires_grad for p in model.parameters()) > 0
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one_that_pads_as_they_do(files, tmp_path):
     """They start from weights in the folder of torchvision's downloads. Only one process warns of faulty data."""
     folder = tmp_path / "torch" / "hub" / "checkpoints"

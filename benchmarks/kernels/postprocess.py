@@ -1,6 +1,6 @@
 """From the heads' outputs to detections: torchvision eager, ours.
 
-    python -m benchmarks.models.postprocess
+    python -m benchmarks.kernels.postprocess
 
 compares the two on a CPU, in turns, at 512x512 with 91 classes: at batch 8 and 1 with 1% of the scores above the
 threshold, and at batch 1 with 10%. In CASES one factor is varied at a time from 8 images of 800x800 with 91 classes in
