@@ -90,8 +90,8 @@ def models(images):
 
 
 AOTINDUCTOR = pytest.param("small", "aotinductor", marks=pytest.mark.slow)  # its compiler of C++ takes half a minute
-ONE_EACH = [("trees", "torch-export"), ("trees", "onnx"), AOTINDUCTOR]
-CASES = [*ONE_EACH, ("small", "onnx")]
+ONE_EACH = [("small", "torch-export"), ("small", "onnx"), AOTINDUCTOR]
+CASES = [*ONE_EACH, *(pytest.param("trees", format, marks=pytest.mark.slow) for format in ("torch-export", "onnx"))]
 
 
 @pytest.fixture(scope="module")

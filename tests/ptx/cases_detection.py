@@ -93,13 +93,18 @@ def batched_nms(
     generator: Generator, by_class: bool, best_first: bool, count: int = 700, iou_thresh: float = 0.5,
     limit: int = 300, shift: int = 0,
 ) -> Run:  # fmt: skip
-    """Clusters of boxes with few distinct scores, in three images of which one is empty."""
+    """Clusters of boxes with few distinct scores, in three images of which one is empty. In the first, many pairs have
+    an IoU that is the threshold but for rounding."""
     which = torch.randint(0, max(count // 5, 1), (3, count, 1), generator=generator).expand(-1, -1, 2)
     corner = torch.rand(3, max(count // 5, 1), 2, generator=generator).gather(1, which) * 300
     corner = corner + torch.randn(3, count, 2, generator=generator) * 3
     boxes = torch.cat((corner, corner + 10 + torch.rand(3, count, 2, generator=generator) * 8), dim=2)
     scores: Tensor | None = torch.rand(3, count, generator=generator).mul(50).round() / 50
     labels = shifted(torch.randint(0, 91, (3, count), generator=generator), shift) if by_class else None
+    pairs = torch.arange(count // 8)
+    boxes[0, pairs] = boxes_near(boxes[0, -len(pairs) :], iou_thresh).view(-1, 9, 4)[pairs, pairs % 9]
+    if labels is not None:
+        labels[0, pairs] = labels[0, -len(pairs) :].clone()
     counts = torch.tensor([count, 0, count // 2 + 1])
     scores = None if best_first or scores is None else shifted(scores, shift)
     arguments = shifted(boxes, shift), scores, labels, counts, iou_thresh, limit
