@@ -101,7 +101,7 @@ def batched_nms(
     boxes = torch.cat((corner, corner + 10 + torch.rand(3, count, 2, generator=generator) * 8), dim=2)
     scores: Tensor | None = torch.rand(3, count, generator=generator).mul(50).round() / 50
     labels = shifted(torch.randint(0, 91, (3, count), generator=generator), shift) if by_class else None
-    pairs = torch.arange(count // 8)
+    pairs = torch.arange(count // 3)
     boxes[0, pairs] = boxes_near(boxes[0, -len(pairs) :], iou_thresh).view(-1, 9, 4)[pairs, pairs % 9]
     if labels is not None:
         labels[0, pairs] = labels[0, -len(pairs) :].clone()
