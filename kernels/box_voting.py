@@ -26,6 +26,8 @@ def box_voting_reference(
 ) -> Tensor:
     """The definition; see :func:`box_voting`."""
     width, kept = boxes.shape[1], positions.shape[1]
+    if width == 0:  # positions in the padding are 0, where there is no box
+        return boxes.new_zeros(*positions.shape, 4)
     inside = torch.arange(width, device=boxes.device) < counts[:, None]  # (B, M)
     valid = torch.arange(kept, device=boxes.device) < kept_counts[:, None]  # (B, D)
     own = boxes.gather(1, positions[..., None].expand(-1, -1, 4))  # (B, D, 4)
@@ -38,7 +40,7 @@ def box_voting_reference(
         votes &= labels.gather(1, positions)[..., None] == labels[:, None]
     weights = torch.where(votes & (scores > 0)[:, None], scores[:, None], 0)
     total = weights.sum(2, keepdim=True)  # (B, D, 1)
-    mean = weights @ torch.where(inside[..., None], boxes, 0).nan_to_num(0) / total
+    mean = weights @ torch.where(inside[..., None], boxes, 0).nan_to_num(0) / torch.where(total > 0, total, 1)
     return torch.where(valid[..., None], torch.where(total > 0, mean, own), 0)
 
 
@@ -160,7 +162,7 @@ def box_voting(
     if labels is not None:
         check_shape("labels", labels, "(B, M)", (batch, width))
     check_shape("counts", counts, "(B,)", (batch,))
-    check_shape("positions", positions, "(B, D)", (batch, positions.shape[-1]))
+    check_shape("positions", positions, "(B, D)", (batch, *positions.shape[-1:]))
     check_shape("kept_counts", kept_counts, "(B,)", (batch,))
     check_integers(labels=labels, counts=counts, positions=positions, kept_counts=kept_counts)
     check_devices(

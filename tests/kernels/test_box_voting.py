@@ -78,15 +78,24 @@ def test_differentiable_and_exported_name():
     assert all(grad[0].isfinite().all() and grad[0].any() and not grad[1].any() for grad in grads)
 
 
+def test_gradients_where_nobody_votes():
+    """The second kept box has no area, and the second image no box."""
+    boxes = torch.tensor([[[0.0, 0, 8, 8], [2, 0, 8, 8], [5, 5, 5, 5]]] * 2, requires_grad=True)
+    counts, kept = torch.tensor([3, 0]), torch.tensor([[0, 2], [0, 0]])
+    out = box_voting(boxes, torch.tensor([[0.75, 0.25, 0.5]] * 2), None, counts, kept, torch.tensor([2, 0]))
+    (gradient,) = torch.autograd.grad(out.sum(), boxes)
+    assert gradient[:, :, 0].tolist() == [[0.75, 0.25, 1], [0, 0, 0]]
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
 def test_empty(shape, device):
     batch, width, kept = shape
     zeros = torch.zeros(batch, dtype=torch.int64, device=device)
     given = torch.zeros(batch, width, 4, device=device), torch.zeros(batch, width, device=device), None, zeros
     positions = torch.zeros(batch, kept, dtype=torch.int64, device=device)
-    assert by_kernels(*given, positions, zeros).shape == (batch, kept, 4)
-    if width:
-        assert box_voting(*given, positions, zeros).shape == (batch, kept, 4)
+    for out in (by_kernels(*given, positions, zeros), box_voting(*given, positions, zeros)):
+        assert out.shape == (batch, kept, 4)
+        assert not out.any()
 
 
 def test_errors():
@@ -94,7 +103,8 @@ def test_errors():
     given = {"boxes": boxes, "scores": scores, "labels": labels, "counts": counts, "positions": positions}
     for name, value in (
         ("boxes", boxes[0]), ("scores", scores[:, 1:]), ("labels", scores), ("counts", counts[:1]),
-        ("positions", positions.float()), ("kept_counts", kept[:1]),
+        ("positions", positions.float()), ("positions", positions[0]), ("positions", positions[0, 0]),
+        ("kept_counts", kept[:1]),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name} must be"):
             box_voting(**{**given, "kept_counts": kept, name: value})
