@@ -78,7 +78,8 @@ def soft_nms_reference(
         touched = (iou > (0.0 if method == "gaussian" else iou_thresh)) & (left > score_thresh)
         if labels is not None:
             touched &= labels == labels[image, best][:, None]
-        left = torch.where(touched, left * factor, left)
+        lowered = left * factor  # NaN where an infinite score is lowered to 0
+        left = torch.where(touched, torch.where(lowered > score_thresh, lowered, -torch.inf), left)
         left[image, best] = -torch.inf
     return SoftKept(positions, taken, taken_counts)
 

@@ -115,6 +115,18 @@ def test_empty(shape, device, few_programs):
         assert not taken.counts.any()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_an_infinite_score_that_is_lowered_to_nothing(method, device, few_programs):
+    """It becomes NaN, which is never taken, and the other boxes still are."""
+    boxes = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 8, 8], [20, 20, 28, 28]]])
+    scores, counts = torch.tensor([[math.inf, math.inf, 0.5]]), torch.tensor([3])
+    rest: Any = (method, 0.3, 1e-3, 0.0, 3)
+    expected = soft_nms_reference(boxes, scores, None, counts, *rest)
+    assert expected.positions.tolist() == [[0, 2, 0]]
+    assert expected.counts.tolist() == [2]
+    equal(by_kernels(boxes.to(device), scores.to(device), None, counts.to(device), *rest), expected)
+
+
 def test_float64_is_kept():
     boxes, scores, labels, counts = images()
     assert ops.soft_nms(boxes, scores, labels, counts).scores.dtype == torch.float64
