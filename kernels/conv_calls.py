@@ -81,9 +81,11 @@ class _Mode(TorchFunctionMode):
             return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         if self._channels_last:
             input = input.contiguous(memory_format=torch.channels_last)
-        pairs = ([size] * 2 if isinstance(size, int) else size for size in (stride, padding, dilation))
+        pairs = (size if isinstance(size, Sequence) else [size] * 2 for size in (stride, padding, dilation))
         geometry: Any = *pairs, groups
         suits = not torch.is_autocast_enabled("cpu") and suits_winograd(input, weight, *geometry)
+        if bias is not None and (bias.dtype != weight.dtype or bias.shape != weight.shape[:1]):
+            suits = False  # PyTorch says what is wrong
         if not (suits and gains_from_winograd(input, weight)):
             return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         y = _Winograd.apply(input, weight, bias, self._scratch)

@@ -137,7 +137,7 @@ def suits_winograd(
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and tuple(weight.shape[2:]) == (3, 3)
+        and tuple(weight.shape[1:]) == (x.shape[1], 3, 3)
         and (tuple(stride), tuple(padding), tuple(dilation), groups) == (one, one, one, 1)
         and x.numel() > 0
         and torch.get_float32_matmul_precision() == "highest"

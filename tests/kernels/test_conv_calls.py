@@ -1,5 +1,6 @@
 """Calls of F.conv2d taken over within a training step: outputs and gradients stay, and so does what a user can see."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,6 +136,29 @@ def test_others_are_left(call, last, calls):
     torch.testing.assert_close(ours, expected)
     assert type(ours) is type(expected)
     assert not calls
+
+
+@pytest.mark.parametrize("one", [np.int64(1), torch.tensor(1), torch.Size([1, 1])], ids=["numpy", "tensor", "size"])
+def test_every_kind_of_size_that_pytorch_takes(one, calls):
+    weight = torch.ones(5, 6, 3, 3)
+    with fast_convs(Scratch(), channels_last=False):
+        y = F.conv2d(X, weight, stride=one, padding=one, dilation=one)
+    assert calls
+    assert error(y, F.conv2d(X.double(), weight.double(), padding=1)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("x", "bias"),
+    [(X[:, :1], None), (X, torch.ones(1)), (X, torch.ones(7, 5)), (X, torch.ones(5, dtype=torch.float64))],
+    ids=["channels", "one bias", "2-D bias", "float64 bias"],
+)
+def test_errors_are_those_of_pytorch(x, bias):
+    weight = torch.ones(5, 6, 3, 3)
+    with pytest.raises(RuntimeError) as expected:
+        F.conv2d(x, weight, bias, padding=1)
+    with fast_convs(Scratch(), channels_last=False), pytest.raises(RuntimeError) as ours:
+        F.conv2d(x, weight, bias, padding=1)
+    assert str(ours.value) == str(expected.value)
 
 
 def test_a_compiled_module(calls):
