@@ -266,6 +266,7 @@ def _of_one_dtype(images: list[Tensor]) -> list[Tensor]:
     return [image.float() / (1 if image.is_floating_point() else 255) for image in images]
 
 
+@torch.inference_mode(False)
 def compile_inference(
     model: tv.RetinaNet,
     images: Sequence[Tensor] = (),

@@ -89,6 +89,14 @@ def test_calls_in_and_out_of_inference_mode(graphs, with_graphs):
     assert not outside["boxes"].is_inference()
 
 
+def test_made_in_inference_mode():
+    model = small_model()
+    with torch.inference_mode():
+        own = compile_inference(model, images((30, 30)), dtype=torch.float32)
+    assert own.report.difference is not None
+    torch.testing.assert_close(own(images((30, 30))), compile_inference(model, dtype=torch.float32)(images((30, 30))))
+
+
 def test_no_shape_kept():
     own = compile_inference(small_model(), dtype=torch.float32, max_shapes=0)
     own(images((30, 30)))
