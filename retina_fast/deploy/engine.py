@@ -95,7 +95,7 @@ class Engine(DetectorModule):
         weight = next(self.model.parameters())
         way = {"dtype": weight.dtype, "graphs": _takes_graphs(weight.device, self.settings.max_shapes)}
         self.settings = replace(self.settings, **way)
-        self.report = replace(self.report, device=str(weight.device), **way)
+        self.report = replace(self.report, device=str(weight.device), ways={}, **way)  # ways are chosen anew
 
     def forward(
         self, images: Sequence[Tensor] | Tensor, targets: Sequence[Any] | None = None

@@ -51,9 +51,10 @@ class FusedConv(nn.Conv2d):
         if torch.compiler.is_compiling():  # the compiler fuses by itself
             return self.run_eager(x, z)
         way = self.ways.get(x.shape)
-        if way is None and self.takes_winograd(x, z) and gains_from_winograd(x, self.weight):
-            way = "winograd"
-        return self.run(way or "fused", x, z, overwrite_z)
+        if way in (None, "winograd"):  # a choice made in another dtype or precision holds no longer
+            takes = self.takes_winograd(x, z) and (way is not None or gains_from_winograd(x, self.weight))
+            way = "winograd" if takes else "fused"
+        return self.run(way, x, z, overwrite_z)
 
     def run(self, way: str, x: Tensor, z: Tensor | None, overwrite_z: bool = False) -> Tensor:
         """Run in one of :meth:`possible_ways`."""

@@ -262,6 +262,33 @@ def test_winograds_algorithm_is_among_the_ways(path, monkeypatch):
     assert calls == [1]
 
 
+def test_ways_are_chosen_anew_in_another_dtype(path, monkeypatch):
+    monkeypatch.setattr(Chooser, "choose", lambda _, layer, ways: [*ways][-1])
+    pictures = images((40, 50))
+    engine = compile_inference(small_model(), dtype=torch.float32, choices=path)
+    expected = engine(pictures)
+    (before,) = engine.report.ways.values()
+    torch.testing.assert_close(engine.double()(pictures), expected, rtol=0, atol=1e-3)
+    (after,) = engine.report.ways.values()
+    assert before["winograd"] > 0 == after["winograd"]
+
+
+def test_a_way_steps_aside_where_it_does_not_serve():
+    """In lower precision, and where somebody asks for gradients."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1))
+    x = torch.randn(1, 8, 9, 9)
+    fuse_convs(model, lambda: model(x))
+    model[0].ways = {tuple(x.shape): "winograd"}
+    assert model(x).requires_grad
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), model[0].run_fused(x, None), rtol=0, atol=0)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("way", ["eager", "fused"])
 def test_a_remembered_way_is_taken(path, way, monkeypatch):
     model, pictures, calls = small_model(), images((40, 50)), []
