@@ -90,12 +90,14 @@ class Engine(DetectorModule):
         self._uploads = Uploads(self._device)
 
     def moved(self) -> None:
-        """Compute in the dtype that the weights have now, and capture graphs if they lie on a GPU now."""
+        """Compute in the dtype that the weights have now, and capture graphs if they lie on a GPU now. What was
+        measured before holds no longer."""
         self.model.to(memory_format=torch.channels_last)
         weight = next(self.model.parameters())
         way = {"dtype": weight.dtype, "graphs": _takes_graphs(weight.device, self.settings.max_shapes)}
         self.settings = replace(self.settings, **way)
-        self.report = replace(self.report, device=str(weight.device), ways={}, **way)  # ways are chosen anew
+        none: Any = {"difference": None, "ways": {}, "compiled": {}, "not_compiled": {}}
+        self.report = replace(self.report, device=str(weight.device), **way, **none)
 
     def forward(
         self, images: Sequence[Tensor] | Tensor, targets: Sequence[Any] | None = None

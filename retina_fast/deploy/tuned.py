@@ -154,8 +154,10 @@ class Chooser:
         try:
             content: Any = json.loads(self.path.read_text())
             choices = content["choices"] if content["format"] == _FORMAT else {}
-            return {str(name): dict(of_machine) for name, of_machine in choices.items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return {
+                name: {layer: str(way) for layer, way in of_machine.items()} for name, of_machine in choices.items()
+            }
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return {}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from retina_fast import compile_inference, retinanet_resnet18_fpn_lite
+from retina_fast.deploy.report import Difference
 from tests.deploy.engine_soak import small_model
 from tests.deploy.pictures import floats, images
 
@@ -105,10 +106,13 @@ def test_it_is_not_trained(own):
 
 def test_it_moves_to_another_dtype(own):
     before = own(BATCH)
+    own.report.difference = measured = Difference(1, 0.0, 0.0, 0.0)
     assert own.to("cpu") is own
     assert len(own.shapes()) == 1  # nothing has moved
+    assert own.report.difference is measured
     own.to(torch.bfloat16)
     assert own.shapes() == []
+    assert "accuracy: not measured" in str(own)
     assert own.settings.dtype == own.report.dtype == torch.bfloat16
     expected = compile_inference(small_model(), dtype=torch.bfloat16)
     assert "bfloat16" in str(own)

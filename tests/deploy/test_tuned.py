@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,8 @@ def test_a_choice_is_remembered(path, clock):
         json.dumps({"format": 2, "choices": {machine(CPU): {"layer": "first"}}}),
         json.dumps({"format": 1, "choices": {"torch 1.0 on another machine": {"layer": "first"}}}),
         json.dumps({"format": 1, "choices": {machine(CPU): {"layer": "a way of another version"}}}),
+        json.dumps({"format": 1, "choices": {machine(CPU): {"layer": ["first"]}}}),
+        "[" * 100_000,
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_say_is_done_without(path, clock, content):
@@ -275,7 +278,7 @@ def test_ways_are_chosen_anew_in_another_dtype(path, monkeypatch):
 
 def test_a_way_steps_aside_where_it_does_not_serve():
     """In lower precision, and where somebody asks for gradients."""
-    model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1))
+    model: Any = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1))
     x = torch.randn(1, 8, 9, 9)
     fuse_convs(model, lambda: model(x))
     model[0].ways = {tuple(x.shape): "winograd"}
