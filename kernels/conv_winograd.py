@@ -145,8 +145,8 @@ def suits_winograd(
 
 
 def gains_from_winograd(x: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`winograd_conv` is likely to be faster than a direct conv, by 1.4 to 2.5 times. With few channels
-    the transforms take as long as they save; for few tiles reading the weights does, which are four times as large.
+    """Whether :func:`winograd_conv` is likely to be faster than a direct conv. With few channels the transforms take as
+    long as they save; for few tiles reading the weights does, which are four times as large.
 
     Example::
 

@@ -89,7 +89,7 @@ class LateRead:
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32: from compute capability 8.0, or with AMX.
-    On an Intel processor with AVX512-BF16 alone, oneDNN's convs take 1.2 to 1.9 times as long as in float32."""
+    On an Intel processor with AVX512-BF16 alone, oneDNN's convs are slower than in float32."""
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_amx_tile_supported()
