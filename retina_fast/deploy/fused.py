@@ -12,6 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork
 
 from retina_fast.backbones.spinenet import Residual, SpineNet
+from retina_fast.kernels.conv_epilogue import conv_epilogue_, serves_epilogue
 from retina_fast.kernels.conv_onednn import onednn_conv, pack_weight, runs_onednn
 from retina_fast.kernels.conv_relu import conv_add_relu, conv_relu, output_shape
 from retina_fast.kernels.conv_winograd import (
@@ -40,7 +41,7 @@ class FusedConv(nn.Conv2d):
     activation = "none"
     """``none``, ``relu`` or ``swish``."""
     ways: Mapping[tuple[int, ...], str] = MappingProxyType({})
-    """Of input shapes whose fastest way was chosen by timing: ``fused``, ``winograd`` or ``eager``."""
+    """Of input shapes whose fastest way was chosen by timing: ``eager``, ``fused``, ``epilogue`` or ``winograd``."""
     scratch: Scratch
     """What the convs of a model share for Winograd's algorithm; ``fuse_convs`` gives it."""
     _prepared: tuple[object, dict[str, Tensor]] | None = None  # what the weights were, and what was made of them
@@ -51,6 +52,8 @@ class FusedConv(nn.Conv2d):
         if torch.compiler.is_compiling():  # the compiler fuses by itself
             return self.run_eager(x, z)
         way = self.ways.get(x.shape)
+        if way == "epilogue" and not self.takes_epilogue(x):
+            way = None
         if way in (None, "winograd"):  # a choice made in another dtype or precision holds no longer
             takes = self.takes_winograd(x, z) and (way is not None or gains_from_winograd(x, self.weight))
             way = "winograd" if takes else "fused"
@@ -60,11 +63,28 @@ class FusedConv(nn.Conv2d):
         """Run in one of :meth:`possible_ways`."""
         if way == "winograd":
             return self.run_winograd(x, z, overwrite_z)
+        if way == "epilogue":
+            return self.run_with_epilogue(x, z)
         return self.run_eager(x, z) if way == "eager" else self.run_fused(x, z, overwrite_z)
 
     def possible_ways(self, x: Tensor, z: Tensor | None) -> list[str]:
         """The ways in which an input may run, the one that is right by definition first."""
-        return ["eager", "fused", *(["winograd"] if self.takes_winograd(x, z) else [])]
+        others = {"epilogue": self.takes_epilogue(x), "winograd": self.takes_winograd(x, z)}
+        return ["eager", "fused", *(way for way, possible in others.items() if possible)]
+
+    def takes_epilogue(self, x: Tensor) -> bool:
+        """Whether a kernel of ours runs what follows the conv."""
+        return serves_epilogue(x) and self.weight.dtype == x.dtype and not torch.is_grad_enabled()
+
+    def run_with_epilogue(self, x: Tensor, z: Tensor | None) -> Tensor:
+        """The conv alone, then bias, sum and activation in one pass."""
+        y = F.conv2d(x, self.weight, None, *self._geometry())
+        y = y.contiguous(memory_format=torch.channels_last)
+        return (
+            y
+            if self.bias is z is None and self.activation == "none"
+            else conv_epilogue_(y, self.bias, z, self.activation)
+        )
 
     def takes_winograd(self, x: Tensor, z: Tensor | None) -> bool:
         """Whether Winograd's algorithm computes this conv."""
