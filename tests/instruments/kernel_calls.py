@@ -24,6 +24,7 @@ from retina_fast.kernels import (
     box_loss,
     box_voting,
     candidate_selection,
+    conv_epilogue,
     focal_loss,
     image_batch,
     soft_nms,
@@ -164,6 +165,14 @@ def _take_kept() -> None:
     take_kept.take_kept(boxes, scores, labels, positions, counts, sizes, sizes)
 
 
+def _conv_epilogue() -> None:
+    y, z = (
+        torch.empty(8, 256, 100, 100, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    conv_epilogue.conv_epilogue_(y, torch.empty(256, dtype=torch.bfloat16, device="cuda"), z, "relu")
+
+
 def detect(dtype: torch.dtype, batch: int = 8) -> detections.Detections:
     """Calls the whole postprocess, from the heads' outputs at 800x800 to detections."""
     logits, deltas = ([level.detach() for level in levels_of(dtype, channels, batch)] for channels in (91, 4))
@@ -245,4 +254,5 @@ KERNEL_CALLS = {
     "soft_nms": KernelCall(_soft_nms),
     "box_voting": KernelCall(_box_voting),
     "take_kept": KernelCall(_take_kept),
+    "conv_epilogue": KernelCall(_conv_epilogue),
 }
