@@ -10,7 +10,9 @@ are one, computed in float32 and rounded once.
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.dispatch import INTERPRETED, runs_triton, tl, triton
+from retina_fast.kernels.dispatch import runs_triton, tl, triton
+
+ACTIVATIONS = ("none", "relu", "swish")
 
 _BLOCK = 2048  # elements of a program: 16 a thread
 
@@ -52,6 +54,15 @@ def serves_epilogue(y: Tensor) -> bool:
     return runs_triton(y) and y.is_contiguous(memory_format=torch.channels_last)
 
 
+def _conv_epilogue_triton(y: Tensor, bias: Tensor | None, z: Tensor | None, activation: str) -> Tensor:
+    z = None if z is None else z.contiguous(memory_format=torch.channels_last)
+    with torch.cuda.device_of(y):
+        _epilogue_kernel[(triton.cdiv(y.numel(), _BLOCK),)](
+            y, bias, z, y.numel(), C=y.shape[1], ACTIVATION=activation, BLOCK=_BLOCK
+        )
+    return y
+
+
 def conv_epilogue_(y: Tensor, bias: Tensor | None, z: Tensor | None, activation: str) -> Tensor:
     """Add a bias and another tensor to a conv's output and apply an activation, in place and without gradients.
 
@@ -65,7 +76,7 @@ def conv_epilogue_(y: Tensor, bias: Tensor | None, z: Tensor | None, activation:
         y.
 
     Raises:
-        ValueError: if y is not in channels_last memory, or bias or z does not fit.
+        ValueError: if y is not in channels_last memory, bias or z does not fit, or activation is none of these.
 
     Example::
 
@@ -79,11 +90,8 @@ def conv_epilogue_(y: Tensor, bias: Tensor | None, z: Tensor | None, activation:
         raise ValueError(f"bias must be ({y.shape[1]},), got {tuple(bias.shape)}")
     if z is not None and z.shape != y.shape:
         raise ValueError(f"z must be {tuple(y.shape)}, got {tuple(z.shape)}")
-    if not (runs_triton(y) or INTERPRETED) or y.numel() == 0:
-        return y.copy_(conv_epilogue_reference(y, bias, z, activation))
-    z = None if z is None else z.contiguous(memory_format=torch.channels_last)
-    with torch.cuda.device_of(y):
-        _epilogue_kernel[(triton.cdiv(y.numel(), _BLOCK),)](
-            y, bias, z, y.numel(), C=y.shape[1], ACTIVATION=activation, BLOCK=_BLOCK
-        )
-    return y
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if runs_triton(y) and y.numel():
+        return _conv_epilogue_triton(y, bias, z, activation)
+    return y.copy_(conv_epilogue_reference(y, bias, z, activation))

@@ -79,12 +79,7 @@ class FusedConv(nn.Conv2d):
     def run_with_epilogue(self, x: Tensor, z: Tensor | None) -> Tensor:
         """The conv alone, then bias, sum and activation in one pass."""
         y = F.conv2d(x, self.weight, None, *self._geometry())
-        y = y.contiguous(memory_format=torch.channels_last)
-        return (
-            y
-            if self.bias is z is None and self.activation == "none"
-            else conv_epilogue_(y, self.bias, z, self.activation)
-        )
+        return conv_epilogue_(y.contiguous(memory_format=torch.channels_last), self.bias, z, self.activation)
 
     def takes_winograd(self, x: Tensor, z: Tensor | None) -> bool:
         """Whether Winograd's algorithm computes this conv."""
