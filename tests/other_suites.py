@@ -13,6 +13,7 @@ Whatever ends otherwise in the second run than in the first is printed. The exit
 torchvision does not pass with this package.
 """
 
+import argparse
 import functools
 import os
 import socket
@@ -135,7 +136,13 @@ def _outcomes(checkout: Path, folder: Path, mode: str, *arguments: str) -> dict[
 
 def main() -> None:
     """Runs the suite twice, prints what differs, and how many tests ended how."""
-    suite, checkout, arguments = sys.argv[1], Path(sys.argv[2]).resolve(), sys.argv[3:] or _SUITES[sys.argv[1]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=sorted(_SUITES))
+    parser.add_argument("checkout", type=Path, help="a folder with the project's source")
+    options, of_pytest = parser.parse_known_args()
+    suite, checkout, arguments = options.suite, options.checkout.resolve(), of_pytest or _SUITES[options.suite]
+    if not checkout.is_dir():
+        parser.error(f"{options.checkout}: no such folder")
     with tempfile.TemporaryDirectory() as name:
         if suite == "deepforest":
             _child(checkout, Path(name), "--weights", name)
@@ -169,4 +176,4 @@ def _run() -> None:
 
 
 if __name__ == "__main__":
-    _run() if sys.argv[1].startswith("-") else main()
+    _run() if sys.argv[1:2] in (["--weights"], ["--as-it-is"], ["--in-place"]) else main()

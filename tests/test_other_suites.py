@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import other_suites
+
 THEIRS = """
 import urllib.request
 
@@ -50,3 +52,11 @@ def test_the_runs_are_compared(tmp_path):
     changed = [row for row in done.stdout.splitlines() if row.startswith("test_theirs::")]
     assert changed == ["test_theirs::test_that_holds_for_torchvisions_class_alone"]
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["detectron"], ["torchvision"], ["torchvision", "no-such-folder"]])
+def test_wrong_arguments_are_named(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["other_suites", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        other_suites.main()
+    assert "error: " in capsys.readouterr().err

@@ -46,6 +46,18 @@ GOALS = {
     "E4": Goal("training step, captured"),
 }
 
+FAMILIES = {
+    "K1": "focal loss",
+    "K2": "matching and losses",
+    "K3": "matching",
+    "K4": "postprocess",
+    "K5": "NMS",
+    "K6": "image batch",
+    "E1": "inference, batch 1",
+    "E2": "inference, batch 32",
+    "E3": "training step",
+}  # what the goals of one number are about
+
 
 def goals_for(environment: dict[str, Any]) -> dict[str, Goal]:
     """Returns the goals that a record is judged by: on another device than the goals' they only have a name."""

@@ -2,8 +2,9 @@
 
 It draws a record of `make gpu`, the newest in benchmarks/results/ by default, into a folder beside it: ratios, shares
 of the device's limits, time over batch size, memory over ground truths, and the predictions of
-benchmarks/predict/predictions.json beside what came of them. It also writes the table of README.md. The goals and the
-predictions are an H200's, so they are left out of another device's report. Without a record it draws nothing.
+benchmarks/predict/predictions.json beside what came of them. The folder's README.md gets the pictures and a row for
+each goal, the project's README.md a row for each operation. The goals and the predictions are an H200's, so they are
+left out of another device's report. Without a record it draws nothing.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.goals import AMP, COMPILED, DEVICE, EAGER, GOALS, Goal, goals_for
+from benchmarks.gpu.goals import AMP, COMPILED, DEVICE, EAGER, FAMILIES, GOALS, Goal, goals_for
 
 HERE = Path(__file__).parents[1]
 README = HERE.parent / "README.md"
@@ -75,7 +76,7 @@ def best_ms(row: dict[str, Any]) -> float:
 
 
 def table(record: dict[str, Any], predicted: dict[str, float]) -> str:
-    """Returns the README's table."""
+    """Returns the table of a record's own page: a row for each goal."""
     environment = record["environment"]
     measured = by_goal(record["records"])
     lines = [
@@ -98,14 +99,42 @@ def table(record: dict[str, Any], predicted: dict[str, float]) -> str:
         guess = f"{predicted[name]:.3g} ms" if name in predicted else ""
         cells = speed + limit, "; ".join(ratios), f"{share:.0%}{_wanted(100 * share, goal.share and 100 * goal.share)}"
         lines.append(f"| {name} | {goal.what} | {' | '.join(cells)} | {guess} |")
-    where = (
-        f"{caption(environment)}; copy {environment['copy_gb_s']:.0f} GB/s, product {environment['bf16_tflop_s']:.0f}"
-    )
-    return "\n".join([*lines, "", f"{where} TFLOP/s; `make gpu`, `make report`."])
+    ceilings = f"copy {environment['copy_gb_s']:.0f} GB/s, product {environment['bf16_tflop_s']:.0f} TFLOP/s"
+    return "\n".join([*lines, "", f"{caption(environment)}; {ceilings}; `make gpu`, `make report`."])
 
 
 def _wanted(value: float, goal: float | None) -> str:
     return "" if goal is None else f" (goal {goal:.3g}: {'met' if value >= goal else 'missed'})"
+
+
+def summary(record: dict[str, Any]) -> str:
+    """Returns the table of the project's README: a row for each family of goals that was measured."""
+    measured, goals = by_goal(record["records"]), goals_for(record["environment"])
+    lines = ["| | times torchvision's speed | times torch.compile's | of its goals met |", "|---|---|---|---|"]
+    for family, what in FAMILIES.items():
+        names = [name for name in measured if name.partition("-")[0] == family]
+        rows = [row for name in names for row in measured[name]]
+        cells = [_span(row["ratio"] for row in rows if row["baseline"] in of) for of in ((EAGER, AMP), _COMPILED)]
+        met = [reached for name in names for reached in _reached(measured[name], goals[name])]
+        if rows:
+            lines.append(f"| {what} | {' | '.join(cells)} | {f'{sum(met)} of {len(met)}' if met else ''} |")
+    return "\n".join([*lines, "", f"{caption(record['environment'])}."])
+
+
+_COMPILED = ("torch.compile", COMPILED)
+
+
+def _span(values: Iterable[float]) -> str:
+    """Returns "2" or "2 to 3", with two digits that count."""
+    shown = [f"{float(f'{value:.2g}'):g}" for value in sorted(values)]
+    return " to ".join(dict.fromkeys([shown[0], shown[-1]])) if shown else ""
+
+
+def _reached(rows: Rows, goal: Goal) -> list[bool]:
+    """Returns whether each figure that a goal asks for was reached."""
+    wanted = [row["ratio"] >= goal.ratios[row["baseline"]] for row in rows if row["baseline"] in goal.ratios]
+    wanted += [best_ms(rows[0]) <= goal.ms] if goal.ms else []
+    return wanted + ([rows[0]["ceiling_fraction"] >= goal.share] if goal.share else [])
 
 
 def write_between(path: Path, begin: str, end: str, text: str) -> None:
@@ -279,10 +308,15 @@ def main(arguments: list[str] | None = None) -> int:
     predicted = predictions(environment)
     folder = options.pictures or path.with_suffix("")
     pictures = draw(record, predicted, folder)
-    shown = os.path.relpath(folder / "ratios.png", options.readme.parent)
-    picture = f"![Times as fast, by goal and baseline]({shown})\n\n" if folder / "ratios.png" in pictures else ""
-    write_between(options.readme, BEGIN, END, f"\n{picture}{table(record, predicted)}\n")
-    print("\n".join(str(path) for path in (*pictures, options.readme)))
+    page = folder / "README.md"
+    shown = "".join(f"![{picture.stem}]({picture.name})\n\n" for picture in pictures)
+    page.write_text(f"# {environment['device']}\n\n{table(record, predicted)}\n\n{shown}".rstrip() + "\n")
+    here = os.path.relpath(folder, options.readme.parent)
+    picture = f"![Times as fast, by goal and baseline]({here}/ratios.png)\n\n"
+    lead = picture if folder / "ratios.png" in pictures else ""
+    link = f"[Every goal beside its figure]({here}/README.md)."
+    write_between(options.readme, BEGIN, END, f"\n{lead}{summary(record)} {link}\n")
+    print("\n".join(str(path) for path in (*pictures, page, options.readme)))
     return 0
 
 

@@ -1,5 +1,6 @@
 """Outputs are looked at before the work that fills them: whether they can be written, and what they would replace."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterable
@@ -46,13 +47,18 @@ def check_folder(folder: Path, files: Iterable[str] = ()) -> None:
 
 def _first_there(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there. Raises an OSError for a name that no folder can have."""
-    for place in (folder, *folder.parents):
-        try:
-            place.lstat()
-        except FileNotFoundError:
-            continue
-        return place
-    return Path()
+    return next((place for place in (folder, *folder.parents) if _is_there(place)), Path())
+
+
+def _is_there(place: Path) -> bool:
+    """Whether there is a file, folder or link. Raises an OSError for a name that none can have."""
+    try:
+        place.lstat()
+    except FileNotFoundError:
+        return False
+    except ValueError as error:  # a zero byte in the name
+        raise OSError(errno.EINVAL, "Invalid name") from error
+    return True
 
 
 def check_file(file: Path, inputs: Iterable[Path] = ()) -> None:
@@ -78,7 +84,7 @@ def check_file(file: Path, inputs: Iterable[Path] = ()) -> None:
         if not os.access(file, os.W_OK):
             raise UserError(f"{file}: is there already and read-only; give another name")
     try:
-        file.is_symlink()  # raises for a name that the file system does not allow
+        _is_there(file)  # raises for a name that the file system does not allow
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:

@@ -114,15 +114,24 @@ def check_resume(last: Path, settings: ResolvedSettings, data: CocoDataset) -> d
     missing = [name for name in _STATE if not isinstance(state, dict) or name not in state]
     if missing:
         raise UserError(f"{last}: is not what retina-fast train wrote: it has no {', '.join(missing)}")
-    saved = state["settings"]
-    unknown = sorted(set(saved) - {field.name for field in fields(TrainSettings)})
-    if unknown:
-        raise UserError(f"{last}: has the settings {', '.join(unknown)} of a newer retina_fast: update retina_fast")
-    saved["weights_backbone"] = saved.get("weights_backbone") or RANDOM  # None, in runs that were begun earlier
-    before = asdict(TrainSettings(**saved).resolve(data))
+    before = _saved_settings(last, state["settings"], data)
     for name, value in asdict(settings).items():
         if before[name] != value:
             raise UserError(f"the run in {last.parent} has {name} {before[name]}, not {value}: give it the same")
     if state.get("data") not in (None, fingerprint(data)):
         raise UserError(f"{data.json_file}: is not what the run in {last.parent} was begun with; start a new run")
     return state.get("kwargs")
+
+
+def _saved_settings(last: Path, saved: Any, data: CocoDataset) -> dict[str, Any]:
+    """The settings that a run's file holds, with every choice made."""
+    if not isinstance(saved, dict):
+        raise UserError(f"{last}: is not what retina-fast train wrote: its settings are {saved!r:.60}")
+    unknown = sorted(str(name) for name in saved.keys() - {field.name for field in fields(TrainSettings)})
+    if unknown:
+        raise UserError(f"{last}: has the settings {', '.join(unknown)} of a newer retina_fast: update retina_fast")
+    backbone = saved.get("weights_backbone") or RANDOM  # None, in runs that were begun earlier
+    try:
+        return asdict(TrainSettings(**saved | {"weights_backbone": backbone}).resolve(data))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{last}: is not what retina-fast train wrote: its settings are {saved!r:.200}") from error

@@ -1,29 +1,24 @@
-"""`make report` draws a record that the benchmarks have made at sizes that a CPU can bear."""
+"""`make report` draws a record, and writes its page and the table of README.md."""
 
 import json
-import math
 import re
 
 import pytest
-import torch
 
 from benchmarks.gpu import report
-from benchmarks.gpu import run as gpu
-from benchmarks.gpu.goals import GOALS
-from benchmarks.gpu.records import Results, environment
+from benchmarks.gpu.goals import COMPILED, EAGER, GOALS
 
-CPU = torch.device("cpu")
 README = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe rest.\n"
 
 
-@pytest.fixture(scope="module")
-def record(tmp_path_factory):
-    """A record of the kernels as if of an H200; whole models take seconds, and their records look the same."""
-    path = tmp_path_factory.mktemp("results") / "small-cpu.json"
-    here = environment(CPU, {"copy_gb_s": 9.0, "bf16_tflop_s": 0.5}, small=True) | {"device": "NVIDIA H200"}
-    parts = ["kernels.anchor_matching", "kernels.batched_nms", "models.loss_path"]
-    assert gpu.run_cases(gpu.cases_of(parts, small=True), Results(path, here), CPU, math.inf) == []
-    return path
+@pytest.fixture
+def record(tmp_path):
+    """A record of an H200 with all cases, as if of small shapes, and with two goals that were not measured."""
+    stored = json.loads((report.HERE / "results" / "nvidia-h200-before-epilogue.json").read_text())
+    stored["environment"]["small"] = True
+    stored["records"] = [row for row in stored["records"] if row["goal"] not in ("K6", "E4")]
+    (tmp_path / "small-h200.json").write_text(json.dumps(stored))
+    return tmp_path / "small-h200.json"
 
 
 @pytest.fixture
@@ -37,14 +32,18 @@ def test_pictures_and_a_table(record, readme, capsys):
     folder = readme.parent / "pictures"
     assert report.main([str(record), "--pictures", str(folder), "--readme", str(readme)]) == 0
     names = ["ratios", "limits", "batches", "memory", "predictions"]
-    assert [f"{folder}/{name}.png" for name in names] == capsys.readouterr().out.split()[:5]
+    written = [*(f"{folder}/{name}.png" for name in names), f"{folder}/README.md", str(readme)]
+    assert written == capsys.readouterr().out.split()
     for name in names:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    text = readme.read_text()
-    assert text.startswith("# Title")
-    assert text.endswith(f"{report.END}\n\nThe rest.\n")
-    assert "old" not in text
-    assert "(pictures/ratios.png)" in text
+    short = readme.read_text()
+    assert short.startswith("# Title")
+    assert short.endswith(f"{report.END}\n\nThe rest.\n")
+    assert "old" not in short
+    assert "(pictures/ratios.png)" in short
+    assert "(pictures/README.md)" in short
+    assert "| NMS |" in short
+    text = (folder / "README.md").read_text()
     stored = json.loads(record.read_text())
     assert stored["environment"]["commit"][:7] in text
     assert "Small shapes: a trial of the program, no claim" in text
@@ -78,6 +77,25 @@ def test_a_share_a_rate_and_a_failure(tmp_path):
     assert (
         "H200, driver 1, torch 2, triton 3, torchvision 0, commit aaaaaaa; copy 4300 GB/s, product 790 TFLOP/s" in text
     )
+
+
+def test_the_short_table_counts_the_goals():
+    def row(goal, baseline, ratio, **more):
+        return {"goal": goal, "baseline": baseline, "ratio": ratio, "ours_ms": 1.0, "ceiling_fraction": 0.8,
+                "raw_ms": {}} | more  # fmt: skip
+
+    rows = [
+        row("K1-fp32", EAGER, 36.3), row("K1-fp32", "torch.compile", 3.59), row("K1-fp32", "apex-style", 2.02),
+        row("K1-bf16", EAGER, 12.0), row("E1", EAGER, 7.16, raw_ms={"ours_graph": 1.1}), row("E1", COMPILED, 2.0),
+    ]  # fmt: skip
+    here = {"device": "H200", "driver": "1", "torch": "2", "triton": "3", "torchvision": "0", "commit": "a" * 40,
+            "dirty": False, "small": False}  # fmt: skip
+    lines = report.summary({"environment": here, "records": rows}).splitlines()
+    assert lines[2] == "| focal loss | 12 to 36 | 3.6 | 4 of 6 |"  # missed: the share in float32, 25 times in bfloat16
+    assert lines[3] == "| inference, batch 1 | 7.2 | 2 | 2 of 3 |"
+    assert len(lines) == 6
+    other = report.summary({"environment": here | {"device": "H100"}, "records": rows})
+    assert "| focal loss | 12 to 36 | 3.6 |  |" in other
 
 
 def test_predictions_are_of_the_records_triton_and_of_an_h200():

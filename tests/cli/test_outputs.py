@@ -251,6 +251,10 @@ def test_folders_that_take_no_file(tmp_path, monkeypatch):
         check_folder(tmp_path / "file" / "below")
     with pytest.raises(UserError, match=r"cannot be written into \(File name too long\)"):
         check_folder(tmp_path / ("n" * 300))
+    with pytest.raises(UserError, match=r"cannot be written into \(Invalid name\)"):
+        check_folder(tmp_path / "a\0b")
+    with pytest.raises(UserError, match=r"cannot be written \(Invalid name\)"):
+        check_file(tmp_path / "a\0b")
 
     with pytest.raises(UserError, match=r"cannot be written \(File name too long\)"):
         check_file(tmp_path / ("n" * 300))

@@ -180,6 +180,11 @@ def test_a_checkpoint_of_something_else(run):
     saved(run[0], state | {"settings": {"model": "x", "newer": 1}})
     with pytest.raises(UserError, match=r"last\.ckpt: has the settings newer of a newer retina_fast"):
         check_resume(*run)
+    good = {"model": "retinanet_resnet18_fpn_lite", "steps": 2}
+    for settings in (3, {"steps": 2}, good | {"model": 3}, good | {"recipe": [1]}):
+        saved(run[0], state | {"settings": settings})
+        with pytest.raises(UserError, match=r"last\.ckpt: is not what retina-fast train wrote: its settings are"):
+            check_resume(*run)
 
 
 def test_an_exported_file(damaged, tmp_path):
