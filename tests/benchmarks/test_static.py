@@ -1,6 +1,7 @@
 """What compiled kernels must hold on GPUs that are not at hand, and the reading of machine code itself.
 
-Kernels are compiled for sm_90 in every run, and for the other targets in the slow tests.
+In every run each kernel is compiled for sm_90 in the variants that goals rest on; in the slow tests, all of them for
+all targets.
 """
 
 import os
@@ -14,11 +15,14 @@ import pytest
 
 from benchmarks.static.compiled import TARGETS, Row, compile_all, report
 from benchmarks.static.sass import basic_blocks, instructions_of, loops, through, usual_path
-from tests.instruments.fake_gpu import Launch
+from tests.instruments.fake_gpu import Launch, launches_of
 from tests.instruments.kernel_calls import KERNEL_CALLS, LIMITS_HOLD_FOR
 
 triton = pytest.importorskip("triton")
-OTHERS = tuple(target for target in TARGETS if target != "sm_90")
+NIGHTLY = re.compile(
+    "fp16|group_norm_relu fp32|selection fp32|one group|one image|32 images|topk|few|iou|smooth|all kept"
+)
+USUAL = [name for name in KERNEL_CALLS if not NIGHTLY.search(name)]
 
 
 def free_cores() -> int:
@@ -26,9 +30,10 @@ def free_cores() -> int:
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
-@pytest.fixture(scope="module", params=[("sm_90",), pytest.param(OTHERS, marks=pytest.mark.slow)], ids=" ".join)
+@pytest.fixture(scope="module", params=["usual", pytest.param("all", marks=pytest.mark.slow)])
 def rows(request):
-    return report(request.param, processes=free_cores())
+    targets, cases = (("sm_90",), USUAL) if request.param == "usual" else (TARGETS, None)
+    return report(targets, cases, free_cores())
 
 
 def check_limits(excesses: Iterable[str], version: str = triton.__version__) -> None:
@@ -49,7 +54,10 @@ def test_limits_hold_for_the_compilers_that_they_name():
 
 
 def test_every_kernel_compiles(rows):
-    assert {row.case for row in rows} == set(KERNEL_CALLS)
+    assert {row.case for row in rows} in (set(KERNEL_CALLS), set(USUAL))
+    assert {row.kernel for row in rows} == {
+        launch.kernel.__name__ for call in KERNEL_CALLS.values() for launch in launches_of(call.run)
+    }
     assert [row for row in rows if row.error] == []
 
 
@@ -59,7 +67,8 @@ def test_nothing_spills(rows):
 
 def test_instructions_an_element(rows):
     measured = [(row, KERNEL_CALLS[row.case]) for row in rows if row.instructions is not None]
-    assert {row.case for row, _ in measured} == {name for name, call in KERNEL_CALLS.items() if call.tile}
+    compiled = {row.case for row in rows}
+    assert {row.case for row, _ in measured} == {name for name in compiled if KERNEL_CALLS[name].tile}
     check_limits(
         f"{row.case} on {row.target}: {getattr(row, name):.2f} {name} an element, limit {getattr(call, name)}"
         for row, call in measured
