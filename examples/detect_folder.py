@@ -12,8 +12,8 @@ from pathlib import Path
 from torchvision.io import write_jpeg
 
 import retina_fast
-from retina_fast.data.coco import read_image
 from retina_fast.data.errors import ImageError
+from retina_fast.data.images import read_image
 from retina_fast.predict.draw import above, draw_detections
 from retina_fast.predict.images import image_files, picture_names
 from retina_fast.predict.load import TREES, load_model
