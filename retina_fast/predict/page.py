@@ -27,7 +27,8 @@ _HEAD = """<html lang="en"><head><meta charset="utf-8"><title>Detections</title>
 <style>
 body { display: flex; flex-direction: column; margin: 0; font: 15px/1.5 system-ui, sans-serif; background: #f4f4f2; }
 header { order: -1; position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 4px 20px;
-  align-items: center; padding: 8px 16px; background: #fff; border-bottom: 1px solid #ccc; }
+  align-items: center; max-height: 30vh; overflow: auto; padding: 8px 16px; background: #fff;
+  border-bottom: 1px solid #ccc; }
 header label { white-space: nowrap; } header i { display: inline-block; width: 12px; height: 12px; margin: 0 4px; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr)); gap: 16px;
   padding: 16px; }

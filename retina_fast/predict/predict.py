@@ -70,8 +70,8 @@ def predict(
         UserError: if a folder or list cannot be read, a package for the source is missing, or an exported model gives
             no such low score.
         TypeError: for what is no source.
-        ValueError: for a score outside [0, 1], a camera without ``stream``, or a model in training mode that no engine
-            stands for.
+        ValueError: for a score outside [0, 1], a batch size below 1, a camera without ``stream``, or a model in training
+            mode that no engine stands for.
 
     Example::
 
@@ -81,6 +81,8 @@ def predict(
         <Results 96x64 pixels: nothing>
     """
     check_score(model, score)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     opened = open_source(source, bgr)
     if opened.endless and not stream:
         raise ValueError("a camera or stream does not end: give stream=True, and leave the loop when it is enough")

@@ -99,10 +99,10 @@ class Results:
 
     def __getitem__(self, which: Any) -> "Results":
         """The results of some objects: by an index, a slice, a boolean mask (D,), or a list or tensor of indices."""
-        if isinstance(which, int):
+        if isinstance(which, int | np.integer) or (isinstance(which, Tensor) and not which.dim()):
             if not -len(self) <= which < len(self):
                 raise IndexError(f"there are {len(self)} objects, got the index {which}")
-            which = [which % len(self)]
+            which = [int(which) % len(self)]
         some = copy(self)
         some.boxes, some.scores, some.labels = self.boxes[which], self.scores[which], self.labels[which]
         return some
