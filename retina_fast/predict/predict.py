@@ -70,8 +70,8 @@ def predict(
         UserError: if a folder or list cannot be read, a package for the source is missing, or an exported model gives
             no such low score.
         TypeError: for what is no source.
-        ValueError: for a score outside [0, 1], a batch size below 1, a camera without ``stream``, or a model in training
-            mode that no engine stands for.
+        ValueError: for a score outside [0, 1], a batch size below 1, a camera without ``stream``, or a model in
+            training mode that no engine stands for.
 
     Example::
 
