@@ -29,10 +29,13 @@ from retina_fast.deploy.export import export
 from retina_fast.deploy.exported import load_exported
 from retina_fast.detections import Detections
 from retina_fast.model import RetinaNet
+from retina_fast.predict.load import load
+from retina_fast.predict.results import Results
 from retina_fast.training_step import TrainingStep
 
 __all__ = [
     "Detections",
+    "Results",
     "RetinaNet",
     "RetinaNet_ResNet50_FPN_V2_Weights",
     "RetinaNet_ResNet50_FPN_Weights",
@@ -40,6 +43,7 @@ __all__ = [
     "compile_inference",
     "export",
     "from_torchvision",
+    "load",
     "load_exported",
     "ops",
     "retinanet_resnet18_fpn",

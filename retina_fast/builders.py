@@ -64,6 +64,7 @@ def _v1(
     load_published_weights(model, weights, progress)
     if weights is not None:
         overwrite_eps(model, 0.0)
+        model.classes = list(weights.meta["categories"])
     return model
 
 
@@ -89,6 +90,8 @@ def _v2(
     head.regression_head._loss_type = "giou"
     model = RetinaNet(backbone, num_classes, anchor_generator=generator, head=head, **kwargs)
     load_published_weights(model, weights, progress)
+    if weights is not None:
+        model.classes = list(weights.meta["categories"])
     return model
 
 

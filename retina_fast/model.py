@@ -23,6 +23,7 @@ from retina_fast.device import lay_out, to_device
 from retina_fast.forward import Batch, HeadOutputs, Images, Sizes, Targets
 from retina_fast.kernels.levels import count_anchors
 from retina_fast.losses import detection_losses
+from retina_fast.predict.method import Predicts
 from retina_fast.stock import (
     has_stock_detection_functions,
     has_stock_loss_functions,
@@ -36,7 +37,7 @@ from retina_fast.transform import RetinaNetTransform, check_images, is_stock_tra
 _TRANSFORM_ARGUMENTS = {"size_divisible", "fixed_size", "_skip_resize", "image_scale"}
 
 
-class RetinaNet(tv.RetinaNet):
+class RetinaNet(Predicts, tv.RetinaNet):
     """torchvision's RetinaNet, drop-in: the same weights, arguments and results, computed faster.
 
     Args:
@@ -204,7 +205,7 @@ class RetinaNet(tv.RetinaNet):
         old = head.cls_logits
         fresh = tv.RetinaNetClassificationHead(old.in_channels, head.num_anchors, num_classes).cls_logits
         head.cls_logits = fresh.to(old.weight.device, old.weight.dtype)
-        head.num_classes = num_classes
+        head.num_classes, self.classes, self.category_ids = num_classes, None, None
         lay_out(self)
         return self
 

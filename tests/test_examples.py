@@ -45,9 +45,10 @@ def test_detect_folder(patch, tmp_path, capsys):
     detect_folder.main(patch, tmp_path / "out")
     output = capsys.readouterr().out
     assert "broken.jpg: not a readable image" in output
-    results = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert len(results) >= 3
-    assert all(result["image"] == "patch.png" and result["class"] == "Tree" for result in results)
+    coco = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [Path(image["file_name"]).name for image in coco["images"]] == ["patch.png"]
+    assert [category["name"] for category in coco["categories"]] == ["Tree"]
+    assert len(coco["annotations"]) >= 3
     assert decode_image(str(tmp_path / "out" / "patch.jpg")).shape == (3, 128, 128)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("faster_coco_eval", "lightning", "matplotlib", "rich", "timm", "typer")
+EXTRAS = ("av", "faster_coco_eval", "lightning", "matplotlib", "pandas", "rich", "supervision", "timm", "typer")
 USE = f"""
 import sys
 import retina_fast
@@ -114,7 +114,8 @@ def _walk(module: str) -> list[ast.AST]:
 
 
 # What a command needs only for a backbone, an exported file, or several processes, where the user asks for them.
-ASKED_FOR = {"timm", "onnx", "onnxruntime", "onnxscript", "openvino", "lightning"}
+ASKED_FOR = {"timm", "onnx", "onnxruntime", "onnxscript", "openvino", "lightning", "av"}
+CONVERTED_TO = {"pandas", "supervision"}  # by those who have them
 COMMANDS = {
     "train": "train",
     "evaluate": "eval",
@@ -129,14 +130,14 @@ COMMANDS = {
 def test_every_import_of_a_command_is_in_an_extra(command):
     module = f"retina_fast.commands.{command}"
     missing = imported_by(module) - needed_by(COMMANDS[command]) - needed_by("cli") - needed_by("plot")
-    assert missing <= ASKED_FOR
-    assert imported_by(module) <= needed_by("all") | needed_by("openvino")
+    assert missing <= ASKED_FOR | CONVERTED_TO
+    assert imported_by(module) <= needed_by("all") | needed_by("openvino") | CONVERTED_TO
     assert "typer" in imported_by(module)
 
 
 def test_the_extra_for_training_is_enough_for_it():
     needed = imported_by("retina_fast.commands.train") | imported_by("retina_fast.train.run")
-    assert needed - needed_by("train") <= ASKED_FOR - {"lightning"}
+    assert needed - needed_by("train") <= (ASKED_FOR | CONVERTED_TO) - {"lightning"}
     assert {"rich", "matplotlib", "faster-coco-eval", "lightning"} <= needed
 
 

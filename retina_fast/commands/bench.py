@@ -35,7 +35,7 @@ def bench(
     """Measure images a second: torchvision, this package's model, and its engine, with the same weights."""
     with one_sentence():
         from retina_fast.checkpoint import build
-        from retina_fast.data.coco import read_image
+        from retina_fast.data.images import read_image
         from retina_fast.deploy.bench import bench as run
         from retina_fast.predict.images import image_files
         from retina_fast.predict.load import TREES, load_model

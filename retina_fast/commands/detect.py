@@ -1,6 +1,7 @@
-"""`retina-fast detect`: objects in image files."""
+"""`retina-fast detect`: objects in images, wherever they are."""
 
 from collections import Counter
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,6 @@ from rich.text import Text
 from retina_fast.commands.shared import (
     ModelFile,
     Weights,
-    Workers,
     chosen_model,
     console,
     console_of,
@@ -26,22 +26,40 @@ if TYPE_CHECKING:  # only when it runs does the command import what takes second
     from retina_fast.predict.detect import Found
 
 
+class Kind(StrEnum):
+    """The files that the command writes."""
+
+    COCO = "coco"
+    CSV = "csv"
+    GEOJSON = "geojson"
+    HTML = "html"
+    YOLO = "yolo"
+
+
 def detect(
     inputs: Annotated[
-        list[Path], typer.Argument(help="Image files, folders of them, or .txt lists.", metavar="IMAGE...")
+        list[str],
+        typer.Argument(
+            help="Images, videos, folders, .txt lists, URLs, globs, or the number of a camera.", metavar="SOURCE..."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="The folder for detections.json and pictures.")] = Path("out"),
+    output: Annotated[Path, typer.Option(help="The folder for pictures and files of the detections.")] = Path("out"),
     score: Annotated[float, typer.Option(min=0, max=1, callback=finite, help="The least score of a detection.")] = 0.3,
+    format: Annotated[
+        list[Kind] | None,
+        typer.Option(help="Of the files; may be repeated. html is a page to look through.  [default: coco]"),
+    ] = None,
     checkpoint: ModelFile = None,
     model: Annotated[
         str | None,
         typer.Option(help="A file that export wrote; or, with --weights, a network. In place of a checkpoint."),
     ] = None,
     weights: Weights = None,
-    workers: Workers = WORKERS,
+    workers: Annotated[int, typer.Option(min=0, help="Threads that read images.")] = WORKERS,
 ) -> None:
     """Find objects in images."""
     with one_sentence(), joined() as processes:
+        from retina_fast.predict.detect import KINDS
         from retina_fast.predict.detect import detect as run
 
         network: Any
@@ -50,14 +68,17 @@ def detect(
             network = content = _chosen_export(Path(model), checkpoint)
         else:
             network, content = chosen_model(checkpoint, model, weights)
+        kinds = [str(kind) for kind in format or [Kind.COCO]]
+        shown = console_of(processes)
         found = run(
-            network, content, inputs, output, score, workers=workers, console=console_of(processes), processes=processes
+            network, content, inputs, output, score, kinds=kinds, workers=workers, console=shown, processes=processes
         )
         if found:
             print_found(found, console)
             if not found.images:
                 raise UserError("not one of the images " + ("can be read" if found.unreadable else "fits the model"))
-            console.print(f"Wrote {output / 'detections.json'} and {found.images} pictures beside it", soft_wrap=True)
+            files = ", ".join(str(output / KINDS.get(kind, "labels")) for kind in kinds)
+            console.print(f"Wrote {files} and {found.images} pictures beside it", soft_wrap=True)
 
 
 def _chosen_export(file: Path, checkpoint: Path | None) -> Any:
@@ -66,10 +87,7 @@ def _chosen_export(file: Path, checkpoint: Path | None) -> Any:
 
     if checkpoint:
         raise UserError("--model and --checkpoint exclude each other: give one of them")
-    exported = load_exported(file)
-    if exported.metadata["input"] != "uint8":
-        raise UserError(f"{file}: takes prepared images: export it without --no-preprocess")
-    return exported
+    return load_exported(file)
 
 
 def print_found(found: "Found", console: Console) -> None:
@@ -87,7 +105,7 @@ def print_found(found: "Found", console: Console) -> None:
         console.print(f"warning: {one_line(problem)}", style="yellow", markup=False, emoji=False, soft_wrap=True)
     table = Table(Column("image", overflow="fold"), Column("objects", overflow="fold"))
     for path, counts in found.first.items():
-        table.add_row(Text(one_line(str(path))), Text(words(counts)))
+        table.add_row(Text(one_line(path)), Text(words(counts)))
     if found.images > len(found.first):
         table.add_row(f"... all {found.images}", Text(words(found.objects)))
     if found.images:

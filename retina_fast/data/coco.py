@@ -2,96 +2,29 @@
 
 import contextlib
 import copy
-import io
 import json
 import os
-import re
 import unicodedata
 import warnings
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngImageFile
+from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional as F
 
 from retina_fast.data.encodings import encoding_of
 from retina_fast.data.entries import Found, clean, refuse
 from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.faults import LEFT_OUT, Fault, Size, box_fault, corners, place
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
-"""What the names of image files usually end in. Which kind a file is of, its content decides."""
-
-_JPEG = b"\xff\xd8\xff"  # how it begins
-# torchvision decodes JPEG alone. Its decoder of PNG (0.29) ends the process on most damaged files. That of GIF decodes
-# every picture of an animation, takes memory for whatever size the file says, and gives what was in memory for pixels
-# that are missing. It ignores the orientation of a WebP, and reads none of the others.
-_BY_PILLOW = ("GIF", "WEBP", "TIFF", "BMP", "AVIF")
+from retina_fast.data.images import read_image
 
 Sample = tuple[Tensor, dict[str, Any]]
-
-
-def read_image(path: Path) -> Tensor:
-    """Decode an image file to RGB, (3, H, W) uint8, turned upright by its EXIF orientation.
-
-    The content decides which kind it is, not the name. It reads JPEG (grey, RGB, CMYK), PNG (grey, palette, RGB, with
-    or without alpha, 1 to 16 bits), WebP, GIF, TIFF, BMP, and AVIF where Pillow does. Of several pictures in a file it
-    reads the first. Alpha is dropped; of 16 bits the upper 8 are kept.
-
-    Raises:
-        ImageError: if the file is missing or cannot be decoded; the message names it.
-
-    Example::
-
-        >>> read_image(Path("photo.jpg")).shape  # doctest: +SKIP
-        torch.Size([3, 480, 640])
-    """
-    if not os.path.isfile(path):
-        raise ImageError(f"{path}: no such image file")
-    try:
-        content = path.read_bytes()
-        if not content:
-            raise ValueError("an image file must be non empty")
-        if not content.startswith(_JPEG):
-            return _decode_by_pillow(content)
-        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-    except Exception as error:  # A damaged file may make a decoder raise anything.
-        reason = getattr(error, "strerror", None) or re.sub(r"^.*\.cpp:\d+, ", "", f"{error}\n".splitlines()[0])
-        raise ImageError(f"{path}: not a readable image ({reason})") from error
-
-
-def _decode_by_pillow(content: bytes) -> Tensor:
-    """The first picture in a file of another kind than JPEG, RGB (3, H, W) uint8."""
-    with _opened(content) as opened:
-        picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I;16") or (picture.mode == "I" and opened.format == "PNG"):
-            return torch.from_numpy((np.asarray(picture) >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
-        if picture.mode in ("I", "F"):
-            raise ValueError("its pixels are numbers of 32 bits, whose range is unknown: convert it to 8 bits")
-        return F.pil_to_tensor(picture.convert("RGB"))
-
-
-def _opened(content: bytes) -> Image.Image:
-    """A picture whose head alone is read. `Image.open` would refuse a PNG of more than 179 million pixels."""
-    if content.startswith(b"\x89PNG"):
-        return PngImageFile(io.BytesIO(content))
-    Image.init()
-    try:
-        return Image.open(io.BytesIO(content), formats=[kind for kind in _BY_PILLOW if kind in Image.OPEN])
-    except UnidentifiedImageError:
-        raise ValueError("cannot identify image file: no JPEG, PNG, WebP, GIF, TIFF, BMP or AVIF") from None
-
 
 _ORIENTATION = 0x0112  # the EXIF tag; from 5 on, turning upright exchanges width and height
 
@@ -307,6 +240,29 @@ def plain(sample: Any) -> Any:
     if isinstance(sample, ImageError):
         return sample
     return tuple(tree_map_only(tv_tensors.TVTensor, lambda tensor: tensor.as_subclass(Tensor), sample))
+
+
+def as_results(detections: dict[str, Tensor], image_id: Any, category_ids: list[int | None]) -> list[dict[str, Any]]:
+    """One image's detections as COCO results.
+
+    Args:
+        detections: `boxes` (D, 4) xyxy in pixels, `scores` (D,), `labels` (D,), as a model returns them.
+        image_id: the image's id in the COCO file.
+        category_ids: the category id of each label; detections of a label whose id is None are left out.
+
+    Example::
+
+        >>> import torch
+        >>> as_results({"boxes": torch.tensor([[0., 0., 4., 2.]]), "scores": torch.ones(1),
+        ...             "labels": torch.zeros(1, dtype=torch.int64)}, image_id=7, category_ids=[1])
+        [{'image_id': 7, 'category_id': 1, 'bbox': [0.0, 0.0, 4.0, 2.0], 'score': 1.0}]
+    """
+    rows = zip(detections["boxes"].tolist(), detections["scores"].tolist(), detections["labels"].tolist(), strict=True)
+    return [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+        for (x1, y1, x2, y2), score, label in rows
+        if category_ids[label] is not None
+    ]
 
 
 def read_json(path: Path) -> dict[str, Any]:

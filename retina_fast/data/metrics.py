@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from faster_coco_eval import COCO, COCOeval_faster
-from torch import Tensor
 
 from retina_fast.data.entries import as_id
 from retina_fast.data.outputs import save_plot
@@ -34,29 +33,6 @@ class CocoMetrics:
     precision: dict[str, list[float]]
 
 
-def as_results(detections: dict[str, Tensor], image_id: Any, category_ids: list[int | None]) -> list[dict[str, Any]]:
-    """One image's detections as COCO results.
-
-    Args:
-        detections: `boxes` (D, 4) xyxy in pixels, `scores` (D,), `labels` (D,), as a model returns them.
-        image_id: the image's id in the COCO file.
-        category_ids: the category id of each label; detections of a label whose id is None are left out.
-
-    Example::
-
-        >>> import torch
-        >>> as_results({"boxes": torch.tensor([[0., 0., 4., 2.]]), "scores": torch.ones(1),
-        ...             "labels": torch.zeros(1, dtype=torch.int64)}, image_id=7, category_ids=[1])
-        [{'image_id': 7, 'category_id': 1, 'bbox': [0.0, 0.0, 4.0, 2.0], 'score': 1.0}]
-    """
-    rows = zip(detections["boxes"].tolist(), detections["scores"].tolist(), detections["labels"].tolist(), strict=True)
-    return [
-        {"image_id": image_id, "category_id": category_ids[label], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
-        for (x1, y1, x2, y2), score, label in rows
-        if category_ids[label] is not None
-    ]
-
-
 def coco_metrics(
     coco: dict[str, Any], results: list[dict[str, Any]], image_ids: Iterable[Any], max_detections: int
 ) -> CocoMetrics:
@@ -70,7 +46,7 @@ def coco_metrics(
 
     Args:
         coco: the ground truth, a COCO file's content; every annotation with `area` and `iscrowd`.
-        results: detections as :func:`as_results` gives them.
+        results: detections as :func:`retina_fast.data.coco.as_results` gives them.
         image_ids: the images that count.
         max_detections: the most detections of an image that count, best first. COCO's own number is 100.
 

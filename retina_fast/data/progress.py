@@ -9,13 +9,13 @@ if TYPE_CHECKING:  # rich is needed only where something is shown
 T = TypeVar("T")
 
 
-def tracked(items: Iterable[T], description: str, total: int, console: "Console | None") -> Iterator[T]:
+def tracked(items: Iterable[T], description: str, total: int | None, console: "Console | None") -> Iterator[T]:
     """The items, with a progress bar that disappears after the last of them.
 
     Args:
         items: what the loop goes over.
         description: the words beside the bar.
-        total: how many items there are.
+        total: how many items there are; None if that is not known.
         console: where the bar is shown; nowhere if it is None.
 
     Example::

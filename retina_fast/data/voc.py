@@ -16,11 +16,12 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from retina_fast.data.coco import IMAGE_SUFFIXES, CocoDataset, read_json
+from retina_fast.data.coco import CocoDataset, read_json
 from retina_fast.data.encodings import encoding_of
 from retina_fast.data.entries import Found, as_name, as_number, refuse
 from retina_fast.data.errors import UserError
 from retina_fast.data.faults import Fault, Kind
+from retina_fast.data.images import IMAGE_SUFFIXES
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _DECLARED = re.compile(rb"""\s*<\?xml[^>]*?\bencoding\s*=\s*["']([\w.:-]+)["']""")

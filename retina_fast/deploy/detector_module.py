@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from retina_fast.anchors import is_stock_generator
 from retina_fast.model import RetinaNet
+from retina_fast.predict.method import Predicts
 from retina_fast.stock import has_hooks, overrides
 from retina_fast.transform import is_stock_transform
 
@@ -14,7 +15,7 @@ _NO_TRAINING = "an engine cannot be trained, since its norms are folded into its
 _PARTS = ("backbone", "anchor_generator", "head", "transform", "box_coder", "proposal_matcher")
 
 
-def _threshold(name: str) -> Any:
+def _attribute(name: str) -> Any:
     """A property that reads and changes the model's attribute of that name."""
 
     def read(module: "DetectorModule") -> Any:
@@ -26,7 +27,7 @@ def _threshold(name: str) -> Any:
     return property(read, change, doc=f"``{name}`` of the model, as torchvision's; it may be changed between calls.")
 
 
-class DetectorModule(nn.Module):
+class DetectorModule(Predicts, nn.Module):
     """Holds a model in evaluation mode, and has its thresholds and parts as attributes of its own.
 
     It can be moved, copied and pickled: :meth:`prepare` then makes anew what belongs to the device.
@@ -41,10 +42,12 @@ class DetectorModule(nn.Module):
     model: RetinaNet
     of_the_device: tuple[str, ...] = ()
 
-    score_thresh = _threshold("score_thresh")
-    nms_thresh = _threshold("nms_thresh")
-    detections_per_img = _threshold("detections_per_img")
-    topk_candidates = _threshold("topk_candidates")
+    score_thresh = _attribute("score_thresh")
+    nms_thresh = _attribute("nms_thresh")
+    detections_per_img = _attribute("detections_per_img")
+    topk_candidates = _attribute("topk_candidates")
+    classes = _attribute("classes")
+    category_ids = _attribute("category_ids")
 
     def __init__(self, model: RetinaNet) -> None:
         super().__init__()

@@ -13,11 +13,12 @@ from retina_fast.data.errors import UserError
 from retina_fast.data.files import damage
 from retina_fast.deploy.export_onnx import KEY, OUTPUTS, checksum
 from retina_fast.detections import Detections
+from retina_fast.predict.method import Predicts
 
 Run = Callable[[Tensor], Any]
 
 
-class Exported:
+class Exported(Predicts):
     """A file that :func:`load_exported` has opened: call it with a batch of images.
 
     Attributes:
@@ -40,14 +41,18 @@ class Exported:
         Raises:
             UserError: for another size or dtype.
         """
+        self.check(images)
+        with torch.no_grad():
+            return Detections(*self._run(images.to(self.device).contiguous()))
+
+    def check(self, images: Tensor) -> None:
+        """Raise a UserError for a batch of another size or dtype than the file's."""
         if not isinstance(images, Tensor):
             raise UserError(f"images must be a Tensor (B, {', '.join(map(str, self._shape))}), got {type(images)}")
         if images.dim() != 4 or images.shape[1:] != self._shape or not len(images):
             raise UserError(f"images must be (B, {', '.join(map(str, self._shape))}), got {tuple(images.shape)}")
         if images.dtype != self._dtype:
             raise UserError(f"images must be {self._dtype}, got {images.dtype}")
-        with torch.no_grad():
-            return Detections(*self._run(images.to(self.device).contiguous()))
 
 
 def load_exported(path: str | Path) -> Exported:
@@ -80,6 +85,24 @@ def load_exported(path: str | Path) -> Exported:
         why = damage(path)
         problem = f"{path}: damaged, or not a file that retina-fast export wrote" + (f" ({why})" if why else "")
         raise UserError(f"{problem}: copy it again, or export the model anew") from error
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a file looks like one that :func:`retina_fast.export` wrote, rather than a file of weights.
+
+    Example::
+
+        >>> is_exported(Path("model.onnx"))
+        True
+    """
+    if path.suffix.lower() == ".onnx":
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/aotinductor/" in name or name.endswith(f"/{KEY}") for name in archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError):
+        with path.open("rb") as file:
+            return file.read(1) == b"\x08"  # the version, with which ONNX begins; a pickle begins with another byte
 
 
 class _Damaged(Exception):

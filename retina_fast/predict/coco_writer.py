@@ -48,7 +48,7 @@ class CocoWriter:
         self.images += 1
         for result in results:
             area = result["bbox"][2] * result["bbox"][3]
-            box = {"id": self.annotations + 1, **result, "area": area, "iscrowd": 0}
+            box = {**result, "id": self.annotations + 1, "area": area, "iscrowd": 0}
             self._box_file.write((", " if self.annotations else "") + json.dumps(box))
             self.annotations += 1
 

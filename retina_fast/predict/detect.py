@@ -1,38 +1,51 @@
-"""Objects in image files.
+"""Objects in images, into files: what `retina-fast detect` does.
 
-Into the output folder go detections.json, a COCO file with scores, and a picture with boxes for each image. Images and
-detections are written as they come: of a million images, only the names of their pictures are kept in memory. Several
-processes, see `retina_fast.data.processes`, share the images; each writes what it finds into a file of its own, and the
-first one merges these files.
+Into the output folder go a picture with boxes for each image, and the files that were asked for: by default
+detections.json, a COCO file with scores. Images and detections are written as they come: of a million images, only the
+names of their pictures are kept in memory. Several processes, see `retina_fast.data.processes`, share the images; each
+writes what it finds into a file of its own, and the first one merges these files.
 """
 
 import heapq
 import json
 import warnings
+from base64 import b64decode, b64encode
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice, tee
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import torch
+
 from retina_fast.checkpoint import Checkpoint
-from retina_fast.data.errors import ImageError, UserError
-from retina_fast.data.metrics import as_results
+from retina_fast.data.errors import UserError
 from retina_fast.data.outputs import check_folder
 from retina_fast.data.processes import ALONE, WORKERS, Processes
 from retina_fast.data.progress import tracked
 from retina_fast.deploy.exported import Exported
-from retina_fast.predict.coco_writer import BEGIN, CocoWriter
-from retina_fast.predict.draw import above, draw_detections
-from retina_fast.predict.images import ImageFiles, image_files, picture_names, silent
+from retina_fast.predict.draw import draw_detections
+from retina_fast.predict.georeference import Georeference
+from retina_fast.predict.images import picture_names, silent
+from retina_fast.predict.outputs import FORMATS, check_earlier, yolo
+from retina_fast.predict.page import small_jpeg
 from retina_fast.predict.pictures import must_stay, write_picture
-from retina_fast.predict.predictions import UnfitImage, predictions
+from retina_fast.predict.predict import check_score, default_batch, detector_of, results_of
+from retina_fast.predict.predictions import UnfitImage
+from retina_fast.predict.results import Results
+from retina_fast.predict.sources import open_files
 
 if TYPE_CHECKING:  # rich is needed only where progress is shown
     from rich.console import Console
 
+KINDS = {"coco": "detections.json", "csv": "detections.csv", "geojson": "detections.geojson", "html": "detections.html"}
+"""The files of detections by kind. A further kind, `yolo`, is a folder of texts."""
+
+_LABELS = "labels"  # the folder of YOLO texts
+_ABOUT = "about.md"  # the file in it that says who wrote them, without which no text in it is replaced
+_ABOUT_BEGIN = "Written by retina-fast detect: "
 _FIRST = 50  # images whose objects are kept apart: as many as a person reads through
 
 
@@ -52,30 +65,33 @@ class Found:
     unreadable: list[str] = field(default_factory=list)
     unfit: list[str] = field(default_factory=list)
     objects: Counter[str] = field(default_factory=Counter)
-    first: dict[Path, Counter[str]] = field(default_factory=dict)
+    first: dict[str, Counter[str]] = field(default_factory=dict)
 
 
 def detect(
     model: Any,
     content: Checkpoint | Exported,
-    inputs: list[Path],
+    inputs: Sequence[str | Path],
     output: Path,
     score: float = 0.3,
     *,
+    kinds: Sequence[str] = ("coco",),
     workers: int = WORKERS,
     console: "Console | None" = None,
     processes: Processes = ALONE,
 ) -> Found | None:
-    """Find objects in images; write detections.json and the drawn pictures into `output`.
+    """Find objects in images; write the drawn pictures and files of the detections into `output`.
 
     Args:
-        model: a RetinaNet in evaluation mode, or an exported one that takes uint8 images.
+        model: a RetinaNet in evaluation mode, which detects by its engine, or an exported one.
         content: its class names and category ids.
-        inputs: image files, folders of them, or lists of them, as for :func:`image_files`.
-        output: a folder, the same one for all processes; files of an earlier run in it are replaced, other pictures
+        inputs: paths, URLs, globs and cameras, as for :func:`retina_fast.predict.sources.open_files`. A camera is
+            watched until Ctrl-C.
+        output: a folder, the same one for all processes; files of an earlier run in it are replaced, other files
             never: a picture whose name is theirs has a number behind it.
         score: the least score of a detection, 0 to 1.
-        workers: how many processes read images.
+        kinds: of the files: `coco`, `csv`, `geojson`, `html` and `yolo`.
+        workers: how many threads read images.
         console: where the progress bar is shown; nowhere by default.
         processes: they share the images; the first one gives what all of them found, the others None.
 
@@ -90,71 +106,61 @@ def detect(
         >>> detect(model, content, [Path("photos")], Path("out")).unreadable  # doctest: +SKIP
         ['photos/broken.jpg: not a readable image']
     """
-    say = warnings.warn if processes.first else silent
-    share = len(processes.share(sum(1 for _ in image_files(inputs, say, output))))
-    _check_output(output)
-    files = image_files(inputs, drawn_in=output)
-    named = enumerate(picture_names(files, lambda name: must_stay(output / f"{name}.jpg")), start=1)
+    check_score(model, score)
+    source = open_files(inputs, warnings.warn if processes.first else silent, output)
+    count = source.count()
+    _check_output(output, kinds)
+    detector = detector_of(model)
+    named = enumerate(picture_names(source.pictures(), lambda name: must_stay(output / f"{name}.jpg")), start=1)
     ours, ahead = tee(islice(named, processes.rank, None, processes.count))
-    predicted = zip(ours, predictions(model, ImageFiles(), workers, (path for _, (path, _) in ahead)), strict=True)
+    found = results_of(
+        detector,
+        (picture for _, (picture, _) in ahead),
+        score,
+        content.classes,
+        content.category_ids,
+        batch_size=1 if source.endless else default_batch(detector),
+        workers=workers,
+        keep=True,
+    )
+    share = None if count is None else len(processes.share(count))
     partial = output / f"picture.{processes.rank}.partial"
-    with _scores_from(model, score), _part_of(output, processes.rank) as part:
-        for (image_id, (path, name)), prediction in tracked(predicted, "Detecting", share, console):
-            entry: dict[str, Any] = {"id": image_id}
-            if isinstance(prediction, ImageError):
-                entry |= {"problem": str(prediction), "unfit": isinstance(prediction, UnfitImage)}
+    with _part_of(output, processes.rank) as part, suppress(*[KeyboardInterrupt] * source.endless):
+        for (image_id, (_, name)), results in tracked(zip(ours, found, strict=True), "Detecting", share, console):
+            entry: dict[str, Any] = {"id": image_id, "path": results.path, "name": name}
+            if results.error:
+                entry |= {"problem": str(results.error), "unfit": isinstance(results.error, UnfitImage)}
             else:
-                (image, _), detections = prediction
-                detections = above(detections, score)
-                picture = draw_detections(image, detections, content.classes)
+                if "geojson" in kinds:
+                    results.to_geojson()  # raises now, and not when all is done, for an image without a place
+                picture = draw_detections(results.image, results.detections(), results.classes)
                 write_picture(picture, output / f"{name}.jpg", partial)
-                size = {"height": image.shape[1], "width": image.shape[2]}
-                entry["image"] = {"id": image_id, "file_name": str(path), **size}
-                entry["results"] = as_results(detections, image_id, list(content.category_ids))
-                entry["objects"] = Counter(content.classes[label] for label in detections["labels"].tolist())
+                entry |= {key: value.tolist() for key, value in results.detections().items()}
+                entry |= {"size": results.size, "georeference": results.georeference}
+                if "html" in kinds:
+                    entry["jpeg"] = b64encode(small_jpeg(results.image)).decode()
             part.write(json.dumps(entry) + "\n")
     processes.gather(None)  # Now all parts are written.
     if not processes.first:
         return None
     try:
-        return _merge(output, content, processes.count)
+        return _merge(output, content, kinds, processes.count)
     finally:
         for rank in range(processes.count):
             _part(output, rank).unlink(missing_ok=True)
 
 
-def _check_output(output: Path) -> None:
-    """Raises a UserError if the folder cannot be written into, or its detections.json is no COCO file of detections."""
-    file = output / "detections.json"
-    check_folder(output, [file.name])
-    if not file.exists():
-        return
-    with file.open("rb") as opened:
-        if opened.read(len(BEGIN)) != BEGIN.encode():
-            raise UserError(f"{file}: is no file of an earlier detection; give another folder as --output")
-
-
-@contextmanager
-def _scores_from(model: Any, score: float) -> Iterator[None]:
-    """Has the model give every detection of at least that score, for the time of the block.
-
-    Raises:
-        UserError: for a score outside [0, 1], or below what an exported model was made for.
-    """
-    if not 0 <= score <= 1:
-        raise UserError(f"--score must be at least 0 and at most 1, got {score}")
-    if isinstance(model, Exported):
-        least = model.metadata["score_thresh"]
-        if score < least:
-            raise UserError(f"--score {score}: the exported model gives no score under {least}; give at least that")
-        yield
-        return
-    before = getattr(model, "score_thresh", score)
-    model.score_thresh = min(before, score)
-    try:
-        yield
-    finally:
-        model.score_thresh = before
+def _check_output(output: Path, kinds: Sequence[str]) -> None:
+    """Raises a UserError if the folder cannot be written into, or holds another's files of the names of these kinds."""
+    files = [KINDS[kind] for kind in kinds if kind in KINDS]
+    check_folder(output, files)
+    for file in files:
+        check_earlier(output / file)
+    labels, about = output / _LABELS, output / _LABELS / _ABOUT
+    if "yolo" in kinds and labels.exists():
+        earlier = about.is_file() and about.read_text(errors="replace").startswith(_ABOUT_BEGIN)
+        if not earlier and not (labels.is_dir() and not any(labels.iterdir())):
+            raise UserError(f"{labels}: is not of an earlier detection; give another folder as --output")
 
 
 @contextmanager
@@ -175,21 +181,53 @@ def _part(output: Path, rank: int) -> Path:
     return output / f"detections.{rank}.partial"
 
 
-def _merge(output: Path, content: Checkpoint | Exported, count: int) -> Found:
-    """Writes detections.json from the files of `count` processes, line by line in the order of the images."""
+def _merge(output: Path, content: Checkpoint | Exported, kinds: Sequence[str], count: int) -> Found:
+    """Writes the files from the parts of `count` processes, line by line in the order of the images."""
     found, parts = Found(), [_part(output, rank) for rank in range(count)]
-    named = zip(content.category_ids, content.classes, strict=True)
-    categories = [{"id": category_id, "name": name} for category_id, name in named]
     with ExitStack() as stack:
-        coco = stack.enter_context(CocoWriter(output / "detections.json", categories))
+        files = [output / KINDS[kind] for kind in kinds if kind in KINDS]
+        named = content.classes, content.category_ids
+        writers = [stack.enter_context(FORMATS[file.suffix][0](file, *named)) for file in files]
+        if "yolo" in kinds:
+            _begin_labels(output / _LABELS, content.classes)
         lines = [map(json.loads, stack.enter_context(part.open())) for part in parts]
         for entry in heapq.merge(*lines, key=lambda entry: entry["id"]):
             if "problem" in entry:
                 (found.unfit if entry["unfit"] else found.unreadable).append(entry["problem"])
                 continue
+            results = _restored(entry, content)
             found.images += 1
-            found.objects.update(entry["objects"])
+            found.objects.update(results.counts())
             if len(found.first) < _FIRST:
-                found.first[Path(entry["image"]["file_name"])] = Counter(entry["objects"])
-            coco.add(entry["image"], entry["results"])
+                found.first[results.path or entry["name"]] = results.counts()
+            for add in writers:
+                add(results, entry["id"], b64decode(entry.get("jpeg", "")))
+            if "yolo" in kinds:
+                with yolo(output / _LABELS / f"{entry['name']}.txt") as add:
+                    add(results)
     return found
+
+
+def _restored(entry: dict[str, Any], content: Checkpoint | Exported) -> Results:
+    """The results that a line of a part holds."""
+    placed = entry["georeference"]
+    return Results(
+        torch.tensor(entry["boxes"]).reshape(-1, 4),
+        torch.tensor(entry["scores"]),
+        torch.tensor(entry["labels"], dtype=torch.int64),
+        tuple(entry["size"]),
+        content.classes,
+        content.category_ids,
+        entry["path"],
+        georeference=placed and Georeference(tuple(placed[0]), placed[1]),
+    )
+
+
+def _begin_labels(folder: Path, classes: Sequence[str]) -> None:
+    """Makes the folder of YOLO texts, with a file that says what they are."""
+    folder.mkdir(exist_ok=True)
+    lines = [f"- {label}: {' '.join(name.split())}" for label, name in enumerate(classes)]
+    line = (
+        f"{_ABOUT_BEGIN}a text for each image, in it a line for each object: label, middle x, middle y, width, height"
+    )
+    (folder / _ABOUT).write_text("\n".join([line + " (parts of the image's), score.", "", *lines, ""]), "utf-8")

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from retina_fast.data.check import warn_of_other_classes
-from retina_fast.data.coco import CocoDataset
+from retina_fast.data.coco import CocoDataset, as_results
 from retina_fast.data.errors import ImageError, UserError
-from retina_fast.data.metrics import CocoMetrics, as_results, coco_metrics
+from retina_fast.data.metrics import CocoMetrics, coco_metrics
 from retina_fast.data.processes import ALONE, WORKERS, Processes
 from retina_fast.data.progress import tracked
 from retina_fast.predict.predictions import predictions

@@ -1,29 +1,18 @@
-"""Image files to detect objects in: which they are, how they are read, and the names of their pictures."""
+"""Image files to detect objects in: which they are, and the names of their pictures."""
 
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from retina_fast.data.coco import IMAGE_SUFFIXES, Sample, read_image
 from retina_fast.data.encodings import encoding_of
 from retina_fast.data.errors import UserError
+from retina_fast.data.images import IMAGE_SUFFIXES
 from retina_fast.predict.pictures import is_drawn, is_image
 
 _LONGEST = 200  # bytes of a picture's name; file systems allow 255, with the suffix and a number
-
-
-class ImageFiles:
-    """A data set of image files without annotations; its keys are their paths.
-
-    Example::
-
-        >>> image, target = ImageFiles()[Path("photo.jpg")]  # doctest: +SKIP
-    """
-
-    def __getitem__(self, path: Path) -> Sample:
-        return read_image(path), {"path": str(path)}
 
 
 def silent(message: str) -> None:
@@ -31,8 +20,11 @@ def silent(message: str) -> None:
 
 
 def image_files(
-    inputs: list[Path], say: Callable[[str], object] = silent, drawn_in: Path | None = None
-) -> Iterator[Path]:
+    inputs: list[Path],
+    say: Callable[[str], object] = silent,
+    drawn_in: Path | None = None,
+    seen: set[str] | None = None,
+) -> Iterator[Any]:
     """The image files that the inputs name, in turn: a file, those in a folder, or those in the lines of a .txt file.
 
     In a folder, a file counts as an image by its suffix, or else by its content. A file comes once, however often files
@@ -43,6 +35,10 @@ def image_files(
         inputs: files, folders and lists.
         say: called with a sentence for each folder in which other files, or folders, are passed over.
         drawn_in: a folder in which drawn pictures are passed over, since they are written there.
+        seen: the files and folders that earlier calls have seen, to which this one adds.
+
+    Yields:
+        Paths; and, for the URLs of a list, words.
 
     Raises:
         UserError: for a folder without images, or a list that cannot be read.
@@ -51,10 +47,10 @@ def image_files(
 
         >>> list(image_files([Path("photos"), Path("another.jpg"), Path("list.txt")]))  # doctest: +SKIP
     """
-    seen: set[str] = set()
+    seen = set() if seen is None else seen
     for path in inputs:
         real = os.path.realpath(path)
-        if real in seen or (os.path.dirname(real) in seen and _counts_as_image(path)):
+        if real in seen or (os.path.dirname(real) in seen and counts_as_image(path)):
             continue
         if path.is_dir():
             drawn = drawn_in is not None and real == os.path.realpath(drawn_in)
@@ -77,7 +73,7 @@ def _inside(folder: Path, say: Callable[[str], object], without_drawn: bool) -> 
                     folders += 1
                 elif without_drawn and is_drawn(file):
                     others["drawn pictures"] += 1
-                elif _counts_as_image(file):
+                elif counts_as_image(file):
                     images.append(file)
                 else:
                     others[file.suffix or "no suffix"] += 1
@@ -92,18 +88,24 @@ def _inside(folder: Path, say: Callable[[str], object], without_drawn: bool) -> 
     return sorted(images)
 
 
-def _counts_as_image(path: Path) -> bool:
-    """Whether a scan of its folder takes the path for an image."""
+def counts_as_image(path: Path) -> bool:
+    """Whether a scan of its folder takes the path for an image.
+
+    Example::
+
+        >>> counts_as_image(Path("photo.jpg")), counts_as_image(Path("list.txt"))
+        (True, False)
+    """
     return not path.is_dir() and (path.suffix.lower() in IMAGE_SUFFIXES or (path.is_file() and is_image(path)))
 
 
-def _listed(path: Path) -> Iterator[Path]:
-    """The files in the lines of a .txt file."""
+def _listed(path: Path) -> Iterator[Path | str]:
+    """The files in the lines of a .txt file, and the URLs as words."""
     try:
         with path.open(encoding=encoding_of(path)) as lines:
             for line in lines:
                 if line.strip():
-                    yield Path(line.strip())
+                    yield line.strip() if "://" in line else Path(line.strip())
     except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: not a list of image files, one a line ({error})") from error
 
@@ -113,14 +115,14 @@ def no_file(name: str) -> bool:
     return False
 
 
-def picture_names(files: Iterable[Path], occupied: Callable[[str], bool] = no_file) -> Iterator[tuple[Path, str]]:
+def picture_names(files: Iterable[Any], occupied: Callable[[str], bool] = no_file) -> Iterator[tuple[Any, str]]:
     """Each file with a name for its picture: its own, with a number where an earlier picture has that name.
 
     Names that differ in case alone, or in how Unicode writes a letter, count as one, since many file systems do not
     tell them apart. Very long names are cut.
 
     Args:
-        files: the images.
+        files: paths, or other things that have a `stem` as these do.
         occupied: whether a file that must stay already has the name.
 
     Example::
@@ -130,14 +132,14 @@ def picture_names(files: Iterable[Path], occupied: Callable[[str], bool] = no_fi
     """
     names: set[str] = set()
     count: Counter[str] = Counter()
-    for path in files:
-        encoded = os.fsencode(path.stem)
-        name = stem = path.stem if len(encoded) <= _LONGEST else encoded[:_LONGEST].decode("utf-8", "ignore")
+    for file in files:
+        encoded = os.fsencode(file.stem)
+        name = stem = file.stem if len(encoded) <= _LONGEST else encoded[:_LONGEST].decode("utf-8", "ignore")
         while _key(name) in names or occupied(name):
             count[_key(stem)] += 1
             name = f"{stem}_{count[_key(stem)] + 1}"
         names.add(_key(name))
-        yield path, name
+        yield file, name
 
 
 def _key(name: str) -> str:

@@ -11,7 +11,7 @@ _LARGEST = (
     65500  # px: the longest side of a JPEG that libjpeg writes; of a longer one, only every second pixel is drawn
 )
 _KINDS: list[str] = ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"]
-"""Those that `retina_fast.data.coco.read_image` reads, by Pillow's names."""
+"""Those that `retina_fast.data.images.read_image` reads, by Pillow's names."""
 
 _MARK = b"drawn by retina-fast detect"
 

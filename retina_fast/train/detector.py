@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from retina_fast.checkpoint import Checkpoint
 from retina_fast.data.augment import mixed_seed
-from retina_fast.data.coco import CocoDataset, Sample
+from retina_fast.data.coco import CocoDataset, Sample, as_results
 from retina_fast.data.errors import ImageError, UserError
-from retina_fast.data.metrics import CocoMetrics, as_results, coco_metrics
+from retina_fast.data.metrics import CocoMetrics, coco_metrics
 from retina_fast.data.processes import Processes
 from retina_fast.device import to_device
 from retina_fast.train.recipes import all_trained, recipe_named

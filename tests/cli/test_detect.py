@@ -16,14 +16,14 @@ from torchvision.io import write_png
 
 from retina_fast.checkpoint import Checkpoint
 from retina_fast.commands.detect import print_found
-from retina_fast.data.coco import read_image
 from retina_fast.data.errors import UserError
+from retina_fast.data.images import read_image
 from retina_fast.predict import detect as module
-from retina_fast.predict import images as files_module
+from retina_fast.predict import sources as files_module
 from retina_fast.predict.coco_writer import CocoWriter
 from retina_fast.predict.detect import detect
-from retina_fast.predict.images import ImageFiles, image_files
-from retina_fast.predict.predictions import predictions
+from retina_fast.predict.images import image_files
+from retina_fast.predict.predictions import read_ahead
 
 CONTENT = Checkpoint("", {}, ["thing"], [7], {})
 
@@ -97,7 +97,7 @@ def test_paths_are_taken_as_they_are_needed(photos):
                 yield path
 
     ahead = []
-    for count, _ in enumerate(predictions(Finder(), ImageFiles(), 2, paths()), start=1):
+    for count, _ in enumerate(read_ahead(read_image, paths(), workers=2), start=1):
         ahead.append(taken - count)
         if count == 200:
             break

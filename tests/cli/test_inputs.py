@@ -66,7 +66,7 @@ def test_scores_are_obeyed_or_refused(tmp_path):
     detect(model, CONTENT, [tmp_path / "in"], tmp_path / "out", 0.2, workers=0)
     assert model.score_thresh == 0.9
     for score in (float("nan"), -0.1, 1.5):
-        with pytest.raises(UserError, match="--score must be at least 0 and at most 1, got"):
+        with pytest.raises(UserError, match="score must be at least 0 and at most 1, got"):
             detect(model, CONTENT, [tmp_path / "in"], tmp_path / "out", score, workers=0)
     found = [0, 0]
     for i, score in enumerate((0.04, 0.001)):  # the model's own threshold is 0.05

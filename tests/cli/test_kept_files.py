@@ -191,6 +191,6 @@ def test_the_example_writes_into_a_new_folder_alone(tmp_path, capsys):
         detect_folder.main(tmp_path / "in", tmp_path / "in")
     detect_folder.main(tmp_path / "in", tmp_path / "out")
     assert contents(tmp_path / "in") == before
-    assert sorted(os.listdir(tmp_path / "out")) == ["a.jpg", "a_2.jpg", "detections.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.jpg", "a_2.jpg", "detections.html", "detections.json"]
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert {entry["image"] for entry in found} <= before.keys()
+    assert {Path(image["file_name"]).name for image in found["images"]} == before.keys()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps, features
 
-from retina_fast.data.coco import read_image
 from retina_fast.data.errors import ImageError
+from retina_fast.data.images import read_image
 
 HEIGHT, WIDTH = 20, 30  # neither alike nor symmetric, so that every turn shows
 Y, X = np.mgrid[0:HEIGHT, 0:WIDTH]

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torchvision.io import decode_image
 
-from retina_fast.data.metrics import RECALLS, as_results, coco_metrics, plot_precision_recall
+from retina_fast.data.coco import as_results
+from retina_fast.data.metrics import RECALLS, coco_metrics, plot_precision_recall
 
 COCO = {
     "images": [{"id": 1, "file_name": "1.png", "width": 100, "height": 100}],

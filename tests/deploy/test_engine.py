@@ -125,7 +125,8 @@ def test_spinenet(size_divisible):
 def test_evaluation_within_half_a_point_of_ap50(trees, photograph, device):
     """The float32 model's confident detections stand for the truth; python -m demo.engine has the people's own."""
     pytest.importorskip("faster_coco_eval")
-    from retina_fast.data.metrics import as_results, coco_metrics
+    from retina_fast.data.coco import as_results
+    from retina_fast.data.metrics import coco_metrics
 
     (found,) = trees(floats([photograph.to(device)]))
     confident = {key: value[found["scores"] > 0.3] for key, value in found.items()}

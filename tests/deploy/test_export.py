@@ -307,7 +307,7 @@ def test_command_line(images, tmp_path):
     assert "could not be read" not in result.output
     result = invoke("detect", inputs, "--output", tmp_path / "out", "--score", 0.01, "--model", file)
     assert result.exit_code == 1
-    assert "--score 0.01: the exported model gives no score under 0.05; give at least that" in result.stderr
+    assert "score 0.01: the exported model gives no score under 0.05; give at least that" in result.stderr
     for arguments, message in (
         (("detect", inputs, "--model", file, "--checkpoint", TREES), "exclude each other"),
         (("detect", inputs, "--model", TREES), "damaged, or not a file"),
