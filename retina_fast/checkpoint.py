@@ -162,6 +162,24 @@ def load(path: str | Path) -> Checkpoint:
         raise UserError(f"{path}: no such model file")
     problem = "damaged, or not a model file written by retina-fast train"
     content = read(path, problem, "copy it again, or give another")
+    return checked(content, path)
+
+
+def checked(content: Any, path: Path) -> Checkpoint:
+    """The content of a model file, looked at; float16 becomes float32.
+
+    Args:
+        content: what the file holds.
+        path: the file, which the errors name.
+
+    Raises:
+        UserError: if something is missing or of another kind than it must be.
+
+    Example::
+
+        >>> checked(torch.load("runs/trees/model.pt"), Path("runs/trees/model.pt")).classes  # doctest: +SKIP
+        ['Tree']
+    """
     expected = set(Checkpoint.__dataclass_fields__)
     missing = expected - set(content) if isinstance(content, dict) else expected
     if missing:
