@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from retina_fast import compile_inference
-from retina_fast.data.coco import read_image
+from retina_fast.data.images import read_image
 from retina_fast.predict.geotiff import RasterFile
 from retina_fast.predict.load import TREES, load_model
 from retina_fast.predict.tiles import Tiles, Window, detect_tiles

@@ -9,9 +9,22 @@ import torch
 from torch import Tensor
 
 from retina_fast.data.errors import ImageError, UserError
+from retina_fast.predict.georeference import Georeference
 from retina_fast.predict.tiles import Window
 
+_SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img", ".ecw")
 _CACHE = 256  # megabytes of decoded blocks that GDAL keeps; by itself it takes 5% of all memory
+
+
+def is_raster(path: Path) -> bool:
+    """Whether a file is one of those that are read in windows rather than as a whole, by its name.
+
+    Example::
+
+        >>> is_raster(Path("mosaic.TIF")), is_raster(Path("photo.jpg"))
+        (True, False)
+    """
+    return path.suffix.lower() in _SUFFIXES
 
 
 class RasterFile:
@@ -26,8 +39,7 @@ class RasterFile:
 
     Attributes:
         height, width: in pixels.
-        transform: (a, b, c, d, e, f) from pixels to the coordinates of ``crs``; None without a georeference.
-        crs: the coordinate reference system, such as ``EPSG:32611``, or None.
+        georeference: where they lie on the earth, if the file says so in a system that has an EPSG code.
 
     Raises:
         ImageError: if it cannot be read, or its pixels are neither 8 nor 16 bits; the message names it.
@@ -61,8 +73,8 @@ class RasterFile:
         self._alpha = names.index("alpha") + 1 if "alpha" in names else None  # GDAL knows it only as the last band
         self._masked = any("all_valid" not in [flag.name for flag in flags] for flags in self._file.mask_flag_enums)
         placed = self._file.crs is not None and not self._file.transform.is_identity
-        self.transform = tuple(self._file.transform)[:6] if placed else None
-        self.crs = self._file.crs.to_string() if placed else None
+        code = self._file.crs.to_epsg() if placed else None
+        self.georeference = Georeference(tuple(self._file.transform)[:6], f"EPSG:{code}") if code else None
 
     def read(self, window: Window) -> Tensor:
         """The pixels of a window, (3, height, width) uint8.

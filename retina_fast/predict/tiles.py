@@ -16,12 +16,13 @@ many are detected in at once, unless the detector's own rounding does.
 from collections.abc import Callable, Iterator, Sequence
 from math import ceil, floor
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from retina_fast.data.errors import UserError
+from retina_fast.data.progress import tracked
 from retina_fast.kernels.batched_nms import batched_nms
 from retina_fast.kernels.greedy_nmm import best_first, greedy_nmm
 from retina_fast.predict.tile_rows import TileRows
@@ -137,6 +138,7 @@ def detect_tiles(
     batch_size: int = 1,
     resume: Path | None = None,
     about: str = "",
+    console: Any = None,
 ) -> Found:
     """Find objects in a raster tile by tile.
 
@@ -152,6 +154,7 @@ def detect_tiles(
         resume: a file that takes up each finished row of tiles. If it is there, the rows in it are not detected in
             again. It is deleted in the end.
         about: what the rows in ``resume`` depend on beside size, tile and overlap; a file of another is refused.
+        console: of rich, where a bar over the rows of tiles is shown; nowhere by default.
 
     Returns:
         ``boxes`` (N, 4) float32 in pixels of the raster, ``scores`` (N,) and ``labels`` (N,), best first; of equal
@@ -182,7 +185,8 @@ def detect_tiles(
     tiles = Tiles(raster.height, raster.width, tile, overlap)
     header = {"size": [raster.height, raster.width], "tile": tile, "overlap": overlap, "about": about}
     with TileRows(resume, header) as rows:
-        for number in range(rows.finished, len(tiles.rows)):
+        left = range(rows.finished, len(tiles.rows))
+        for number in tracked(left, "Detecting", len(left), console if len(left) > 1 else None):
             rows.add(_row(run, raster, tiles, number, batch_size))
         return _merged(rows.found(), merge, merge_thresh)
 

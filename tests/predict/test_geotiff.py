@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from retina_fast.data.errors import ImageError
+from retina_fast.predict.georeference import georeference
 from retina_fast.predict.geotiff import RasterFile
 from retina_fast.predict.tiles import Pixels, Window, detect_tiles
 from tests.predict.planted import find, plant
@@ -103,8 +104,8 @@ def test_georeference(tmp_path):
     place = rasterio.Affine(0.1, 0, 500000, 0, -0.1, 4600000)
     path = write(tmp_path / "a.tif", RGB, transform=place, crs="EPSG:32611")
     with RasterFile(path) as raster:
-        assert raster.transform == (0.1, 0, 500000, 0, -0.1, 4600000)
-        assert raster.crs == "EPSG:32611"
+        assert raster.georeference == ((0.1, 0, 500000, 0, -0.1, 4600000), "EPSG:32611")
+        assert raster.georeference == georeference(path)  # as it is read without rasterio
 
 
 def test_refused(tmp_path):
