@@ -157,12 +157,24 @@ def load(path: str | Path) -> Checkpoint:
         >>> load("runs/trees/model.pt").classes  # doctest: +SKIP
         ['Tree']
     """
-    path = Path(path)
+    return checked(read_model_file(Path(path)), Path(path))
+
+
+def read_model_file(path: Path) -> Any:
+    """What is in a model file, on the CPU, not looked at yet.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+
+    Example::
+
+        >>> sorted(read_model_file(Path("runs/trees/model.pt")))[:2]  # doctest: +SKIP
+        ['builder', 'category_ids']
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such model file")
     problem = "damaged, or not a model file written by retina-fast train"
-    content = read(path, problem, "copy it again, or give another")
-    return checked(content, path)
+    return read(path, problem, "copy it again, or give another")
 
 
 def checked(content: Any, path: Path) -> Checkpoint:

@@ -122,7 +122,7 @@ def push_to_hub(
     return str(getattr(commit, "commit_url", commit))
 
 
-def from_pretrained(
+def read_pretrained(
     source: str | Path,
     *,
     revision: str | None = None,
@@ -147,15 +147,14 @@ def from_pretrained(
 
     Example::
 
-        >>> from_pretrained("mine").build().eval()  # doctest: +SKIP
+        >>> read_pretrained("mine").build().eval()  # doctest: +SKIP
     """
-    _needed("safetensors.torch")
     folder = Path(source)
     if folder.is_dir():
         files = [folder / name for name in (CONFIG, WEIGHTS)]
         for file in files:
             if not file.is_file():
-                raise UserError(f"{file}: no such file, so {folder} is no folder of a model")
+                raise UserError(f"{folder}: is a folder without {file.name}, so it holds no model")
     else:
         hub = _needed("huggingface_hub")
         options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}

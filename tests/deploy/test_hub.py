@@ -49,7 +49,7 @@ def same(found, content):
 
 
 def test_a_folder_gives_back_what_was_saved(content, saved):
-    found = hub.from_pretrained(saved)
+    found = hub.read_pretrained(saved)
     same(found, content)
     image = torch.rand(3, 64, 96)
     (ours,), (theirs,) = (model.build().eval()([image]) for model in (found, content))
@@ -59,7 +59,7 @@ def test_a_folder_gives_back_what_was_saved(content, saved):
 def test_a_model_file_is_taken(content, tmp_path):
     model_file.save(content, tmp_path / "model.pt")
     hub.save_pretrained(tmp_path / "model.pt", tmp_path / "out", license="mit")
-    same(hub.from_pretrained(str(tmp_path / "out")), model_file.load(tmp_path / "model.pt"))
+    same(hub.read_pretrained(str(tmp_path / "out")), model_file.load(tmp_path / "model.pt"))
 
 
 def test_the_card_says_what_is_known(saved):
@@ -85,20 +85,20 @@ def test_refused(content, saved, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="of another library"):
         hub.save_pretrained(content, tmp_path, license="mit")
-    with pytest.raises(UserError, match="no such file"):
-        hub.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"is a folder without model\.safetensors"):
+        hub.read_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
-        hub.from_pretrained(tmp_path)
+        hub.read_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="no model of this package"):
-        hub.from_pretrained(tmp_path)
+        hub.read_pretrained(tmp_path)
     config = json.loads((saved / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"classes": "Tree"}))
     with pytest.raises(UserError, match="its classes is no list"):
-        hub.from_pretrained(tmp_path)
+        hub.read_pretrained(tmp_path)
     with pytest.raises(UserError, match="neither a folder nor a model of the Hub"):
-        hub.from_pretrained("not a/name!", local_files_only=True)
+        hub.read_pretrained("not a/name!", local_files_only=True)
     with (
         pytest.raises(UserError, match=r"pip install 'retina_fast\[hub\]'"),
         mock.patch.dict("sys.modules", {"safetensors.torch": None}),
@@ -151,10 +151,10 @@ def server(saved):
 
 @pytest.mark.usefixtures("server")
 def test_a_repository_is_downloaded_once(content, tmp_path):
-    same(hub.from_pretrained("me/street", cache_dir=tmp_path), content)
-    same(hub.from_pretrained("me/street", cache_dir=tmp_path, local_files_only=True), content)
+    same(hub.read_pretrained("me/street", cache_dir=tmp_path), content)
+    same(hub.read_pretrained("me/street", cache_dir=tmp_path, local_files_only=True), content)
     with pytest.raises(UserError, match="me/other: neither a folder nor a model of the Hub"):
-        hub.from_pretrained("me/other", cache_dir=tmp_path)
+        hub.read_pretrained("me/other", cache_dir=tmp_path)
 
 
 def test_push_uploads_the_folder(content):
@@ -169,7 +169,7 @@ def test_push_uploads_the_folder(content):
             return SimpleNamespace(repo_id=repo_id)
 
         def upload_folder(self, repo_id, folder_path, revision, commit_message):
-            uploaded["model"] = hub.from_pretrained(folder_path)
+            uploaded["model"] = hub.read_pretrained(folder_path)
             uploaded["card"] = huggingface_hub.ModelCard.load(f"{folder_path}/README.md").text
             return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
