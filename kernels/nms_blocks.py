@@ -27,7 +27,7 @@ def _is_full(ends_ptr, block, max_kept):
 @triton.jit(do_not_specialize=["width", "max_kept", "block", "blocks"])
 def _block_bits_kernel(
     boxes_ptr, labels_ptr, keys_ptr, counts_ptr, ends_ptr, bits_ptr, width, max_kept, block, blocks, iou_thresh,
-    below_thresh, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WORD: tl.constexpr,
+    below_thresh, SMALLER: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
     """Program (c, w, b) writes, for COLUMNS boxes of the block, the bits of those of word w that suppress them."""
     word = tl.program_id(1)
@@ -47,7 +47,7 @@ def _block_bits_kernel(
         below = position_of(keys_ptr, block * BLOCK + column, waiting)
         comparable = (row[:, None] < column[None, :]) & waiting[None, :]
         suppressed = overlap(
-            boxes_ptr, labels_ptr, above[:, None], below[None, :], comparable, iou_thresh, below_thresh
+            boxes_ptr, labels_ptr, above[:, None], below[None, :], comparable, iou_thresh, below_thresh, SMALLER
         )
         bits = tl.sum(suppressed << tl.arange(0, WORD)[:, None], axis=0)
         tl.store(bits_ptr + (image * (BLOCK // WORD) + word) * BLOCK + column, bits, mask=column < BLOCK)
@@ -102,7 +102,8 @@ def _decide_kernel(
 @triton.jit(do_not_specialize=["width", "max_kept", "max_detections", "block", "blocks"])
 def _remove_kernel(
     boxes_ptr, labels_ptr, keys_ptr, counts_ptr, ends_ptr, positions_ptr, removed_ptr, width, max_kept, max_detections,
-    block, blocks, iou_thresh, below_thresh, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WORD: tl.constexpr,
+    block, blocks, iou_thresh, below_thresh, SMALLER: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    WORD: tl.constexpr,
 ):  # fmt: skip
     """Program (c, s, b) marks those of COLUMNS later boxes that overlap with its share of what the block has kept."""
     image = tl.program_id(2).to(tl.int64)
@@ -127,7 +128,7 @@ def _remove_kernel(
             above = tl.load(positions_ptr + slots, mask=slots < kept, other=0).to(tl.int32)
             comparable = (slots < kept)[:, None] & waiting[None, :]
             suppressed |= overlap(
-                boxes_ptr, labels_ptr, above[:, None], below[None, :], comparable, iou_thresh, below_thresh
+                boxes_ptr, labels_ptr, above[:, None], below[None, :], comparable, iou_thresh, below_thresh, SMALLER
             )
             first += tl.num_programs(1) * WORD
         mask = tl.max(suppressed, axis=0) > 0
@@ -136,7 +137,7 @@ def _remove_kernel(
 
 def suppress_by_blocks(
     boxes: Tensor, labels: Tensor | None, keys: Tensor | None, counts: Tensor, thresholds: tuple[float, float],
-    max_detections: int,
+    max_detections: int, smaller: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The fields of Kept, of contiguous arguments and M > 0; three launches for every 2048 boxes.
 
@@ -147,6 +148,7 @@ def suppress_by_blocks(
         counts: ``(B,)`` integers.
         thresholds: of the IoU, and a number a little below it.
         max_detections: D.
+        smaller: whether boxes are compared by intersection over the smaller area, in place of the IoU.
     """
     batch, width = boxes.shape[:2]
     blocks, max_kept, word = triton.cdiv(width, _BLOCK), min(max_detections, width), WORD.value
@@ -158,8 +160,8 @@ def suppress_by_blocks(
     for block in range(blocks):
         here, later = min(_BLOCK, width - block * _BLOCK), max(0, width - (block + 1) * _BLOCK)
         _block_bits_kernel[(triton.cdiv(here, _COLUMNS), triton.cdiv(here, word), batch)](
-            boxes, labels, keys, counts, ends, bits, width, max_kept, block, blocks, *thresholds, BLOCK=_BLOCK,
-            COLUMNS=_COLUMNS, WORD=word, enable_fp_fusion=False,
+            boxes, labels, keys, counts, ends, bits, width, max_kept, block, blocks, *thresholds, SMALLER=smaller,
+            BLOCK=_BLOCK, COLUMNS=_COLUMNS, WORD=word, enable_fp_fusion=False,
         )  # fmt: skip
         _decide_kernel[(batch,)](
             keys, counts, removed, bits, ends, positions, kept_counts, width, max_kept, max_detections, block, blocks,
@@ -168,6 +170,6 @@ def suppress_by_blocks(
         if later:
             _remove_kernel[(triton.cdiv(later, _COLUMNS), _SHARES, batch)](
                 boxes, labels, keys, counts, ends, positions, removed, width, max_kept, max_detections, block, blocks,
-                *thresholds, BLOCK=_BLOCK, COLUMNS=_COLUMNS, WORD=word, enable_fp_fusion=False,
+                *thresholds, SMALLER=smaller, BLOCK=_BLOCK, COLUMNS=_COLUMNS, WORD=word, enable_fp_fusion=False,
             )  # fmt: skip
     return positions, kept_counts

@@ -19,11 +19,11 @@ def position_of(keys_ptr, i, mask):
 
 
 @triton.jit
-def overlap(boxes_ptr, labels_ptr, above, below, comparable, iou_thresh, below_thresh):
+def overlap(boxes_ptr, labels_ptr, above, below, comparable, iou_thresh, below_thresh, SMALLER: tl.constexpr = False):
     """1 where a box ``above`` [R, 1] suppresses a box ``below`` [1, C] and they are comparable [R, C], else 0.
 
     ``below_thresh`` is so far below ``iou_thresh`` that a ratio under it, computed by a product, is surely under the
-    threshold, too.
+    threshold, too. With ``SMALLER`` the overlap is intersection over the smaller area instead of IoU.
     """
     if labels_ptr is not None:
         comparable &= tl.load(labels_ptr + above) == tl.load(labels_ptr + below)
@@ -34,7 +34,9 @@ def overlap(boxes_ptr, labels_ptr, above, below, comparable, iou_thresh, below_t
     width = tl.maximum(tl.minimum(x2, u2) - tl.maximum(x1, u1), 0.0)
     height = tl.maximum(tl.minimum(y2, v2) - tl.maximum(y1, v1), 0.0)
     intersection = width * height
-    union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - intersection
+    area, other = (x2 - x1) * (y2 - y1), (u2 - u1) * (v2 - v1)
+    # Of an infinite area both are NaN.
+    union = tl.minimum(area, other) + 0.0 * (area + other) if SMALLER else area + other - intersection
     # A division costs as much as all of this, and nearly no pair comes near the threshold. The quotient of the other
     # pairs is not looked at: 1 instead of mostly 0, which would take the slow path of the division.
     near = comparable & ~(intersection < below_thresh * union)

@@ -27,9 +27,10 @@ from retina_fast.convert import from_torchvision
 from retina_fast.deploy.engine import compile_inference
 from retina_fast.deploy.export import export
 from retina_fast.deploy.exported import load_exported
+from retina_fast.deploy.hub import push_to_hub, save_pretrained
 from retina_fast.detections import Detections
 from retina_fast.model import RetinaNet
-from retina_fast.predict.load import load
+from retina_fast.predict.load import from_pretrained, load
 from retina_fast.predict.results import Results
 from retina_fast.training_step import TrainingStep
 
@@ -42,10 +43,12 @@ __all__ = [
     "TrainingStep",
     "compile_inference",
     "export",
+    "from_pretrained",
     "from_torchvision",
     "load",
     "load_exported",
     "ops",
+    "push_to_hub",
     "retinanet_resnet18_fpn",
     "retinanet_resnet18_fpn_lite",
     "retinanet_resnet18_fpn_v2",
@@ -64,4 +67,5 @@ __all__ = [
     "retinanet_spinenet96",
     "retinanet_spinenet143",
     "retinanet_spinenet190",
+    "save_pretrained",
 ]

@@ -157,11 +157,41 @@ def load(path: str | Path) -> Checkpoint:
         >>> load("runs/trees/model.pt").classes  # doctest: +SKIP
         ['Tree']
     """
-    path = Path(path)
+    return checked(read_model_file(Path(path)), Path(path))
+
+
+def read_model_file(path: Path) -> Any:
+    """What is in a model file, on the CPU, not looked at yet.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+
+    Example::
+
+        >>> sorted(read_model_file(Path("runs/trees/model.pt")))[:2]  # doctest: +SKIP
+        ['builder', 'category_ids']
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such model file")
     problem = "damaged, or not a model file written by retina-fast train"
-    content = read(path, problem, "copy it again, or give another")
+    return read(path, problem, "copy it again, or give another")
+
+
+def checked(content: Any, path: Path) -> Checkpoint:
+    """The content of a model file, looked at; float16 becomes float32.
+
+    Args:
+        content: what the file holds.
+        path: the file, which the errors name.
+
+    Raises:
+        UserError: if something is missing or of another kind than it must be.
+
+    Example::
+
+        >>> checked(torch.load("runs/trees/model.pt"), Path("runs/trees/model.pt")).classes  # doctest: +SKIP
+        ['Tree']
+    """
     expected = set(Checkpoint.__dataclass_fields__)
     missing = expected - set(content) if isinstance(content, dict) else expected
     if missing:

@@ -21,6 +21,7 @@ from retina_fast.kernels.box_loss import box_loss
 from retina_fast.kernels.box_voting import box_voting
 from retina_fast.kernels.candidate_selection import Candidates, candidate_selection
 from retina_fast.kernels.focal_loss import focal_loss
+from retina_fast.kernels.greedy_nmm import Merged, greedy_nmm
 from retina_fast.kernels.image_batch import image_batch
 from retina_fast.kernels.sigmoid_focal_loss import sigmoid_focal_loss
 from retina_fast.kernels.soft_nms import SoftKept, soft_nms
@@ -29,6 +30,7 @@ __all__ = [
     "Candidates",
     "Kept",
     "Matches",
+    "Merged",
     "SoftKept",
     "anchor_matching",
     "batched_nms",
@@ -37,6 +39,7 @@ __all__ = [
     "box_voting",
     "candidate_selection",
     "focal_loss",
+    "greedy_nmm",
     "image_batch",
     "nms",
     "padded_batched_nms",

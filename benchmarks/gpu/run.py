@@ -43,6 +43,7 @@ BENCHMARKS = (
     "kernels.take_kept",
     "kernels.soft_nms",
     "kernels.box_voting",
+    "kernels.greedy_nmm",
     "kernels.key_sort",
     "models.inference",
     "models.training_step",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
@@ -31,6 +32,11 @@ class Predicts:
         bgr: bool = False,
         engine: bool = True,
         progress: bool = True,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        merge: str = "nmm",
+        merge_thresh: float = 0.5,
+        resume: str | Path | None = None,
     ) -> Any:
         """Find objects in whatever holds images; see :func:`retina_fast.predict.predict.predict`.
 
@@ -44,6 +50,12 @@ class Predicts:
             bgr: whether arrays and tensors have their channels in OpenCV's order, which is never guessed.
             engine: whether to detect by an engine (:func:`retina_fast.compile_inference`) rather than by the model.
             progress: whether to show a bar while several images are worked on, if `rich` is installed.
+            tile: the sides of tiles in pixels, into which larger images are cut; by default none is cut. GeoTIFFs are
+                then read in windows, by `rasterio`, and may be larger than memory.
+            overlap: the part of a side that neighbouring tiles share.
+            merge: what joins the boxes of several tiles: ``nmm``, whose boxes grow together, or ``nms``.
+            merge_thresh: from which overlap on.
+            resume: a file that keeps the finished rows of tiles of the one image, for a run that is cut short.
 
         Returns:
             A :class:`~retina_fast.predict.results.Results` for one image, a list of them for several, or a generator.
@@ -58,4 +70,5 @@ class Predicts:
         # By its name, since a detector lies below what predicts with it.
         run = import_module("retina_fast.predict.predict").predict
         options = {"batch_size": batch_size, "stream": stream, "bgr": bgr, "engine": engine, "progress": progress}
-        return run(self, source, score, **options)
+        tiling = {"tile": tile, "overlap": overlap, "merge": merge, "merge_thresh": merge_thresh, "resume": resume}
+        return run(self, source, score, **options, **tiling)

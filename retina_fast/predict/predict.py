@@ -1,9 +1,11 @@
 """One call for whatever holds images: they are read ahead, detected in batches, and become results."""
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import tee
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +27,7 @@ from retina_fast.predict.draw import above
 from retina_fast.predict.predictions import detections_of, read_ahead
 from retina_fast.predict.results import Results
 from retina_fast.predict.sources import Picture, Read, open_source
+from retina_fast.predict.tiled import Tiling, tiled_results_of
 
 _BATCH = 8  # images that a GPU takes at once by default
 _ENGINES: WeakKeyDictionary[Any, tuple[Any, Engine]] = WeakKeyDictionary()
@@ -41,6 +44,11 @@ def predict(
     bgr: bool = False,
     engine: bool = True,
     progress: bool = True,
+    tile: int | None = None,
+    overlap: float = 0.2,
+    merge: str = "nmm",
+    merge_thresh: float = 0.5,
+    resume: str | Path | None = None,
 ) -> Any:
     """Find objects in whatever holds images.
 
@@ -58,7 +66,15 @@ def predict(
         bgr: whether arrays and tensors have their channels in OpenCV's order, which is never guessed.
         engine: whether to detect by an engine, a copy of the model that is made at the first call and again when the
             model has changed, rather than by the model. A model with parts of a user's own has none.
-        progress: whether to show a bar while several images are worked on, if `rich` is installed.
+        progress: whether to show a bar while several images, or rows of tiles, are worked on, if `rich` is installed.
+        tile: the sides of tiles in pixels, into which larger images are cut; by default none is cut. Files of rasters,
+            such as GeoTIFFs, are then read in windows by `rasterio`, so that they may be larger than memory.
+        overlap: the part of a side that neighbouring tiles share. Objects up to that size are whole in one tile.
+        merge: ``nmm`` joins the boxes of several tiles that overlap by intersection over the smaller area, so that the
+            parts of a larger object become one; ``nms`` keeps the better of two whose IoU is too high.
+        merge_thresh: what is enough overlap for that.
+        resume: a file that keeps the finished rows of tiles of the one image, so that a run that was cut short goes on;
+            it is deleted in the end.
 
     Returns:
         A :class:`~retina_fast.predict.results.Results` for one image; for several a list of them in the order of the
@@ -91,7 +107,16 @@ def predict(
     keep = stream or opened.one
     if getattr(detector, "training", False):
         raise ValueError("the model is in training mode: call its eval() first")
-    found = results_of(detector, opened.pictures(), score, *names_of(model), batch_size, keep=keep)
+    if resume is not None and (tile is None or not opened.one):
+        raise ValueError(f"resume is for one image in tiles, got {resume} with tile={tile}")
+    console = _console() if progress else None
+    if tile is None:
+        found = results_of(detector, opened.pictures(), score, *names_of(model), batch_size, keep=keep)
+    else:
+        about = "" if resume is None else _digest(detector)
+        tiling = Tiling(tile, overlap, merge, merge_thresh, None if resume is None else Path(resume), about)
+        bar = console if opened.one else None
+        found = tiled_results_of(detector, opened.pictures(), score, *names_of(model), tiling, batch_size, keep, bar)
     if opened.one:
         (result,) = found
         if result.error:
@@ -99,7 +124,6 @@ def predict(
         return iter([result]) if stream else result
     if stream:
         return _warned(found)
-    console = _console() if progress else None
     return list(tracked(_warned(found), "Detecting", opened.count() if console else None, console))
 
 
@@ -230,6 +254,13 @@ def _state(model: RetinaNet) -> Any:
     parts = [vars(part) for part in (model.transform, model.anchor_generator, model.box_coder)]
     settings = [{name: repr(value) for name, value in part.items() if name[0] != "_"} for part in parts]
     return str(model), settings, [(tensor.device, tensor.dtype) for tensor in tensors], bits
+
+
+def _digest(detector: Any) -> str:
+    """Says which detector it is."""
+    network = getattr(detector, "model", detector)
+    state = _state(network) if isinstance(network, RetinaNet) else getattr(detector, "metadata", str(detector))
+    return hashlib.sha256(str(state).encode()).hexdigest()
 
 
 def _sample(picture: Picture) -> Sample | ImageError:

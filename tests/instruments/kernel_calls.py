@@ -26,6 +26,7 @@ from retina_fast.kernels import (
     candidate_selection,
     conv_epilogue,
     focal_loss,
+    greedy_nmm,
     image_batch,
     soft_nms,
     take_kept,
@@ -157,6 +158,12 @@ def _box_voting() -> None:
     box_voting.box_voting(boxes, boxes[..., 0], labels, counts, positions, counts)
 
 
+def _greedy_nmm(match_metric: str) -> None:
+    boxes, counts = torch.empty(1, 5000, 4, device="cuda"), torch.empty(1, dtype=torch.int64, device="cuda")
+    labels = torch.empty(1, 5000, dtype=torch.int64, device="cuda")
+    greedy_nmm.greedy_nmm(boxes, boxes[..., 0], labels, counts, match_metric, 0.5, 5000)
+
+
 def _take_kept() -> None:
     boxes, scores = torch.empty(8, 5000, 4, device="cuda"), torch.empty(8, 5000, device="cuda")
     labels, positions, counts, sizes = (
@@ -253,6 +260,8 @@ KERNEL_CALLS = {
     ),
     "soft_nms": KernelCall(_soft_nms),
     "box_voting": KernelCall(_box_voting),
+    "greedy_nmm IOU": KernelCall(lambda: _greedy_nmm("IOU")),
+    "greedy_nmm IOS": KernelCall(lambda: _greedy_nmm("IOS")),
     "take_kept": KernelCall(_take_kept),
     "conv_epilogue": KernelCall(_conv_epilogue),
 }

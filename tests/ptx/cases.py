@@ -92,6 +92,10 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "soft_nms linear class-agnostic": partial(detection.soft_nms, method="linear", by_class=False, count=600, limit=6),
     "box_voting": partial(detection.box_voting, by_class=True),
     "box_voting class-agnostic unaligned": partial(detection.box_voting, by_class=False, shift=1),
+    "greedy_nmm": partial(detection.greedy_nmm, match_metric="IOS", by_class=True),
+    "greedy_nmm IOU class-agnostic": partial(
+        detection.greedy_nmm, match_metric="IOU", by_class=False, count=90, limit=20, threshold=0.3
+    ),
     "postprocess bf16": partial(detection.postprocess, dtype=BF16),
     "postprocess fp32 one image": partial(detection.postprocess, dtype=F32, images=1),
 }

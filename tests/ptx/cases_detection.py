@@ -12,6 +12,7 @@ from retina_fast.kernels.batched_nms import _batched_nms_triton, batched_nms_ref
 from retina_fast.kernels.box_decode import box_decode_reference
 from retina_fast.kernels.box_voting import box_voting_reference
 from retina_fast.kernels.candidate_selection import _candidate_selection_triton, candidate_selection_reference
+from retina_fast.kernels.greedy_nmm import greedy_nmm_reference
 from retina_fast.kernels.key_sort import sort_keys
 from retina_fast.kernels.postprocess import postprocess_by_steps
 from retina_fast.kernels.soft_nms import soft_nms_reference
@@ -179,6 +180,20 @@ def soft_nms(generator: Generator, method: str, by_class: bool, count: int = 150
         ours = ops.soft_nms(*arguments)
         yield equal("boxes taken", ours[::2], (positions, lengths))
         yield close("scores", ours[1:2], [taken], 2e-6)
+
+    return run
+
+
+def greedy_nmm(
+    generator: Generator, match_metric: str, by_class: bool, count: int = 60, limit: int = 60, threshold: float = 0.5
+) -> Run:
+    boxes, scores, labels, counts = _clusters(generator, count)
+    boxes, scores = boxes.round(), (scores * 20).round() / 20  # many are equal, and many overlaps are the threshold
+    arguments = boxes, scores, labels % 4 if by_class else None, counts, match_metric, threshold, limit
+    expected = greedy_nmm_reference(*arguments)
+
+    def run() -> Iterator[Comparison]:
+        yield equal("merged boxes", ops.greedy_nmm(*arguments), expected)
 
     return run
 

@@ -63,6 +63,10 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
     detection.box_voting: lambda r: {
         "by_class": r.random() < 0.5, "count": r.choice([3, 127, 300]), "shift": r.choice([0, 1]),
     },
+    detection.greedy_nmm: lambda r: {
+        "match_metric": r.choice(["IOU", "IOS"]), "by_class": r.random() < 0.5, "count": r.choice([3, 90, 300]),
+        "limit": r.choice([1, 12, 300]), "threshold": r.choice([0.1, 0.3, 0.5, 1.0]),
+    },
     detection.key_sort: lambda r: {"width": r.choice([1, 2, 255, 256, 257, 700])},
     detection.batched_nms: lambda r: {
         "by_class": r.random() < 0.5, "best_first": r.random() < 0.5, "count": r.choice([5, 40, 257, 600, 1030]),
