@@ -237,7 +237,7 @@ def initialise(network: nn.Module) -> None:
 
         >>> conv = nn.Conv2d(64, 64, 3)
         >>> initialise(conv)
-        >>> abs(float(conv.weight.var()) * 64 * 9 - 1) < 0.1
+        >>> abs(conv.weight.var().item() * 64 * 9 - 1) < 0.1
         True
     """
     for conv in network.modules():
