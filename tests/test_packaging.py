@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("faster_coco_eval", "lightning", "matplotlib", "rich", "timm", "typer")
+EXTRAS = ("faster_coco_eval", "lightning", "matplotlib", "optuna", "rich", "timm", "typer")
 USE = f"""
 import sys
 import retina_fast
@@ -122,6 +122,7 @@ COMMANDS = {
     "bench": "plot",
     "check": "eval",
     "export": "export",
+    "search": "search",
 }
 
 
