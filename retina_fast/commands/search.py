@@ -22,7 +22,8 @@ def search(
     ] = None,
     images: Images = None,
     val_json: Annotated[
-        Path | None, typer.Option("--val-json", "--val-voc", help="Annotations to score the runs on.")
+        Path | None,
+        typer.Option("--val-json", "--val-voc", help="Annotations to score the runs on by another --metric."),
     ] = None,
     val_images: Images = None,
     trials: Annotated[int, typer.Option(min=1, help="How many points are tried, by all workers together.")] = 1000,
@@ -45,14 +46,16 @@ def search(
         Path | None, typer.Option(help="The folder of another search, whose best points are tried first.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of a training run.")] = 300,
-    validations: Annotated[int, typer.Option(min=1, help="Of a run; after each it may be ended.")] = 3,
+    parts: Annotated[int, typer.Option(min=1, help="Of a run; after each it may be ended.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 4,
     crop: Annotated[int, typer.Option(min=32, help="Side of the training crops in pixels.")] = 256,
     image_scale: Annotated[
         float, typer.Option(min=0.1, callback=finite, help="By which the network scales images.")
     ] = 1.0,
     flips: Annotated[Flips, typer.Option(help="As in train.")] = Flips.HORIZONTAL,
-    metric: Annotated[str, typer.Option(help="loss, of the validation; or a metric of it, such as AP50.")] = "loss",
+    metric: Annotated[
+        str, typer.Option(help="loss, in training; or a metric of the validation, such as AP50.")
+    ] = "loss",
 ) -> None:
     """Search for scale permutations: without data by an entropy score, with data by short training runs."""
     with one_sentence():
@@ -72,18 +75,18 @@ def search(
             max_parameters=math.inf if max_mparams is None else max_mparams * 1e6,
             seed=seed,
         )
-        if (json is None) != (val_json is None):
-            raise UserError("--json and --val-json belong together: runs are trained on one and scored on the other")
+        if val_json and not json:
+            raise UserError("--val-json belongs to --json: give both, or neither")
         proxy = None
-        if json and val_json:
+        if json:
             data = open_data(json, images)
             proxy = Proxy(
                 data,
-                open_data(val_json, val_images, data.classes),
+                open_data(val_json, val_images, data.classes) if val_json else None,
                 size=MOBILE_PROXY_SIZE if mobile else PROXY_SIZE,
                 model=chosen,
                 steps=steps,
-                validations=validations,
+                parts=parts,
                 batch_size=batch_size,
                 crop=crop,
                 image_scale=image_scale,

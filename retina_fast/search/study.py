@@ -128,7 +128,7 @@ class Search:
         self.settings, self.folder, self.proxy, self.storage = settings, folder, proxy, storage
         self.space: Space = SPACES[settings.space]
         folder.mkdir(parents=True, exist_ok=True)
-        pruner = optuna.pruners.HyperbandPruner(1, proxy.validations, 3) if proxy else None
+        pruner = optuna.pruners.HyperbandPruner(1, proxy.parts, 3) if proxy else None
         with Locked(folder / "lock"):
             self.study: Any = optuna.create_study(
                 storage=_open_storage(folder, storage),
@@ -283,7 +283,8 @@ class Search:
         settings = asdict(self.settings)
         if self.proxy:
             settings |= {name: value for name, value in vars(self.proxy).items() if name != "workers"}
-            settings |= {"data": str(self.proxy.data.json_file), "validation": str(self.proxy.validation.json_file)}
+            both = {"data": self.proxy.data, "validation": self.proxy.validation}
+            settings |= {name: data and str(data.json_file) for name, data in both.items()}
         settings = json.loads(json.dumps(settings))
         before = self.study.user_attrs.get("settings")
         if before is None:

@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ class Scripted(Proxy):
         value = cost(blocks, self.size).macs
         if self.metric == "fails":
             raise UserError("the loss is not finite")
-        for step in range(1, self.validations + 1):
+        for step in range(1, self.parts + 1):
             report(step, value)
         return value
 
@@ -238,7 +239,7 @@ def data(shapes) -> CocoDataset:
 
 def test_hyperband_and_limits_with_training(tmp_path, data):
     settings = SearchSettings(sampler="random", max_macs=86e9)
-    search = Search(settings, tmp_path, Scripted(data, data, validations=9))
+    search = Search(settings, tmp_path, Scripted(data, parts=9))
     search.run(40)
     trials = search.study.get_trials()
     over = [trial for trial in trials if trial.user_attrs["macs"] > 86e9]
@@ -251,24 +252,34 @@ def test_hyperband_and_limits_with_training(tmp_path, data):
 
 
 def test_a_point_that_cannot_be_trained_counts_and_says_why(tmp_path, data):
-    search = Search(SearchSettings(sampler="random"), tmp_path, Scripted(data, data, metric="fails"))
+    search = Search(SearchSettings(sampler="random"), tmp_path, Scripted(data, metric="fails"))
     search.run(2)
     assert [trial.user_attrs[PROBLEM] for trial in search.study.get_trials()] == ["the loss is not finite"] * 2
     with pytest.raises(UserError, match="has steps 300, not 5: give it the same"):
-        Search(SearchSettings(sampler="random"), tmp_path, Scripted(data, data, metric="fails", steps=5))
+        Search(SearchSettings(sampler="random"), tmp_path, Scripted(data, metric="fails", steps=5))
 
 
 def test_a_score_by_training(tmp_path, data):
-    proxy = Proxy(data, data, Size(0.1, 0.25, 1, 8, 8, 1, 128, 3), steps=4, validations=2, batch_size=2, crop=64)
+    size = Size(0.1, 0.25, 1, 8, 8, 1, 128, 3)
+    proxy = Proxy(data, None, size, steps=4, parts=2, batch_size=2, crop=64)
     told: list[tuple[int, float]] = []
     value = proxy.score(LINEAR, tmp_path / "run", report=lambda step, score: told.append((step, score)))
     assert [step for step, _ in told] == [1, 2]
     assert told[-1][1] == value < 0
     content = checkpoint.load(tmp_path / "run" / "model.pt")
     assert checked(content.kwargs["specification"]) == LINEAR
-    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
-    last = [float(rows[-1][name]) for name in rows[-1] if name.startswith("val_") and rows[-1][name]]
-    assert -sum(last) == pytest.approx(value, rel=1e-3)
+    (*_, row) = [row for row in csv.DictReader((tmp_path / "run" / "log.csv").open()) if row["classification"]]
+    assert float(row["classification"]) + float(row["bbox_regression"]) == pytest.approx(-value, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_score_by_validation(tmp_path, data):
+    size = Size(0.1, 0.25, 1, 8, 8, 1, 128, 3)
+    proxy = Proxy(data, data, size, steps=4, parts=2, batch_size=2, crop=64, metric="AP50")
+    score = proxy.score(LINEAR, tmp_path / "ap")
+    assert score == checkpoint.load(tmp_path / "ap" / "model.pt").metrics["AP50"]
+    with pytest.raises(UserError, match="metric must be one of loss, got AP; all but loss need validation data"):
+        replace(proxy, validation=None, metric="AP").score(LINEAR, tmp_path / "bad")
 
     class Enough(Exception):
         pass
@@ -303,7 +314,8 @@ def test_the_command_and_training_what_it_found(tmp_path, shapes, monkeypatch):
     assert result.exit_code == 0, result.output
     assert seen[0].model == "retinanet_spinenet49"
     assert PAPER.encode(seen[0].arguments["specification"])
-    assert "--json and --val-json belong together" in invoke("search", *data).output.replace("\n", " ")
+    alone = ("--val-json", shapes[0], "--output", tmp_path / "alone")
+    assert "--val-json belongs to --json: give both" in invoke("search", *alone).output.replace("\n", " ")
     result = invoke("search", "--output", tmp_path / "none", "--trials", 2, "--max-gmacs", 1)
     assert "of 2 trials none ended with a score within the limits" in result.output.replace("\n", " ")
 
