@@ -1,77 +1,16 @@
 """Draws a specification of SpineNet: `python -m demo.permutation [specification.json] [--output picture.png]`.
 
 Blocks stand in the order they are built, at the height of their level; a link runs from each block to those it feeds.
-A JSON file holds rows [level, kind, [parent, parent], is_output]; without one, the published permutation is drawn.
+A JSON file holds rows [level, kind, [parent, parent], is_output], or is one that `retina-fast search` wrote. Without
+one, the published permutation is drawn.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from retina_fast.backbones.specification import LEVELS, SPINENET, STEM, Block, added_raw, checked
-
-_COLORS = {2: "#A0A0A0", 3: "#E69F00", 4: "#009E73", 5: "#56B4E9", 6: "#CC79A7", 7: "#D55E00"}
-_LEGEND = "blocks as they are built: round bottleneck, square residual, thick edge output; dashed: added as it is"
-
-
-def draw(blocks: Sequence[Block], path: Path) -> None:
-    """Write a picture of a checked specification; the ending of `path` says in which format.
-
-    Example::
-
-        >>> draw(SPINENET, Path("docs/spinenet.png"))  # doctest: +SKIP
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-
-    numbered = [*STEM, *blocks]
-    figure = Figure(figsize=(0.72 * len(numbered) + 1.4, 5.2))
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    width, height = 0.56, 0.34
-
-    def link(start: int, end: int, **style: Any) -> None:
-        rises = numbered[end].level >= numbered[start].level
-        bend = 0 if end == start + 1 else -0.25 if rises else 0.25
-        arrow = FancyArrowPatch(
-            (start + width / 2, numbered[start].level),
-            (end - width / 2, numbered[end].level),
-            connectionstyle=f"arc3,rad={bend}",
-            arrowstyle="-|>",
-            mutation_scale=9,
-            color=_COLORS[numbered[start].level],
-            **{"lw": 1.5, "zorder": 1, **style},
-        )
-        axes.add_patch(arrow)
-
-    link(0, 1)
-    for number, (block, raw) in enumerate(zip(blocks, added_raw(blocks), strict=True), start=len(STEM)):
-        for parent in block.parents:
-            link(parent, number)
-        for earlier in raw:
-            link(earlier, number, linestyle=(0, (2, 2)), lw=2.2)
-    for number, block in enumerate(numbered):
-        corner = (number - width / 2, block.level - height / 2)
-        rounding = "round,pad=0,rounding_size=0.15" if block.kind == "bottleneck" else "square,pad=0"
-        edge: dict[str, Any] = {"edgecolor": "#222222", "linewidth": 3.0 if block.is_output else 1.0}
-        patch = FancyBboxPatch(corner, width, height, rounding, facecolor=_COLORS[block.level], zorder=2, **edge)
-        axes.add_patch(patch)
-        axes.text(number, block.level, str(number), ha="center", va="center", zorder=3)
-        if block.is_output:
-            axes.text(
-                number, block.level + height, f"P{block.level}", ha="center", va="center", weight="bold", zorder=3
-            )
-    axes.set(xlim=(-0.7, len(numbered) - 0.3), ylim=(LEVELS[0] - 0.7, LEVELS[-1] + 0.8), xlabel=_LEGEND)
-    axes.set_xticks([])
-    axes.set_yticks(list(LEVELS), [f"level {level}\nstride {2**level}" for level in LEVELS])
-    axes.grid(axis="y", color="#DDDDDD")
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "bottom"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+from retina_fast.backbones.specification import KINDS, MOBILE_KINDS, SPINENET, checked
+from retina_fast.search.picture import draw
 
 
 def main() -> None:
@@ -80,7 +19,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/spinenet.png"))
     arguments = parser.parse_args()
     rows = json.loads(arguments.specification.read_text()) if arguments.specification else SPINENET
-    draw(checked(rows), arguments.output)
+    if isinstance(rows, dict):
+        rows = rows["arguments"]["specification"]
+    draw(checked(rows, MOBILE_KINDS if rows[0][1] in MOBILE_KINDS else KINDS), arguments.output)
 
 
 if __name__ == "__main__":

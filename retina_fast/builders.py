@@ -35,8 +35,9 @@ from torchvision.models.resnet import ResNet
 from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d
 from retina_fast.backbones.published import load_published_weights
 from retina_fast.backbones.resnet_fpn import resnet_fpn, resnet_fpn_lite
-from retina_fast.backbones.specification import SPINENET
-from retina_fast.backbones.spinenet import ACTIVATIONS, SIZES, SpineNet
+from retina_fast.backbones.specification import MOBILE_SPINENET, SPINENET
+from retina_fast.backbones.spinenet import SIZES, SpineNet
+from retina_fast.backbones.spinenet_mobile import MOBILE_SIZES, MobileSpineNet
 from retina_fast.heads import level_norm_head
 from retina_fast.model import RetinaNet
 
@@ -247,10 +248,11 @@ def _lite(
 retinanet_resnet18_fpn_lite = _kin("retinanet_resnet18_fpn_lite", _lite, resnet18, ResNet18_Weights, None)
 
 
-def _spinenet(size: str) -> Builder:
+def _spinenet(size: str, mobile: bool = False) -> Builder:
     """The builder of a published SpineNet detector."""
-    row = SIZES[size]
-    name = f"retinanet_spinenet{size}"
+    network: Any = MobileSpineNet if mobile else SpineNet
+    published: Any = (MOBILE_SIZES if mobile else SIZES)[size]
+    name = f"retinanet_spinenet{size}" + ("_mobile" if mobile else "")
 
     @handle_legacy_interface(weights=("pretrained", None), weights_backbone=("pretrained_backbone", None))
     def builder(
@@ -260,9 +262,10 @@ def _spinenet(size: str) -> Builder:
         num_classes: int | None = None,
         weights_backbone: None = None,
         trainable_backbone_layers: int | None = None,
-        specification: Iterable[Sequence[Any]] = SPINENET,
-        activation: str = "relu",
+        specification: Iterable[Sequence[Any]] = MOBILE_SPINENET if mobile else SPINENET,
+        activation: str = "silu" if mobile else "relu",
         stochastic_depth: float = 0.0,
+        size: Sequence[Any] = published,
         **kwargs: Any,
     ) -> RetinaNet:
         for argument, value in {"weights": weights, "weights_backbone": weights_backbone}.items():
@@ -271,8 +274,11 @@ def _spinenet(size: str) -> Builder:
         if trainable_backbone_layers is not None:
             raise ValueError("trainable_backbone_layers must be None: SpineNet trains all of its layers")
         num_classes = 91 if num_classes is None else num_classes
-        backbone = SpineNet.of_size(
-            size, specification=specification, activation=activation, stochastic_depth=stochastic_depth
+        if len(size) != len(published):
+            raise ValueError(f"size must be the {len(published)} values of a {type(published).__name__}, got {size!r}")
+        row = type(published)(*size)
+        backbone = network.of_size(
+            row, specification=specification, activation=activation, stochastic_depth=stochastic_depth
         )
         sides = [row.anchor_base * stride for stride in (8, 16, 32, 64, 128)]
         sizes = tuple(tuple(int(side * 2 ** (i / 3)) for i in range(3)) for side in sides)
@@ -283,13 +289,16 @@ def _spinenet(size: str) -> Builder:
             num_classes,
             row.head_width,
             row.head_depth,
-            activation_layer=ACTIVATIONS[activation],
+            activation_layer=network.activations[activation],
+            separable=mobile,
         )
         kwargs = {"min_size": row.image_size, "max_size": row.image_size, **kwargs}
         return RetinaNet(backbone, num_classes, anchor_generator=generator, head=head, **kwargs)
 
     builder.__name__ = builder.__qualname__ = name
-    builder.__doc__ = f"""RetinaNet on SpineNet-{size.upper()} as published: each level has its own norms in the heads.
+    title = f"{'Mobile ' * mobile}SpineNet-{size.upper()}{', with separable convs in the heads' * mobile}"
+    activations = "``silu`` (swish) or ``hardswish``" if mobile else "``relu`` (protocol B) or ``silu`` (C)"
+    builder.__doc__ = f"""RetinaNet on {title}, as published: each level has its own norms in the heads.
 
     Args:
         weights, weights_backbone: must be None: none are published for PyTorch.
@@ -297,13 +306,14 @@ def _spinenet(size: str) -> Builder:
         num_classes: K, 91 by default; label 0 is a real class.
         trainable_backbone_layers: must be None: all are trained.
         specification: another permutation, as rows; see :func:`retina_fast.backbones.specification.checked`.
-        activation: ``relu`` (protocol B) or ``silu`` (C), in the backbone and the heads.
-        stochastic_depth: see :class:`retina_fast.backbones.spinenet.SpineNet`; 0.2 in protocol C.
+        activation: {activations}, in the backbone and the heads.
+        stochastic_depth: see :class:`{network.__module__}.{network.__name__}`.
+        size: other widths and depths, as the values of a :class:`{network.__module__}.{type(published).__name__}`.
         **kwargs: arguments of :class:`retina_fast.RetinaNet`; the longer side of images is resized to
-            {row.image_size} by default.
+            {published.image_size} by default.
 
     Raises:
-        ValueError: for any weights, trainable layers, or a specification or activation that is refused.
+        ValueError: for any weights, trainable layers, or a specification, activation or size that is refused.
 
     Example::
 
@@ -311,7 +321,7 @@ def _spinenet(size: str) -> Builder:
         >>> with torch.device("meta"):  # shapes alone: no memory, no time
         ...     model = {name}(num_classes=3)
         >>> model.transform.max_size
-        {row.image_size}
+        {published.image_size}
     """
     return builder
 
@@ -321,6 +331,9 @@ retinanet_spinenet49 = _spinenet("49")
 retinanet_spinenet96 = _spinenet("96")
 retinanet_spinenet143 = _spinenet("143")
 retinanet_spinenet190 = _spinenet("190")
+retinanet_spinenet49_mobile = _spinenet("49", mobile=True)
+retinanet_spinenet49s_mobile = _spinenet("49s", mobile=True)
+retinanet_spinenet49xs_mobile = _spinenet("49xs", mobile=True)
 
 MODELS: dict[str, Builder] = {name: value for name, value in globals().items() if name.startswith("retinanet_")}
 """Every builder by its name."""

@@ -1,4 +1,4 @@
-"""The command line: `retina-fast train`, `evaluate`, `detect`, `check`, `export` and `bench`."""
+"""The command line: `retina-fast train`, `evaluate`, `detect`, `check`, `export`, `bench` and `search`."""
 
 import io
 import sys
@@ -13,16 +13,17 @@ try:
     from retina_fast.commands.detect import detect
     from retina_fast.commands.evaluate import evaluate
     from retina_fast.commands.export import export
+    from retina_fast.commands.search import search
     from retina_fast.commands.train import train
 except ModuleNotFoundError as error:
     raise SystemExit(f"retina-fast needs {error.name}: pip install 'retina_fast[all]'") from error
 
 app = typer.Typer(
-    help="RetinaNet, fast: train, evaluate, detect, check, export and measure.",
+    help="RetinaNet, fast: train, evaluate, detect, check, export, measure and search.",
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (train, evaluate, detect, check, export, bench):
+for command in (train, evaluate, detect, check, export, bench, search):
     app.command()(command)
 
 

@@ -1,6 +1,6 @@
 """Heads whose tower convs are shared by the levels while each level has norms of its own, as SpineNet's detectors have.
 
-Only the tower differs from torchvision's heads, so losses, ``set_num_classes`` and all attributes work as on those.
+Only the convs differ from torchvision's heads, so losses, ``set_num_classes`` and all attributes work as on those.
 ``level_outputs`` runs both kinds of heads, level by level.
 """
 
@@ -20,6 +20,32 @@ from retina_fast.stock import is_stock
 batch_norm = partial(nn.BatchNorm2d, momentum=0.01, eps=1e-3)  # the paper's momentum
 
 
+class SeparableConv2d(nn.Sequential):
+    """A depthwise 3x3 conv without bias, then a 1x1 conv with one: from (B, C_in, H, W) to (B, C_out, H, W).
+
+    Example::
+
+        >>> conv = SeparableConv2d(8, 16)
+        >>> [tuple(p.shape) for p in conv.parameters()]
+        [(8, 1, 3, 3), (16, 8, 1, 1), (16,)]
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        depthwise = nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False)
+        super().__init__(depthwise, nn.Conv2d(in_channels, out_channels, 1))
+        self.in_channels, self.out_channels = in_channels, out_channels
+        nn.init.normal_(depthwise.weight, std=1 / 3)  # keeps the variance
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the 1x1 conv; the one to initialise."""
+        return self[1].weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor:
+        return self[1].bias  # type: ignore[return-value]
+
+
 class LevelNormTower(nn.Module):
     """3x3 convs with a bias, which all levels share. After each conv come the level's own norm and the activation."""
 
@@ -31,10 +57,12 @@ class LevelNormTower(nn.Module):
         num_levels: int,
         norm_layer: Callable[[int], nn.Module],
         activation_layer: Callable[..., nn.Module],
+        separable: bool = False,
     ) -> None:
         super().__init__()
         inputs = [in_channels, *[width] * (depth - 1)]
-        self.convs = nn.ModuleList(nn.Conv2d(channels, width, 3, padding=1) for channels in inputs)
+        make = SeparableConv2d if separable else partial(nn.Conv2d, kernel_size=3, padding=1)
+        self.convs = nn.ModuleList(make(channels, width) for channels in inputs)
         self.norms = nn.ModuleList(nn.ModuleList(norm_layer(width) for _ in range(depth)) for _ in range(num_levels))
         self.act = activation_layer(inplace=True)
         for conv in self.convs:
@@ -56,6 +84,8 @@ class LevelNormClassificationHead(tv.RetinaNetClassificationHead):
     def __init__(self, tower: LevelNormTower, num_anchors: int, num_classes: int) -> None:
         super().__init__(tower.convs[-1].out_channels, num_anchors, num_classes)
         self.conv = tower
+        if isinstance(tower.convs[-1], SeparableConv2d):
+            self.cls_logits = as_separable(self.cls_logits)  # type: ignore[has-type]
         nn.init.normal_(self.cls_logits.weight, std=1e-5)
 
     def forward(self, x: list[Tensor]) -> Tensor:
@@ -66,10 +96,42 @@ class LevelNormRegressionHead(tv.RetinaNetRegressionHead):
     def __init__(self, tower: LevelNormTower, num_anchors: int) -> None:
         super().__init__(tower.convs[-1].out_channels, num_anchors)
         self.conv = tower
+        if isinstance(tower.convs[-1], SeparableConv2d):
+            self.bbox_reg = as_separable(self.bbox_reg)  # type: ignore[has-type]
         nn.init.normal_(self.bbox_reg.weight, std=1e-5)
 
     def forward(self, x: list[Tensor]) -> Tensor:
         return torch.cat(flatten_all(level_outputs(self, x), 4), dim=1)
+
+
+def as_separable(conv: Any) -> Any:
+    """A separable conv of the same channels and bias.
+
+    Example::
+
+        >>> as_separable(nn.Conv2d(8, 36, 3)).out_channels
+        36
+    """
+    other = SeparableConv2d(conv.in_channels, conv.out_channels)
+    with torch.no_grad():
+        other.bias.copy_(conv.bias)
+    return other
+
+
+def fresh_logits(head: tv.RetinaNetClassificationHead, num_classes: int) -> nn.Module:
+    """A last layer for another class count, of the same kind, device and dtype as the head's.
+
+    Example::
+
+        >>> fresh_logits(tv.RetinaNetClassificationHead(8, num_anchors=9, num_classes=3), 5).out_channels
+        45
+    """
+    old: Any = head.cls_logits
+    fresh = tv.RetinaNetClassificationHead(old.in_channels, head.num_anchors, num_classes).cls_logits
+    if isinstance(old, SeparableConv2d):
+        fresh = as_separable(fresh)
+        nn.init.normal_(fresh.weight, std=1e-5)
+    return fresh.to(old.weight.device, old.weight.dtype)
 
 
 def level_norm_head(
@@ -81,6 +143,7 @@ def level_norm_head(
     num_levels: int = 5,
     norm_layer: Callable[[int], nn.Module] = batch_norm,
     activation_layer: Callable[..., nn.Module] = nn.ReLU,
+    separable: bool = False,
 ) -> tv.RetinaNetHead:
     """torchvision's RetinaNetHead with another tower: ``depth`` convs to ``width`` channels, a norm for each level.
 
@@ -92,6 +155,7 @@ def level_norm_head(
         num_levels: how many levels the backbone returns.
         norm_layer: from channels to a norm.
         activation_layer: called with ``inplace=True``.
+        separable: whether the convs of towers and predictors are separable ones, as the mobile detectors have.
 
     Example::
 
@@ -102,7 +166,7 @@ def level_norm_head(
     """
 
     def tower() -> LevelNormTower:
-        return LevelNormTower(in_channels, width, depth, num_levels, norm_layer, activation_layer)
+        return LevelNormTower(in_channels, width, depth, num_levels, norm_layer, activation_layer, separable)
 
     head = tv.RetinaNetHead.__new__(tv.RetinaNetHead)  # its own towers would be made to be thrown away
     nn.Module.__init__(head)

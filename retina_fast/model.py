@@ -21,6 +21,7 @@ from retina_fast.anchors import is_stock_generator
 from retina_fast.detections import Detections, Thresholds, detect
 from retina_fast.device import lay_out, to_device
 from retina_fast.forward import Batch, HeadOutputs, Images, Sizes, Targets
+from retina_fast.heads import fresh_logits
 from retina_fast.kernels.levels import count_anchors
 from retina_fast.losses import detection_losses
 from retina_fast.predict.method import Predicts
@@ -202,9 +203,7 @@ class RetinaNet(Predicts, tv.RetinaNet):
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if not isinstance(head, tv.RetinaNetClassificationHead):
             raise TypeError(f"set_num_classes knows torchvision's classification head, not {type(head)}")
-        old = head.cls_logits
-        fresh = tv.RetinaNetClassificationHead(old.in_channels, head.num_anchors, num_classes).cls_logits
-        head.cls_logits = fresh.to(old.weight.device, old.weight.dtype)
+        head.cls_logits = fresh_logits(head, num_classes)
         head.num_classes, self.classes, self.category_ids = num_classes, None, None
         lay_out(self)
         return self

@@ -26,6 +26,7 @@ LAYERS = (
     "deploy",
     "predict",
     "train",
+    "search",
     "commands cli",
 )
 EVERYTHING = ("retina_fast", "kernels", "benchmarks", "demo", "examples")

@@ -1,8 +1,8 @@
 """What a SpineNet is built from: rows of plain data, one for each block, and the rules that they must obey.
 
-Blocks are numbered as they are built. The stem's two come first, 0 and 1, both at level 2 (level l has stride 2^l).
-Each row is one more block, at a level of its own choice, fed by two earlier blocks. One block of each of the levels 3
-to 7 is an output.
+Blocks are numbered as they are built. The stem's two come first, 0 and 1, both at level 2 (level l has stride 2^l), in
+the mobile family at 1 and 2. Each row is one more block, at a level of its own choice, fed by two earlier blocks. One
+block of each of the levels 3 to 7 is an output.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 LEVELS = range(2, 8)
 OUTPUT_LEVELS = range(3, 8)
 KINDS = ("bottleneck", "residual")
+MOBILE_KINDS = ("mbconv",)
 
 
 class Block(NamedTuple):
@@ -19,7 +20,8 @@ class Block(NamedTuple):
     level: int
     """2 to 7."""
     kind: str
-    """``bottleneck`` (1x1, 3x3, 1x1 to four times the width) or ``residual`` (two 3x3)."""
+    """``bottleneck`` (1x1, 3x3, 1x1 to four times the width) or ``residual`` (two 3x3). In the mobile family ``mbconv``
+    (1x1 to six times the width, depthwise 3x3, squeeze and excitation, 1x1 back)."""
     parents: tuple[int, int]
     """The numbers of two earlier blocks."""
     is_output: bool = False
@@ -27,6 +29,7 @@ class Block(NamedTuple):
 
 
 STEM = (Block(2, "bottleneck", (0, 0)), Block(2, "bottleneck", (0, 0)))  # not fed by links
+MOBILE_STEM = (Block(1, "mbconv", (0, 0)), Block(2, "mbconv", (0, 0)))
 
 SPINENET = (  # the numbers of the blocks are 2 to 16
     Block(2, "bottleneck", (0, 1)),
@@ -47,12 +50,44 @@ SPINENET = (  # the numbers of the blocks are 2 to 16
 )
 """The permutation that the paper's search found; all published sizes have these blocks and parents."""
 
+MOBILE_SPINENET = (  # the numbers of the blocks are 2 to 17
+    Block(2, "mbconv", (0, 1)),
+    Block(2, "mbconv", (1, 2)),
+    Block(4, "mbconv", (1, 2)),
+    Block(3, "mbconv", (3, 4)),
+    Block(4, "mbconv", (3, 5)),
+    Block(6, "mbconv", (4, 6)),
+    Block(4, "mbconv", (4, 6)),
+    Block(5, "mbconv", (7, 8)),
+    Block(7, "mbconv", (7, 9)),
+    Block(5, "mbconv", (9, 10)),
+    Block(5, "mbconv", (9, 11)),
+    Block(4, "mbconv", (6, 11), True),
+    Block(3, "mbconv", (5, 11), True),
+    Block(5, "mbconv", (8, 13), True),
+    Block(7, "mbconv", (6, 15), True),
+    Block(6, "mbconv", (13, 15), True),
+)
+"""The permutation of the mobile family (https://arxiv.org/abs/2010.11426)."""
 
-def checked(specification: Iterable[Sequence[Any]]) -> tuple[Block, ...]:
+
+def stem_of(blocks: Sequence[Block]) -> tuple[Block, Block]:
+    """The stem of a specification: the mobile family's where its first block is an inverted bottleneck.
+
+    Example::
+
+        >>> [block.level for block in stem_of(MOBILE_SPINENET)]
+        [1, 2]
+    """
+    return MOBILE_STEM if blocks and blocks[0].kind in MOBILE_KINDS else STEM
+
+
+def checked(specification: Iterable[Sequence[Any]], kinds: Sequence[str] = KINDS) -> tuple[Block, ...]:
     """The rows as blocks.
 
     Args:
         specification: rows ``(level, kind, (parent, parent), is_output)``, the last False where it is left out.
+        kinds: of block that there may be.
 
     Raises:
         ValueError: naming the row (from 0) and the block (from 2), for a row of another form, a level or kind that
@@ -82,8 +117,8 @@ def checked(specification: Iterable[Sequence[Any]]) -> tuple[Block, ...]:
             raise refuse(row, f"must be (level, kind, (parent, parent), is_output), got {content!r}") from None
         if type(level) is not int or level not in LEVELS:
             raise refuse(row, f"level must be one of 2 to 7, got {level!r}")
-        if kind not in KINDS:
-            raise refuse(row, f"kind must be bottleneck or residual, got {kind!r}")
+        if kind not in kinds:
+            raise refuse(row, f"kind must be {' or '.join(kinds)}, got {kind!r}")
         for parent in (a, b):
             if type(parent) is not int or not 0 <= parent < row + len(STEM):
                 raise refuse(row, f"parent {parent!r} does not come earlier, choose from 0 to {row + len(STEM) - 1}")
@@ -101,11 +136,8 @@ def checked(specification: Iterable[Sequence[Any]]) -> tuple[Block, ...]:
     for level in OUTPUT_LEVELS:
         if level not in outputs:
             raise ValueError(f"up to row {len(rows) - 1}, the last, no row is an output of level {level}")
-    used = {parent for block in blocks for parent in block.parents}  # the stem's two are always row 0's parents
-    used.update(number for numbers in added_raw(blocks) for number in numbers)
-    for row, block in enumerate(blocks):
-        if not block.is_output and row + len(STEM) not in used:
-            raise refuse(row, "nothing uses it: make it a parent of a later row")
+    for number in unused(blocks):
+        raise refuse(number - len(STEM), "nothing uses it: make it a parent of a later row")
     return tuple(blocks)
 
 
@@ -120,15 +152,36 @@ def added_raw(blocks: Sequence[Block]) -> list[tuple[int, ...]]:
         >>> [(row + 2, blocks) for row, blocks in enumerate(added_raw(SPINENET)) if blocks]
         [(14, (11,))]
     """
+    numbered = [*stem_of(blocks), *blocks]
     parents = {0}  # of block 1
-    added = []
+    added: list[tuple[int, ...]] = []
     for row, block in enumerate(blocks):
         parents.update(block.parents)
-        added.append(
-            tuple(
-                number
-                for number, other in enumerate([*STEM, *blocks[:row]])
-                if block.is_output and number not in parents and (other.level, other.kind) == (block.level, block.kind)
-            )
-        )
+        alike = block.level, block.kind
+        earlier = enumerate(numbered[: row + len(STEM)]) if block.is_output else ()
+        added.append(tuple(x for x, other in earlier if x not in parents and (other.level, other.kind) == alike))
     return added
+
+
+def unused(blocks: Sequence[Block]) -> list[int]:
+    """The numbers of the blocks that are no output, and whose output no other block takes in.
+
+    Example::
+
+        >>> unused(SPINENET), unused(SPINENET[:10])
+        ([], [11])
+    """
+    used = {parent for block in blocks for parent in block.parents}  # the stem's two are always row 0's parents
+    used.update(number for numbers in added_raw(blocks) for number in numbers)
+    return [number for number, block in enumerate(blocks, len(STEM)) if not block.is_output and number not in used]
+
+
+def as_rows(blocks: Iterable[Block]) -> list[list[Any]]:
+    """A specification as lists, for a file.
+
+    Example::
+
+        >>> as_rows(SPINENET[:1])
+        [[2, 'bottleneck', [0, 1], False]]
+    """
+    return [[block.level, block.kind, [*block.parents], block.is_output] for block in blocks]

@@ -5,9 +5,9 @@ pyramid follows. Widths, depths and rules are those of the published code, https
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
@@ -16,10 +16,8 @@ from retina_fast.backbones.specification import OUTPUT_LEVELS, SPINENET, STEM, B
 from retina_fast.heads import batch_norm
 from retina_fast.transform import padded
 
-ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
-
-_WIDTHS = {2: 64, 3: 128, 4: 256, 5: 256, 6: 256, 7: 256}  # of the 3x3 convs, by level
-_EXPANSION = {"bottleneck": 4, "residual": 1}  # output channels of a block / channels of its 3x3 convs
+WIDTHS = {2: 64, 3: 128, 4: 256, 5: 256, 6: 256, 7: 256}  # of the 3x3 convs, by level
+EXPANSION = {"bottleneck": 4, "residual": 1}  # output channels of a block / channels of its 3x3 convs
 
 
 class Size(NamedTuple):
@@ -50,7 +48,64 @@ SIZES = {
 }
 
 
-class SpineNet(nn.Module):
+class ScalePermuted(nn.Module):
+    """The way through a scale-permuted network, which its families share.
+
+    A family adds the modules: the stem's two ``blocks``; for each row of the specification two ``links``, a block and,
+    if it is an output, a conv in ``outputs``; and ``act``, which follows the sum of the links.
+
+    Args:
+        specification: checked.
+        out_channels: of each level.
+        stem: from an image to the input of the first block.
+    """
+
+    size_divisible = 2 ** OUTPUT_LEVELS[-1]
+    activations: ClassVar[Mapping[str, type[nn.Module]]]
+    """Those of the family, by name."""
+    act: nn.Module
+
+    def __init__(self, specification: tuple[Block, ...], out_channels: int, stem: nn.Module) -> None:
+        super().__init__()
+        self.specification, self.out_channels = specification, out_channels
+        self.added_raw = added_raw(specification)
+        self.stem = stem
+        self.blocks = nn.ModuleList()
+        self.links = nn.ModuleList()
+        self.outputs = nn.ModuleDict()
+
+    @classmethod
+    def conv_layer(cls, activation: str, norm_layer: Callable[[int], nn.Module]) -> partial[Conv2dNormActivation]:
+        """What makes the convs of a network, each with its norm and activation.
+
+        Raises:
+            ValueError: for an activation that the family does not have.
+        """
+        if activation not in cls.activations:
+            raise ValueError(f"activation must be one of {', '.join(cls.activations)}, got {activation!r}")
+        layer = cls.activations[activation]
+        return partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=layer)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        first = self.blocks[0](self.stem(padded(x, self.size_divisible)))
+        numbered = [first, self.blocks[1](first)]
+        levels = {}
+        for row, block in enumerate(self.specification):
+            joined = self.join(row, [numbered[parent] for parent in block.parents])
+            merged = sum((numbered[earlier] for earlier in self.added_raw[row]), joined)
+            numbered.append(self.blocks[row + 2](self.act(merged)))
+            if block.is_output:
+                levels[block.level] = self.outputs[str(block.level)](numbered[-1])
+        return {f"p{level}": levels[level] for level in OUTPUT_LEVELS}
+
+    def join(self, row: int, parents: Sequence[Tensor]) -> Tensor:
+        """The sum of a row's two parents, each resampled by its link."""
+        links: Any = self.links[row]
+        a, b = (link(parent) for link, parent in zip(links, parents, strict=True))
+        return a + b
+
+
+class SpineNet(ScalePermuted):
     """Maps ``(B, 3, H, W)`` to a dict of P3..P7, ``p3`` of ``(B, out_channels, H/8, W/8)`` to ``p7``, of stride 128.
 
     An input whose sides are not multiples of 128 is padded with zeros at the right and at the bottom, so that the
@@ -63,8 +118,8 @@ class SpineNet(nn.Module):
         repeats: how often each block is repeated.
         out_channels: of each level.
         activation: ``relu`` or ``silu`` (swish).
-        stochastic_depth: probability that, in training, a residual branch of the last row is dropped for an image. The
-            probability grows linearly from row to row (Huang et al. 2016).
+        stochastic_depth: probability that, in training, a residual branch of the last row is dropped for an image; 0.2
+            in protocol C. The probability grows linearly from row to row (Huang et al. 2016).
         norm_layer: from channels to a norm; BatchNorm with momentum 0.01 and eps 1e-3 by default. For several
             processes, ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` turns a finished model's.
 
@@ -79,7 +134,7 @@ class SpineNet(nn.Module):
         [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2)]
     """
 
-    size_divisible = 2 ** OUTPUT_LEVELS[-1]
+    activations: ClassVar = {"relu": nn.ReLU, "silu": nn.SiLU}
 
     def __init__(
         self,
@@ -92,36 +147,26 @@ class SpineNet(nn.Module):
         stochastic_depth: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = batch_norm,
     ) -> None:
-        super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        self.specification, self.out_channels = checked(specification), out_channels
-        self.added_raw = added_raw(self.specification)
-        conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=ACTIVATIONS[activation])
-        self.stem = nn.Sequential(conv(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1))
-        self.blocks = nn.ModuleList()
-        self.links = nn.ModuleList()
-        self.outputs = nn.ModuleDict()
+        conv = self.conv_layer(activation, norm_layer)
+        super().__init__(checked(specification), out_channels, nn.Sequential(conv(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1)))
         for row, block in enumerate((*STEM, *self.specification), start=-len(STEM)):
             drop = stochastic_depth * max(0, row + 1) / len(self.specification)
-            channels = max(1, int(_WIDTHS[block.level] * width))
+            channels = max(1, int(WIDTHS[block.level] * width))
             group = _Repeated(conv, block, 64 if row == -len(STEM) else None, channels, repeats, drop)
             if row >= 0:
                 self.links.append(nn.ModuleList(_link(conv, self.blocks[x], group, alpha) for x in block.parents))
             if block.is_output:
                 self.outputs[str(block.level)] = conv(group.channels, out_channels, 1)
             self.blocks.append(group)
-        self.act = ACTIVATIONS[activation](inplace=True)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                _initialise(module)
+        self.act = self.activations[activation](inplace=True)
+        initialise(self)
 
     @classmethod
-    def of_size(cls, size: str, **kwargs: Any) -> "SpineNet":
-        """The published network of a size: 49s, 49, 96, 143 or 190.
+    def of_size(cls, size: str | Size, **kwargs: Any) -> "SpineNet":
+        """The network of a size, the published ones being 49s, 49, 96, 143 and 190.
 
         Args:
-            size: its name.
+            size: its name, or widths and depths of one's own.
             **kwargs: other arguments of the class.
 
         Raises:
@@ -134,35 +179,17 @@ class SpineNet(nn.Module):
             >>> sum(p.numel() for p in model.backbone.parameters())
             9472959
         """
-        if size not in SIZES:
+        if isinstance(size, str) and size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
-        row = SIZES[size]
+        row = SIZES[size] if isinstance(size, str) else size
         return cls(width=row.width, alpha=row.alpha, repeats=row.repeats, out_channels=row.out_channels, **kwargs)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        first = self.blocks[0](self.stem(padded(x, self.size_divisible)))
-        numbered = [first, self.blocks[1](first)]
-        levels = {}
-        for row, block in enumerate(self.specification):
-            joined = self.join(row, [numbered[parent] for parent in block.parents])
-            merged = sum((numbered[earlier] for earlier in self.added_raw[row]), joined)
-            numbered.append(self.blocks[row + len(STEM)](self.act(merged)))
-            if block.is_output:
-                levels[block.level] = self.outputs[str(block.level)](numbered[-1])
-        return {f"p{level}": levels[level] for level in OUTPUT_LEVELS}
-
-    def join(self, row: int, parents: Sequence[Tensor]) -> Tensor:
-        """The sum of a row's two parents, each resampled by its link."""
-        links: Any = self.links[row]
-        a, b = (link(parent) for link, parent in zip(links, parents, strict=True))
-        return a + b
 
 
 class _Repeated(nn.Sequential):
     """One block of a specification, its residual blocks one after the other, all of stride 1."""
 
     def __init__(self, conv: Any, block: Block, in_channels: int | None, width: int, repeats: int, drop: float) -> None:
-        channels = width * _EXPANSION[block.kind]
+        channels = width * EXPANSION[block.kind]
         inputs = [in_channels or channels, *[channels] * (repeats - 1)]
         super().__init__(*(Residual(conv, block.kind, x, width, drop) for x in inputs))
         self.level, self.width, self.channels = block.level, width, channels
@@ -173,7 +200,7 @@ class Residual(nn.Module):
 
     def __init__(self, conv: Any, kind: str, in_channels: int, width: int, drop: float) -> None:
         super().__init__()
-        channels = width * _EXPANSION[kind]
+        channels = width * EXPANSION[kind]
         last = partial(conv, activation_layer=None)
         if kind == "bottleneck":
             branch = [conv(in_channels, width, 1), conv(width, width, 3), last(width, channels, 1)]
@@ -202,7 +229,20 @@ def _link(conv: Any, source: Any, target: Any, alpha: float) -> nn.Sequential:
     return nn.Sequential(*steps, conv(inside, target.channels, 1, activation_layer=None))
 
 
-def _initialise(conv: nn.Conv2d) -> None:
-    """Variance 1 / fan-in, by a normal cut at two standard deviations, as the published code draws it."""
-    std = 1 / math.sqrt(conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]) / 0.87962566103423978
-    nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
+def initialise(network: nn.Module) -> None:
+    """Give convs weights of variance 1 / fan-in, by a normal cut at two standard deviations as the published code draws
+    it, and biases of zero.
+
+    Example::
+
+        >>> conv = nn.Conv2d(64, 64, 3)
+        >>> initialise(conv)
+        >>> abs(conv.weight.var().item() * 64 * 9 - 1) < 0.1
+        True
+    """
+    for conv in network.modules():
+        if isinstance(conv, nn.Conv2d):
+            std = 1 / math.sqrt(conv.weight[0].numel()) / 0.87962566103423978
+            nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)

@@ -25,12 +25,12 @@ def train(
     json: Annotations,
     images: Images = None,
     output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/train"),
-    model: Annotated[str, typer.Option(help="The network.")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option(help="The network: a name, or a JSON file that search wrote.")] = DEFAULT_MODEL,
     recipe: Annotated[
         str,
         typer.Option(
             help="default; or, as published: torchvision-v1, torchvision-v2, spinenet-b, spinenet-c, spinenet-c-143, "
-            "spinenet-c-190."
+            "spinenet-c-190, spinenet-mobile."
         ),
     ] = "default",
     steps: Annotated[
@@ -102,9 +102,11 @@ def train(
         from retina_fast.data.check import warn_of_faults
         from retina_fast.train import Stopped, TrainSettings
         from retina_fast.train import train as run
+        from retina_fast.train.model_file import read_model_file
 
+        name, arguments = read_model_file(Path(model)) if model.endswith(".json") else (model, {})
         chosen = TrainSettings(
-            model,
+            name,
             steps=steps,
             batch_size=batch_size,
             lr=lr,
@@ -117,6 +119,7 @@ def train(
             accumulate=accumulate,
             bf16=bf16,
             weights_backbone=weights_backbone,
+            arguments=arguments,
         )
         if val_images and not val_json:
             raise UserError("--val-images belongs to --val-json: give both or neither")

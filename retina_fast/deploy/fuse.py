@@ -16,10 +16,12 @@ from torchvision.ops import FeaturePyramidNetwork, StochasticDepth
 from torchvision.ops.misc import Conv2dNormActivation
 
 from retina_fast.backbones.spinenet import Residual, SpineNet
+from retina_fast.backbones.spinenet_mobile import MobileSpineNet
 from retina_fast.deploy.fused import (
     FusedBasicBlock,
     FusedBottleneck,
     FusedConv,
+    FusedMobileSpineNet,
     FusedPyramid,
     FusedResidual,
     FusedSpineNet,
@@ -191,7 +193,7 @@ def _fuse_residual(residual: Any, calls: _Calls) -> None:
 
 def _fuse_spinenet(network: Any, calls: _Calls) -> None:
     """The second link of a row adds what the first returns."""
-    if not is_stock(network, SpineNet, "join"):
+    if not is_stock(network, type(network), "join"):
         return
     rows = []
     for row, links in enumerate(network.links):
@@ -200,7 +202,8 @@ def _fuse_spinenet(network: Any, calls: _Calls) -> None:
         if all(conv is not None and calls.only_by(network, conv) for conv in convs):
             _become_fused(convs[1])
             rows.append(row)
-    network.__class__, network.fused_rows = FusedSpineNet, frozenset(rows)
+    network.__class__ = FusedSpineNet if isinstance(network, SpineNet) else FusedMobileSpineNet
+    network.fused_rows = frozenset(rows)
 
 
 def _fuse_pyramid(pyramid: Any, calls: _Calls) -> None:
@@ -218,6 +221,7 @@ _FUSERS: dict[type[nn.Module], Callable[[Any, _Calls], None]] = {
     Bottleneck: _fuse_block,
     Residual: _fuse_residual,
     SpineNet: _fuse_spinenet,
+    MobileSpineNet: _fuse_spinenet,
     FeaturePyramidNetwork: _fuse_pyramid,
     IntermediateLayerGetter: _fuse_chain,
     nn.Sequential: _fuse_chain,

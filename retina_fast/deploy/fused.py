@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork
 
-from retina_fast.backbones.spinenet import Residual, SpineNet
+from retina_fast.backbones.spinenet import Residual, ScalePermuted, SpineNet
+from retina_fast.backbones.spinenet_mobile import MobileSpineNet
 from retina_fast.kernels.conv_epilogue import conv_epilogue_, serves_epilogue
 from retina_fast.kernels.conv_onednn import onednn_conv, pack_weight, runs_onednn
 from retina_fast.kernels.conv_relu import conv_add_relu, conv_relu, output_shape
@@ -186,8 +187,8 @@ class FusedResidual(Residual):
         return last[0](x, shortcut, overwrite_z=self.may_overwrite)
 
 
-class FusedSpineNet(SpineNet):
-    """SpineNet, whose links end in a conv that adds the other link's output."""
+class FusedJoin(ScalePermuted):
+    """A scale-permuted network, whose links end in a conv that adds the other link's output."""
 
     fused_rows: Collection[int] = ()
     """The rows of the specification at which it does."""
@@ -202,6 +203,14 @@ class FusedSpineNet(SpineNet):
         for step in steps:
             x = step(x)
         return last[0](x, links[0](parents[0]), overwrite_z=True)
+
+
+class FusedSpineNet(FusedJoin, SpineNet):
+    """SpineNet with fused joins."""
+
+
+class FusedMobileSpineNet(FusedJoin, MobileSpineNet):
+    """Mobile SpineNet with fused joins."""
 
 
 class FusedPyramid(FeaturePyramidNetwork):

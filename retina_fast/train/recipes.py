@@ -143,14 +143,14 @@ _WARMUP_EPOCHS = 2000 / 463  # 2,000 steps of 256 images, 463 of which are an ep
 
 def _spinenet(epochs: int, scales: tuple[float, float], **changes: Any) -> Recipe:
     """A protocol of SpineNet that trains for `epochs` and scales images by factors between `scales`."""
-    lr = changes.pop("lr", 0.28)
+    lr, weight_decay = changes.pop("lr", 0.28), changes.pop("weight_decay", 4e-5)
     drops = {1 - 30 / epochs: 0.1, 1 - 10 / epochs: 0.01}
     return Recipe(
         optimizer=functools.partial(torch.optim.SGD, momentum=0.9),
         schedule=functools.partial(warmup_drops, warmup=_WARMUP_EPOCHS / epochs, start=0.0067 / 0.28, drops=drops),
         lr=lr,
         batch_size=256,
-        weight_decay=4e-5,
+        weight_decay=weight_decay,
         gradient_norm=10.0,
         augmentation=functools.partial(scale_jitter, scales=scales),
         epochs=epochs,
@@ -214,6 +214,9 @@ RECIPES = {
     "spinenet-c": _SPINENET_C(),
     "spinenet-c-143": _SPINENET_C(scales=(0.1, 1.9), kwargs=_SWISH | {"stochastic_depth": 0.16}),
     "spinenet-c-190": _SPINENET_C(epochs=400, scales=(0.1, 1.9), lr=0.30),
+    # So the program for TPUs trains size 49. The one in Keras has rate 0.32, stochastic depth 0.2, and for the sizes 49
+    # and 49s hard swish.
+    "spinenet-mobile": _spinenet(600, (0.5, 2.0), weight_decay=3e-5, model="retinanet_spinenet*_mobile"),
 }
 """Every recipe by its name."""
 

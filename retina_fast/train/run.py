@@ -22,7 +22,7 @@ any number of them. Gradients and losses are means over the processes, and Batch
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def train(
     workers: int = WORKERS,
     console: Console | None = None,
     processes: Processes = ALONE,
+    callbacks: Sequence[L.Callback] = (),
 ) -> Path:
     """Train a detector and return the file of its averaged weights.
 
@@ -73,6 +74,7 @@ def train(
         workers: how many processes read and augment images, for each process that trains.
         console: where progress is shown; nowhere by default.
         processes: those that train together.
+        callbacks: more of Lightning's, which come after those that write the run's files.
 
     Raises:
         UserError: if `output` holds a run and `resume` is not given or the reverse, if the settings or the annotations
@@ -120,7 +122,11 @@ def train(
     with _progress_bar(console) as progress, StopRequest(progress.console.print) as stop, _quiet_lightning():
         trainer = L.Trainer(
             max_epochs=settings.total_steps // settings.interval,
-            callbacks=[Averaging(module.recipe.average), RunFiles(output, TrainLog(output), progress, stop, keep)],
+            callbacks=[
+                Averaging(module.recipe.average),
+                RunFiles(output, TrainLog(output), progress, stop, keep),
+                *callbacks,
+            ],
             num_sanity_val_steps=0,
             logger=False,
             enable_checkpointing=False,

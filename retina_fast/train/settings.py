@@ -1,7 +1,7 @@
 """The settings of a training run: what a person chooses, and what the recipe, the data and the machine fill in."""
 
 import math
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class TrainSettings:
         bf16: whether convolutions are computed in bfloat16. None: where the hardware does.
         weights_backbone: torchvision's name of the weights from which the backbone starts, or "none" for random ones.
             None takes the recipe's.
+        arguments: more keyword arguments of the builder, as plain data, such as a specification.
 
     Raises:
         UserError: if there is no such recipe, or the recipe is for other models.
@@ -64,6 +65,7 @@ class TrainSettings:
     accumulate: int = 1
     bf16: bool | None = None
     weights_backbone: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pattern = recipe_named(self.recipe).model

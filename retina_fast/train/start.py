@@ -59,7 +59,7 @@ def starting_network(
 def _builder_arguments(settings: ResolvedSettings, given: dict[str, Any]) -> dict[str, Any]:
     """The builder's keyword arguments: those given, then the recipe's, then what the settings ask for."""
     recipe = recipe_named(settings.recipe)
-    kwargs = given | dict(recipe.kwargs)
+    kwargs = given | dict(recipe.kwargs) | settings.arguments
     if settings.crop and recipe.crops_are_the_size:
         kwargs |= {"min_size": settings.crop, "max_size": settings.crop}
     if settings.image_scale is not None:

@@ -1,0 +1,338 @@
+"""Studies: what they find, how they are gone on with, and workers that are killed and added."""
+
+import csv
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from retina_fast import checkpoint, cli
+from retina_fast.backbones.specification import MOBILE_KINDS, checked
+from retina_fast.backbones.spinenet import Size
+from retina_fast.data.coco import CocoDataset
+from retina_fast.data.errors import UserError
+from retina_fast.search import study as module
+from retina_fast.search.cost import cost
+from retina_fast.search.score import entropy_score
+from retina_fast.search.space import PAPER
+from retina_fast.search.study import Search, SearchSettings
+from retina_fast.search.trained import Proxy
+from retina_fast.search.workers import PROBLEM, RETRY_OF, Locked
+from retina_fast.train.model_file import read_model_file, write_model_file
+
+optuna = pytest.importorskip("optuna")
+pytest.importorskip("lightning")
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """They take a second each; one test looks at them."""
+    monkeypatch.setattr(module, "draw", lambda blocks, path: None)
+    monkeypatch.setattr(module, "draw_trials", lambda *arguments: None)
+
+
+def points(search: Search) -> list[dict[str, Any]]:
+    return [trial.params for trial in search.study.get_trials(deepcopy=False)]
+
+
+def test_a_search_without_training(tmp_path):
+    settings = SearchSettings(max_macs=86e9, min_macs=80e9, max_parameters=30e6)
+    search = Search(settings, tmp_path)
+    seen: list[int] = []
+    search.run(40, seen.append)
+    assert (seen[0], seen[-1]) == (0, 40)
+    rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
+    assert len(rows) == 40
+    within = []
+    for row in rows:
+        blocks = checked(json.loads(row["specification"]))
+        assert cost(blocks, settings.size) == (int(row["parameters"]), float(row["macs"]))
+        assert float(row["score"]) == pytest.approx(entropy_score(blocks, settings.size))
+        if 80e9 <= float(row["macs"]) <= 86e9 and int(row["parameters"]) <= 30e6:
+            within.append((float(row["score"]), float(row["macs"])))
+    assert 0 < len(within) < 40
+    assert len(search.found()) == len(within)
+    assert search.best(1)[0].score == max(within)[0]
+    front = search.front()
+    for trial in front:
+        assert not any(score > trial.score and macs <= trial.macs for score, macs in within)
+    assert front[-1].score == max(within)[0]
+    name, arguments = read_model_file(tmp_path / "best-1.json")
+    assert (name, checked(arguments["specification"])) == ("retinanet_spinenet49", search.best(1)[0].blocks)
+
+
+def test_pictures(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    search = Search(SearchSettings(sampler="random"), tmp_path)
+    monkeypatch.setattr(module, "BEST", 1)
+    search.run(2)
+    assert {"front.png", "best-1.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_search_is_gone_on_with_by_the_same_settings_alone(tmp_path):
+    Search(SearchSettings(sampler="random"), tmp_path).run(3)
+    again = Search(SearchSettings(sampler="random"), tmp_path)
+    again.run(5)
+    assert len({json.dumps(point) for point in points(again)}) == 5  # and it draws others than at first
+    with pytest.raises(UserError, match="has sampler random, not tpe: give it the same, or another --output"):
+        Search(SearchSettings(sampler="tpe"), tmp_path)
+    other = Search(SearchSettings(sampler="random"), tmp_path / "other", start_from=tmp_path)
+    other.run(5)
+    assert [trial.blocks for trial in other.best()] == [trial.blocks for trial in again.best()]
+    first = Search(SearchSettings(sampler="random"), tmp_path / "first")
+    first.run(3)
+    assert points(first) == points(again)[:3]  # a seed draws the same points
+
+
+def test_a_journal_that_ends_in_half_a_line(tmp_path):
+    Search(SearchSettings(sampler="random"), tmp_path).run(2)
+    with (tmp_path / "study.log").open("a") as file:
+        file.write('{"op_code":')
+    search = Search(SearchSettings(sampler="random"), tmp_path)
+    search.run(3)
+    assert len(search.found()) == 3
+
+
+def test_other_samplers_and_the_mobile_space(tmp_path):
+    search = Search(SearchSettings("mobile", "retinanet_spinenet49_mobile", "tpe"), tmp_path)
+    search.run(12)
+    for trial in search.best():
+        assert checked(trial.blocks, MOBILE_KINDS)
+    for bad in ({"space": "all"}, {"sampler": "cma"}, {"model": "retinanet_spinenet49_mobile"}):
+        ((name, value),) = bad.items()
+        with pytest.raises(UserError, match=f"{name} must be one of .*, got '{value}'"):
+            SearchSettings(**bad)  # type: ignore[arg-type]
+
+
+# Workers
+
+
+def worker(folder: Path, count: int, seconds: float, storage: str | None) -> None:
+    """A process of a search whose trials take so long."""
+
+    def slowly(*arguments: Any) -> float:
+        time.sleep(seconds)
+        return entropy_score(*arguments)
+
+    setattr(module, "entropy_score", slowly)  # noqa: B010
+    Search(SearchSettings(sampler="random"), folder, storage=storage).run(count)
+
+
+def start(folder: Path, count: int, seconds: float = 0.05, storage: str | None = None) -> Any:
+    process = FORK.Process(target=worker, args=(folder, count, seconds, storage))
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize(
+    ("seed", "count"), [(0, 30), *(pytest.param(x, 60, marks=pytest.mark.slow) for x in (1, 2, 3, 4))]
+)
+def test_four_workers_two_killed_and_one_added(tmp_path, seed, count):
+    rng = random.Random(seed)
+    processes = [start(tmp_path, count) for _ in range(4)]
+    for victim in processes[:2]:
+        time.sleep(rng.uniform(0.2, 0.5))
+        os.kill(victim.pid, signal.SIGKILL)
+    processes.append(start(tmp_path, count))
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [-9, -9, 0, 0, 0]
+    search = Search(SearchSettings(sampler="random"), tmp_path)
+    trials = search.study.get_trials(deepcopy=False)
+    states = Counter(trial.state.name for trial in trials)
+    assert states["COMPLETE"] == count
+    assert states.keys() <= {"COMPLETE", "FAIL"}
+    retries = {trial.user_attrs[RETRY_OF]: trial for trial in trials if RETRY_OF in trial.user_attrs}
+    failed = [trial for trial in trials if trial.state.name == "FAIL"]
+    assert sorted(retries) == [trial.number for trial in failed]
+    assert len(failed) <= 2
+    for trial in failed:  # what had been drawn of the point is tried again
+        assert retries[trial.number].params.items() >= trial.params.items()
+    finished = [json.dumps(trial.params) for trial in trials if trial.state.name == "COMPLETE"]
+    assert len({*finished}) == count
+
+
+def test_a_worker_that_dies_in_each_of_its_steps(tmp_path):
+    """After asking; before queueing for another, and after it; while drawing; while scoring."""
+    study = Search(SearchSettings(sampler="random"), tmp_path).study
+
+    def killed_at(owner: Any, name: str) -> None:
+        def child() -> None:
+            setattr(owner, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+            Search(SearchSettings(sampler="random"), tmp_path).run(3)
+
+        process = FORK.Process(target=child)
+        process.start()
+        process.join(60)
+        assert process.exitcode == -9
+
+    killed_at(Search, "_begin")
+    killed_at(optuna.Study, "enqueue_trial")
+    killed_at(optuna.Study, "tell")
+    killed_at(module, "cost")
+    killed_at(module, "entropy_score")
+    search = Search(SearchSettings(sampler="random"), tmp_path)
+    search.run(3)
+    assert Counter(trial.state.name for trial in study.get_trials())["COMPLETE"] == 3
+    retried = [trial.user_attrs[RETRY_OF] for trial in study.get_trials() if RETRY_OF in trial.user_attrs]
+    assert len(retried) == len({*retried})
+    assert Locked(tmp_path / "lock").is_free()
+
+
+@pytest.mark.slow
+def test_a_database_and_its_heartbeats(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_HEARTBEAT", 1)
+    url = f"sqlite:///{tmp_path}/study.db"
+    Search(SearchSettings(sampler="random"), tmp_path, storage=url).run(1)
+    victim = start(tmp_path, 4, 30, url)
+    time.sleep(5)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()
+    search = Search(SearchSettings(sampler="random"), tmp_path, storage=url)
+    lost = next(trial for trial in search.study.get_trials() if trial.state.name == "RUNNING")
+    time.sleep(4)
+    search.run(4)
+    trials = search.study.get_trials()
+    assert sum(trial.state.name == "COMPLETE" for trial in trials) == 4
+    assert sum(trial.params == lost.params for trial in trials if trial.state.name == "COMPLETE") == 1
+
+
+# Training
+
+LINEAR = checked(
+    [(3, "residual", (0, 1), True), *((level, "residual", (level - 3, level - 2), True) for level in range(4, 8))]
+)
+
+
+class Scripted(Proxy):
+    """Scores that are given, in place of training."""
+
+    def score(self, blocks: Any, output: Path, seed: int = 0, report: Any = None) -> float:
+        value = cost(blocks, self.size).macs
+        if self.metric == "fails":
+            raise UserError("the loss is not finite")
+        for step in range(1, self.parts + 1):
+            report(step, value)
+        return value
+
+
+@pytest.fixture
+def data(shapes) -> CocoDataset:
+    return CocoDataset(*shapes)
+
+
+def test_hyperband_and_limits_with_training(tmp_path, data):
+    settings = SearchSettings(sampler="random", max_macs=86e9)
+    search = Search(settings, tmp_path, Scripted(data, parts=9))
+    search.run(40)
+    trials = search.study.get_trials()
+    over = [trial for trial in trials if trial.user_attrs["macs"] > 86e9]
+    assert over
+    assert all(trial.state.name == "PRUNED" and not trial.intermediate_values for trial in over)
+    ended = [trial for trial in trials if trial.state.name == "PRUNED" and trial.intermediate_values]
+    assert ended
+    assert {trial.number for trial in trials if trial.state.name == "COMPLETE"} == {t.number for t in search.found()}
+    assert search.best(1)[0].macs == max(trial.macs for trial in search.found())
+
+
+def test_a_point_that_cannot_be_trained_counts_and_says_why(tmp_path, data):
+    search = Search(SearchSettings(sampler="random"), tmp_path, Scripted(data, metric="fails"))
+    search.run(2)
+    assert [trial.user_attrs[PROBLEM] for trial in search.study.get_trials()] == ["the loss is not finite"] * 2
+    with pytest.raises(UserError, match="has steps 300, not 5: give it the same"):
+        Search(SearchSettings(sampler="random"), tmp_path, Scripted(data, metric="fails", steps=5))
+
+
+def test_a_score_by_training(tmp_path, data):
+    size = Size(0.1, 0.25, 1, 8, 8, 1, 128, 3)
+    proxy = Proxy(data, None, size, steps=4, parts=2, batch_size=2, crop=64)
+    told: list[tuple[int, float]] = []
+    value = proxy.score(LINEAR, tmp_path / "run", report=lambda step, score: told.append((step, score)))
+    assert [step for step, _ in told] == [1, 2]
+    assert told[-1][1] == value < 0
+    content = checkpoint.load(tmp_path / "run" / "model.pt")
+    assert checked(content.kwargs["specification"]) == LINEAR
+    (*_, row) = [row for row in csv.DictReader((tmp_path / "run" / "log.csv").open()) if row["classification"]]
+    assert float(row["classification"]) + float(row["bbox_regression"]) == pytest.approx(-value, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_score_by_validation(tmp_path, data):
+    size = Size(0.1, 0.25, 1, 8, 8, 1, 128, 3)
+    proxy = Proxy(data, data, size, steps=4, parts=2, batch_size=2, crop=64, metric="AP50")
+    score = proxy.score(LINEAR, tmp_path / "ap")
+    assert score == checkpoint.load(tmp_path / "ap" / "model.pt").metrics["AP50"]
+    with pytest.raises(UserError, match="metric must be one of loss, got AP; all but loss need validation data"):
+        replace(proxy, validation=None, metric="AP").score(LINEAR, tmp_path / "bad")
+
+    class Enough(Exception):
+        pass
+
+    def stop(step: int, score: float) -> None:
+        raise Enough
+
+    with pytest.raises(Enough):
+        proxy.score(LINEAR, tmp_path / "ended", report=stop)
+
+
+# The commands
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_the_command_and_training_what_it_found(tmp_path, shapes, monkeypatch):
+    result = invoke("search", "--output", tmp_path / "search", "--trials", 4, "--sampler", "random")
+    assert result.exit_code == 0, result.output
+    assert "Best: score" in result.output
+    seen: list[Any] = []
+
+    def run(settings: Any, *_: Any, **__: Any) -> Path:
+        seen.append(settings)
+        return tmp_path
+
+    monkeypatch.setattr("retina_fast.train.train", run)
+    data = ("--json", shapes[0], "--images", shapes[1])
+    result = invoke("train", *data, "--model", tmp_path / "search" / "best-1.json", "--steps", 2)
+    assert result.exit_code == 0, result.output
+    assert seen[0].model == "retinanet_spinenet49"
+    assert PAPER.encode(seen[0].arguments["specification"])
+    alone = ("--val-json", shapes[0], "--output", tmp_path / "alone")
+    assert "--val-json belongs to --json: give both" in invoke("search", *alone).output.replace("\n", " ")
+    result = invoke("search", "--output", tmp_path / "none", "--trials", 2, "--max-gmacs", 1)
+    assert "of 2 trials none ended with a score within the limits" in result.output.replace("\n", " ")
+
+
+def test_files_of_networks_that_are_refused(tmp_path):
+    path = tmp_path / "network.json"
+    with pytest.raises(UserError, match="no such file of a network"):
+        read_model_file(path)
+    for content, problem in {
+        "{": "is no JSON",
+        "[]": "must hold",
+        '{"model": "retinanet_spinenet49"}': "must hold",
+        '{"model": 3, "arguments": {}}': "must hold",
+        '{"model": "spinenet", "arguments": {}}': "there is no model 'spinenet'",
+    }.items():
+        path.write_text(content)
+        with pytest.raises(UserError, match=problem):
+            read_model_file(path)
+    write_model_file(path, "retinanet_spinenet49", {"activation": "silu"})
+    assert read_model_file(path) == ("retinanet_spinenet49", {"activation": "silu"})
