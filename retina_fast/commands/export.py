@@ -21,6 +21,10 @@ def export(
     preprocess: Annotated[
         bool, typer.Option(help="Take uint8 images, and scale, normalise and resize them inside.")
     ] = True,
+    quantize: Annotated[
+        Path | None,
+        typer.Option(help="Convs in eight bits, calibrated on the images of this folder, of --size; onnx alone."),
+    ] = None,
 ) -> None:
     """Write a detector to one file that runs without this package."""
     with one_sentence():
@@ -38,5 +42,8 @@ def export(
         check_file(file, [path])
         model, content = load_model(path)
         height, width = map(int, sides)
-        run(model, file, format, (height, width), preprocess, content.classes, content.category_ids)
+        names = content.classes, content.category_ids
+        described = run(model, file, format, (height, width), preprocess, *names, quantize)
+        if quantize:
+            console.print(described["quantized"]["summary"], soft_wrap=True, highlight=False)
         console.print(f"Wrote {file}", soft_wrap=True)

@@ -7,15 +7,15 @@ the whole way from images to detections as one CUDA graph. Images have any sizes
 from a table that one small upload replaces. Only so many shapes are kept; the one used longest ago goes.
 """
 
-import contextlib
 import copy
 import math
 import statistics
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from torchvision.models.detection import retinanet as tv
 from retina_fast.convert import from_torchvision
 from retina_fast.cuda_graph import CaptureStream
 from retina_fast.deploy.detector_module import DetectorModule, refuse_own_parts
-from retina_fast.deploy.fold import count_norms, fold_batch_norm
+from retina_fast.deploy.elsewhere import choose_network, compare_with
+from retina_fast.deploy.fold import conv_outputs, count_norms, fold_batch_norm
 from retina_fast.deploy.fuse import count_convs, fuse_convs
+from retina_fast.deploy.network import Network
 from retina_fast.deploy.report import Report, difference
-from retina_fast.deploy.tuned import Chooser, choose_ways, user_cache_file
+from retina_fast.deploy.tuned import Chooser, choose_ways, timed_convs, user_cache_file
 from retina_fast.detections import Detections, Thresholds, detect
 from retina_fast.device import Uploads, best_dtype
 from retina_fast.forward import Convs, Sizes, run_convs, run_network
@@ -51,6 +53,7 @@ class EngineSettings:
         max_shapes: how many batch shapes are kept ready.
         try_compile: whether torch.compile's convs are timed against the eager ones at each new shape.
         choices: the file that remembers which way each conv is the fastest; None does not time the ways.
+        network: what runs trunk and heads in place of PyTorch.
     """
 
     dtype: torch.dtype
@@ -58,6 +61,7 @@ class EngineSettings:
     max_shapes: int = 8
     try_compile: bool = False
     choices: Path | None = None
+    network: Network | None = None
 
 
 class Engine(DetectorModule):
@@ -81,7 +85,7 @@ class Engine(DetectorModule):
         weight = next(self.model.parameters())
         self._device = weight.device
         self._place = torch.cuda.device_of(weight)  # streams and graphs are the current device's
-        self._convs: tuple[Convs, ...] = (run_convs,)
+        self._convs: tuple[Convs, ...] = (self.settings.network or run_convs,)
         if self.settings.try_compile:
             self._convs += (torch.compile(run_convs, dynamic=False),)
         self._thresholds = Thresholds.of(self.model)  # those of the plans, whose graphs hold them as constants
@@ -94,6 +98,10 @@ class Engine(DetectorModule):
         measured before holds no longer."""
         self.model.to(memory_format=torch.channels_last)
         weight = next(self.model.parameters())
+        if self.settings.network and (weight.device.type, weight.dtype) != ("cpu", torch.float32):
+            raise TypeError(
+                f"what {self.settings.network.runtime} runs stays in float32 on the CPU: compile the model anew"
+            )
         way = {"dtype": weight.dtype, "graphs": _takes_graphs(weight.device, self.settings.max_shapes)}
         self.settings = replace(self.settings, **way)
         none: Any = {"difference": None, "ways": {}, "compiled": {}, "not_compiled": {}}
@@ -222,16 +230,6 @@ class Plan:
         return detect(outputs, self.table[:, 3:5], self.table[:, 1:3], Thresholds.of(self.model))
 
 
-@contextlib.contextmanager
-def timed_convs() -> Iterator[None]:
-    """Lets cuDNN choose the convs of a new shape by timing them."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
 def captured(run: Run, stream: Any) -> Run:
     """Capture ``run`` as a CUDA graph, after three runs on the same stream that compile kernels and choose convs."""
     with timed_convs():
@@ -276,6 +274,7 @@ def compile_inference(
     max_shapes: int = 8,
     try_compile: bool = False,
     choices: str | Path | None = None,
+    try_runtimes: bool = False,
 ) -> Engine:
     """Turn a model into an engine that goes from raw images to detections, on the model's device.
 
@@ -288,13 +287,16 @@ def compile_inference(
         model: a RetinaNet of this package or of torchvision. Backbone and head may be anything.
         images: sample images, ``(C, H, W)`` each, on which the engine's difference from the model is measured.
         dtype: to compute in; by default bfloat16 on a GPU that has it and on a CPU with AMX, else float16 on a GPU and
-            float32 on a CPU. Anchors, boxes and scores are float32 always.
+            float32 on a CPU. Anchors, boxes and scores are float32 always. int8, on a CPU, calibrates eight bits on the
+            images, and runs trunk and heads by ONNX Runtime or OpenVINO, whichever is the faster.
         max_shapes: how many batch shapes are kept ready; 0 keeps none, and captures no graph.
         try_compile: whether to time torch.compile's trunk against the eager one at each new shape, and keep the faster.
             That takes a minute a shape.
         choices: a file that remembers which way each conv is the fastest, fused or not; at a new shape the ways are
             timed. By default it lies in the user's cache folder on a GPU. On a CPU, where this takes as long as a dozen
             batches and the fused way nearly always wins, nothing is timed unless a file is given.
+        try_runtimes: whether to time ONNX Runtime and OpenVINO on the first image, in float32 on a CPU, and keep the
+            fastest.
 
     Raises:
         TypeError: for anything but a RetinaNet, or if a part of the user's own would not run: a forward, transform,
@@ -313,8 +315,8 @@ def compile_inference(
     refuse_own_parts(model, "an engine")
     device = next(model.parameters()).device
     dtype = dtype or best_dtype(device)
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be floating point, got {dtype}")
+    if not dtype.is_floating_point and dtype != torch.int8:
+        raise ValueError(f"dtype must be floating point, or int8, got {dtype}")
     if max_shapes < 0:
         raise ValueError(f"max_shapes must be at least 0, got {max_shapes}")
     own = copy.deepcopy(model).eval().requires_grad_(False)
@@ -324,21 +326,23 @@ def compile_inference(
     channels = next(module.in_channels for module in own.modules() if isinstance(module, nn.Conv2d))
     sample = torch.rand(1, channels, 128, 128, device=device, dtype=next(own.parameters()).dtype)
 
-    def outputs() -> list[Tensor]:
-        features, returned = run_convs(own, sample)
-        return [*features, *(level for output in returned.values() for level in output)]
-
+    outputs = partial(conv_outputs, own, sample)
     with torch.no_grad(), timed_convs():  # else cuDNN would keep what its heuristics chose for these shapes
         folded = fold_batch_norm(own, outputs)
         fused = fuse_convs(own, outputs)
-    own = own.to(dtype=dtype, memory_format=torch.channels_last)
+    weights_dtype = torch.float32 if dtype == torch.int8 else dtype
+    own = own.to(dtype=weights_dtype, memory_format=torch.channels_last)
+    network, elsewhere = choose_network(own, images, dtype) if dtype == torch.int8 or try_runtimes else (None, None)
     graphs = _takes_graphs(device, max_shapes)
     file = Path(choices or user_cache_file()) if choices is not None or device.type == "cuda" else None
-    settings = EngineSettings(dtype, graphs, max_shapes, try_compile, file)
+    settings = EngineSettings(weights_dtype, graphs, max_shapes, try_compile, file, network)
     report = Report(str(device), dtype, graphs, max_shapes, norms, folded, count_convs(own), fused)
+    report.elsewhere = elsewhere
     engine = Engine(own, settings, report)
     if len(images):
         plain = copy.deepcopy(model).eval() if model.training else model
         with timed_convs():
-            engine.report.difference = difference(plain, own, images)
+            engine.report.difference = difference(plain, own, images, network or run_convs)
+            if dtype == torch.int8 and elsewhere:
+                elsewhere.kept = compare_with(plain, engine, images)
     return engine

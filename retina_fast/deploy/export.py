@@ -15,10 +15,13 @@ from torchvision.models.detection import retinanet as tv
 from retina_fast.convert import from_torchvision
 from retina_fast.data.errors import UserError
 from retina_fast.data.outputs import check_file
+from retina_fast.deploy.calibration import Images, calibration_images
 from retina_fast.deploy.detector_module import refuse_own_parts
+from retina_fast.deploy.export_eight_bits import eight_bits
 from retina_fast.deploy.export_graph import SHAPES, Graph
-from retina_fast.deploy.export_onnx import KEY, OnnxPostprocess, write_onnx
+from retina_fast.deploy.export_onnx import KEY, OPSET, QUANTIZED_OPSET, OnnxPostprocess, translate, write_onnx
 from retina_fast.deploy.export_postprocess import Postprocess
+from retina_fast.deploy.fold import conv_outputs, fold_batch_norm
 from retina_fast.model import RetinaNet
 from retina_fast.transform import resized_size
 
@@ -62,6 +65,7 @@ def export(
     preprocess: bool = True,
     classes: Sequence[str] | None = None,
     category_ids: Sequence[int] | None = None,
+    quantize: Images | None = None,
 ) -> dict[str, Any]:
     """Write a detector to one file that runs without this package; returns the metadata that the file holds.
 
@@ -79,12 +83,20 @@ def export(
             it takes float32 images that are prepared already, and boxes are in their pixels.
         classes: K class names, by label; the labels themselves by default.
         category_ids: K ids of the data set's categories; the labels by default.
+        quantize: images for calibration, of ``image_size``, for an ``onnx`` file whose convs compute in eight bits: an
+            iterable of uint8 (3, H, W), or floating point in [0, 1], that is read once; or a folder of image files. A
+            hundred are enough. The metadata say under ``quantized`` how many detections in them are kept.
 
     Raises:
         UserError: for an unknown format, sizes, names or thresholds that cannot be, a file that cannot be
-            written, weights of another dtype than float32 for ``onnx``, or a missing C++ compiler.
+            written, weights of another dtype than float32 for ``onnx``, a missing C++ compiler, or images that cannot
+            serve for calibration; the message names the image.
         TypeError: for anything but a RetinaNet, or if a part of the user's own would not run: a forward, transform,
             anchor generator, box coder or postprocessing.
+
+    Warns:
+        UserWarning: for few images for calibration, for images in which nothing is found, and if more than one in
+            twenty detections of a score of 0.3 changes in eight bits.
 
     Example::
 
@@ -114,12 +126,18 @@ def export(
             raise UserError(f"{name} must be an integer of at least 1, got {getattr(model, name)!r}")
     if format == "aotinductor":
         _check_compiler()
+    if quantize is not None and format != "onnx":
+        raise UserError(f"quantize serves the format onnx alone, got {format!r}")
+    calibration = None if quantize is None else calibration_images(quantize, image_size, prepared=not preprocess)
     device, dtype = (getattr(next(model.parameters()), name) for name in ("device", "dtype"))
     if format == "onnx" and dtype != torch.float32:  # ONNX Runtime has no convolutions of others on a CPU
         raise UserError(f"for onnx the model's weights must be float32, got {dtype}: call model.float()")
     own = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", memory_format=torch.contiguous_format)
     if preprocess and min(resized_size(own.transform, *image_size)) < 1:
         raise UserError(f"image_size {image_size} would be resized to {resized_size(own.transform, *image_size)}")
+    if calibration is not None:
+        sample = torch.rand(1, 3, 128, 128)
+        fold_batch_norm(own, lambda: conv_outputs(own, sample))
     graph = Graph(own, image_size, preprocess, OnnxPostprocess if format == "onnx" else Postprocess)
     labels = range(graph.postprocess.num_classes)
     if isinstance(classes, str):
@@ -137,7 +155,10 @@ def export(
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # what fails half-way leaves an old file whole
         whole = Path(folder) / path.with_suffix(FORMATS[format]).name  # PyTorch insists on its suffix
         if format == "onnx":
-            write_onnx(program, whole, described)
+            proto = translate(program, opset=OPSET if calibration is None else QUANTIZED_OPSET)
+            if calibration is not None:
+                proto, described["quantized"] = eight_bits(proto, calibration)
+            write_onnx(proto, whole, described)
         elif format == "aotinductor":
             _write_package(program, whole, described, device)
         else:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ KEY = "retina_fast"
 """The key under which a file holds its metadata, as JSON."""
 
 OPSET = 18
+QUANTIZED_OPSET = 19
+"""Of files in eight bits: the first whose QuantizeLinear onnx's reference evaluator knows."""
 OUTPUTS = ("boxes", "scores", "labels", "counts")
 
 
@@ -70,7 +73,12 @@ def checksum(content: bytes) -> bytes:
     return bytes([14 << 3 | 2, len(entry)]) + entry  # ModelProto.metadata_props
 
 
-def translate(program: torch.export.ExportedProgram, dynamic_shapes: dict[str, Any]) -> Any:
+def translate(
+    program: torch.export.ExportedProgram,
+    dynamic_shapes: dict[str, Any] = SHAPES,
+    outputs: Sequence[str] = OUTPUTS,
+    opset: int = OPSET,
+) -> Any:
     """The ModelProto of a traced program, checked; its dynamic sizes have the names of ``dynamic_shapes``."""
     import onnx
     import onnxscript  # noqa: F401 - torch needs it, and would name it less clearly
@@ -78,8 +86,8 @@ def translate(program: torch.export.ExportedProgram, dynamic_shapes: dict[str, A
     written = torch.onnx.export(
         program,
         dynamo=True,
-        opset_version=OPSET,
-        output_names=list(OUTPUTS),
+        opset_version=opset,
+        output_names=list(outputs),
         dynamic_shapes=dynamic_shapes,
         custom_translation_table={torch.ops.retina_fast.non_max_suppression.default: _onnx_suppression},
         verbose=False,
@@ -89,9 +97,17 @@ def translate(program: torch.export.ExportedProgram, dynamic_shapes: dict[str, A
     return written.model_proto
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path, described: dict[str, Any]) -> None:
-    """Write a traced program and its metadata."""
-    proto = translate(program, SHAPES)
+def onnx_session(content: bytes) -> Any:
+    """An InferenceSession of onnxruntime for the content of a file, with as many threads as PyTorch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def write_onnx(proto: Any, path: Path, described: dict[str, Any]) -> None:
+    """Write a ModelProto and its metadata."""
     proto.metadata_props.add(key=KEY, value=json.dumps(described))
     content = proto.SerializeToString()
     path.write_bytes(content + checksum(content))

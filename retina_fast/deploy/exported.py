@@ -11,7 +11,7 @@ from torch import Tensor
 
 from retina_fast.data.errors import UserError
 from retina_fast.data.files import damage
-from retina_fast.deploy.export_onnx import KEY, OUTPUTS, checksum
+from retina_fast.deploy.export_onnx import KEY, OUTPUTS, checksum, onnx_session
 from retina_fast.detections import Detections
 from retina_fast.predict.method import Predicts
 
@@ -138,11 +138,7 @@ def _open_onnx(path: Path) -> tuple[dict[str, Any], Run]:
     length = len(checksum(b""))
     if checksum(content[:-length]) != content[-length:]:
         raise _Damaged
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = onnx_session(content)
     described = json.loads(session.get_modelmeta().custom_metadata_map[KEY])
 
     def run(images: Tensor) -> list[Tensor]:

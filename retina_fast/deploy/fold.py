@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import misc
 
 from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d
+from retina_fast.forward import run_convs
 from retina_fast.stock import has_hooks
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, misc.FrozenBatchNorm2d, FrozenBatchNorm2d)
@@ -24,6 +25,12 @@ _LARGEST_CHANGE = 1e-3  # the allowed relative change of an output, in norm; rou
 def count_norms(model: nn.Module) -> int:
     """How many BatchNorms, frozen ones included, the model has."""
     return sum(isinstance(module, _NORMS) for module in model.modules())
+
+
+def conv_outputs(model: Any, pixels: Tensor) -> list[Tensor]:
+    """All that trunk and heads give for pixels (B, C, H, W): a run of the model for :func:`fold_batch_norm`."""
+    features, returned = run_convs(model, pixels)
+    return [*features, *(level for output in returned.values() for level in output)]
 
 
 def fold_batch_norm(model: nn.Module, run: Callable[[], Sequence[Tensor]]) -> int:

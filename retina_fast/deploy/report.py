@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from retina_fast.forward import DELTAS, LOGITS, run_network
+from retina_fast.deploy.kept import Kept
+from retina_fast.forward import DELTAS, LOGITS, Convs, run_convs, run_network
 from retina_fast.kernels.box_decode import decode
 from retina_fast.kernels.image_batch import image_batch
 from retina_fast.kernels.levels import flatten_all
@@ -28,6 +29,37 @@ class Difference:
 
 
 @dataclass
+class Elsewhere:
+    """Which runtime runs trunk and heads, chosen by timing."""
+
+    runtime: str
+    size: tuple[int, ...]
+    """Height and width of the image that was timed."""
+    seconds: dict[str, float]
+    """Of each runtime that ran."""
+    failed: dict[str, str]
+    """Of each that did not: why."""
+    layers: int
+    """How many layers compute in eight bits."""
+    images: int
+    """How many images were given, on which eight bits are calibrated."""
+    kept: Kept | None = None
+    """What became of the detections in the images, in eight bits."""
+
+    def lines(self) -> list[str]:
+        """What it says, for a person."""
+        times = ", ".join(f"{name} {1000 * time:.1f} ms" for name, time in sorted(self.seconds.items()))
+        height, width = self.size
+        lines = [f"trunk and heads by {self.runtime}: at {height}x{width} {times}"]
+        lines += [f"{name} was left out: {why}" for name, why in self.failed.items()]
+        if self.layers:
+            lines.append(f"{self.layers} layers in eight bits, calibrated with {self.images} images")
+        if self.kept:
+            lines.append(f"in eight bits: {self.kept}")
+        return lines
+
+
+@dataclass
 class Report:
     """What the engine did to the model, and what it cost."""
 
@@ -43,6 +75,8 @@ class Report:
     fused: int
     """How many of the convs take what follows them, a sum or an activation, or have their weights packed."""
     difference: Difference | None = None
+    elsewhere: Elsewhere | None = None
+    """Of an engine whose runtime was chosen by timing."""
     ways: dict[tuple[int, ...], Mapping[str, int]] = field(default_factory=dict)
     """Of each batch shape at which the ways of the convs were timed: how many calls of convs run in which way."""
     compiled: dict[tuple[int, ...], float] = field(default_factory=dict)
@@ -58,6 +92,7 @@ class Report:
             f"convs fused with what follows them: {self.fused} of {self.convs}",
             f"{way}; at most {self.max_shapes} batch shapes kept ready",
         ]
+        lines += self.elsewhere.lines() if self.elsewhere else []
         lines += [
             f"fastest ways of the convs at {'x'.join(map(str, shape))}: "
             + ", ".join(f"{count} {way}" for way, count in sorted(counts.items()))
@@ -83,32 +118,40 @@ class Report:
         return "\n".join(lines)
 
 
-def _scores_and_boxes(model: RetinaNet, layout: torch.memory_format, image: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores (N, K) and boxes (N, 4) of all anchors of one image."""
+def pixels_of(model: RetinaNet, image: Tensor) -> Tensor:
+    """The batch (1, 3, H, W) that an image becomes, float32 on the device of the model's weights."""
     weights = next(model.parameters())
     (image,) = check_images([image.to(weights.device)], 1, take_uint8=True)
     transform = model.transform
     constants = transform.image_mean, transform.image_std
-    pixels = image_batch([image], resized_sizes(transform, [image]), *constants, transform.size_divisible)
-    outputs = run_network(model, pixels.to(weights.dtype, memory_format=layout))
+    return image_batch([image], resized_sizes(transform, [image]), *constants, transform.size_divisible)
+
+
+def _scores_and_boxes(
+    model: RetinaNet, layout: torch.memory_format, image: Tensor, convs: Convs = run_convs
+) -> tuple[Tensor, Tensor]:
+    """The scores (N, K) and boxes (N, 4) of all anchors of one image."""
+    pixels = pixels_of(model, image).to(next(model.parameters()).dtype, memory_format=layout)
+    outputs = run_network(model, pixels, convs=convs)
     logits = torch.cat(flatten_all(outputs.levels[LOGITS], outputs.num_classes), dim=1)[0]
     deltas = torch.cat(flatten_all(outputs.levels[DELTAS], 4), dim=1)[0]
     return logits.float().sigmoid(), decode(deltas.float(), outputs.anchors)
 
 
 @torch.no_grad()
-def difference(model: RetinaNet, own: RetinaNet, images: Sequence[Tensor]) -> Difference:
+def difference(model: RetinaNet, own: RetinaNet, images: Sequence[Tensor], convs: Convs = run_convs) -> Difference:
     """How far the model of an engine is from the model that it was made of, over images taken one by one.
 
     Args:
         model: as the user gave it, in evaluation mode.
         own: the engine's, folded and in the engine's dtype.
         images: ``(C, H, W)`` each, floating point in [0, 1] or uint8.
+        convs: what runs the trunk and heads of ``own``.
     """
     largest_score, largest_box, moved, coordinates = 0.0, 0.0, 0.0, 0
     for image in images:
         scores, boxes = _scores_and_boxes(model, torch.preserve_format, image)
-        own_scores, own_boxes = _scores_and_boxes(own, torch.channels_last, image)
+        own_scores, own_boxes = _scores_and_boxes(own, torch.channels_last, image, convs)
         counts = scores.amax(dim=1) > model.score_thresh
         away = (own_boxes - boxes)[counts].abs()
         largest_score = max(largest_score, float((own_scores - scores).abs().max()))

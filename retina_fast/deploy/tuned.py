@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,16 @@ def user_cache_file() -> Path:
     else:
         folder = Path.home() / ".cache"
     return folder / "retina_fast" / "choices.json"
+
+
+@contextlib.contextmanager
+def timed_convs() -> Iterator[None]:
+    """Lets cuDNN choose the convs of a new shape by timing them."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def machine(device: torch.device) -> str:

@@ -1,0 +1,153 @@
+"""Trunk and heads as an ONNX graph, which another runtime runs in place of PyTorch: ONNX Runtime or OpenVINO.
+
+The graph takes the engine's batch, (B, 3, H, W) with any B, H and W, and gives the outputs of the heads; images,
+anchors and detections stay the engine's. What runs it is imported only when it is asked for.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retina_fast.deploy.export_onnx import QUANTIZED_OPSET, onnx_session, translate
+from retina_fast.forward import DELTAS, LOGITS, run_convs
+from retina_fast.model import RetinaNet
+
+Run = Callable[[Any], Sequence[Any]]
+_ROUNDS = 5  # after one that is not counted
+
+
+class _Outputs(nn.Module):
+    """What is traced: the levels of the logits, then those of the box offsets."""
+
+    def __init__(self, model: RetinaNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        returned = run_convs(self.model, pixels)[1]
+        return [level for name in (LOGITS, DELTAS) for level in _levels(returned[name])]
+
+
+def _levels(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(output)
+
+
+def trace(model: RetinaNet, multiple: int) -> Any:
+    """The ModelProto of a model's trunk and heads.
+
+    Args:
+        model: in evaluation mode, on the CPU, in float32.
+        multiple: of which H and W are multiples.
+    """
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    pixels = torch.zeros(2, 3, 4 * multiple, 6 * multiple)
+    height, width = (multiple * torch.export.Dim(name, min=1) for name in ("height", "width"))
+    shapes = {"pixels": {0: torch.export.Dim("batch", min=1), 2: height, 3: width}}
+    with torch.no_grad():
+        outputs = _Outputs(model).eval()
+        program = torch.export.export(outputs, (pixels,), dynamic_shapes=shapes)
+        count = len(outputs(torch.zeros(1, 3, multiple, multiple)))
+    return translate(program, shapes, [f"output{i}" for i in range(count)], QUANTIZED_OPSET)
+
+
+class Network:
+    """Trunk and heads in another runtime: called in place of :func:`retina_fast.forward.run_convs`.
+
+    Args:
+        content: an ONNX file of :func:`trace`, quantised or not.
+        runtime: a key of :data:`RUNTIMES`.
+    """
+
+    def __init__(self, content: bytes, runtime: str) -> None:
+        self.content, self.runtime = content, runtime
+        self._run: Run | None = None
+        self._forms: dict[tuple[int, ...], tuple[list[Tensor], dict[str, int | None]]] = {}
+
+    def __call__(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Mapping[str, Any]]:
+        """``pixels`` (B, 3, H, W) float32. Of the features only the shapes are right: anchors need no more."""
+        if self._run is None:
+            self._run = RUNTIMES[self.runtime](self.content)
+        features, counts = self._form(model, pixels)
+        outputs = [torch.from_numpy(output) for output in self._run(pixels.contiguous().numpy())]
+        returned: dict[str, Any] = {}
+        for name, count in counts.items():
+            returned[name] = outputs[0] if count is None else outputs[:count]
+            outputs = outputs[count or 1 :]
+        return [level.expand(len(pixels), -1, -1, -1) for level in features], returned
+
+    def _form(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], dict[str, int | None]]:
+        """The features of one image, empty, and how many levels the heads return of each output."""
+        size = tuple(pixels.shape[1:])
+        if size not in self._forms:
+            features, returned = run_convs(model, pixels[:1])
+            levels = [level.new_zeros(()).expand(level.shape) for level in features]
+            self._forms[size] = (
+                levels,
+                {
+                    name: None if isinstance(returned[name], Tensor) else len(returned[name])
+                    for name in (LOGITS, DELTAS)
+                },
+            )
+        return self._forms[size]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy opens the graph anew: a session can be neither copied nor pickled."""
+        return vars(self) | {"_run": None}
+
+
+def _onnxruntime(content: bytes) -> Run:
+    session = onnx_session(content)
+    return lambda pixels: session.run(None, {"pixels": pixels})
+
+
+def _openvino(content: bytes) -> Run:
+    """OpenVINO with a compiled graph for each shape, which is faster than one for all."""
+    import openvino
+
+    model = openvino.Core().read_model(content, b"")
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled: dict[tuple[int, ...], Any] = {}
+
+    def run(pixels: Any) -> list[Any]:
+        if pixels.shape not in compiled:
+            model.reshape(list(pixels.shape))
+            compiled[pixels.shape] = openvino.Core().compile_model(model, "CPU", options)
+        outputs = compiled[pixels.shape](pixels)
+        return [outputs[i].copy() for i in range(len(outputs))]  # the next call writes over them
+
+    return run
+
+
+RUNTIMES: dict[str, Callable[[bytes], Run]] = {"ONNX Runtime": _onnxruntime, "OpenVINO": _openvino}
+"""How a graph is opened, by the name of the runtime."""
+
+
+def fastest(runs: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, str]]:
+    """The median seconds of each, which take turns; and of those that fail, why.
+
+    Example::
+
+        >>> seconds, failed = fastest({"quick": lambda: 0, "broken": lambda: 1 // 0})
+        >>> list(seconds), failed
+        (['quick'], {'broken': 'ZeroDivisionError: integer division or modulo by zero'})
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    failed: dict[str, str] = {}
+    for _ in range(_ROUNDS + 1):
+        for name in [name for name in runs if name not in failed]:
+            start = time.perf_counter()
+            try:
+                runs[name]()
+            except Exception as error:  # of whatever kind: packages that are missing, graphs that they do not take
+                failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[name][1:]) for name in runs if name not in failed}, failed

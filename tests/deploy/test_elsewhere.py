@@ -1,0 +1,106 @@
+"""Engines whose trunk and heads another runtime runs: the same detections, and an honest report."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torchvision.io import ImageReadMode, decode_image
+
+from retina_fast import compile_inference
+from retina_fast.data.errors import UserError
+from retina_fast.deploy import elsewhere, network
+from retina_fast.deploy.fold import conv_outputs
+from retina_fast.deploy.kept import compare
+from retina_fast.predict.load import TREES, load_model
+from tests.deploy.pictures import floats
+from tests.deploy.pictures import images as pictures
+from tests.deploy.test_export import PHOTO, small
+from tests.instruments.exported import crops
+
+
+@pytest.fixture
+def model():
+    return small(min_size=64, max_size=96, score_thresh=0.0099)
+
+
+@pytest.fixture
+def stand_in(monkeypatch, model):
+    """A runtime that computes by PyTorch what the graph says, and another that fails."""
+
+    class Proto:
+        def SerializeToString(self):
+            return b"graph"
+
+    def runs(content):
+        assert content == b"graph"
+        levels = len(model.backbone(torch.zeros(1, 3, 64, 64)))
+
+        @torch.no_grad()
+        def run(pixels):
+            return [output.numpy() for output in conv_outputs(model, torch.from_numpy(pixels))[levels:]]
+
+        return run
+
+    def fails(content):
+        raise ModuleNotFoundError("No module named 'other'")
+
+    traced = []
+    monkeypatch.setattr(elsewhere, "trace", lambda *arguments: traced.append(arguments) or Proto())
+    monkeypatch.setattr(elsewhere, "fastest", lambda runs: network.fastest({k: runs[k] for k in ("StandIn", "Other")}))
+    for module in (elsewhere, network):
+        monkeypatch.setattr(module, "RUNTIMES", {"StandIn": runs, "Other": fails})
+    return traced
+
+
+def test_another_runtime_behind_the_same_engine(model, stand_in):
+    given = pictures((64, 80), (60, 64))
+    engine = compile_inference(model, given, dtype=torch.float32, try_runtimes=True)
+    assert [multiple for _, multiple in stand_in] == [32]
+    assert "trunk and heads by StandIn: at 64x96 StandIn " in str(engine)
+    assert "Other was left out: ModuleNotFoundError: No module named 'other'" in str(engine)
+    assert engine.report.difference.scores < 1e-5
+    with torch.no_grad():
+        expected = model(floats(given))
+    assert len(expected[0]["boxes"]) > 5
+    for twin in (engine, copy.deepcopy(engine), pickle.loads(pickle.dumps(compile_inference(model, given)))):
+        for ours, theirs in zip(twin(given), expected, strict=True):
+            torch.testing.assert_close(ours["boxes"], theirs["boxes"], rtol=0, atol=1e-3)
+            torch.testing.assert_close(ours["scores"], theirs["scores"], rtol=0, atol=1e-5)
+            assert torch.equal(ours["labels"], theirs["labels"])
+    with pytest.raises(TypeError, match=r"what StandIn runs stays in float32 on the CPU: compile the model anew"):
+        engine.to(torch.float64)
+
+
+def test_what_cannot_be_compiled(model, stand_in, monkeypatch):
+    given = pictures((64, 80))
+    with pytest.raises(UserError, match="images must be at least one: the runtimes are timed"):
+        compile_inference(model, dtype=torch.int8)
+    with pytest.raises(UserError, match=r"other runtimes compute in float32 or int8, got torch.bfloat16"):
+        compile_inference(model, given, dtype=torch.bfloat16, try_runtimes=True)
+    with pytest.raises(ValueError, match=r"dtype must be floating point, or int8, got torch.int16"):
+        compile_inference(model, given, dtype=torch.int16)
+    monkeypatch.setattr(elsewhere, "fastest", lambda runs: ({}, {"Other": "it is not there"}))
+    with pytest.raises(UserError, match="no runtime runs the graph: Other: it is not there"):
+        compile_inference(model, given, dtype=torch.float32, try_runtimes=True)
+
+
+@pytest.mark.slow
+def test_the_embedded_detector_in_eight_bits():
+    pytest.importorskip("onnxruntime")
+    model = load_model(TREES)[0].cpu()
+    images = list(crops([decode_image(str(PHOTO), ImageReadMode.RGB)], 8, 96, 128))
+    engine = compile_inference(model, images, dtype=torch.int8)
+    report = engine.report
+    assert report.elsewhere.layers > 20
+    assert f"{report.elsewhere.layers} layers in eight bits, calibrated with 9 images" in str(engine)
+    assert str(report.elsewhere.kept) in str(engine)
+    assert 1e-4 < report.difference.scores < 0.3
+    other_size = decode_image(str(PHOTO), ImageReadMode.RGB)[:, :200, :150]
+    batch = [images[0], other_size, images[3]]
+    with torch.no_grad():
+        kept = compare(zip(model(floats(batch)), engine(batch), strict=True))
+    assert kept.found > 20
+    assert kept.kept >= 0.95 * kept.found
+    with pytest.warns(UserWarning, match="the model finds nothing in the images for calibration"):
+        compile_inference(model, pictures(*[(64, 64)] * 8), dtype=torch.int8)
