@@ -28,10 +28,12 @@ from retina_fast.deploy.engine import compile_inference
 from retina_fast.deploy.export import export
 from retina_fast.deploy.exported import load_exported
 from retina_fast.detections import Detections
+from retina_fast.losses import AtssMatcher
 from retina_fast.model import RetinaNet
 from retina_fast.training_step import TrainingStep
 
 __all__ = [
+    "AtssMatcher",
     "Detections",
     "RetinaNet",
     "RetinaNet_ResNet50_FPN_V2_Weights",
