@@ -154,7 +154,7 @@ anchor = st.tuples(corner, corner, st.integers(1, 24), st.integers(1, 24)).map(
 
 
 @PATHS
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     anchors=st.lists(anchor, min_size=1, max_size=30),
     images=st.lists(st.lists(box, max_size=8), min_size=1, max_size=3),

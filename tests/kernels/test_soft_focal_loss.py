@@ -190,7 +190,7 @@ def test_no_gradient_flows_into_the_quality(loss_fn, place, small_tiles):
     assert logits[0].grad is not None
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", ["quality_focal", pytest.param("varifocal", marks=pytest.mark.slow)])
 def test_second_derivatives(loss_type, loss_fn, place, small_tiles):
     inputs = case(7, place)
     both: Any = loss_fn, soft_focal_loss_reference
@@ -220,7 +220,11 @@ def test_bad_arguments(change, message):
 
 @pytest.mark.parametrize(
     ("loss_type", "outputs"),
-    [("quality_focal", (True, True)), ("varifocal", (True, False)), ("varifocal", (False, True))],
+    [
+        ("quality_focal", (True, True)),
+        pytest.param("varifocal", (True, False), marks=pytest.mark.slow),
+        pytest.param("varifocal", (False, True), marks=pytest.mark.slow),
+    ],
 )
 def test_opcheck(device, loss_type, outputs):
     logits, *tensors = case(3, device, shapes=((2, 3), (1, 1)))
@@ -232,6 +236,7 @@ def test_opcheck(device, loss_type, outputs):
     torch.library.opcheck(module._soft_focal_loss_op, arguments)
 
 
+@pytest.mark.slow
 def test_fullgraph_compile(device, monkeypatch):
     inputs = case(3, device, shapes=((2, 3), (1, 1)))
     monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
@@ -251,7 +256,10 @@ def test_one_launch():
 # As compiled code
 
 
-@pytest.mark.parametrize("name", names("soft_focal_loss"))
+@pytest.mark.parametrize(
+    "name",
+    [name if "bf16" in name else pytest.param(name, marks=pytest.mark.slow) for name in names("soft_focal_loss")],
+)
 def test_compiled(name):
     check(name)
 

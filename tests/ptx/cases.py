@@ -30,14 +30,14 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "focal_loss fp32 K=1 gamma=1.5": partial(losses.focal_loss, dtype=F32, num_classes=1, gamma=1.5, shapes=_WIDE),
     "focal_loss bf16 K=7 unaligned": partial(losses.focal_loss, dtype=BF16, num_classes=7, shift=3),
     "focal_loss fp32 K=7 NaN": partial(losses.focal_loss, dtype=F32, num_classes=7, nan=True),
-    "soft_focal_loss bf16 K=91 quality_focal": partial(
-        losses.soft_focal_loss, dtype=BF16, num_classes=91, loss_type="quality_focal", shapes=_SMALL
+    "soft_focal_loss bf16 K=7 quality_focal": partial(
+        losses.soft_focal_loss, dtype=BF16, num_classes=7, loss_type="quality_focal", shapes=_SMALL
     ),
     "soft_focal_loss fp32 K=1 quality_focal gamma=1.5": partial(
         losses.soft_focal_loss, dtype=F32, num_classes=1, loss_type="quality_focal", gamma=1.5, shapes=_WIDE
     ),
-    "soft_focal_loss fp32 K=7 varifocal unaligned": partial(
-        losses.soft_focal_loss, dtype=F32, num_classes=7, loss_type="varifocal", shift=3
+    "soft_focal_loss fp32 K=91 varifocal unaligned": partial(
+        losses.soft_focal_loss, dtype=F32, num_classes=91, loss_type="varifocal", shapes=_SMALL, shift=3
     ),
     "box_quality fp32": partial(losses.box_quality, dtype=F32),
     "box_quality bf16 unaligned": partial(losses.box_quality, dtype=BF16, own=True, shift=1),
