@@ -42,14 +42,20 @@ class Matches(NamedTuple):
     """(B,) int32: the number of anchors of each image that matched a ground truth."""
 
 
-def pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """IoU (G, n) of boxes (G, 4) and anchors (n, 4), xyxy; rounds exactly as torchvision's ``box_iou`` does."""
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # (G,)
-    anchor_area = (anchors[:, 2] - anchors[:, 0]) * (anchors[:, 3] - anchors[:, 1])  # (n,)
-    width = torch.minimum(boxes[:, None, 2], anchors[:, 2]).sub_(torch.maximum(boxes[:, None, 0], anchors[:, 0]))
-    height = torch.minimum(boxes[:, None, 3], anchors[:, 3]).sub_(torch.maximum(boxes[:, None, 1], anchors[:, 1]))
+def box_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """IoU (...) of boxes (..., 4) and anchors (..., 4), xyxy, which are broadcast; rounds exactly as torchvision's
+    ``box_iou`` does."""
+    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    anchor_area = (anchors[..., 2] - anchors[..., 0]) * (anchors[..., 3] - anchors[..., 1])
+    width = torch.minimum(boxes[..., 2], anchors[..., 2]).sub_(torch.maximum(boxes[..., 0], anchors[..., 0]))
+    height = torch.minimum(boxes[..., 3], anchors[..., 3]).sub_(torch.maximum(boxes[..., 1], anchors[..., 1]))
     intersection = width.clamp_(min=0).mul_(height.clamp_(min=0))
-    return intersection.div_((area[:, None] + anchor_area).sub_(intersection))
+    return intersection.div_((area + anchor_area).sub_(intersection))
+
+
+def pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """IoU (G, n) of boxes (G, 4) and anchors (n, 4), xyxy."""
+    return box_iou(boxes[:, None], anchors)
 
 
 def _match_image(anchors: Tensor, boxes: Tensor, fg: float, bg: float, low_quality: bool) -> Tensor:
@@ -107,8 +113,8 @@ _CHUNK = 32  # ground truths looked at together: one a lane
 
 
 @triton.jit
-def _iou(x1, y1, x2, y2, area, box_x1, box_y1, box_x2, box_y2):
-    """The IoU of a tile of anchors and one ground truth, rounded as pairwise_iou rounds, or -1 where they do not
+def tile_iou(x1, y1, x2, y2, area, box_x1, box_y1, box_x2, box_y2):
+    """The IoU of a tile of anchors and one ground truth, rounded as box_iou rounds, or -1 where they do not
     intersect. Most pairs do not, and to divide 0 would take the slow path of div.rn, some 30 instructions."""
     width = tl.maximum(tl.minimum(box_x2, x2) - tl.maximum(box_x1, x1), 0.0)
     height = tl.maximum(tl.minimum(box_y2, y2) - tl.maximum(box_y1, y1), 0.0)
@@ -154,7 +160,7 @@ def _anchor_matching_kernel(
         box = tl.min(near, axis=0)
         while box < stop:
             ptr = boxes_ptr + box * 4
-            iou = _iou(x1, y1, x2, y2, area, tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3))
+            iou = tile_iou(x1, y1, x2, y2, area, tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3))
             if FIND_PEAKS:
                 peak = tl.max(iou, axis=0)
                 tl.atomic_max(peaks_ptr + box, peak.to(tl.int32, bitcast=True), mask=peak > 0, sem="relaxed")
@@ -235,6 +241,24 @@ def _(anchors, boxes, labels, offsets, *thresholds):
     return indices, torch.empty_like(indices), indices.new_empty(len(indices))
 
 
+def checked_geometry(anchors: Tensor, boxes: Tensor, labels: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Anchors and ground truths in float32, after a check that the arguments of a matching fit each other.
+
+    Raises:
+        ValueError: for shapes that do not, labels or offsets that are not integers, or tensors on different devices.
+    """
+    if offsets.dim() != 1 or not len(offsets):
+        raise ValueError(f"offsets must be (B + 1,), got {tuple(offsets.shape)}")
+    batch = len(offsets) - 1
+    if anchors.dim() not in (2, 3) or anchors.shape[-1] != 4 or (anchors.dim() == 3 and len(anchors) != batch):
+        raise ValueError(f"anchors must be (N, 4) or ({batch}, N, 4), got {tuple(anchors.shape)}")
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+        raise ValueError(f"boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)} must be (G, 4) and (G,)")
+    check_integers(labels=labels, offsets=offsets)
+    check_devices(anchors.device, boxes=boxes, labels=labels, offsets=offsets)
+    return anchors.float(), boxes.float()
+
+
 def anchor_matching(
     anchors: Tensor,
     boxes: Tensor,
@@ -265,15 +289,6 @@ def anchor_matching(
         >>> anchor_matching(anchors, anchors[:1], torch.tensor([7]), torch.tensor([0, 1])).labels
         tensor([[ 7, -1, -1]], dtype=torch.int32)
     """
-    if offsets.dim() != 1 or not len(offsets):
-        raise ValueError(f"offsets must be (B + 1,), got {tuple(offsets.shape)}")
-    batch = len(offsets) - 1
-    if anchors.dim() not in (2, 3) or anchors.shape[-1] != 4 or (anchors.dim() == 3 and len(anchors) != batch):
-        raise ValueError(f"anchors must be (N, 4) or ({batch}, N, 4), got {tuple(anchors.shape)}")
-    if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
-        raise ValueError(f"boxes {tuple(boxes.shape)} and labels {tuple(labels.shape)} must be (G, 4) and (G,)")
-    check_integers(labels=labels, offsets=offsets)
-    check_devices(anchors.device, boxes=boxes, labels=labels, offsets=offsets)
-    anchors, boxes = anchors.float(), boxes.float()
+    anchors, boxes = checked_geometry(anchors, boxes, labels, offsets)
     op = _op if runs_triton(anchors) else _reference_op
     return Matches(*op(anchors, boxes, labels, offsets, fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches))

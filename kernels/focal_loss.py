@@ -30,8 +30,8 @@ from retina_fast.kernels.arguments import (
     loss_normalizers,
 )
 from retina_fast.kernels.dispatch import PTX, is_transformed, runs_triton, tl, triton
-from retina_fast.kernels.fast_math import LOG2E, exp2, reciprocal, sigmoid
-from retina_fast.kernels.focal_loss_cpu import focal_loss_cpu, weights
+from retina_fast.kernels.fast_math import LOG2E, exp2, log2, reciprocal, sigmoid
+from retina_fast.kernels.focal_loss_cpu import HardTerms, focal_loss_cpu, weights
 from retina_fast.kernels.labels import IGNORED, TL_BACKGROUND, TL_IGNORED
 from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, pick, pick_size
 from retina_fast.kernels.one_pass import OnePass, grads_by_reference
@@ -80,6 +80,26 @@ def loss_and_slope(x, GAMMA: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def soft_loss_and_slope(x, y, GAMMA: tl.constexpr, KIND: tl.constexpr, PTX: tl.constexpr):
+    """The loss of soft_focal_loss.py of an anchor's class with the target y > 0, and its slope; NaN gives NaN."""
+    p, log1p = sigmoid(x, PTX)
+    loss = log1p + (1 - y) * tl.maximum(x, 0.0) + y * tl.maximum(-x, 0.0)  # cross entropy, of terms with one sign
+    d = p - y
+    if KIND == "varifocal":
+        return y * loss, y * d
+    else:
+        distance = tl.abs(d)
+        if GAMMA == 2:
+            power = distance
+        elif GAMMA == 1:
+            power = tl.where(distance > 0, 1.0, distance)
+        else:
+            power = exp2((GAMMA - 1) * log2(distance, PTX), PTX)
+        slope = GAMMA * (tl.where(d < 0, -power, power) * (p * (1 - p))) * loss
+        return power * distance * loss, slope + power * distance * d
+
+
+@triton.jit
 def _background_tile(
     x_ptr, grad_ptr, weight, factor, GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
@@ -96,9 +116,9 @@ def _background_tile(
 
 @triton.jit
 def _mixed_tile(
-    x_ptr, grad_ptr, labels_ptr, begin, end, background_weight, class_weight, factor, K: tl.constexpr,
-    GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, WITH_GRADS: tl.constexpr,
-    PTX: tl.constexpr,
+    x_ptr, grad_ptr, labels_ptr, quality_ptr, begin, end, background_weight, class_weight, factor, K: tl.constexpr,
+    GAMMA: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr,
+    WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     losses = tl.zeros([CHUNK], tl.float32)
     for chunk in range(0, TILE, CHUNK):
@@ -114,20 +134,31 @@ def _mixed_tile(
             label = tl.load(labels_ptr + anchor)
             x = tl.load(x_ptr + i).to(tl.float32)
         is_class = label == element - anchor * K
-        loss, slope = loss_and_slope(tl.where(is_class, -x, x), GAMMA, PTX)
-        weight = tl.where(is_class, class_weight, background_weight)
+        if KIND == "focal":
+            loss, slope = loss_and_slope(tl.where(is_class, -x, x), GAMMA, PTX)
+            weight = tl.where(is_class, class_weight, background_weight)
+            signed_weight = tl.where(is_class, -weight, weight)
+        else:
+            y = tl.load(quality_ptr + anchor, mask=is_class, other=0.0)
+            if KIND == "varifocal":  # a quality of 0 makes the class one of the others; NaN must show
+                is_class = is_class & ~(y <= 0)
+            loss, slope = loss_and_slope(x, GAMMA, PTX)
+            soft_loss, soft_slope = soft_loss_and_slope(x, y, GAMMA, KIND, PTX)
+            loss, slope = tl.where(is_class, soft_loss, loss), tl.where(is_class, soft_slope, slope)
+            weight = tl.where(is_class, class_weight, background_weight)
+            signed_weight = weight
         losses += tl.where(label == TL_IGNORED, 0.0, loss * weight)
         if WITH_GRADS:
-            grad = tl.where(label == TL_IGNORED, 0.0, slope * (tl.where(is_class, -weight, weight) * factor))
+            grad = tl.where(label == TL_IGNORED, 0.0, slope * (signed_weight * factor))
             tl.store(grad_ptr + i, grad.to(grad_ptr.dtype.element_ty), mask=mask)
     return losses
 
 
 @triton.jit(do_not_specialize=["num_anchors"])
 def _focal_loss_kernel(
-    levels, grads, labels_ptr, normalizers_ptr, partials_ptr, factor_ptr, starts, first_tiles, num_anchors,
-    background_weight, class_weight, K: tl.constexpr, GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    TILE_ANCHORS: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
+    levels, grads, labels_ptr, quality_ptr, normalizers_ptr, partials_ptr, factor_ptr, starts, first_tiles, num_anchors,
+    background_weight, class_weight, K: tl.constexpr, GAMMA: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr,
+    CHUNK: tl.constexpr, TILE_ANCHORS: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b) handles tile t, counted through the levels, of image b. It writes the tile's share of the loss to
     partials (B, T), and its gradients, times factor if there is one. Either output may be left out."""
@@ -142,6 +173,8 @@ def _focal_loss_kernel(
     begin = tile_of_level * TILE - shift
     offset = tl.multiple_of(image * end - shift, 16) + tile_of_level * TILE
     labels_ptr += image * num_anchors + start
+    if quality_ptr is not None:
+        quality_ptr += image * num_anchors + start
 
     first_anchor = tl.maximum(begin, 0) // K
     anchor = first_anchor + tl.arange(0, TILE_ANCHORS)
@@ -161,16 +194,53 @@ def _focal_loss_kernel(
         )
     elif is_whole:
         losses = _mixed_tile(
-            x_ptr + offset, grad_ptr + offset, labels_ptr, begin, end, background_weight, class_weight, factor,
-            K, GAMMA, TILE, CHUNK, False, WITH_GRADS, PTX,
+            x_ptr + offset, grad_ptr + offset, labels_ptr, quality_ptr, begin, end, background_weight, class_weight,
+            factor, K, GAMMA, KIND, TILE, CHUNK, False, WITH_GRADS, PTX,
         )  # fmt: skip
     else:
         losses = _mixed_tile(
-            x_ptr + offset, grad_ptr + offset, labels_ptr, begin, end, background_weight, class_weight, factor,
-            K, GAMMA, TILE, CHUNK, True, WITH_GRADS, PTX,
+            x_ptr + offset, grad_ptr + offset, labels_ptr, quality_ptr, begin, end, background_weight, class_weight,
+            factor, K, GAMMA, KIND, TILE, CHUNK, True, WITH_GRADS, PTX,
         )  # fmt: skip
     if partials_ptr is not None:
         tl.store(partials_ptr + image * tl.num_programs(0) + tile, tl.sum(losses, axis=0))
+
+
+def launch_focal_loss(
+    levels: list[Tensor],
+    labels: Tensor,
+    quality: Tensor | None,
+    normalizers: Tensor,
+    factor: Tensor | None,
+    num_classes: int,
+    weights_of: tuple[float, float],
+    gamma: float,
+    kind: str,
+    with_loss: bool,
+    with_grads: bool,
+) -> list[Tensor]:
+    """A list of the loss (), if wanted, and the gradients of all contiguous levels (B, N_l, K), if wanted. The
+    gradients are multiplied by factor (), if there is one.
+
+    All levels take one launch: at batch 1 the whole work is 10 us, the time of two launches. ``weights_of`` are those
+    of background and class; ``kind`` is "focal", or one of soft_focal_loss.py, which reads quality (B, N).
+    """
+    starts, first_tiles = [0], [0]
+    for level in levels:
+        starts.append(starts[-1] + level.shape[1])
+        first_tiles.append(first_tiles[-1] + triton.cdiv(level.shape[1] * num_classes + 15, _TILE))
+    partials = labels.new_empty(len(labels), first_tiles[-1], dtype=torch.float32) if with_loss else None
+    grads = [torch.empty_like(level) for level in levels] if with_grads else []
+    background_weight, class_weight = weights_of
+    with torch.cuda.device_of(labels):
+        _focal_loss_kernel[(first_tiles[-1], len(labels))](
+            tuple(levels), tuple(grads or levels), labels, quality, normalizers, partials, factor, encode_sizes(starts),
+            encode_sizes(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes,
+            GAMMA=float(gamma), KIND=kind, TILE=_TILE, CHUNK=_CHUNK,
+            TILE_ANCHORS=triton.next_power_of_2((_TILE - 2) // num_classes + 2), WITH_GRADS=with_grads, PTX=PTX,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return ([] if partials is None else [partials.sum()]) + grads
 
 
 @torch.library.custom_op("retina_fast::focal_loss", mutates_args=())
@@ -185,27 +255,8 @@ def _focal_loss_op(
     with_loss: bool,
     with_grads: bool,
 ) -> list[Tensor]:
-    """A list of the loss (), if wanted, and the gradients of all contiguous levels (B, N_l, K), if wanted. The
-    gradients are multiplied by factor (), if there is one.
-
-    All levels take one launch: at batch 1 the whole work is 10 us, the time of two launches.
-    """
-    starts, first_tiles = [0], [0]
-    for level in levels:
-        starts.append(starts[-1] + level.shape[1])
-        first_tiles.append(first_tiles[-1] + triton.cdiv(level.shape[1] * num_classes + 15, _TILE))
-    partials = labels.new_empty(len(labels), first_tiles[-1], dtype=torch.float32) if with_loss else None
-    grads = [torch.empty_like(level) for level in levels] if with_grads else []
-    background_weight, class_weight = weights(alpha)
-    with torch.cuda.device_of(labels):
-        _focal_loss_kernel[(first_tiles[-1], len(labels))](
-            tuple(levels), tuple(grads or levels), labels, normalizers, partials, factor, encode_sizes(starts),
-            encode_sizes(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes,
-            GAMMA=float(gamma), TILE=_TILE, CHUNK=_CHUNK,
-            TILE_ANCHORS=triton.next_power_of_2((_TILE - 2) // num_classes + 2), WITH_GRADS=with_grads, PTX=PTX,
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-    return ([] if partials is None else [partials.sum()]) + grads
+    of, outputs = weights(alpha), (with_loss, with_grads)
+    return launch_focal_loss(levels, labels, None, normalizers, factor, num_classes, of, gamma, "focal", *outputs)
 
 
 @_focal_loss_op.register_fake
@@ -294,5 +345,6 @@ def focal_loss(
         return _focal_loss_triton(levels, labels, normalizers, num_classes, alpha, gamma)
     if first.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed(*logits):
         reference = functools.partial(_reference_of_levels, labels, normalizers, (num_classes, alpha, gamma))
-        return focal_loss_cpu(logits, labels, normalizers, num_classes, alpha, gamma, reference)
+        terms = HardTerms(*weights(alpha), gamma)
+        return focal_loss_cpu("focal_loss", logits, labels, normalizers, num_classes, terms, reference)
     return focal_loss_reference(logits, labels, normalizers, num_classes, alpha, gamma)

@@ -32,12 +32,14 @@ from retina_fast.deploy.export import export
 from retina_fast.deploy.exported import load_exported
 from retina_fast.deploy.hub import push_to_hub, save_pretrained
 from retina_fast.detections import Detections
+from retina_fast.losses import AtssMatcher
 from retina_fast.model import RetinaNet
 from retina_fast.predict.load import from_pretrained, load
 from retina_fast.predict.results import Results
 from retina_fast.training_step import TrainingStep
 
 __all__ = [
+    "AtssMatcher",
     "Detections",
     "Results",
     "RetinaNet",

@@ -60,6 +60,8 @@ class HeadOutputs(NamedTuple):
     """K."""
     returned: Mapping[str, Any]
     """What a user's own head returned, for the user's own loss or postprocessing; empty for torchvision's heads."""
+    cells: Sequence[int] = ()
+    """How many cells the grid of each level has; empty where nobody knows, as for outputs that a user has joined."""
 
     def joined(self) -> Mapping[str, Any]:
         """torchvision's form, ``(B, N, K)`` and ``(B, N, 4)``; for a user's own head it is what that head returned."""
@@ -168,7 +170,7 @@ def head_outputs(
         name: _as_levels(returned[name], anchors.shape[-2], cells) for name in (LOGITS, DELTAS) if name in returned
     }
     own = not isinstance(head, tv.RetinaNetHead) or overrides(head, tv.RetinaNetHead, "forward")
-    return HeadOutputs(levels, anchors, _num_classes(head, levels), returned if own else {})
+    return HeadOutputs(levels, anchors, _num_classes(head, levels), returned if own else {}, tuple(cells or ()))
 
 
 def _as_levels(output: Any, num_anchors: int, cells: Sequence[int] | None) -> list[Tensor]:

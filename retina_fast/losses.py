@@ -1,46 +1,174 @@
-"""The loss path: anchors are matched to ground truths, then focal loss and box loss read the heads' levels in place."""
+"""The loss path: anchors are matched to ground truths, then both losses read the heads' levels in place.
+
+Which anchors are matched is the matcher's to say: torchvision's ``Matcher``, by two thresholds, or one of this package.
+The classification loss is torchvision's focal loss, or one whose targets are the IoUs of the predicted boxes.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from torch import Tensor
+from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection._utils import Matcher
 
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
-from retina_fast.kernels.anchor_matching import anchor_matching
-from retina_fast.kernels.box_loss import box_loss
+from retina_fast.kernels.anchor_matching import Matches, anchor_matching
+from retina_fast.kernels.atss_matching import atss_matching
+from retina_fast.kernels.box_loss import LOSS_TYPES, box_loss
+from retina_fast.kernels.box_quality import box_quality
 from retina_fast.kernels.focal_loss import focal_loss
+from retina_fast.kernels.levels import count_anchors
+from retina_fast.kernels.soft_focal_loss import WEIGHTS, soft_focal_loss
+from retina_fast.stock import has_stock_loss_functions, is_stock, is_stock_coder, overrides
 from retina_fast.targets import GroundTruths
 
 
+@dataclass
+class AtssMatcher:
+    """Matches anchors by adaptive training sample selection, ATSS (Zhang et al. 2020,
+    https://arxiv.org/abs/1912.02424): an anchor near an object is foreground if its IoU is at least the mean plus the
+    standard deviation of the IoUs of all anchors that are near. See :mod:`retina_fast.kernels.atss_matching`.
+
+    Args:
+        top_k: how many cells of each level, the nearest to the object, have their anchors considered. This is the
+            paper's k, which counts anchors, where a cell has one.
+
+    Raises:
+        ValueError: for a ``top_k`` below 1.
+
+    Example::
+
+        >>> from retina_fast import retinanet_resnet18_fpn
+        >>> model = retinanet_resnet18_fpn(num_classes=3, weights_backbone=None, matcher=AtssMatcher(top_k=12))
+        >>> model.proposal_matcher
+        AtssMatcher(top_k=12)
+    """
+
+    top_k: int = 9
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+
+    def __call__(self, match_quality_matrix: Tensor) -> NoReturn:
+        """Refuses to match by a matrix of IoUs alone, as torchvision's own loss path asks of its matcher."""
+        raise NotImplementedError(
+            "ATSS needs the anchors' centres, which torchvision's loss path does not give to its matcher: the model "
+            "is torchvision's, or a part of it that computes losses is the user's own"
+        )
+
+
+MATCHERS = {"atss": AtssMatcher}
+"""The matchers of this package by the names that a model's argument ``matcher`` takes."""
+
+
+CLASSIFICATION_LOSSES = ("focal", *WEIGHTS)
+"""What a model's argument ``classification_loss`` may be."""
+
+
+def matcher_of(chosen: Any) -> Any:
+    """The matcher that a name of :data:`MATCHERS` stands for; any matcher is returned as it is.
+
+    Raises:
+        ValueError: for an unknown name.
+
+    Example::
+
+        >>> matcher_of("atss")
+        AtssMatcher(top_k=9)
+    """
+    if not isinstance(chosen, str):
+        return chosen
+    if chosen not in MATCHERS:
+        raise ValueError(f"matcher must be one of {', '.join(MATCHERS)}, or a matcher itself, got {chosen!r}")
+    return MATCHERS[chosen]()
+
+
+def has_stock_losses(head: Any, matcher: Any) -> bool:
+    """Whether the heads' losses, their box coder, the matcher and what they call are torchvision's own, or the matcher
+    is one of this package."""
+    if (
+        not has_stock_loss_functions()
+        or not isinstance(head, tv.RetinaNetHead)
+        or overrides(head, tv.RetinaNetHead, "compute_loss")
+    ):
+        return False
+    classification, regression = head.classification_head, head.regression_head
+    return (
+        isinstance(classification, tv.RetinaNetClassificationHead)
+        and not overrides(classification, tv.RetinaNetClassificationHead, "compute_loss")
+        and isinstance(regression, tv.RetinaNetRegressionHead)
+        and not overrides(regression, tv.RetinaNetRegressionHead, "compute_loss")
+        and is_stock_coder(regression.box_coder)
+        and (
+            is_stock(matcher, Matcher, "__call__", "set_low_quality_matches_")
+            or any(is_stock(matcher, cls, "__call__") for cls in MATCHERS.values())
+        )
+    )
+
+
+def _match(outputs: HeadOutputs, anchors: Tensor, truths: GroundTruths, matcher: Any) -> Matches:
+    """The matches of float32 anchors with the ground truths."""
+    arguments = anchors, truths.boxes, truths.labels, truths.offsets
+    if not isinstance(matcher, AtssMatcher):
+        thresholds = matcher.high_threshold, matcher.low_threshold, matcher.allow_low_quality_matches
+        return anchor_matching(*arguments, *thresholds)
+    levels, k = outputs.levels[LOGITS], outputs.num_classes
+    sizes = [count_anchors(level, k) for level in levels]
+    cells = list(outputs.cells) or [level.shape[-2:].numel() for level in levels if level.dim() == 4]
+    if len(cells) != len(sizes):
+        raise ValueError(
+            f"ATSS needs the heads' outputs level by level, (B, A*C, H, W), got {[tuple(x.shape) for x in levels]}"
+        )
+    per_cell = max((size // max(count, 1) for size, count in zip(sizes, cells, strict=True)), default=1)
+    return atss_matching(*arguments, sizes, matcher.top_k * per_cell)
+
+
+def check_losses(classification_loss: str | None, box_loss: str | None) -> None:
+    """Raises ValueError for a name that is no loss. None passes."""
+    for name, chosen, known in (
+        ("classification_loss", classification_loss, CLASSIFICATION_LOSSES),
+        ("box_loss", box_loss, LOSS_TYPES),
+    ):
+        if chosen is not None and chosen not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {chosen!r}")
+
+
 def detection_losses(
-    outputs: HeadOutputs, truths: GroundTruths, matcher: Matcher, loss_type: str, gamma: float = 2.0
+    outputs: HeadOutputs,
+    truths: GroundTruths,
+    matcher: Any,
+    loss_type: str,
+    gamma: float = 2.0,
+    classification_loss: str = "focal",
 ) -> dict[str, Tensor]:
-    """torchvision's two losses of a batch: per image, sum / max(1, foreground anchors); then the mean over images.
+    """The two losses of a batch, averaged as torchvision's: per image, sum / max(1, foreground anchors); then the mean.
 
     Args:
         outputs: of the heads, for B images.
         truths: the ground truths of the B images, in the pixels of the anchors.
-        matcher: its two thresholds and its low-quality rule are used.
+        matcher: torchvision's, whose two thresholds and low-quality rule are used, or one of :data:`MATCHERS`.
         loss_type: of the box loss, one of l1, smooth_l1, giou, diou, ciou.
-        gamma: focusing exponent of the focal loss.
+        gamma: focusing exponent of the classification loss.
+        classification_loss: one of :data:`CLASSIFICATION_LOSSES`.
 
     Returns:
         ``classification`` and ``bbox_regression``, scalars.
+
+    Raises:
+        ValueError: if the matcher has to know the levels, and the outputs were joined.
     """
     anchors = outputs.anchors.float()
-    matches = anchor_matching(
-        anchors,
-        truths.boxes,
-        truths.labels,
-        truths.offsets,
-        matcher.high_threshold,
-        matcher.low_threshold,
-        matcher.allow_low_quality_matches,
-    )
+    matches = _match(outputs, anchors, truths, matcher)
     normalizers = matches.num_foreground.clamp(min=1) * float(len(truths.counts))  # (B,) float32
+    logits, deltas, labels, k = outputs.levels[LOGITS], outputs.levels[DELTAS], matches.labels, outputs.num_classes
+    geometry = anchors, matches.indices, truths.boxes, truths.offsets
+    if classification_loss == "focal":
+        classification = focal_loss(logits, labels, normalizers, k, gamma=gamma)
+    else:
+        quality = box_quality(deltas, *geometry)
+        classification = soft_focal_loss(logits, labels, quality, normalizers, k, classification_loss, gamma)
     return {
-        "classification": focal_loss(
-            outputs.levels[LOGITS], matches.labels, normalizers, outputs.num_classes, gamma=gamma
-        ),
-        "bbox_regression": box_loss(
-            outputs.levels[DELTAS], anchors, matches.indices, truths.boxes, truths.offsets, normalizers, loss_type
-        ),
+        "classification": classification,
+        "bbox_regression": box_loss(deltas, *geometry, normalizers, loss_type),
     }

@@ -23,15 +23,9 @@ from retina_fast.device import lay_out, to_device
 from retina_fast.forward import Batch, HeadOutputs, Images, Sizes, Targets
 from retina_fast.heads import fresh_logits
 from retina_fast.kernels.levels import count_anchors
-from retina_fast.losses import detection_losses
+from retina_fast.losses import check_losses, detection_losses, has_stock_losses, matcher_of
 from retina_fast.predict.method import Predicts
-from retina_fast.stock import (
-    has_stock_detection_functions,
-    has_stock_loss_functions,
-    is_stock,
-    is_stock_coder,
-    overrides,
-)
+from retina_fast.stock import has_stock_detection_functions, is_stock_coder, overrides
 from retina_fast.targets import GroundTruths, TargetCheck, gather_targets, target_check, unlabelled, with_truths
 from retina_fast.transform import RetinaNetTransform, check_images, is_stock_transform, resize_batch, size_rows
 
@@ -56,7 +50,10 @@ class RetinaNet(Predicts, tv.RetinaNet):
         detections_per_img: the most detections of an image.
         fg_iou_thresh, bg_iou_thresh: IoU from which an anchor is foreground, and below which it is background.
         topk_candidates: the most candidates of an image and level.
-        **kwargs: ``size_divisible`` (that of the backbone if it has one, else 32), ``fixed_size``, ``_skip_resize`` (in
+        **kwargs: ``matcher``, in place of ``proposal_matcher``: "atss", or an object such as :class:`AtssMatcher`;
+            ``classification_loss``: "focal" as torchvision's, "quality_focal" or "varifocal"; ``box_loss``: "l1",
+            "smooth_l1", "giou", "diou" or "ciou", that of the head by default;
+            ``size_divisible`` (that of the backbone if it has one, else 32), ``fixed_size``, ``_skip_resize`` (in
             training) of torchvision's transform, and ``image_scale``, 1 by default; others are warned of.
 
     Input, output and errors are torchvision's: in training, ``model(images, targets)`` returns
@@ -76,6 +73,7 @@ class RetinaNet(Predicts, tv.RetinaNet):
 
     check_targets = True
     focal_gamma = 2.0
+    classification_loss = "focal"
 
     def __init__(
         self,
@@ -96,6 +94,13 @@ class RetinaNet(Predicts, tv.RetinaNet):
         topk_candidates: int = 1000,
         **kwargs: Any,
     ) -> None:
+        chosen = matcher_of(kwargs.pop("matcher", None))
+        if chosen is not None and proposal_matcher is not None:
+            raise ValueError("matcher and proposal_matcher are the same: give one of them")
+        proposal_matcher = proposal_matcher if chosen is None else chosen
+        box_loss = kwargs.pop("box_loss", None)
+        classification_loss = kwargs.pop("classification_loss", None)
+        check_losses(classification_loss, box_loss)
         kwargs.setdefault("size_divisible", getattr(backbone, "size_divisible", 32))
         super().__init__(
             backbone,
@@ -131,6 +136,10 @@ class RetinaNet(Predicts, tv.RetinaNet):
             _skip_resize=plain._skip_resize,
             image_scale=kwargs.get("image_scale", 1.0),
         )
+        if classification_loss is not None:
+            self.classification_loss = classification_loss
+        if box_loss is not None:
+            self.head.regression_head._loss_type = box_loss
         lay_out(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RetinaNet":
@@ -277,7 +286,7 @@ class RetinaNet(Predicts, tv.RetinaNet):
 
     def uses_fast_losses(self) -> bool:
         """Whether this package's losses run: neither ``compute_loss`` nor a part that it uses is a user's own."""
-        return not overrides(self, RetinaNet, "compute_loss") and self._has_stock_losses()
+        return not overrides(self, RetinaNet, "compute_loss") and has_stock_losses(self.head, self.proposal_matcher)
 
     def uses_fast_detections(self) -> bool:
         """Whether this package's postprocessing runs: neither it nor the box coder is a user's own."""
@@ -296,31 +305,17 @@ class RetinaNet(Predicts, tv.RetinaNet):
         return check
 
     def _losses_of(self, targets: Targets, truths: GroundTruths, outputs: HeadOutputs) -> dict[str, Tensor]:
-        if self._has_stock_losses():
+        if has_stock_losses(self.head, self.proposal_matcher):
             loss_type = self.head.regression_head._loss_type
-            return detection_losses(outputs, truths, self.proposal_matcher, loss_type, self.focal_gamma)
+            matcher, gamma, chosen = self.proposal_matcher, self.focal_gamma, self.classification_loss
+            return detection_losses(outputs, truths, matcher, loss_type, gamma, chosen)
+        if self.classification_loss != "focal":
+            raise NotImplementedError(
+                f"classification_loss {self.classification_loss!r} needs this package's losses, but a part of the "
+                "model that computes losses is the user's own"
+            )
         anchors = list(outputs.anchors.expand(len(targets), -1, -1))
         return super().compute_loss(with_truths(targets, truths), outputs.joined(), anchors)
-
-    def _has_stock_losses(self) -> bool:
-        """Whether the heads' losses, their box coder, the matcher and what they call are torchvision's own."""
-        head = self.head
-        if (
-            not has_stock_loss_functions()
-            or not isinstance(head, tv.RetinaNetHead)
-            or overrides(head, tv.RetinaNetHead, "compute_loss")
-        ):
-            return False
-        classification, regression = head.classification_head, head.regression_head
-        return (
-            has_stock_loss_functions()
-            and isinstance(classification, tv.RetinaNetClassificationHead)
-            and not overrides(classification, tv.RetinaNetClassificationHead, "compute_loss")
-            and isinstance(regression, tv.RetinaNetRegressionHead)
-            and not overrides(regression, tv.RetinaNetRegressionHead, "compute_loss")
-            and is_stock_coder(regression.box_coder)
-            and is_stock(self.proposal_matcher, Matcher, "__call__", "set_low_quality_matches_")
-        )
 
     def _has_stock_postprocessing(self) -> bool:
         """Whether the box coder, and what the postprocessing calls, are torchvision's own."""

@@ -14,16 +14,19 @@ from torchvision.ops.boxes import batched_nms as torchvision_batched_nms
 from torchvision.ops.boxes import nms as torchvision_nms
 
 from retina_fast.kernels.anchor_matching import Matches, anchor_matching
+from retina_fast.kernels.atss_matching import atss_matching
 from retina_fast.kernels.batched_nms import Kept, nms_image
 from retina_fast.kernels.batched_nms import batched_nms as padded_batched_nms
 from retina_fast.kernels.box_decode import box_decode
 from retina_fast.kernels.box_loss import box_loss
+from retina_fast.kernels.box_quality import box_quality
 from retina_fast.kernels.box_voting import box_voting
 from retina_fast.kernels.candidate_selection import Candidates, candidate_selection
 from retina_fast.kernels.focal_loss import focal_loss
 from retina_fast.kernels.greedy_nmm import Merged, greedy_nmm
 from retina_fast.kernels.image_batch import image_batch
 from retina_fast.kernels.sigmoid_focal_loss import sigmoid_focal_loss
+from retina_fast.kernels.soft_focal_loss import soft_focal_loss
 from retina_fast.kernels.soft_nms import SoftKept, soft_nms
 
 __all__ = [
@@ -33,9 +36,11 @@ __all__ = [
     "Merged",
     "SoftKept",
     "anchor_matching",
+    "atss_matching",
     "batched_nms",
     "box_decode",
     "box_loss",
+    "box_quality",
     "box_voting",
     "candidate_selection",
     "focal_loss",
@@ -44,6 +49,7 @@ __all__ = [
     "nms",
     "padded_batched_nms",
     "sigmoid_focal_loss",
+    "soft_focal_loss",
     "soft_nms",
 ]
 

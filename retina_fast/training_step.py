@@ -320,11 +320,12 @@ class TrainingStep:
 
     def _settings(self, image_dtype: torch.dtype) -> list[Any]:
         """All that a captured graph depends on besides the batch's shape, the images' dtype included."""
-        model, matcher = self.model, self.model.proposal_matcher
+        model = self.model
         values: list[Any] = [
             (self.max_boxes, self.max_grad_norm, self.dtype, image_dtype, tuple(self.loss_weights.items())),
-            (matcher.high_threshold, matcher.low_threshold, matcher.allow_low_quality_matches),
-            (model.head.regression_head._loss_type, model.head.classification_head.num_classes, model.focal_gamma),
+            (type(model.proposal_matcher), *vars(model.proposal_matcher).items()),
+            (model.head.regression_head._loss_type, model.head.classification_head.num_classes),
+            (model.focal_gamma, model.classification_loss),
             cell_versions(model.anchor_generator),
         ]
         for module in model.modules():

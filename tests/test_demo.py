@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.io import decode_image, encode_png
 
-from demo import compare, engine, run, trees
+from demo import compare, compare_losses, engine, run, trees
 from demo.trees import Picture, split_by_place, tiles
 from retina_fast import checkpoint
 from retina_fast.checkpoint import Checkpoint
@@ -146,3 +146,23 @@ def test_the_engine_is_compared_with_the_model(root, model_file, monkeypatch, ca
     assert len(rows) == 3
     assert len(re.findall(r"scores differ from the model's by at most", output)) == 2
     assert len(re.findall(r"times torchvision's speed$", output, re.MULTILINE)) == 4
+
+
+def test_the_comparison_of_losses_chooses_by_pixels_that_do_not_train():
+    tiles = [(photograph, x) for photograph, xs in (("a", (0, 362)), ("b", (0, 256, 512, 1097))) for x in xs]
+    images = [{"id": i, "file_name": f"{name}_{x}_0.png"} for i, (name, x) in enumerate(tiles)]
+    content = {"images": images, "annotations": [{"image_id": i} for i in range(len(tiles))], "categories": [1]}
+    train_on, choose_by = compare_losses.split(content)
+    assert [image["id"] for image in train_on["images"]] == [0, 1, 2, 3, 4]
+    assert [box["image_id"] for box in train_on["annotations"]] == [0, 1, 2, 3, 4]
+    assert [image["id"] for image in choose_by["images"]] == [5]
+
+
+def test_the_comparison_of_losses_says_mean_and_range():
+    option, *others = compare_losses.OPTIONS
+    columns = [f"{name} {metric}" for name in ("chosen by", *trees.SPLITS[1:]) for metric in ("AP50", "AP")]
+    lines = [{"option": option, "seed": seed} | dict.fromkeys(columns, str(0.2 + 0.1 * seed)) for seed in range(3)]
+    table = compare_losses.table(lines)
+    assert [column.header for column in table.columns] == ["option", "seeds", *columns]
+    assert [next(iter(column.cells)) for column in table.columns] == [option, "3", *["0.300 (0.200 to 0.400)"] * 8]
+    assert list(table.columns[0].cells)[1:] == others

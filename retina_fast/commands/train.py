@@ -88,6 +88,18 @@ def train(
             "downloads them. By default the recipe's; `none` for random ones, or, with --checkpoint, to freeze nothing."
         ),
     ] = None,
+    matcher: Annotated[
+        str | None,
+        typer.Option(
+            help="atss: anchors are matched to objects by adaptive training sample selection, not thresholds."
+        ),
+    ] = None,
+    classification_loss: Annotated[
+        str | None, typer.Option(help="quality_focal or varifocal: scores that learn how well boxes fit.")
+    ] = None,
+    box_loss: Annotated[
+        str | None, typer.Option(help="l1, smooth_l1, giou, diou or ciou; by default the model's own.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A model file to start from, in place of the backbone's weights.")
     ] = None,
@@ -120,6 +132,9 @@ def train(
             bf16=bf16,
             weights_backbone=weights_backbone,
             arguments=arguments,
+            matcher=matcher,
+            classification_loss=classification_loss,
+            box_loss=box_loss,
         )
         if val_images and not val_json:
             raise UserError("--val-images belongs to --val-json: give both or neither")

@@ -12,6 +12,7 @@ from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
 from retina_fast.device import has_bfloat16
+from retina_fast.losses import check_losses, matcher_of
 from retina_fast.train.recipes import recipe_named
 
 RANDOM = "none"
@@ -41,9 +42,12 @@ class TrainSettings:
         weights_backbone: torchvision's name of the weights from which the backbone starts, or "none" for random ones.
             None takes the recipe's.
         arguments: more keyword arguments of the builder, as plain data, such as a specification.
+        matcher: "atss" in place of the thresholds by which anchors are matched to objects.
+        classification_loss: "quality_focal" or "varifocal" in place of the focal loss.
+        box_loss: "l1", "smooth_l1", "giou", "diou" or "ciou" in place of the model's.
 
     Raises:
-        UserError: if there is no such recipe, or the recipe is for other models.
+        UserError: if there is no such recipe, matcher or loss, or the recipe is for other models.
 
     Example::
 
@@ -66,11 +70,19 @@ class TrainSettings:
     bf16: bool | None = None
     weights_backbone: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    matcher: str | None = None
+    classification_loss: str | None = None
+    box_loss: str | None = None
 
     def __post_init__(self) -> None:
         pattern = recipe_named(self.recipe).model
         if not fnmatchcase(self.model, pattern):
             raise UserError(f"the recipe {self.recipe} is for models {pattern}, not {self.model}")
+        try:
+            matcher_of(self.matcher)
+            check_losses(self.classification_loss, self.box_loss)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def resolve(self, data: CocoDataset, start_from: str | Path | None = None) -> "ResolvedSettings":
         """The settings with every choice made. Resolving them again changes nothing.

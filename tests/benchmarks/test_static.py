@@ -117,6 +117,7 @@ def test_streaming_kernels_read_and_write_16_bytes_at_a_time(rows):
     "kernel",
     [
         "_anchor_matching_kernel",
+        "_choose_kernel",
         "_suppress_kernel",
         "_block_bits_kernel",
         "_remove_kernel",

@@ -19,15 +19,18 @@ from retina_fast.detections import Thresholds
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
 from retina_fast.kernels import (
     anchor_matching,
+    atss_matching,
     batched_nms,
     box_decode,
     box_loss,
+    box_quality,
     box_voting,
     candidate_selection,
     conv_epilogue,
     focal_loss,
     greedy_nmm,
     image_batch,
+    soft_focal_loss,
     soft_nms,
     take_kept,
 )
@@ -85,6 +88,12 @@ def _focal_loss_backward(dtype: torch.dtype) -> None:
     labels = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
     normalizers, factor = torch.empty(8, device="cuda"), torch.empty((), device="cuda")
     torch.ops.retina_fast.focal_loss(levels, labels, normalizers, factor, 91, 0.25, 2.0, False, True)
+
+
+def _soft_focal_loss(dtype: torch.dtype, loss_type: str) -> None:
+    labels, quality = (torch.empty(8, 120087, dtype=kind, device="cuda") for kind in (torch.int32, torch.float32))
+    normalizers = torch.empty(8, device="cuda")
+    soft_focal_loss.soft_focal_loss(levels_of(dtype, 91), labels, quality, normalizers, 91, loss_type)
 
 
 def call_scale(dtype: torch.dtype) -> None:
@@ -200,6 +209,12 @@ def call_anchor_matching(low_quality: bool, num_boxes: int = 4000, batch: int = 
     anchor_matching.anchor_matching(anchors, *ground_truths(num_boxes, batch), allow_low_quality_matches=low_quality)
 
 
+def _atss_matching(per_cell: int) -> None:
+    sizes = [n * n * per_cell for n in (100, 50, 25, 13, 7)]
+    anchors = torch.empty(sum(sizes), 4, device="cuda")
+    atss_matching.atss_matching(anchors, *ground_truths(4000), sizes, 9 * per_cell)
+
+
 def _box_loss(dtype: torch.dtype, loss_type: str) -> None:
     boxes, _, offsets = ground_truths(4000)
     anchors = torch.empty(120087, 4, device="cuda")
@@ -208,11 +223,20 @@ def _box_loss(dtype: torch.dtype, loss_type: str) -> None:
     box_loss.box_loss(levels_of(dtype, channels=4), anchors, indices, boxes, offsets, normalizers, loss_type)
 
 
+def _box_quality() -> None:
+    boxes, _, offsets = ground_truths(4000)
+    anchors = torch.empty(120087, 4, device="cuda")
+    indices = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
+    box_quality.box_quality(levels_of(torch.bfloat16, channels=4), anchors, indices, boxes, offsets)
+
+
 _TILE, _IMAGE_TILE = ("TILE",), ("BLOCK", "ROWS")
 
 KERNEL_CALLS = {
     "anchor_matching": KernelCall(lambda: call_anchor_matching(True)),
     "anchor_matching without low quality": KernelCall(lambda: call_anchor_matching(False)),
+    "atss_matching": KernelCall(lambda: _atss_matching(1)),
+    "atss_matching nine anchors a cell": KernelCall(lambda: _atss_matching(9)),
     **{
         f"box_loss bf16 {name}": KernelCall(functools.partial(_box_loss, torch.bfloat16, name))
         for name in box_loss.LOSS_TYPES
@@ -222,6 +246,11 @@ KERNEL_CALLS = {
     "focal_loss fp16 forward": KernelCall(lambda: call_focal_loss(torch.float16), _TILE, 2, 28, 3),
     "focal_loss fp16 backward": KernelCall(lambda: _focal_loss_backward(torch.float16), _TILE, 4, 28, 3),
     "focal_loss bf16 K=1": KernelCall(lambda: call_focal_loss(torch.bfloat16, 1), _TILE, 4),
+    "soft_focal_loss bf16 quality_focal": KernelCall(
+        lambda: _soft_focal_loss(torch.bfloat16, "quality_focal"), _TILE, 4
+    ),
+    "soft_focal_loss bf16 varifocal": KernelCall(lambda: _soft_focal_loss(torch.bfloat16, "varifocal"), _TILE, 4),
+    "box_quality bf16": KernelCall(_box_quality),
     "one_pass scale bf16": KernelCall(lambda: call_scale(torch.bfloat16)),
     "sigmoid_focal_loss bf16 losses": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "losses"), _TILE, 6),
     "sigmoid_focal_loss bf16 sum": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "sums"), _TILE, 4),

@@ -1,13 +1,11 @@
 """Anchor matching, by the reference and by the kernels, against torchvision's Matcher, exactly."""
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import box_iou
@@ -17,6 +15,7 @@ from retina_fast.kernels import anchor_matching as module
 from retina_fast.kernels.anchor_matching import Matches, anchor_matching, anchor_matching_reference
 from tests.instruments.fake_gpu import launches_of
 from tests.instruments.kernel_calls import KERNEL_CALLS
+from tests.instruments.peak_bytes import PeakBytes
 from tests.ptx.cases import OTHER_ORDERS, check, names
 
 PATHS = pytest.mark.parametrize("path", ["reference", "kernel"])
@@ -155,7 +154,7 @@ anchor = st.tuples(corner, corner, st.integers(1, 24), st.integers(1, 24)).map(
 
 
 @PATHS
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     anchors=st.lists(anchor, min_size=1, max_size=30),
     images=st.lists(st.lists(box, max_size=8), min_size=1, max_size=3),
@@ -201,29 +200,6 @@ def test_registration(anchors, device, low_quality):
     compiled = torch.compile(anchor_matching, fullgraph=True, backend="aot_eager", dynamic=True)
     for ours, expected in zip(compiled(*inputs), anchor_matching_reference(*inputs), strict=True):
         assert torch.equal(ours, expected)
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made in its context held at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.seen: weakref.WeakSet = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
-                storage = tensor.untyped_storage()
-                self.seen.add(storage)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self.free, storage.nbytes())
-        return out
-
-    def free(self, size):
-        self.now -= size
 
 
 @pytest.mark.parametrize("path", ["reference", "launcher"])

@@ -7,14 +7,17 @@ import torch
 
 from retina_fast.kernels import (
     anchor_matching,
+    atss_matching,
     batched_nms,
     box_decode,
     box_loss,
+    box_quality,
     candidate_selection,
     focal_loss,
     group_norm_relu,
     image_batch,
     sigmoid_focal_loss,
+    soft_focal_loss,
     take_kept,
 )
 from retina_fast.kernels.arguments import check_devices, check_integers, check_shape, loss_normalizers
@@ -44,10 +47,21 @@ def arguments(device="cpu"):
     normalizers = torch.tensor([3.0, 300.0])
     made = {
         "anchor_matching": {"anchors": anchors, "boxes": boxes, "labels": torch.tensor([2, 0, 1]), "offsets": offsets},
+        "atss_matching": {
+            "anchors": anchors, "boxes": boxes, "labels": torch.tensor([2, 0, 1]), "offsets": offsets,
+            "level_sizes": [6, 2],
+        },
         "focal_loss": {"logits": logits, "labels": indices, "normalizers": normalizers, "num_classes": 3},
         "box_loss": {
             "deltas": deltas, "anchors": anchors, "indices": indices, "boxes": boxes, "offsets": offsets,
             "normalizers": normalizers,
+        },
+        "soft_focal_loss": {
+            "logits": logits, "labels": indices, "quality": torch.rand(2, 8, generator=generator),
+            "normalizers": normalizers, "num_classes": 3,
+        },
+        "box_quality": {
+            "deltas": deltas, "anchors": anchors, "indices": indices, "boxes": boxes, "offsets": offsets,
         },
         "candidate_selection": {"logits": logits, "num_classes": 3},
         "box_decode": {
@@ -69,7 +83,8 @@ def arguments(device="cpu"):
 
 
 MODULES = {
-    "anchor_matching": anchor_matching, "focal_loss": focal_loss, "box_loss": box_loss, "box_decode": box_decode,
+    "anchor_matching": anchor_matching, "atss_matching": atss_matching, "focal_loss": focal_loss,
+    "soft_focal_loss": soft_focal_loss, "box_loss": box_loss, "box_quality": box_quality, "box_decode": box_decode,
     "candidate_selection": candidate_selection, "batched_nms": batched_nms, "take_kept": take_kept,
     "group_norm_relu": group_norm_relu,
 }  # fmt: skip
@@ -82,7 +97,7 @@ TENSORS = [
 INTEGERS = [
     (name, key) for name, key in TENSORS if "size" not in key and not arguments()[name][key].is_floating_point()
 ]
-SHAPES = [(name, key) for name, key in TENSORS if (name, key) != ("anchor_matching", "offsets")]
+SHAPES = [(name, key) for name, key in TENSORS if "matching" not in name or key != "offsets"]
 
 
 def call(name, keywords):
@@ -136,7 +151,7 @@ def test_a_shape_that_does_not_fit_is_named(name, key):
         call(name, keywords)
 
 
-@pytest.mark.parametrize("name", ["box_loss", "box_decode"])
+@pytest.mark.parametrize("name", ["box_loss", "box_decode", "box_quality"])
 @pytest.mark.parametrize("change", ["shorter", "one of two images"])
 def test_anchors_of_another_number_are_refused(name, change):
     keywords = arguments()[name]
@@ -148,7 +163,7 @@ def test_anchors_of_another_number_are_refused(name, change):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["focal_loss", "box_loss"])
+@pytest.mark.parametrize("name", ["focal_loss", "soft_focal_loss", "box_loss"])
 @pytest.mark.parametrize("path", [call, by_kernels])
 def test_normalizers_of_any_dtype(path, name, dtype):
     keywords = arguments()[name]
@@ -158,7 +173,7 @@ def test_normalizers_of_any_dtype(path, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["focal_loss", "box_loss"])
+@pytest.mark.parametrize("name", ["focal_loss", "soft_focal_loss", "box_loss"])
 def test_a_kernel_is_given_normalizers_in_float32(name, dtype):
     """Inline PTX would take the bits of an int32 as a float32, a number near 0. The interpreter does not."""
 
@@ -173,7 +188,8 @@ def test_a_kernel_is_given_normalizers_in_float32(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
 @pytest.mark.parametrize(
     ("name", "keys"),
-    [("anchor_matching", ("anchors", "boxes")), ("box_loss", ("anchors", "boxes")), ("box_decode", ("anchors",)),
+    [("anchor_matching", ("anchors", "boxes")), ("atss_matching", ("anchors", "boxes")),
+     ("box_loss", ("anchors", "boxes")), ("box_quality", ("anchors", "boxes")), ("box_decode", ("anchors",)),
      ("take_kept", ("boxes",)), ("batched_nms", ("boxes",))],
 )  # fmt: skip
 def test_geometry_of_another_dtype_is_read_as_float32(name, keys, dtype):

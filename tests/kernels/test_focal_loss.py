@@ -175,8 +175,9 @@ def test_offsets_beyond_two_to_the_31(device):
     partials = torch.empty(3, 1, device=device)
     starts, first_tiles = encode_sizes((0, anchors)), encode_sizes((0, 1))
     module._focal_loss_kernel[(1, 3)](
-        (level,), (grad,), labels, torch.ones(3, device=device), partials, None, starts, first_tiles, anchors,
-        0.75, 0.25, K=k, GAMMA=2.0, TILE=tile, CHUNK=module._CHUNK, TILE_ANCHORS=128, WITH_GRADS=True, PTX=module.PTX,
+        (level,), (grad,), labels, None, torch.ones(3, device=device), partials, None, starts, first_tiles,
+        anchors, 0.75, 0.25, K=k, GAMMA=2.0, KIND="focal", TILE=tile, CHUNK=module._CHUNK,
+        TILE_ANCHORS=128, WITH_GRADS=True, PTX=module.PTX,
     )  # fmt: skip
     for image in range(3):
         shift = image * anchors * k & 15  # image 2 starts beyond 2^31; its tile at the boundary before

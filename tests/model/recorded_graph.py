@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from retina_fast import training_step
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
 from retina_fast.kernels.image_batch import image_batch_reference
-from retina_fast.losses import detection_losses
+from retina_fast.losses import AtssMatcher, detection_losses
 from retina_fast.targets import GroundTruths
 
 
@@ -65,28 +65,27 @@ _ANOTHER_THREAD = ThreadPoolExecutor(1)
 @torch.library.custom_op("tests::losses", mutates_args=())
 def _losses_op(
     logits: list[Tensor], deltas: list[Tensor], anchors: Tensor, boxes: Tensor, labels: Tensor, offsets: Tensor,
-    num_classes: int, low: float, loss_type: str, gamma: float,
+    num_classes: int, low: float, top_k: int, loss_type: str, gamma: float, classification_loss: str,
 ) -> list[Tensor]:  # fmt: skip
     def work() -> list[Tensor]:
         leaves = [level.detach().requires_grad_() for level in (*logits, *deltas)]
         levels = leaves[: len(logits)], leaves[len(logits) :]
         outputs = HeadOutputs(dict(zip((LOGITS, DELTAS), levels, strict=True)), anchors, num_classes, {})
-        losses = detection_losses(outputs, truths, matcher, loss_type, gamma)
+        losses = detection_losses(outputs, truths, matcher, loss_type, gamma, classification_loss)
         grads = torch.autograd.grad(losses["classification"] + losses["bbox_regression"], leaves)
         return [tensor.detach().clone() for tensor in (*losses.values(), *grads)]
 
-    matcher: Any = SimpleNamespace(high_threshold=0.5, low_threshold=low, allow_low_quality_matches=True)
+    thresholds = SimpleNamespace(high_threshold=0.5, low_threshold=low, allow_low_quality_matches=True)
+    matcher: Any = AtssMatcher(top_k) if top_k else thresholds
     truths = GroundTruths(boxes, labels, offsets, offsets.diff().tolist())
     return _ANOTHER_THREAD.submit(work).result()  # in this one autograd is off, below an op
 
 
 class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, split, anchors, truths, num_classes, low, loss_type, gamma, *levels):
+    def forward(ctx, split, anchors, truths, settings, *levels):
         logits, deltas = list(levels[:split]), list(levels[split:])
-        cls, box, *grads = _losses_op(
-            logits, deltas, anchors, truths.boxes, truths.labels, truths.offsets, num_classes, low, loss_type, gamma
-        )
+        cls, box, *grads = _losses_op(logits, deltas, anchors, truths.boxes, truths.labels, truths.offsets, *settings)
         ctx.split = split
         ctx.save_for_backward(*grads)
         return cls, box
@@ -94,13 +93,14 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, cls, box):
         grads = [grad * (cls if i < ctx.split else box) for i, grad in enumerate(ctx.saved_tensors)]
-        return None, None, None, None, None, None, None, *grads
+        return None, None, None, None, *grads
 
 
-def opaque_losses(outputs, truths, matcher, loss_type, gamma):
+def opaque_losses(outputs, truths, matcher, loss_type, gamma, classification_loss):
     logits, deltas = outputs.levels.values()
-    settings = outputs.num_classes, matcher.low_threshold, loss_type, gamma
-    cls, box = _Losses.apply(len(logits), outputs.anchors, truths, *settings, *logits, *deltas)
+    low, top_k = getattr(matcher, "low_threshold", 0.0), getattr(matcher, "top_k", 0)
+    settings = outputs.num_classes, low, top_k, loss_type, gamma, classification_loss
+    cls, box = _Losses.apply(len(logits), outputs.anchors, truths, settings, *logits, *deltas)
     return {"classification": cls, "bbox_regression": box}
 
 

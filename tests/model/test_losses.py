@@ -15,7 +15,15 @@ from torchvision.ops import sigmoid_focal_loss
 
 from retina_fast import RetinaNet
 from retina_fast.forward import HeadOutputs
-from retina_fast.kernels import anchor_matching, box_loss, focal_loss, one_pass
+from retina_fast.kernels import (
+    anchor_matching,
+    atss_matching,
+    box_loss,
+    box_quality,
+    focal_loss,
+    one_pass,
+    soft_focal_loss,
+)
 from retina_fast.losses import detection_losses
 from retina_fast.targets import GroundTruths, gather_targets
 from tests.instruments.fake_gpu import Launch, launches_of, recording_launches
@@ -33,12 +41,19 @@ def kernels_everywhere():
         mock.patch("retina_fast.losses.anchor_matching", _matching),
         mock.patch("retina_fast.losses.focal_loss", _focal_loss),
         mock.patch("retina_fast.losses.box_loss", _box_loss),
+        mock.patch("retina_fast.losses.atss_matching", _atss_matching),
+        mock.patch.object(box_quality, "runs_triton", return_value=True),
+        mock.patch.object(soft_focal_loss, "runs_triton", return_value=True),
     ):
         yield
 
 
 def _matching(*arguments):
     return anchor_matching.Matches(*anchor_matching._anchor_matching_triton(*arguments))
+
+
+def _atss_matching(*arguments):
+    return anchor_matching.Matches(*atss_matching._atss_matching_triton(*arguments))
 
 
 def _focal_loss(levels, labels, normalizers, num_classes, gamma):
@@ -50,10 +65,10 @@ def _box_loss(levels, *arguments):
     return box_loss._box_loss_triton(box_loss.flatten_all(levels, 4), *arguments)
 
 
-def models(loss_type):
+def models(loss_type, **options):
     backbone = torch.nn.Identity()
     backbone.out_channels = 8  # type: ignore[assignment]
-    both = TorchvisionRetinaNet(backbone, K), RetinaNet(backbone, K)
+    both = TorchvisionRetinaNet(backbone, K), RetinaNet(backbone, K, **options)
     for model in both:
         model.head.regression_head._loss_type = loss_type
     return both

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from retina_fast import TrainingStep
+from retina_fast import AtssMatcher, TrainingStep
 from tests.model.recorded_graph import RecordedGraph
 from tests.model.steps import (
     TOLERANCE,
@@ -92,6 +92,8 @@ CHANGES = {
     "loss type": lambda model, optimizer: setattr(model.head.regression_head, "_loss_type", "giou"),
     "focusing exponent": lambda model, optimizer: setattr(model, "focal_gamma", 1.5),
     "threshold": lambda model, optimizer: setattr(model.proposal_matcher, "low_threshold", 0.3),
+    "matcher": lambda model, optimizer: setattr(model, "proposal_matcher", AtssMatcher()),
+    "classification loss": lambda model, optimizer: setattr(model, "classification_loss", "varifocal"),
     "a frozen norm": lambda model, optimizer: model.backbone.norm.eval(),
     "a frozen weight": lambda model, optimizer: model.backbone.stem.requires_grad_(False),
     "another last layer": lambda model, optimizer: model.set_num_classes(K),

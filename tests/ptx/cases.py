@@ -30,6 +30,17 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "focal_loss fp32 K=1 gamma=1.5": partial(losses.focal_loss, dtype=F32, num_classes=1, gamma=1.5, shapes=_WIDE),
     "focal_loss bf16 K=7 unaligned": partial(losses.focal_loss, dtype=BF16, num_classes=7, shift=3),
     "focal_loss fp32 K=7 NaN": partial(losses.focal_loss, dtype=F32, num_classes=7, nan=True),
+    "soft_focal_loss bf16 K=7 quality_focal": partial(
+        losses.soft_focal_loss, dtype=BF16, num_classes=7, loss_type="quality_focal", shapes=_SMALL
+    ),
+    "soft_focal_loss fp32 K=1 quality_focal gamma=1.5": partial(
+        losses.soft_focal_loss, dtype=F32, num_classes=1, loss_type="quality_focal", gamma=1.5, shapes=_WIDE
+    ),
+    "soft_focal_loss fp32 K=91 varifocal unaligned": partial(
+        losses.soft_focal_loss, dtype=F32, num_classes=91, loss_type="varifocal", shapes=_SMALL, shift=3
+    ),
+    "box_quality fp32": partial(losses.box_quality, dtype=F32),
+    "box_quality bf16 unaligned": partial(losses.box_quality, dtype=BF16, own=True, shift=1),
     "sigmoid_focal_loss bf16": partial(losses.sigmoid_focal_loss, dtype=BF16, soft=False),
     "sigmoid_focal_loss fp32": partial(losses.sigmoid_focal_loss, dtype=F32, soft=True),
     "sigmoid_focal_loss fp32 gamma=1.5": partial(losses.sigmoid_focal_loss, dtype=F32, soft=True, gamma=1.5),
@@ -53,6 +64,10 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "anchor_matching": partial(detection.anchor_matching, low_quality=True),
     "anchor_matching without low quality": partial(detection.anchor_matching, low_quality=False),
     "anchor_matching unaligned": partial(detection.anchor_matching, low_quality=True, boxes_each=9, shift=1),
+    "atss_matching": detection.atss_matching,
+    "atss_matching three anchors a cell unaligned": partial(
+        detection.atss_matching, per_cell=3, top_k=27, boxes_each=2, shapes=((7, 9), (2, 2)), own=True, shift=1
+    ),
     "candidate_selection bf16 K=91": partial(
         detection.candidate_selection, dtype=BF16, num_classes=91, topk=1000, shapes=_SMALL
     ),

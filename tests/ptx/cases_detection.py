@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 
 from retina_fast.kernels import key_sort as key_sort_module
 from retina_fast.kernels.anchor_matching import _anchor_matching_triton, anchor_matching_reference
+from retina_fast.kernels.atss_matching import _atss_matching_triton, atss_matching_reference
 from retina_fast.kernels.batched_nms import _batched_nms_triton, batched_nms_reference
 from retina_fast.kernels.box_decode import box_decode_reference
 from retina_fast.kernels.box_voting import box_voting_reference
@@ -51,6 +52,33 @@ def anchor_matching(
 
     def run() -> Iterator[Comparison]:
         yield equal("matches", _anchor_matching_triton(*arguments), expected)
+
+    return run
+
+
+def atss_matching(
+    generator: Generator, per_cell: int = 1, top_k: int = 9, boxes_each: int = 7,
+    shapes: Shapes = ((22, 17), (6, 5), (1, 1)), own: bool = False, shift: int = 0,
+) -> Run:  # fmt: skip
+    """Three images: one with equal ground truths and one far from every anchor, one without any, one with a single.
+    Distances tie, since all anchors of a cell have its centre."""
+    levels = []
+    for stride, (height, width) in zip((8, 16, 32, 64, 128), shapes, strict=False):
+        y, x = torch.meshgrid(torch.arange(height) * stride, torch.arange(width) * stride, indexing="ij")
+        centre = torch.stack((x, y), dim=-1).reshape(-1, 1, 2)
+        half = stride * (1 + torch.rand(per_cell, 2, generator=generator))
+        levels.append(torch.cat((centre - half, centre + half), dim=2).flatten(0, 1))
+    sizes, places = [len(level) for level in levels], torch.cat(levels)
+    places = shifted(torch.stack([places + b for b in range(3)]) if own else places, shift)
+    drawn, far = random_boxes(generator, boxes_each, 120.0), torch.tensor([[9000.0, 9000.0, 9010.0, 9010.0]])
+    boxes = shifted(torch.cat((drawn, drawn[:1], far, drawn[:1] + 3)), shift)
+    offsets = torch.tensor([0, boxes_each + 2, boxes_each + 2, boxes_each + 3])
+    labels = torch.randint(0, 91, (len(boxes),), generator=generator)
+    arguments = places, boxes, labels, offsets, sizes, top_k
+    expected = atss_matching_reference(*arguments)
+
+    def run() -> Iterator[Comparison]:
+        yield equal("matches", _atss_matching_triton(*arguments), expected)
 
     return run
 

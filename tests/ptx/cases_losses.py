@@ -6,10 +6,12 @@ import torch
 from torch import Generator, Tensor
 
 from retina_fast.kernels.box_loss import box_loss_reference
+from retina_fast.kernels.box_quality import box_quality_reference
 from retina_fast.kernels.focal_loss import focal_loss_reference
 from retina_fast.kernels.group_norm_relu import group_norm_relu_reference
 from retina_fast.kernels.image_batch import batch_shape, image_batch_reference
 from retina_fast.kernels.sigmoid_focal_loss import sigmoid_focal_loss_reference
+from retina_fast.kernels.soft_focal_loss import soft_focal_loss_reference
 from tests.ptx.inputs import SHAPES, Comparison, Run, Shapes, close, head_outputs, limit_of, random_boxes, shifted
 
 ops = torch.ops.retina_fast
@@ -47,6 +49,31 @@ def focal_loss(
             yield close("loss", [loss], [expected], 1e-5)
             yield close("gradients", ours, grads, limit_of(dtype))
         ours = ops.focal_loss(levels, labels, normalizers, factor, *constants, False, True)
+        yield close("scaled gradients", ours, [grad * factor for grad in grads], limit_of(dtype))
+
+    return run
+
+
+def soft_focal_loss(
+    generator: Generator, dtype: torch.dtype, num_classes: int, loss_type: str, gamma: float = 2.0,
+    shapes: Shapes = SHAPES, shift: int = 0,
+) -> Run:  # fmt: skip
+    levels = head_outputs(generator, dtype, num_classes, shapes, 1.5, -1.0, shift)
+    count = sum(level.shape[1] for level in levels)
+    drawn = torch.rand(2, count, generator=generator)
+    labels = torch.randint(0, num_classes, (2, count), generator=generator, dtype=torch.int32)
+    labels = torch.where(drawn < 0.02, labels, torch.where(drawn < 0.996, -1, -2)).int()
+    quality = shifted((torch.rand(2, count, generator=generator) * 1.4 - 0.2).clamp(0, 1), shift)
+    normalizers, factor = torch.tensor([3.0, 17.0]), torch.tensor(0.5)
+    exact, constants = _doubles(levels), (num_classes, loss_type, gamma)
+    expected = soft_focal_loss_reference(exact, labels, quality.double(), normalizers.double(), *constants)
+    grads = torch.autograd.grad(expected, exact)
+
+    def run() -> Iterator[Comparison]:
+        loss, *ours = ops.soft_focal_loss(levels, labels, quality, normalizers, None, *constants, True, True)
+        yield close("loss", [loss], [expected], 1e-5)
+        yield close("gradients", ours, grads, limit_of(dtype))
+        ours = ops.soft_focal_loss(levels, labels, quality, normalizers, factor, *constants, False, True)
         yield close("scaled gradients", ours, [grad * factor for grad in grads], limit_of(dtype))
 
     return run
@@ -95,6 +122,23 @@ def box_loss(generator: Generator, dtype: torch.dtype, loss_type: str, shapes: S
         yield close("gradients", ours, grads, limit)
         ours = ops.box_loss(levels, *rest, torch.tensor(2.0), loss_type, False, True)
         yield close("scaled gradients", ours, [2 * grad for grad in grads], limit)
+
+    return run
+
+
+def box_quality(generator: Generator, dtype: torch.dtype, own: bool = False, shift: int = 0) -> Run:
+    levels = head_outputs(generator, dtype, 4, scale=0.3, shift=shift)
+    count = sum(level.shape[1] for level in levels)
+    places, boxes = random_boxes(generator, count), shifted(random_boxes(generator, 9), shift)
+    anchors = shifted(torch.stack((places, places + 5)) if own else places, shift)
+    offsets, drawn = torch.tensor([0, 4, 9]), torch.rand(2, count, generator=generator)
+    indices = torch.where(drawn < 0.03, torch.randint(0, 4, (2, count), generator=generator), -1).int()
+    indices[0, -1] = 3  # so that there is a foreground anchor, however few anchors there are
+    doubles = [level.double() for level in levels]
+    expected = box_quality_reference(doubles, anchors.double(), indices, boxes.double(), offsets)
+
+    def run() -> Iterator[Comparison]:
+        yield close("qualities", [ops.box_quality(levels, anchors, indices, boxes, offsets)], [expected], 2e-6)
 
     return run
 

@@ -34,6 +34,14 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
         "dtype": r.choice([BF16, F32, F16]), "num_classes": r.choice([3, 5, 17, 90, 91, 128]), "shapes": _shapes(r),
         "gamma": r.choice([2.0, 0.0, 1.5]), "shift": r.choice([0, 1, 3, 8]),
     },
+    losses.soft_focal_loss: lambda r: {
+        "dtype": r.choice([BF16, F32]), "num_classes": r.choice([3, 17, 91]), "shapes": _shapes(r),
+        "loss_type": r.choice(["quality_focal", "varifocal"]), "gamma": r.choice([1.0, 1.5, 2.0]),
+        "shift": r.choice([0, 1, 3, 8]),
+    },
+    losses.box_quality: lambda r: {
+        "dtype": r.choice([BF16, F32]), "own": r.random() < 0.5, "shift": r.choice([0, 1, 3]),
+    },
     losses.sigmoid_focal_loss: lambda r: {
         "dtype": r.choice([BF16, F32]), "soft": r.random() < 0.5, "gamma": r.choice([2.0, 0.0, 0.7]),
         "count": r.randint(1, 5000), "shift": r.choice([0, 1, 3]),
@@ -50,6 +58,10 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
     detection.anchor_matching: lambda r: {
         "low_quality": r.random() < 0.5, "boxes_each": r.choice([1, 4, 33, 70]), "anchors": r.choice([100, 513, 1100]),
         "shift": r.choice([0, 1]),
+    },
+    detection.atss_matching: lambda r: {
+        "per_cell": r.choice([1, 2, 9]), "top_k": r.choice([1, 4, 9, 30]), "boxes_each": r.choice([1, 3, 8]),
+        "shapes": _shapes(r), "own": r.random() < 0.3, "shift": r.choice([0, 1]),
     },
     detection.candidate_selection: lambda r: {
         "dtype": r.choice([BF16, F32, F16]), "num_classes": r.choice([1, 2, 5, 17, 91]), "shapes": _shapes(r),

@@ -9,7 +9,9 @@ import pytest
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
 from retina_fast.device import has_bfloat16
+from retina_fast.losses import AtssMatcher
 from retina_fast.train import TrainSettings
+from retina_fast.train.start import starting_network
 
 LITE, OTHER = "retinanet_resnet18_fpn_lite", "retinanet_resnet50_fpn"
 
@@ -58,3 +60,14 @@ def test_a_backbones_weights_and_a_model_file_exclude_each_other(data):
         settings.resolve(data, "model.pt")
     assert replace(settings, weights_backbone="none").resolve(data, "model.pt").weights_backbone == "none"
     assert TrainSettings(OTHER, recipe="torchvision-v1").resolve(data, "model.pt").weights_backbone == "IMAGENET1K_V1"
+
+
+def test_matchers_and_losses_reach_the_builder(data):
+    settings = TrainSettings(LITE, matcher="atss", classification_loss="varifocal", box_loss="giou").resolve(data)
+    network, about = starting_network(settings, data)
+    assert network.proposal_matcher == AtssMatcher()
+    chosen = {"matcher": "atss", "classification_loss": "varifocal", "box_loss": "giou"}
+    assert {name: about.kwargs[name] for name in chosen} == chosen
+    for name in chosen:
+        with pytest.raises(UserError, match=f"{name} must be one of .*, got 'best'"):
+            TrainSettings(LITE, **{name: "best"})  # type: ignore[arg-type]

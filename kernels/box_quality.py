@@ -1,0 +1,139 @@
+"""How well predicted boxes fit: the IoU of each foreground anchor's decoded box with its ground truth. It is the target
+of the classification in quality focal loss (Li et al. 2020, https://arxiv.org/abs/2006.04388, section 3.2) and in
+varifocal loss (Zhang et al. 2021, https://arxiv.org/abs/2008.13367, section 3.1). No gradient flows through it.
+
+Only the deltas of foreground anchors are read, a few hundred rows an image, which eager PyTorch gathers image by image.
+One launch serves the batch and writes 4 bytes an anchor. As in box_loss.py, the kernel works relative to the anchor's
+centre, where float32 keeps more digits of a small box.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retina_fast.kernels.anchor_matching import box_iou
+from retina_fast.kernels.arguments import (
+    at_least_float32,
+    check_anchors,
+    check_devices,
+    check_integers,
+    check_shape,
+)
+from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode
+from retina_fast.kernels.dispatch import HAS_TRITON, runs_triton, tl, triton
+from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, load_rows, pick, pick_size
+
+
+def box_quality_reference(
+    deltas: Sequence[Tensor], anchors: Tensor, indices: Tensor, boxes: Tensor, offsets: Tensor
+) -> Tensor:
+    """The definition; see :func:`box_quality`."""
+    image, anchor = (indices >= 0).nonzero(as_tuple=True)  # (F,) each, F the foreground anchors
+    flat = at_least_float32(torch.cat(flatten_all(deltas, 4), dim=1).detach()[image, anchor])  # (F, 4)
+    own = anchors[anchor] if anchors.dim() == 2 else anchors[image, anchor]  # (F, 4)
+    matched = boxes[indices[image, anchor] + offsets[image]]  # (F, 4)
+    quality = flat.new_zeros(indices.shape)
+    quality[image, anchor] = box_iou(decode(flat, own), matched.to(flat.dtype)).clamp(max=1)
+    return quality
+
+
+_TILE = 512
+_MAX_LOG_SCALE = tl.constexpr(MAX_LOG_SCALE)
+_NAN = tl.constexpr(tl.PropagateNan.ALL if HAS_TRITON else None)  # otherwise a minimum would hide a NaN
+
+
+@triton.jit(do_not_specialize=["num_anchors", "anchors_stride"])
+def _box_quality_kernel(
+    levels, anchors_ptr, anchors_stride, indices_ptr, boxes_ptr, offsets_ptr, quality_ptr, starts, first_tiles,
+    num_anchors, TILE: tl.constexpr,
+):  # fmt: skip
+    """Program (t, b) handles tile t, counted through the levels, of image b. Nearly all tiles hold no foreground."""
+    tile = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    level = level_of(first_tiles, tile)
+    start = pick_size(starts, level)
+    num_rows = pick_size(starts[1:], level) - start
+    row = (tile - pick_size(first_tiles, level)) * TILE + tl.arange(0, TILE)
+    place = image * num_anchors + start + row
+    index = tl.load(indices_ptr + place, mask=row < num_rows, other=-1)
+    foreground = index >= 0
+    quality = tl.zeros([TILE], tl.float32)
+    if tl.max(index, axis=0) >= 0:
+        dx, dy, dw, dh = load_rows(pick(levels, level) + image * num_rows * 4, row, foreground)
+        x1, y1, x2, y2 = load_rows(anchors_ptr + image * anchors_stride, start + row, foreground)
+        bx1, by1, bx2, by2 = load_rows(boxes_ptr, tl.load(offsets_ptr + image) + index, foreground)
+        w, h = x2 - x1, y2 - y1
+        cx, cy = x1 + 0.5 * w, y1 + 0.5 * h
+        area = (bx2 - bx1) * (by2 - by1)
+        half_w = 0.5 * w * tl.exp(tl.minimum(dw, _MAX_LOG_SCALE, _NAN))
+        half_h = 0.5 * h * tl.exp(tl.minimum(dh, _MAX_LOG_SCALE, _NAN))
+        width = tl.minimum(dx * w + half_w, bx2 - cx, _NAN) - tl.maximum(dx * w - half_w, bx1 - cx, _NAN)
+        height = tl.minimum(dy * h + half_h, by2 - cy, _NAN) - tl.maximum(dy * h - half_h, by1 - cy, _NAN)
+        intersection = tl.maximum(width, 0.0, _NAN) * tl.maximum(height, 0.0, _NAN)
+        iou = intersection / (4 * half_w * half_h + area - intersection)
+        quality = tl.where(foreground, tl.minimum(iou, 1.0, _NAN), 0.0)
+    tl.store(quality_ptr + place, quality, mask=row < num_rows)
+
+
+@torch.library.custom_op("retina_fast::box_quality", mutates_args=())
+def _op(levels: list[Tensor], anchors: Tensor, indices: Tensor, boxes: Tensor, offsets: Tensor) -> Tensor:
+    """Qualities (B, N) for contiguous levels (B, N_l, 4); all arguments contiguous."""
+    starts, first_tiles = [0], [0]
+    for level in levels:
+        starts.append(starts[-1] + level.shape[1])
+        first_tiles.append(first_tiles[-1] + triton.cdiv(level.shape[1], _TILE))
+    quality = torch.empty_like(indices, dtype=torch.float32)
+    with torch.cuda.device_of(indices):
+        _box_quality_kernel[(first_tiles[-1], len(indices))](
+            tuple(levels), anchors, anchors.stride(0) if anchors.dim() == 3 else 0, indices, boxes, offsets, quality,
+            encode_sizes(starts), encode_sizes(first_tiles), indices.shape[1], TILE=_TILE, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return quality
+
+
+@_op.register_fake
+def _(levels, anchors, indices, boxes, offsets):
+    return torch.empty_like(indices, dtype=torch.float32)
+
+
+def box_quality(deltas: Sequence[Tensor], anchors: Tensor, indices: Tensor, boxes: Tensor, offsets: Tensor) -> Tensor:
+    """IoU of the predicted box of each foreground anchor with its ground truth, ``(B, N)``; 0 for all other anchors.
+
+    Args:
+        deltas: the levels as the heads wrote them, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``; any float dtype.
+        anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``.
+        indices: ``(B, N)`` integers: row of the matched ground truth within its image; negative is not foreground.
+        boxes: ``(G, 4)`` ground truths of all images, concatenated.
+        offsets: ``(B + 1,)`` integers: image b owns rows offsets[b] to offsets[b + 1] of boxes.
+
+    Returns:
+        float32, or float64 for float64 deltas.
+
+    Raises:
+        ValueError: if the shapes do not fit, indices or offsets are not integers, the levels differ in dtype, or the
+            tensors lie on different devices.
+
+    Example::
+
+        >>> anchors = torch.tensor([[0.0, 0.0, 10.0, 10.0], [5.0, 5.0, 15.0, 15.0]])
+        >>> truth = torch.tensor([[0.0, 0.0, 10.0, 5.0]])
+        >>> box_quality([torch.zeros(1, 2, 4)], anchors, torch.tensor([[0, -1]]), truth, torch.tensor([0, 1]))
+        tensor([[0.5000, 0.0000]])
+    """
+    first, count = deltas[0], check_levels(deltas, 4)
+    batch = first.shape[0]
+    check_anchors(anchors, batch, count)
+    check_shape("indices", indices, "(B, N)", (batch, count))
+    check_shape("boxes", boxes, "(G, 4)", (len(boxes), 4))
+    check_shape("offsets", offsets, "(B + 1,)", (batch + 1,))
+    check_integers(indices=indices, offsets=offsets)
+    check_devices(first.device, anchors=anchors, indices=indices, boxes=boxes, offsets=offsets)
+    deltas = [level.detach() for level in deltas]
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    anchors, boxes = anchors.to(dtype), boxes.to(dtype)
+    if runs_triton(*deltas):
+        levels = [level.contiguous() for level in flatten_all(deltas, 4)]
+        return _op(levels, *(x.contiguous() for x in (anchors, indices, boxes, offsets)))
+    return box_quality_reference(deltas, anchors, indices, boxes, offsets)

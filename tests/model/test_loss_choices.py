@@ -1,0 +1,175 @@
+"""The matchers and losses that torchvision does not have, as arguments of the model."""
+
+import contextlib
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torchvision.models.detection import retinanet as tv
+from torchvision.models.detection._utils import Matcher
+
+from retina_fast import AtssMatcher, RetinaNet, TrainingStep, checkpoint, from_torchvision, retinanet_resnet18_fpn_lite
+from retina_fast.convert import to_torchvision
+from retina_fast.forward import HeadOutputs
+from retina_fast.kernels.atss_matching import atss_matching
+from retina_fast.kernels.box_loss import box_loss
+from retina_fast.kernels.box_quality import box_quality
+from retina_fast.kernels.soft_focal_loss import soft_focal_loss
+from retina_fast.losses import detection_losses
+from retina_fast.targets import gather_targets
+from tests.instruments.fake_gpu import launches_of
+from tests.model.test_losses import GRIDS, K, case, flat, kernels_everywhere, leaves, models, relative
+
+SIZES = [9 * s * s for s in GRIDS]
+OPTIONS = [
+    {"matcher": "atss"},
+    {"classification_loss": "quality_focal", "box_loss": "giou"},
+    {"matcher": "atss", "classification_loss": "varifocal", "box_loss": "ciou"},
+]
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    return retinanet_resnet18_fpn_lite(num_classes=2, **options).train()
+
+
+def scene(seed=0):
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    return [image, image.flip(1)], [
+        {"boxes": torch.tensor([[4.0, 4.0, 40.0, 30.0], [30.0, 34.0, 60.0, 62.0]]), "labels": torch.tensor([1, 0])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+    ]
+
+
+def test_the_losses_are_those_of_the_operations(device):
+    outputs, targets, anchors = case((3, 0, 2), device)
+    _, model = models("l1", matcher=AtssMatcher(3), classification_loss="varifocal", box_loss="giou")
+    losses = model.compute_loss(targets, outputs, anchors)
+    truths = gather_targets(targets, 3, anchors[0].device)
+    matches = atss_matching(anchors[0], truths.boxes, truths.labels, truths.offsets, SIZES, 27)
+    assert matches.num_foreground.tolist()[1] == 0
+    assert (matches.num_foreground[::2] > 0).all()
+    normalizers = matches.num_foreground.clamp(min=1) * 3.0
+    geometry = anchors[0], matches.indices, truths.boxes, truths.offsets
+    quality = box_quality(outputs["bbox_regression"], *geometry)
+    expected = soft_focal_loss(outputs["cls_logits"], matches.labels, quality, normalizers, K, "varifocal")
+    assert torch.equal(losses["classification"], expected)
+    expected = box_loss(outputs["bbox_regression"], *geometry, normalizers, "l1")
+    assert torch.equal(losses["bbox_regression"], expected)  # `models` has set l1 on the live model
+
+
+@pytest.mark.parametrize("options", OPTIONS[2:], ids=str)
+def test_the_kernels_give_the_losses_and_gradients_of_the_references(device, options):
+    outputs, targets, anchors = case((1, 0), device)
+    _, model = models("giou", **options)
+    found = []
+    for context in (kernels_everywhere(), contextlib.nullcontext()):
+        with context:
+            losses = model.compute_loss(targets, outputs, anchors)
+        found.append((losses, torch.autograd.grad(sum(losses.values()), leaves(outputs))))
+    (ours, grads), (expected, exact) = found
+    for key, value in ours.items():
+        assert abs(value - expected[key]) <= 1e-5 * expected[key]
+    assert all(relative(a, b) <= 1e-5 for a, b in zip(grads, exact, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [*[pytest.param(x, marks=pytest.mark.slow) for x in OPTIONS[:2]], OPTIONS[2]], ids=str
+)
+def test_it_learns(options):
+    model = tiny(**options)
+    step = TrainingStep(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    first, *_, last = [{name: float(loss) for name, loss in step(*scene()).items()} for _ in range(6)]
+    assert 0 < last["bbox_regression"] < 0.8 * first["bbox_regression"]
+    assert last["classification"] > 0
+    if "classification_loss" not in options:  # the targets of the others grow as boxes fit better
+        assert last["classification"] < 0.8 * first["classification"]
+    model.eval()
+    assert sorted(model(scene()[0])[0]) == ["boxes", "labels", "scores"]
+
+
+def test_nothing_of_the_loss_path_waits_for_the_gpu():
+    outputs, targets, anchors = case((3, 0, 5))
+    truths = gather_targets(targets, 3, torch.device("cpu"))
+
+    def on_gpu(value):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+    def run():
+        fakes = {key: [on_gpu(level).requires_grad_() for level in levels] for key, levels in outputs.items()}
+        boxes = truths._replace(
+            boxes=on_gpu(truths.boxes), labels=on_gpu(truths.labels), offsets=on_gpu(truths.offsets)
+        )
+        made = HeadOutputs(fakes, on_gpu(anchors[0]), K, {})
+        detection_losses(made, boxes, AtssMatcher(), "giou", 2.0, "varifocal")
+
+    assert [launch.kernel.__name__ for launch in launches_of(run)] == [
+        "_surround_kernel", "_nearest_kernel", "_choose_kernel", "_write_matches_kernel", "_box_quality_kernel",
+        "_focal_loss_kernel", "_box_loss_kernel",
+    ]  # fmt: skip
+
+
+def test_live_changes_and_torchvisions_model(device):
+    outputs, targets, anchors = case((2, 1), device)
+    plain, model = models("l1")
+    for change in (lambda m: m, from_torchvision):
+        fast = change(copy.deepcopy(plain if change is from_torchvision else model))
+        before = fast.compute_loss(targets, outputs, anchors)
+        fast.proposal_matcher, fast.classification_loss = AtssMatcher(), "quality_focal"
+        assert fast.uses_fast_losses()
+        after = fast.compute_loss(targets, outputs, anchors)
+        assert all(before[name] != after[name] for name in before)
+
+
+def test_a_model_file_keeps_the_choices(tmp_path):
+    kwargs: dict[str, Any] = {"matcher": "atss", "classification_loss": "varifocal", "box_loss": "giou"}
+    model = checkpoint.build("retinanet_resnet18_fpn_lite", 1, **kwargs)
+    about = checkpoint.Checkpoint("retinanet_resnet18_fpn_lite", kwargs, ["Tree"], [1], model.state_dict())
+    checkpoint.save(about, tmp_path / "model.pt")
+    again = checkpoint.load(tmp_path / "model.pt").build()
+    assert again.proposal_matcher == AtssMatcher(9)
+    assert (again.classification_loss, again.head.regression_head._loss_type) == ("varifocal", "giou")
+
+
+def test_joined_outputs_have_no_levels():
+    outputs, targets, anchors = case((1,))
+    _, model = models("l1", matcher="atss")
+    joined = {"cls_logits": flat(outputs["cls_logits"], K), "bbox_regression": flat(outputs["bbox_regression"], 4)}
+    with pytest.raises(ValueError, match=r"level by level, \(B, A\*C, H, W\), got \[\(1, 774, 5\)\]"):
+        model.compute_loss(targets, joined, anchors)
+
+
+def test_what_the_model_refuses():
+    backbone = torch.nn.Identity()
+    backbone.out_channels = 8  # type: ignore[assignment]
+    for options, message in (
+        ({"matcher": "ATSS"}, "matcher must be one of atss, or a matcher itself, got 'ATSS'"),
+        ({"matcher": "atss", "proposal_matcher": Matcher(0.5, 0.4)}, "give one of them"),
+        (
+            {"classification_loss": "qfl"},
+            "classification_loss must be one of focal, quality_focal, varifocal, got 'qfl'",
+        ),
+        ({"box_loss": "l2"}, "box_loss must be one of l1, smooth_l1, giou, diou, ciou, got 'l2'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RetinaNet(backbone, K, **options)
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+        AtssMatcher(0)
+
+
+class OwnHeadLoss(tv.RetinaNetRegressionHead):
+    def compute_loss(self, targets, head_outputs, anchors, matched_idxs):
+        return 3 * super().compute_loss(targets, head_outputs, anchors, matched_idxs)
+
+
+def test_a_part_of_ones_own_cannot_be_combined_with_them():
+    model = tiny(matcher="atss")
+    with pytest.raises(NotImplementedError, match="ATSS needs the anchors' centres"):
+        to_torchvision(model).train()(*scene())
+    model.head.regression_head.__class__ = OwnHeadLoss
+    with pytest.raises(NotImplementedError, match="ATSS needs the anchors' centres"):
+        model(*scene())
+    model.proposal_matcher, model.classification_loss = Matcher(0.5, 0.4), "varifocal"
+    with pytest.raises(NotImplementedError, match="'varifocal' needs"):
+        model(*scene())
