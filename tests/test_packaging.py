@@ -16,7 +16,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("av", "faster_coco_eval", "lightning", "matplotlib", "optuna", "pandas", "rich", "supervision", "timm", "typer")
+EXTRAS = (
+    "av",
+    "faster_coco_eval",
+    "lightning",
+    "matplotlib",
+    "optuna",
+    "pandas",
+    "rich",
+    "supervision",
+    "timm",
+    "typer",
+)
 USE = f"""
 import sys
 import retina_fast

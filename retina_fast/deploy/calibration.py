@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retina_fast.data.coco import IMAGE_SUFFIXES, read_image
 from retina_fast.data.errors import UserError
+from retina_fast.data.images import IMAGE_SUFFIXES, read_image
 
 Images = Iterable[Tensor] | str | Path
 """Images (3, H, W) each, uint8 in [0, 255] or floating point in [0, 1]; or a folder of image files."""
