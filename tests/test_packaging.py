@@ -125,7 +125,7 @@ def _walk(module: str) -> list[ast.AST]:
 
 
 # What a command needs only for a backbone, an exported file, or several processes, where the user asks for them.
-ASKED_FOR = {"timm", "onnx", "onnxruntime", "onnxscript", "openvino", "lightning", "av"}
+ASKED_FOR = {"timm", "onnx", "onnxruntime", "onnxscript", "openvino", "lightning", "av", "rasterio"}
 CONVERTED_TO = {"pandas", "supervision"}  # by those who have them
 COMMANDS = {
     "train": "train",
