@@ -37,8 +37,8 @@ def test_the_first_example_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code[1], names)
-    assert len(names["found"]["boxes"]) > 40
-    assert decode_image("found.jpg").shape == names["image"].shape
+    assert len(names["found"]) > 40
+    assert decode_image("found.jpg").shape == names["found"].image.shape
 
 
 def test_detect_folder(patch, tmp_path, capsys):

@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     picture = f"![Times as fast, by goal and baseline]({here}/ratios.png)\n\n"
     lead = picture if folder / "ratios.png" in pictures else ""
     link = f"[Every goal beside its figure]({here}/README.md)."
-    write_between(options.readme, BEGIN, END, f"\n{lead}{summary(record)} {link}\n")
+    write_between(options.readme, BEGIN, END, f"{lead}{summary(record)} {link}")
     print("\n".join(str(path) for path in (*pictures, page, options.readme)))
     return 0
 
