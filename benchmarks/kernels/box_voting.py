@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Built, Case, run_benchmark
+from benchmarks.kernels import soft_nms
 from retina_fast.kernels.box_voting import box_voting, box_voting_reference
 
 
@@ -28,15 +29,9 @@ CPU_SETTING = Setting(batch=2, boxes=1000)
 
 
 def build(setting: Setting, device: torch.device) -> Built:
-    generator = torch.Generator().manual_seed(0)
-    shape = setting.batch, setting.boxes
-    corner = torch.rand(*shape, 2, generator=generator) * 700
-    boxes = torch.cat((corner, corner + 20 + torch.rand(*shape, 2, generator=generator) * 80), dim=2)
-    scores, labels = torch.rand(shape, generator=generator), torch.randint(0, 91, shape, generator=generator)
-    positions = torch.randint(0, setting.boxes, (setting.batch, setting.kept), generator=generator)
-    counts = torch.full(shape[:1], setting.boxes), torch.full(shape[:1], setting.kept)
-    rows = boxes, scores, labels, counts[0], positions, counts[1]
-    arguments: Any = [row.to(device) for row in rows]
+    kept = torch.randint(setting.boxes, (setting.batch, setting.kept), generator=torch.Generator().manual_seed(1))
+    counts = torch.full((setting.batch,), setting.kept)
+    arguments: Any = [*soft_nms.inputs(setting.batch, setting.boxes, device), kept.to(device), counts.to(device)]
 
     def ours() -> Tensor:
         return box_voting(*arguments)
@@ -47,7 +42,7 @@ def build(setting: Setting, device: torch.device) -> Built:
         torch.testing.assert_close(ours().double(), exact, rtol=1e-5, atol=1e-3)
 
     baselines: dict[str, Any] = {"torch eager": functools.partial(box_voting_reference, *arguments)}
-    return Built(ours, baselines, check, min_bytes=sum(row.nbytes for row in rows))
+    return Built(ours, baselines, check, min_bytes=sum(row.nbytes for row in arguments))
 
 
 def _case(setting: Setting) -> Case:

@@ -12,32 +12,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Built, Case, run_benchmark
-from benchmarks.models import scenes
-from retina_fast.kernels.candidate_selection import (
-    Candidates,
-    candidate_selection,
-    candidate_selection_reference,
-    logit,
-)
+from benchmarks.kernels import postprocess
+from benchmarks.kernels.postprocess import THRESHOLD, TOPK
+from retina_fast.kernels.candidate_selection import Candidates, candidate_selection, candidate_selection_reference
 from retina_fast.kernels.levels import flatten_all
-
-THRESHOLD, TOPK = 0.05, 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    batch: int = 8
-    size: int = 800
-    num_classes: int = 91
-    dtype: str = "bfloat16"
-    above: float = 0.01
-
-    @property
-    def name(self) -> str:
-        return (
-            f"candidate selection, batch {self.batch}, {self.size}x{self.size}, {self.num_classes} classes, "
-            f"{self.above:.1%} above the threshold"
-        )
+class Setting(postprocess.Setting):
+    what = "candidate selection"
 
 
 BASE = Setting()
@@ -46,17 +29,13 @@ SETTINGS = [
     *[dataclasses.replace(BASE, above=above) for above in (0.0, 0.1)],
     dataclasses.replace(BASE, dtype="float32"),
 ]
-CPU_SETTING = Setting(2, 512, dtype="float32")
+CPU_SETTING = Setting(2, 512, 512, dtype="float32")
 
 
 @torch.no_grad()
 def build(setting: Setting, device: torch.device) -> Built:
-    k, size = setting.num_classes, setting.size
-    tail = torch.special.ndtri(torch.tensor(1 - setting.above)).clamp(-8, 8).item()  # standard deviations
-    torch.manual_seed(0)
-    dtype = getattr(torch, setting.dtype)
-    made = scenes.levels(setting.batch, k, size, size, dtype, device, logit(THRESHOLD) - tail, 1.0)
-    levels = [level.detach() for level in made]
+    k = setting.num_classes
+    levels = postprocess.inputs(setting, device)[0]["cls_logits"]
     flat = [level.contiguous() for level in flatten_all(levels, k)]  # (B, N_l, K)
 
     def ours() -> Candidates:
@@ -80,7 +59,7 @@ def build(setting: Setting, device: torch.device) -> Built:
             assert torch.equal(getattr(selected, name), getattr(expected, name)), f"{setting}: {name}"
         torch.testing.assert_close(selected.scores, expected.scores, rtol=1e-6, atol=0)
         theirs = sum(len(scores) for scores, _, _ in torchvision_eager())
-        if dtype == torch.float32:  # in bfloat16 torchvision's scores are rounded before they are compared
+        if setting.dtype == "float32":  # in bfloat16 torchvision's scores are rounded before they are compared
             assert theirs == int(expected.counts.sum()), setting
 
     return Built(ours, {"torchvision eager": torchvision_eager}, check, min_bytes=sum(level.nbytes for level in levels))
@@ -91,7 +70,7 @@ def _case(setting: Setting) -> Case:
 
 
 CASES = [_case(setting) for setting in SETTINGS]
-SMALL = [_case(Setting(2, 64, 7, dtype, above)) for dtype, above in (("float32", 0.01), ("bfloat16", 0.1))]
+SMALL = [_case(Setting(2, 64, 64, 7, dtype, above)) for dtype, above in (("float32", 0.01), ("bfloat16", 0.1))]
 
 
 @pytest.mark.parametrize("setting", SETTINGS if torch.cuda.is_available() else [CPU_SETTING], ids=lambda s: s.name)

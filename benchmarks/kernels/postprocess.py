@@ -11,7 +11,7 @@ ours are.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ THRESHOLD, TOPK, IOU, KEPT = 0.05, 1000, 0.5, 300
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
+    what: ClassVar[str] = "postprocess"
     batch: int = 8
     height: int = 800
     width: int = 800
@@ -44,7 +45,7 @@ class Setting:
     @property
     def name(self) -> str:
         return (
-            f"postprocess, batch {self.batch}, {self.height}x{self.width}, {self.num_classes} classes, "
+            f"{self.what}, batch {self.batch}, {self.height}x{self.width}, {self.num_classes} classes, "
             f"{self.above:.1%} above the threshold"
         )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.case import Built, Case, run_benchmark
 from retina_fast.kernels.soft_nms import SoftKept, soft_nms, soft_nms_reference
@@ -27,14 +28,20 @@ SETTINGS = [Setting(), Setting(batch=1), Setting(method="linear")]
 CPU_SETTING = Setting(batch=2, boxes=1000)
 
 
-def build(setting: Setting, device: torch.device) -> Built:
+def inputs(batch: int, boxes: int, device: torch.device) -> list[Tensor]:
+    """Returns boxes (B, M, 4), scores and labels (B, M) in 91 classes, and counts (B,)."""
     generator = torch.Generator().manual_seed(0)
-    shape = setting.batch, setting.boxes
-    corner = torch.rand(*shape, 2, generator=generator) * 700
-    boxes = torch.cat((corner, corner + 20 + torch.rand(*shape, 2, generator=generator) * 80), dim=2)
-    scores, labels = torch.rand(shape, generator=generator), torch.randint(0, 91, shape, generator=generator)
-    rows = boxes, scores, labels, torch.full(shape[:1], setting.boxes)
-    arguments: Any = [row.to(device) for row in rows]
+    corner = torch.rand(batch, boxes, 2, generator=generator) * 700
+    made = torch.cat((corner, corner + 20 + torch.rand(batch, boxes, 2, generator=generator) * 80), dim=2)
+    scores, labels = (
+        torch.rand(batch, boxes, generator=generator),
+        torch.randint(91, (batch, boxes), generator=generator),
+    )
+    return [row.to(device) for row in (made, scores, labels, torch.full((batch,), boxes))]
+
+
+def build(setting: Setting, device: torch.device) -> Built:
+    arguments: Any = inputs(setting.batch, setting.boxes, device)
     rest: Any = (setting.method, 0.3, 0.5, 0.05, setting.most)
 
     def ours() -> SoftKept:
