@@ -22,6 +22,7 @@ _TILE_BYTES = 32768  # by instruction counts: at half of that a tile's set-up co
 _LISTED = 32  # the list of a segment has room for one in 32 of its logits
 _RUNS = 256  # with a survivor, up to which those of a tile are listed by as many lanes
 _ONE_RUN = tl.constexpr(1 << 17)  # more than a tile has logits
+_LANES = 128  # threads of a program
 BINS = tl.constexpr(512)
 
 # A value's code is the upper half of its float32 number, as bfloat16 has it, but one code for all below 2^-4. A bin has
@@ -100,15 +101,19 @@ def _write_keys(x_ptr, start, bits, slots, begin, first_index, list_ptr, index_b
 @triton.jit
 def _list(x_ptr, begin, end, first_index, threshold, found, list_ptr, found_ptr, bins_ptr, capacity, first_bin,
           index_bits, DROP: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr,
-          BINS: tl.constexpr):  # fmt: skip
+          BINS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Counts a tile's survivors, in all and in each bin, and appends their keys to the list if it has room for them."""
     counts = found >> 16
     bits = found & 65535
     own = counts + tl.where(bits > 0, _ONE_RUN, 0)  # survivors, and whether there are any
-    whole = tl.sum(own, axis=0)
+    # A thread has every LANES-th run, and adds up its own before the threads add up theirs.
+    own = tl.reshape(own, [TILE // RUN // LANES, LANES])
+    of_lane = tl.sum(own, axis=0)
+    whole = tl.sum(of_lane, axis=0)
     total = whole & (_ONE_RUN - 1)
     if total > 0:
-        before = tl.cumsum(own, axis=0) - own
+        before = (tl.cumsum(of_lane, axis=0) - of_lane)[None, :] + tl.cumsum(own, axis=0) - own
+        before = tl.reshape(before, [TILE // RUN])
         slot = tl.atomic_add(found_ptr, total, sem="relaxed")
         histogram = tl.zeros([BINS], tl.int32)
         fits = slot + total <= capacity
@@ -145,6 +150,7 @@ def _list(x_ptr, begin, end, first_index, threshold, found, list_ptr, found_ptr,
 def _list_kernel(
     levels, starts, first_tiles, list_starts, lists_ptr, found_ptr, bins_ptr, list_width, first_bin, index_bits,
     threshold, DROP: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, BINS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b) lists the survivors of tile t, counted through the levels, of image b."""
     tile = tl.program_id(0)
@@ -164,7 +170,7 @@ def _list_kernel(
     list_ptr = lists_ptr + image * list_width + list_start
     segment = image * len(levels) + level
     _list(x_ptr, begin, end, start, threshold, found, list_ptr, found_ptr + segment, bins_ptr + segment * BINS,
-          capacity, first_bin, index_bits, DROP, TILE, RUN, RUNS, BINS)  # fmt: skip
+          capacity, first_bin, index_bits, DROP, TILE, RUN, RUNS, BINS, LANES)  # fmt: skip
 
 
 def _first_bin(threshold: float) -> int:
@@ -196,6 +202,7 @@ def list_survivors(
         _list_kernel[(first_tiles[-1], len(first))](
             tuple(levels), starts, encode_sizes(first_tiles), survivors.list_starts, lists, survivors.found,
             survivors.histograms, list_starts[-1], survivors.first_bin, index_bits, threshold, DROP=drop, TILE=tile,
-            RUN=run, RUNS=min(_RUNS, tile // run), BINS=BINS.value, enable_fp_fusion=False,
+            RUN=run, RUNS=min(_RUNS, tile // run), BINS=BINS.value, LANES=min(_LANES, tile // run),
+            enable_fp_fusion=False,
         )  # fmt: skip
     return survivors
