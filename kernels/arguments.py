@@ -34,6 +34,27 @@ def check_shape(name: str, tensor: Tensor, meaning: str, *shapes: tuple[int, ...
         raise ValueError(f"{name} must be {meaning} = {allowed}, got {tuple(tensor.shape)}")
 
 
+def check_boxes(boxes: Tensor, scores: Tensor | None, labels: Tensor | None, counts: Tensor) -> tuple[int, int]:
+    """B and M of padded boxes (B, M, 4), with scores and labels (B, M), of which the first counts[b] of image b count.
+
+    Raises:
+        ValueError: if the shapes do not fit, M is 2^29 or more, since the kernels' offsets of coordinates, up to 4 M,
+            have 32 bits, labels or counts are not integers, or the tensors lie on different devices.
+    """
+    if boxes.dim() != 3 or boxes.shape[2] != 4:
+        raise ValueError(f"boxes must be (B, M, 4), got {tuple(boxes.shape)}")
+    batch, width = boxes.shape[:2]
+    if width >= 2**29:
+        raise ValueError(f"boxes must be fewer than 2^29 an image, got {width}")
+    for name, rows in (("scores", scores), ("labels", labels)):
+        if rows is not None:
+            check_shape(name, rows, "(B, M)", (batch, width))
+    check_shape("counts", counts, "(B,)", (batch,))
+    check_integers(labels=labels, counts=counts)
+    check_devices(boxes.device, scores=scores, labels=labels, counts=counts)
+    return batch, width
+
+
 def check_anchors(anchors: Tensor, batch: int, count: int) -> None:
     """Raises ValueError for anchors that are neither shared by the images, (N, 4), nor one set an image, (B, N, 4)."""
     check_shape("anchors", anchors, "(N, 4) or (B, N, 4)", (count, 4), (batch, count, 4))

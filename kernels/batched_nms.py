@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torchvision.ops.boxes import nms as torchvision_nms  # bound now: ours may come to stand in its place
 
-from retina_fast.kernels.arguments import at_least_float32, check_devices, check_integers, check_shape
+from retina_fast.kernels.arguments import at_least_float32, check_boxes
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.key_sort import pack, sort_keys
 from retina_fast.kernels.nms_blocks import suppress_by_blocks
-from retina_fast.kernels.nms_overlap import POSITION_BITS
+from retina_fast.kernels.nms_overlap import POSITION_BITS, count_of
+from retina_fast.kernels.nms_pairs import kept_of_pairs
 from retina_fast.kernels.nms_walk import suppress_by_walks
 
 
@@ -36,26 +37,43 @@ class Kept(NamedTuple):
     """(B,) int64."""
 
 
+_SMALL = 48  # boxes of a class, up to which comparing its pairs with all others is faster than a call of its own
+
+
+def _falling(boxes: Tensor) -> Tensor:
+    """Scores of boxes that lie best first: no two are equal."""
+    return torch.arange(len(boxes), 0, -1, device=boxes.device).to(boxes.dtype)
+
+
+def _kept_by_class(boxes: Tensor, lengths: Tensor, iou_thresh: float) -> Tensor:
+    """Positions of the boxes that stay, in any order. The boxes lie class after class, best first, and lengths (C,)
+    says how many each class has."""
+    small = lengths <= (0 if boxes.is_cuda else _SMALL)
+    thresh = iou_thresh if boxes.dtype == torch.float64 else rounded_down(iou_thresh)
+    if bool(small.all()):
+        return kept_of_pairs(boxes, lengths, thresh).nonzero().squeeze(1)
+    scores, start, found = _falling(boxes), 0, []
+    for length, is_small in zip(lengths.tolist(), small.tolist(), strict=True):
+        if not is_small:
+            found.append(start + torchvision_nms(boxes[start : start + length], scores[:length], iou_thresh))
+        start += length
+    if bool(small.any()):
+        positions = small.repeat_interleave(lengths).nonzero().squeeze(1)
+        found.append(positions[kept_of_pairs(boxes[positions], lengths[small], thresh)])
+    return torch.cat(found)
+
+
 def nms_image(boxes: Tensor, scores: Tensor | None, labels: Tensor | None, iou_thresh: float) -> Tensor:
     """Positions of the kept boxes of one image, best first; without scores the boxes lie best first."""
     order = None if scores is None else scores.sort(descending=True, stable=True).indices
     boxes = at_least_float32(boxes)
     boxes = boxes if order is None else boxes[order]
-    falling = torch.arange(len(boxes), 0, -1, device=boxes.device).to(boxes.dtype)  # for the scores: no ties left
     if labels is None or bool((labels == labels[:1]).all()):
-        kept = torchvision_nms(boxes, falling, iou_thresh)
+        kept = torchvision_nms(boxes, _falling(boxes), iou_thresh)
     else:
         by_class = (labels if order is None else labels[order]).sort(stable=True)
-        lengths = by_class.values.unique_consecutive(return_counts=True)[1].tolist()
-        members = by_class.indices.split(lengths)
-        classes = zip(
-            members, boxes[by_class.indices].split(lengths), falling[: len(boxes)].split(lengths), strict=True
-        )
-        found = [
-            own[torchvision_nms(own_boxes, own_falling, iou_thresh)] if len(own) > 1 else own
-            for own, own_boxes, own_falling in classes
-        ]
-        kept = torch.cat(found).sort().values
+        lengths = by_class.values.unique_consecutive(return_counts=True)[1]
+        kept = by_class.indices[_kept_by_class(boxes[by_class.indices], lengths, iou_thresh)].sort().values
     return kept if order is None else order[kept]
 
 
@@ -85,13 +103,17 @@ _WALKED, _WALKED_OF_ONE_CLASS = 2**21, 2**16
 
 
 @triton.jit(do_not_specialize=["width"])
-def _score_keys_kernel(scores_ptr, keys_ptr, counts_ptr, width, TILE: tl.constexpr):
-    """Program (t, b) makes the keys of TILE boxes of image b, which order by falling score, then by position."""
+def _score_keys_kernel(scores_ptr, keys_ptr, counts_ptr, lengths_ptr, width, TILE: tl.constexpr):
+    """Program (t, b) makes the keys of TILE boxes of image b, which order by falling score, then by position. Program
+    (0, b) writes how many there are."""
     image = tl.program_id(1).to(tl.int64)
+    count = count_of(counts_ptr, image, width)
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     scores = tl.load(scores_ptr + image * width + i, mask=i < width, other=0.0).to(tl.float32)
-    keys = tl.where(i < tl.load(counts_ptr + image), pack(scores, i, POSITION_BITS, 0), -1)
+    keys = tl.where(i < count, pack(scores, i, POSITION_BITS, 0), -1)
     tl.store(keys_ptr + image * width + i, keys, mask=i < width)
+    if tl.program_id(0) == 0:
+        tl.store(lengths_ptr + image, count)
 
 
 def rounded_down(value: float) -> float:
@@ -101,9 +123,9 @@ def rounded_down(value: float) -> float:
 
 
 def thresholds_of(iou_thresh: float) -> tuple[float, float]:
-    """The threshold as the kernels take it, and a number a little below it."""
+    """The threshold as the kernels take it, and the next number above it, or infinity if it is not above 0."""
     thresh = rounded_down(iou_thresh)
-    return thresh, thresh * (1 - 2**-20) if thresh > 0 else float("-inf")
+    return thresh, float(np.nextafter(np.float32(thresh), np.float32(np.inf))) if thresh > 0 else float("inf")
 
 
 def is_walked(width: int, max_detections: int, by_class: bool) -> bool:
@@ -122,8 +144,9 @@ def _batched_nms_triton(
         keys = None
         if scores is not None:
             keys = boxes.new_empty(batch, width, dtype=torch.int64)
-            _score_keys_kernel[(triton.cdiv(width, _TILE), batch)](
-                scores.contiguous(), keys, counts, width, TILE=_TILE, enable_fp_fusion=False
+            given, counts = counts, boxes.new_empty(batch, dtype=torch.int32)
+            _score_keys_kernel[(max(1, triton.cdiv(width, _TILE)), batch)](
+                scores.contiguous(), keys, given, counts, width, TILE=_TILE, enable_fp_fusion=False
             )
             keys = sort_keys(keys, counts)
         walked = is_walked(width, max_detections, labels is not None)
@@ -160,11 +183,10 @@ def batched_nms(
     """Suppress overlapping boxes of one class in every image of a padded batch.
 
     Args:
-        boxes: ``(B, M, 4)`` xyxy, with M below 2^29, since the kernel's offsets of coordinates, up to 4 M, have 32
-            bits. With float64 boxes or scores the reference runs, on a GPU, too.
+        boxes: ``(B, M, 4)`` xyxy, with M below 2^29. With float64 boxes or scores the reference runs, on a GPU, too.
         scores: ``(B, M)``; a NaN ranks above all. None: the boxes lie best first already.
         labels: ``(B, M)`` integer classes; None suppresses across classes.
-        counts: ``(B,)`` integers up to M: only the first counts[b] boxes of image b count.
+        counts: ``(B,)`` integers: only the first counts[b] boxes of image b count.
         iou_thresh: a box goes when its IoU with a better kept one is strictly above.
         max_detections: D, the most boxes kept of an image.
 
@@ -178,17 +200,7 @@ def batched_nms(
         >>> batched_nms(boxes, torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[1, 1, 0]]), torch.tensor([3]), 0.5, 4)
         Kept(positions=tensor([[0, 2, 0, 0]]), counts=tensor([2]))
     """
-    if boxes.dim() != 3 or boxes.shape[2] != 4:
-        raise ValueError(f"boxes must be (B, M, 4), got {tuple(boxes.shape)}")
-    batch, width = boxes.shape[:2]
-    if width >= 2**29:
-        raise ValueError(f"boxes must be fewer than 2^29 an image, got {width}")
-    for name, rows in (("scores", scores), ("labels", labels)):
-        if rows is not None:
-            check_shape(name, rows, "(B, M)", (batch, width))
-    check_shape("counts", counts, "(B,)", (batch,))
-    check_integers(labels=labels, counts=counts)
-    check_devices(boxes.device, scores=scores, labels=labels, counts=counts)
+    check_boxes(boxes, scores, labels, counts)
     if max_detections < 0:
         raise ValueError(f"max_detections must be at least 0, got {max_detections}")
     scores = None if scores is None else scores.detach()

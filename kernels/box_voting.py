@@ -11,8 +11,9 @@ in registers.
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.arguments import at_least_float32, check_devices, check_integers, check_shape
+from retina_fast.kernels.arguments import at_least_float32, check_boxes, check_devices, check_integers, check_shape
 from retina_fast.kernels.dispatch import is_differentiated, runs_triton, tl, triton
+from retina_fast.kernels.nms_overlap import count_of
 
 
 def box_voting_reference(
@@ -54,7 +55,7 @@ def _box_voting_kernel(
 ):  # fmt: skip
     """Program (t, b) moves KEPT kept boxes of image b."""
     image = tl.program_id(1).to(tl.int64)
-    count = tl.load(counts_ptr + image).to(tl.int32)
+    count = count_of(counts_ptr, image, width)
     d = tl.program_id(0) * KEPT + tl.arange(0, KEPT)
     valid = (d < kept) & (d < tl.load(kept_counts_ptr + image))
     own = tl.load(positions_ptr + image * kept + d, mask=valid, other=0)
@@ -138,14 +139,14 @@ def box_voting(
             reference.
         scores: ``(B, M)``: the weights.
         labels: ``(B, M)`` integer classes; with None every class votes for every other.
-        counts: ``(B,)`` integers up to M: only the first counts[b] boxes of image b vote.
+        counts: ``(B,)`` integers: only the first counts[b] boxes of image b vote.
         positions: ``(B, D)`` integers: the kept boxes, as batched_nms and soft_nms return them.
         kept_counts: ``(B,)``: only the first kept_counts[b] of them count.
         iou_thresh: boxes whose IoU with a kept one is strictly above vote for it.
 
     Raises:
-        ValueError: if the shapes do not fit, labels, counts or positions are not integers, or the tensors lie on
-            different devices.
+        ValueError: if the shapes do not fit, M is 2^29 or more, labels, counts or positions are not integers, or the
+            tensors lie on different devices.
 
     Example::
 
@@ -155,19 +156,11 @@ def box_voting(
         tensor([[[ 0.5000,  0.0000,  8.0000,  8.0000],
                  [20.0000, 20.0000, 28.0000, 28.0000]]])
     """
-    if boxes.dim() != 3 or boxes.shape[2] != 4:
-        raise ValueError(f"boxes must be (B, M, 4), got {tuple(boxes.shape)}")
-    batch, width = boxes.shape[:2]
-    check_shape("scores", scores, "(B, M)", (batch, width))
-    if labels is not None:
-        check_shape("labels", labels, "(B, M)", (batch, width))
-    check_shape("counts", counts, "(B,)", (batch,))
+    batch, _ = check_boxes(boxes, scores, labels, counts)
     check_shape("positions", positions, "(B, D)", (batch, *positions.shape[-1:]))
     check_shape("kept_counts", kept_counts, "(B,)", (batch,))
-    check_integers(labels=labels, counts=counts, positions=positions, kept_counts=kept_counts)
-    check_devices(
-        boxes.device, scores=scores, labels=labels, counts=counts, positions=positions, kept_counts=kept_counts
-    )
+    check_integers(positions=positions, kept_counts=kept_counts)
+    check_devices(boxes.device, positions=positions, kept_counts=kept_counts)
     boxes, scores, positions = at_least_float32(boxes), at_least_float32(scores), positions.long()
     if runs_triton(boxes, scores) and not is_differentiated(boxes, scores):
         labels = None if labels is None else labels.contiguous()

@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.arguments import at_least_float32, check_devices, check_integers, check_shape
+from retina_fast.kernels.arguments import at_least_float32, check_boxes
 from retina_fast.kernels.batched_nms import thresholds_of
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.greedy_nmm_cpu import merge_image
 from retina_fast.kernels.nms_blocks import suppress_by_blocks
-from retina_fast.kernels.nms_overlap import POSITION_BITS, WORD, overlap
+from retina_fast.kernels.nms_overlap import POSITION_BITS, WORD, count_of, load_box, overlap
 
 METRICS = ("IOU", "IOS")
 
@@ -122,11 +122,11 @@ _COLUMNS, _LANES = 128, 32  # boxes that a program assigns, and groups that one 
 @triton.jit(do_not_specialize=["width", "most"])
 def _group_kernel(
     boxes_ptr, labels_ptr, counts_ptr, positions_ptr, kept_counts_ptr, groups_ptr, width, most, threshold,
-    below_threshold, SMALLER: tl.constexpr, COLUMNS: tl.constexpr, WORD: tl.constexpr,
+    above_threshold, SMALLER: tl.constexpr, COLUMNS: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b) finds, for COLUMNS boxes of image b, the first kept box that takes each in; ``most`` is none."""
     image = tl.program_id(1).to(tl.int64)
-    count = tl.load(counts_ptr + image).to(tl.int32)
+    count = count_of(counts_ptr, image, width)
     kept = tl.load(kept_counts_ptr + image).to(tl.int32)
     i = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = i < count
@@ -135,18 +135,18 @@ def _group_kernel(
     if labels_ptr is not None:
         labels_ptr += image * width
     below = tl.where(inside, i, 0)
+    box = load_box(boxes_ptr, labels_ptr, below[None, :])
     group = tl.full([COLUMNS], 0, tl.int32) + most
     waiting = inside
     first = 0
     while (first < kept) & (tl.max(waiting.to(tl.int32), axis=0) > 0):
         slots = first + tl.arange(0, WORD)
         above = tl.load(positions_ptr + slots, mask=slots < kept, other=0).to(tl.int32)
-        comparable = (slots < kept)[:, None] & waiting[None, :]
-        taken = overlap(
-            boxes_ptr, labels_ptr, above[:, None], below[None, :], comparable, threshold, below_threshold, SMALLER
-        )
-        taken |= ((above[:, None] == below[None, :]) & comparable).to(tl.int32)  # a kept box without an area, too
-        found = tl.min(tl.where(taken > 0, slots[:, None], most), axis=0)
+        better = load_box(boxes_ptr, labels_ptr, above[:, None])
+        taken = overlap(better, box, threshold, above_threshold, SMALLER) > 0
+        taken |= above[:, None] == below[None, :]  # a kept box without an area, too
+        taken &= (slots < kept)[:, None] & waiting[None, :]
+        found = tl.min(tl.where(taken, slots[:, None], most), axis=0)
         group = tl.where(waiting, found, group)
         waiting &= found == most
         first += WORD
@@ -280,7 +280,7 @@ def greedy_nmm(
         boxes: ``(B, M, 4)`` xyxy, with M below 2^29.
         scores: ``(B, M)``; a merged box has the score of its best one. NaN ranks above all.
         labels: ``(B, M)`` integer classes; None merges across classes.
-        counts: ``(B,)`` integers up to M: only the first counts[b] boxes of image b count.
+        counts: ``(B,)`` integers: only the first counts[b] boxes of image b count.
         match_metric: "IOU", or "IOS": intersection over the smaller area.
         match_threshold: above 0, at most 1: a box is taken in when its overlap with a better one is at least that.
         max_detections: D, the most boxes left of an image.
@@ -297,17 +297,7 @@ def greedy_nmm(
         (tensor([[[ 0.,  0., 12.,  8.],
                  [20., 20., 28., 28.]]]), tensor([[0, 0, 1]]))
     """
-    if boxes.dim() != 3 or boxes.shape[2] != 4:
-        raise ValueError(f"boxes must be (B, M, 4), got {tuple(boxes.shape)}")
-    batch, width = boxes.shape[:2]
-    if width >= 2**29:
-        raise ValueError(f"boxes must be fewer than 2^29 an image, got {width}")
-    check_shape("scores", scores, "(B, M)", (batch, width))
-    if labels is not None:
-        check_shape("labels", labels, "(B, M)", (batch, width))
-    check_shape("counts", counts, "(B,)", (batch,))
-    check_integers(labels=labels, counts=counts)
-    check_devices(boxes.device, scores=scores, labels=labels, counts=counts)
+    check_boxes(boxes, scores, labels, counts)
     if match_metric not in METRICS:
         raise ValueError(f"match_metric must be one of {', '.join(METRICS)}, got {match_metric!r}")
     if not 0 < match_threshold <= 1:

@@ -60,6 +60,12 @@ def unpack_number(key, index_bits, DROP: tl.constexpr):
     return ((high ^ ((high >> 31) & (0x7FFFFFFF >> DROP))) << DROP).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _is_less(keys, others):
+    """1 where a key is less than another, else 0. The sign of their difference is cheaper than to compare 64 bits."""
+    return ((keys - others).to(tl.uint64, bitcast=True) >> 63).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["width"])
 def _sort_runs_kernel(keys_ptr, runs_ptr, counts_ptr, part_starts, width, RUN: tl.constexpr, CHUNK: tl.constexpr):
     """Program (r, b) sorts run r of row b: the place of a key is the number of greater keys in the run."""
@@ -71,11 +77,12 @@ def _sort_runs_kernel(keys_ptr, runs_ptr, counts_ptr, part_starts, width, RUN: t
         keys_ptr += image * width + start
         i = tl.arange(0, RUN)
         keys = tl.load(keys_ptr + i, mask=start + i < count, other=-1)
-        place = tl.zeros([RUN], tl.int32)
+        greater = tl.zeros([RUN, CHUNK], tl.int32)
         for chunk in range(0, RUN, CHUNK):
             j = chunk + tl.arange(0, CHUNK)
-            others = tl.load(keys_ptr + j, mask=start + j < count, other=-1)
-            place += tl.sum((others[None, :] > keys[:, None]).to(tl.int32), axis=1)
+            others = tl.load(keys_ptr + j, mask=start + j < count, other=0)
+            greater += _is_less(keys[:, None], others[None, :])
+        place = tl.sum(greater, axis=1)
         tl.store(runs_ptr + image * width + start + place, keys, mask=start + i < count)
 
 
@@ -116,8 +123,7 @@ def _place_by_counting(row_ptr, counts_ptr, part_starts, keys, part, most, KEYS:
         for start in range(0, count, CHUNK):
             i = start + tl.arange(0, CHUNK)
             others = tl.load(row_ptr + first + i, mask=i < count, other=0)
-            # The sign of the difference of two keys is cheaper than a comparison of 64 bits.
-            greater += ((keys[:, None] - others[None, :]).to(tl.uint64, bitcast=True) >> 63).to(tl.int32)
+            greater += _is_less(keys[:, None], others[None, :])
         in_part = tl.sum(greater, axis=1)
         place += tl.minimum(in_part, most)
         before = tl.where(part == p, in_part, before)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.dispatch import tl, triton
-from retina_fast.kernels.nms_overlap import WORD, overlap, position_of, settle
+from retina_fast.kernels.nms_overlap import WORD, before, count_of, load_box, overlap, position_of, settle
 
 _PROGRAMS = 512  # of all images together, as far as that leaves an image no fewer and no more groups than these
 _FEWEST_GROUPS, _MOST_GROUPS = 16, 128
 _SCAN = 512  # boxes whose class a program looks at in one go
 _FLAGS = 2048  # flags that a program looks at in one go
+_LANES = 32  # kept boxes that a tile is compared with in one go
 
 
 @triton.jit
@@ -38,28 +39,25 @@ def _deal(
 @triton.jit
 def _keep(
     boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, flags_ptr, head, tail, kept, max_kept, iou_thresh,
-    below_thresh, RING: tl.constexpr, WORD: tl.constexpr,
+    above_thresh, RING: tl.constexpr, WORD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Decides which of the next WORD members are kept; returns how many."""
-    t = tl.arange(0, WORD)
+    t, lanes = tl.arange(0, WORD), tl.arange(0, LANES)
     waiting = head + t < tail
     i = tl.load(members_ptr + (head + t) % RING, mask=waiting, other=0)
     position = position_of(keys_ptr, i, waiting)
-    suppressed = tl.zeros([WORD, WORD], tl.int32)
-    first = 0
-    while first < kept:
-        above = tl.load(kept_ptr + first + t, mask=first + t < kept, other=0)
-        comparable = (first + t < kept)[:, None] & waiting[None, :]
-        suppressed |= overlap(
-            boxes_ptr, labels_ptr, above[:, None], position[None, :], comparable, iou_thresh, below_thresh
-        )
-        first += WORD
-    alive = waiting & (tl.max(suppressed, axis=0) == 0)
-    comparable = (t[:, None] < t[None, :]) & waiting[None, :]
-    suppressed = overlap(
-        boxes_ptr, labels_ptr, position[:, None], position[None, :], comparable, iou_thresh, below_thresh
-    )
-    by = tl.sum(suppressed << t[:, None], axis=0)  # [WORD]: the bits of those that suppress each
+    box = load_box(boxes_ptr, labels_ptr, position[:, None])
+    most = tl.full([WORD, LANES], -1.0, tl.float32)
+    for first in range(0, kept, LANES):
+        above = tl.load(kept_ptr + tl.minimum(first + lanes, kept - 1))
+        better = load_box(boxes_ptr, labels_ptr, above[None, :])
+        most = tl.maximum(most, overlap(better, box, iou_thresh, above_thresh))
+    alive = waiting & (tl.max(most, axis=1) <= 0)
+    better = load_box(boxes_ptr, labels_ptr, position[None, :])
+    suppressed = overlap(better, box, iou_thresh, above_thresh) > 0
+    by = tl.sum(tl.where(suppressed, (1 << t)[None, :], 0), axis=1) & before(
+        t
+    )  # [WORD]: the bits of those that suppress each
     staying = settle(alive, by, WORD)
     chosen = ((staying >> t) & 1) == 1
     slots = kept + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
@@ -72,14 +70,14 @@ def _keep(
 @triton.jit(do_not_specialize=["width", "max_kept"])
 def _suppress_kernel(
     boxes_ptr, labels_ptr, keys_ptr, counts_ptr, members_ptr, kept_ptr, flags_ptr, width, max_kept, iou_thresh,
-    below_thresh, GROUPS: tl.constexpr, SCAN: tl.constexpr, WORD: tl.constexpr,
+    above_thresh, GROUPS: tl.constexpr, SCAN: tl.constexpr, WORD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Program (g, b) handles the classes of image b whose low bits are g. It sets the flags of its boxes, by falling
     score, as far down as it walks: 1 where it keeps the box, which it does at most max_kept times. Boxes not yet
     decided wait in a ring of members."""
     group = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
-    count = tl.load(counts_ptr + image).to(tl.int32)
+    count = count_of(counts_ptr, image, width)
     boxes_ptr += image * width * 4
     flags_ptr += image * width
     if labels_ptr is not None:
@@ -97,7 +95,7 @@ def _suppress_kernel(
         else:
             kept += _keep(
                 boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, flags_ptr, head, tail, kept, max_kept,
-                iou_thresh, below_thresh, RING, WORD,
+                iou_thresh, above_thresh, RING, WORD, LANES,
             )  # fmt: skip
             head = tl.minimum(head + WORD, tail)
         tl.debug_barrier()  # members, kept and flags are used by other threads than wrote them
@@ -112,7 +110,7 @@ def _first_kernel(
     No flag before the last of these boxes is left unset: a program that ended early had kept max_detections by then.
     """
     image = tl.program_id(0).to(tl.int64)
-    count = tl.load(counts_ptr + image).to(tl.int32)
+    count = count_of(counts_ptr, image, width)
     flags_ptr += image * width
     positions_ptr += image * max_detections
     if keys_ptr is not None:
@@ -151,9 +149,23 @@ def flag_by_walks(
     with torch.cuda.device_of(boxes):
         _suppress_kernel[(groups, batch)](
             boxes, labels, keys, counts, members, lists, flags, width, max_kept, *thresholds, GROUPS=groups,
-            SCAN=_SCAN, WORD=WORD.value, enable_fp_fusion=False,
+            SCAN=_SCAN, WORD=WORD.value, LANES=_LANES, enable_fp_fusion=False,
         )  # fmt: skip
     return flags
+
+
+def first_flagged(flags: Tensor, keys: Tensor | None, counts: Tensor, max_detections: int) -> tuple[Tensor, Tensor]:
+    """Positions ``(B, max_detections)`` of the first boxes with a flag, padded with 0, and how many there are ``(B,)``.
+    One launch; flags (B, M) are as ``flag_by_walks`` returns them."""
+    batch, width = flags.shape
+    positions = flags.new_empty(batch, max_detections, dtype=torch.int64)
+    kept_counts = flags.new_empty(batch, dtype=torch.int64)
+    with torch.cuda.device_of(flags):
+        _first_kernel[(batch,)](
+            flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_FLAGS, num_warps=16,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return positions, kept_counts
 
 
 def suppress_by_walks(
@@ -161,13 +173,5 @@ def suppress_by_walks(
     max_detections: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The fields of Kept, in two launches; the arguments are those of ``suppress_by_blocks``."""
-    batch, width = boxes.shape[:2]
     flags = flag_by_walks(boxes, labels, keys, counts, thresholds, max_detections)
-    positions = boxes.new_empty(batch, max_detections, dtype=torch.int64)
-    kept_counts = boxes.new_empty(batch, dtype=torch.int64)
-    with torch.cuda.device_of(boxes):
-        _first_kernel[(batch,)](
-            flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_FLAGS, num_warps=16,
-            enable_fp_fusion=False,
-        )  # fmt: skip
-    return positions, kept_counts
+    return first_flagged(flags, keys, counts, max_detections)

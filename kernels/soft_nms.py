@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.arguments import at_least_float32, check_devices, check_integers, check_shape
+from retina_fast.kernels.arguments import at_least_float32, check_boxes
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.key_sort import pack, sort_keys, unpack_index
-from retina_fast.kernels.nms_overlap import POSITION_BITS
+from retina_fast.kernels.nms_overlap import POSITION_BITS, count_of
 
 METHODS = ("linear", "gaussian")
 
@@ -104,7 +104,7 @@ def _soft_nms_kernel(
     it takes, at most max_detections, and -inf for its others."""
     group = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
-    count = tl.load(counts_ptr + image).to(tl.int32)
+    count = count_of(counts_ptr, image, width)
     boxes_ptr += image * width * 4
     scores_ptr += image * width
     taken_ptr += image * width
@@ -171,7 +171,7 @@ def _taken_keys_kernel(taken_ptr, counts_ptr, keys_ptr, lengths_ptr, width, POSI
                        SCAN: tl.constexpr):  # fmt: skip
     """Program b moves the keys of the boxes taken of image b to the front of its row, in any order, and counts them."""
     image = tl.program_id(0).to(tl.int64)
-    count = tl.load(counts_ptr + image).to(tl.int32)
+    count = count_of(counts_ptr, image, width)
     length = 0
     for start in range(0, count, SCAN):
         i = start + tl.arange(0, SCAN)
@@ -201,8 +201,7 @@ def _take_kernel(keys_ptr, taken_ptr, lengths_ptr, positions_ptr, scores_ptr, wi
     tl.store(scores_ptr + out, score, mask=d < max_detections)
 
 
-@torch.library.custom_op("retina_fast::soft_nms", mutates_args=())
-def _op(
+def _soft_nms_triton(
     boxes: Tensor,
     scores: Tensor,
     labels: Tensor | None,
@@ -237,21 +236,15 @@ def _op(
     return positions, out, lengths.clamp(max=max_detections)
 
 
-@torch.library.custom_op("retina_fast::soft_nms_reference", mutates_args=())
-def _reference_op(
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor | None,
-    counts: Tensor,
-    method: str,
-    iou_thresh: float,
-    sigma: float,
-    score_thresh: float,
-    max_detections: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference reads scores on the host: as an operation it is one node of a compiled or exported graph."""
-    rest = method, iou_thresh, sigma, score_thresh, max_detections
-    return soft_nms_reference(boxes, scores, labels, counts, *rest)
+_SCHEMA = (
+    "(Tensor boxes, Tensor scores, Tensor? labels, Tensor counts, str method, float iou_thresh, float sigma, "
+    "float score_thresh, int max_detections) -> (Tensor, Tensor, Tensor)"
+)
+_op = torch.library.custom_op("retina_fast::soft_nms", _soft_nms_triton, mutates_args=(), schema=_SCHEMA)
+# The reference reads scores on the host: as an operation it is one node of a compiled or exported graph.
+_reference_op = torch.library.custom_op(
+    "retina_fast::soft_nms_reference", soft_nms_reference, mutates_args=(), schema=_SCHEMA
+)
 
 
 @_op.register_fake
@@ -278,7 +271,7 @@ def soft_nms(
         boxes: ``(B, M, 4)`` xyxy, with M below 2^29. With float64 boxes or scores the reference runs, on a GPU, too.
         scores: ``(B, M)``, at least 0.
         labels: ``(B, M)`` integer classes; None lowers scores across classes.
-        counts: ``(B,)`` integers up to M: only the first counts[b] boxes of image b count.
+        counts: ``(B,)`` integers: only the first counts[b] boxes of image b count.
         method: "linear" or "gaussian".
         iou_thresh: above which "linear" lowers a score.
         sigma: of "gaussian"; the larger, the less a score is lowered.
@@ -295,17 +288,7 @@ def soft_nms(
         >>> soft_nms(boxes, torch.tensor([[0.8, 0.6, 0.5]]), None, torch.tensor([3]), "linear", max_detections=3)
         SoftKept(positions=tensor([[0, 2, 1]]), scores=tensor([[0.8000, 0.5000, 0.3000]]), counts=tensor([3]))
     """
-    if boxes.dim() != 3 or boxes.shape[2] != 4:
-        raise ValueError(f"boxes must be (B, M, 4), got {tuple(boxes.shape)}")
-    batch, width = boxes.shape[:2]
-    if width >= 2**29:
-        raise ValueError(f"boxes must be fewer than 2^29 an image, got {width}")
-    check_shape("scores", scores, "(B, M)", (batch, width))
-    if labels is not None:
-        check_shape("labels", labels, "(B, M)", (batch, width))
-    check_shape("counts", counts, "(B,)", (batch,))
-    check_integers(labels=labels, counts=counts)
-    check_devices(boxes.device, scores=scores, labels=labels, counts=counts)
+    check_boxes(boxes, scores, labels, counts)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not sigma > 0:

@@ -24,7 +24,9 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(key_sort, "COUNTED", 256)
     for name in ("_FEWEST_GROUPS", "_MOST_GROUPS"):
         monkeypatch.setattr(nms_walk, name, 2)
-    for name, value in (("_BLOCK", 256), ("_COLUMNS", 128), ("_SHARES", 2)):
+    for name, value in (("_BLOCK", 256), ("_COLUMNS", 128), ("_ROWS", 32), ("_SHARES", 1), ("_STRIPS_OF_CLASSES", 1)):
+        monkeypatch.setattr(nms_blocks, name, value)
+    for name, value in (("_MARKING", 4), ("_WRITING", 2), ("_GROUPS", 2)):
         monkeypatch.setattr(nms_blocks, name, value)
 
 

@@ -96,7 +96,9 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "batched_nms class-agnostic unaligned": partial(
         detection.batched_nms, by_class=False, best_first=True, count=400, iou_thresh=0.3, limit=40, shift=1
     ),
-    "batched_nms blocks": partial(detection.batched_nms, by_class=True, best_first=False, count=2150, limit=2150),
+    "batched_nms blocks": partial(
+        detection.batched_nms, by_class=True, best_first=False, count=700, limit=700, classes=5, small_blocks=True
+    ),
     "batched_nms class-agnostic blocks": partial(
         detection.batched_nms, by_class=False, best_first=True, count=700, limit=600, shift=1
     ),

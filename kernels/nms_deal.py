@@ -1,0 +1,109 @@
+"""The boxes of an image dealt out by class, best first within each: a counting sort that keeps the order.
+
+Classes with the same low bits share a group. One launch counts the boxes of each group in tiles of 512, a second adds
+up what comes before a tile and writes each of its boxes to its place. So suppression need not compare boxes of
+different groups, nor learn on the host how large a class is.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from retina_fast.kernels.dispatch import tl, triton
+from retina_fast.kernels.nms_overlap import count_of, position_of
+
+_TILE = 512  # boxes that a program deals out
+_CHUNK = 32  # tiles that it adds up in one go, and boxes that it compares with its own
+
+
+class Dealt(NamedTuple):
+    """The boxes of B images, those of each of G groups of classes together, best first."""
+
+    positions: Tensor
+    """(B, M) int32: position of the box among the image's boxes."""
+    ranks: Tensor
+    """(B, M) int32: how many boxes of the image are better."""
+    starts: Tensor
+    """(B, G + 1) int32: where each group begins, and where the last ends."""
+
+
+@triton.jit(do_not_specialize=["width"])
+def _count_groups_kernel(
+    labels_ptr, keys_ptr, counts_ptr, orders_ptr, sizes_ptr, width, TILE: tl.constexpr, GROUPS: tl.constexpr
+):
+    """Program (t, b) counts the boxes of each group in a tile of image b, and notes of each box a number that orders
+    the tile by group, then by rank."""
+    tile = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    if keys_ptr is not None:
+        keys_ptr += image * width
+    t = tl.arange(0, TILE)
+    i = tile * TILE + t
+    inside = i < count_of(counts_ptr, image, width)
+    label = tl.load(labels_ptr + image * width + position_of(keys_ptr, i, inside), mask=inside, other=0)
+    group = (label & (GROUPS - 1)).to(tl.int32)
+    tl.store(orders_ptr + image * width + i, group * TILE + t, mask=inside)
+    sizes = tl.histogram(group, GROUPS, mask=inside)
+    tl.store(sizes_ptr + (image * tl.num_programs(0) + tile) * GROUPS + tl.arange(0, GROUPS), sizes)
+
+
+@triton.jit(do_not_specialize=["width"])
+def _deal_kernel(
+    keys_ptr, counts_ptr, orders_ptr, sizes_ptr, places_ptr, positions_ptr, ranks_ptr, starts_ptr, width,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Program (t, b) writes the boxes of a tile of image b to their places."""
+    tile, tiles = tl.program_id(0), tl.num_programs(0)
+    image = tl.program_id(1).to(tl.int64)
+    if keys_ptr is not None:
+        keys_ptr += image * width
+    orders_ptr += image * width
+    sizes_ptr += image * tiles * GROUPS
+    places_ptr += (image * tiles + tile) * GROUPS
+    group = tl.arange(0, GROUPS)
+    whole, before = tl.zeros([GROUPS], tl.int32), tl.zeros([GROUPS], tl.int32)
+    for first in range(0, tiles, CHUNK):
+        other = first + tl.arange(0, CHUNK)[:, None]
+        sizes = tl.load(sizes_ptr + other * GROUPS + group[None, :], mask=other < tiles, other=0)
+        whole += tl.sum(sizes, axis=0)
+        before += tl.sum(tl.where(other < tile, sizes, 0), axis=0)
+    start = tl.cumsum(whole, axis=0) - whole
+    own = tl.load(sizes_ptr + tile * GROUPS + group)
+    # The place of the tile's first box of each group, less those of lower groups in the tile.
+    tl.store(places_ptr + group, start + before - (tl.cumsum(own, axis=0) - own))
+    if tile == 0:
+        tl.store(starts_ptr + image * (GROUPS + 1) + group, start)
+        tl.store(starts_ptr + image * (GROUPS + 1) + GROUPS, tl.sum(whole, axis=0))
+    tl.debug_barrier()  # the places are read by other threads
+
+    i = tile * TILE + tl.arange(0, TILE)
+    count = count_of(counts_ptr, image, width)
+    inside = i < count
+    order = tl.load(orders_ptr + i, mask=inside, other=0)
+    lower = tl.zeros([TILE, CHUNK], tl.int32)
+    for first in range(0, TILE, CHUNK):
+        j = tile * TILE + first + tl.arange(0, CHUNK)
+        other = tl.load(orders_ptr + j, mask=j < count, other=0x7FFFFFFF)
+        lower += (other[None, :] < order[:, None]).to(tl.int32)
+    place = image * width + tl.load(places_ptr + order // TILE, mask=inside, other=0) + tl.sum(lower, axis=1)
+    tl.store(positions_ptr + place, position_of(keys_ptr, i, inside), mask=inside)
+    tl.store(ranks_ptr + place, i, mask=inside)
+
+
+def deal(labels: Tensor, keys: Tensor | None, counts: Tensor, groups: int) -> Dealt:
+    """Two launches; the arguments are those of ``suppress_by_blocks``, and a power of two groups."""
+    batch, width = labels.shape
+    tiles = max(1, triton.cdiv(width, _TILE))
+    orders, positions, ranks = (counts.new_empty(batch, width, dtype=torch.int32) for _ in range(3))
+    dealt = Dealt(positions, ranks, counts.new_empty(batch, groups + 1, dtype=torch.int32))
+    sizes, places = (counts.new_empty(batch, tiles, groups, dtype=torch.int32) for _ in range(2))
+    with torch.cuda.device_of(labels):
+        _count_groups_kernel[(tiles, batch)](
+            labels, keys, counts, orders, sizes, width, TILE=_TILE, GROUPS=groups, enable_fp_fusion=False
+        )
+        _deal_kernel[(tiles, batch)](
+            keys, counts, orders, sizes, places, *dealt, width, TILE=_TILE, CHUNK=_CHUNK, GROUPS=groups, num_warps=8,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return dealt
