@@ -11,7 +11,7 @@ from torchvision.models.detection._utils import Matcher
 
 from benchmarks.kernels import batched_nms, postprocess
 from benchmarks.models import scenes, training_step
-from benchmarks.predict.roofline import Scene
+from benchmarks.predict.work import Scene
 from retina_fast import compile_inference, retinanet_resnet50_fpn
 from retina_fast.deploy.engine import EngineSettings, Plan
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs, run_convs
@@ -125,7 +125,7 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[], Scene]]] = {
     },
     "K5-all": (
         lambda: kernel_calls.call_batched_nms(False, False, 1, 100_000, 100_000),
-        lambda: Scene(candidates=100_000, kept=100_000),
+        lambda: Scene(candidates=100_000, members=100_000, kept=100_000),
     ),
     **{
         f"K5-b{b}": (functools.partial(kernel_calls.call_batched_nms, True, False, b), functools.partial(nms_scene, b))

@@ -13,10 +13,11 @@ from typing import Any
 
 from benchmarks.gpu.report import PREDICTIONS, newest_version, write_between
 from benchmarks.models import training_step
-from benchmarks.predict import roofline
+from benchmarks.predict import hardware, roofline
 from benchmarks.predict.cost import Training
 from benchmarks.predict.goals import CALLS, inference_work, postprocess_scene, training_forward_work
-from benchmarks.predict.roofline import Scene, Step
+from benchmarks.predict.roofline import Step
+from benchmarks.predict.work import Scene
 from benchmarks.static.compiled import Row, report
 from tests.instruments.fake_gpu import Launch, TorchOp, gpu_work_of, launches_of
 from tests.instruments.kernel_calls import KERNEL_CALLS
@@ -56,7 +57,7 @@ def predictions(rows: dict[tuple[str, ...], Row]) -> dict[str, Prediction]:
     steps["E3"] = [
         *[Step(step.name, times * step.seconds, step.bound) for step in forward],
         *steps["K2"],
-        Step("optimizer", roofline.START + 5 * 4 * weights / roofline.BANDWIDTH, "memory"),
+        Step("optimizer", hardware.START + 5 * 4 * weights / hardware.BANDWIDTH, "memory"),
     ]
     return {name: _summary(of_goal) for name, of_goal in steps.items()}
 

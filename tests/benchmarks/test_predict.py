@@ -7,8 +7,9 @@ import torch
 
 from benchmarks.gpu.goals import GOALS
 from benchmarks.gpu.report import PREDICTIONS, newest_version
-from benchmarks.predict import goals, predictions, roofline
-from benchmarks.predict.roofline import Scene, Work, bounds
+from benchmarks.predict import goals, hardware, predictions, roofline, work
+from benchmarks.predict.roofline import bounds
+from benchmarks.predict.work import Scene, Work
 from benchmarks.static.compiled import Row, report
 from tests.instruments import kernel_calls
 from tests.instruments.fake_gpu import TorchOp, gpu_work_of, launches_of
@@ -24,7 +25,7 @@ def test_focal_loss_is_bound_by_memory_at_the_floor_of_10_us_an_image():
         row = Row("", "_focal_loss_kernel", "sm_90", registers=48, warps=4, path=1600, path_mufu=129)
         step = roofline.kernel_step(launch, row, Scene())
         assert step.bound == "memory"
-        assert 1e6 * (step.seconds - roofline.START) / 8 == pytest.approx(floor, rel=0.02)
+        assert 1e6 * (step.seconds - hardware.START) / 8 == pytest.approx(floor, rel=0.02)
 
 
 def test_each_limit_by_hand():
@@ -44,18 +45,18 @@ def test_each_limit_by_hand():
 def test_a_conv_goes_in_waves_of_tiles():
     """132 tiles of 128x128 fill the SMs; a conv of half as much arithmetic in as many rows takes no less."""
     full = TorchOp("convolution", 1, 2 * 132 * 128 * 128 * 2304, (1, 128, 132, 128))
-    assert roofline.torch_step(full).seconds - roofline.START == pytest.approx(full.flop / (0.7 * roofline.MATMUL))
+    assert roofline.torch_step(full).seconds - hardware.START == pytest.approx(full.flop / (0.7 * hardware.MATMUL))
     tiny = TorchOp("convolution", 1, 2 * 49 * 256 * 2304, (1, 256, 7, 7))
-    of_one_tile = 2 * 64 * 64 * 2304 * 132 / (0.5 * roofline.MATMUL)
-    assert roofline.torch_step(tiny).seconds - roofline.START == pytest.approx(of_one_tile)
+    of_one_tile = 2 * 64 * 64 * 2304 * 132 / (0.5 * hardware.MATMUL)
+    assert roofline.torch_step(tiny).seconds - hardware.START == pytest.approx(of_one_tile)
 
 
 def test_the_fullest_run_of_logits():
-    assert roofline._fullest(100, 8, 0.0) == 0
-    assert roofline._fullest(100, 8, 1.0) == 8
+    assert work._fullest(100, 8, 0.0) == 0
+    assert work._fullest(100, 8, 1.0) == 8
     torch.manual_seed(0)
     drawn = (torch.rand(2000, 512, 8) < 0.01).sum(2).amax(1).float().mean()
-    assert roofline._fullest(512, 8, 0.01) == pytest.approx(float(drawn), rel=0.03)
+    assert work._fullest(512, 8, 0.01) == pytest.approx(float(drawn), rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +70,9 @@ def test_the_fullest_run_of_logits():
         ("_place_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_box_decode_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_suppress_kernel", Scene(candidates=2000, members=200, kept=50), {"kept": 150}),
-        ("_decide_kernel", Scene(candidates=1000), {"candidates": 2000}),
-        ("_remove_kernel", Scene(candidates=100_000, kept=10_000), {"kept": 100_000}),
+        ("_deal_kernel", Scene(candidates=1000), {"candidates": 2000}),
+        ("_decide_kernel", Scene(candidates=1000, members=500), {"candidates": 2000, "members": 1000}),
+        ("_compare_kernel", Scene(candidates=7000, members=500, kept=50), {"candidates": 14_000, "members": 1000}),
         ("_first_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_write_kept_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_box_loss_kernel", Scene(foreground=0.1), {"foreground": 0.5}),
@@ -89,9 +91,9 @@ def test_more_work_takes_longer(kernel, scene, more):
         through=[340, 420, 320, 330],
     )  # fmt: skip
     row.loops_mufu = [0, 4, 0, 0]
-    row.loops = row.loops[: {"_anchor_matching_kernel": 2, "_list_kernel": 4}.get(kernel, 3)]
+    row.loops = row.loops[: {"_anchor_matching_kernel": 2, "_list_kernel": 4, "_compare_kernel": 4}.get(kernel, 3)]
     grown = Scene(**(vars(scene) | more))
-    before, after = (roofline.WORK[kernel](of_kernel[0], row, each) for each in (scene, grown))
+    before, after = (work.WORK[kernel](of_kernel[0], row, each) for each in (scene, grown))
     assert (after.bytes, after.instructions, after.longest) > (before.bytes, before.instructions, before.longest)
     assert max(bounds(after, row, 1000).values()) >= max(bounds(before, row, 1000).values())
 
@@ -101,7 +103,7 @@ def test_every_kernel_of_a_goal_is_modelled():
     for call, _ in goals.CALLS.values():
         names = {launch.kernel.__name__ for launch in launches_of(call)}
         assert names
-        assert names <= set(roofline.WORK)
+        assert names <= set(work.WORK)
 
 
 def test_every_goal_of_speed_has_a_prediction():
