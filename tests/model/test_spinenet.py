@@ -223,7 +223,7 @@ def no_norm(channels: int) -> nn.Module:
     return nn.Identity()
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
 def test_random_specifications_run(count, monkeypatch):
     monkeypatch.setattr(nn.Conv2d, "reset_parameters", lambda conv: None)  # the network draws its own weights
     rng = random.Random(0)
