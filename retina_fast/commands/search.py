@@ -71,6 +71,7 @@ def search(
 
         from retina_fast.search.study import Search, SearchSettings
         from retina_fast.search.trained import MOBILE_PROXY_SIZE, PROXY_SIZE, Proxy
+        from retina_fast.train import Stopped
 
         mobile = space == "mobile"
         chosen = model or ("retinanet_spinenet49_mobile" if mobile else "retinanet_spinenet49")
@@ -107,7 +108,12 @@ def search(
         columns = TextColumn("Trials"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("", total=trials)
-            found.run(trials, lambda done: progress.update(task, completed=done))
+            try:
+                found.run(trials, lambda done: progress.update(task, completed=done))
+            except Stopped:
+                progress.stop()
+                console.print(f"Stopped. The same command goes on (search: {output})", soft_wrap=True)
+                raise typer.Exit(130) from None
         best = found.best(1)
         if not best:
             raise UserError(f"of {trials} trials none ended with a score within the limits")

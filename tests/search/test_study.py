@@ -27,6 +27,7 @@ from retina_fast.search.space import PAPER
 from retina_fast.search.study import Search, SearchSettings
 from retina_fast.search.trained import Proxy
 from retina_fast.search.workers import PROBLEM, RETRY_OF, Locked
+from retina_fast.train import Stopped
 from retina_fast.train.model_file import read_model_file, write_model_file
 
 optuna = pytest.importorskip("optuna")
@@ -346,3 +347,20 @@ def test_files_of_networks_that_are_refused(tmp_path):
             read_model_file(path)
     write_model_file(path, "retinanet_spinenet49", {"activation": "silu"})
     assert read_model_file(path) == ("retinanet_spinenet49", {"activation": "silu"})
+
+
+def test_a_stopped_search_says_how_to_go_on(tmp_path, shapes, monkeypatch):
+    def stopped(*_: Any) -> float:
+        raise Stopped
+
+    data = ("--json", shapes[0], "--images", shapes[1], "--output", tmp_path / "search", "--trials", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Proxy, "score", stopped)
+        result = invoke("search", *data)
+    assert result.exit_code == 130
+    assert "Stopped. The same command goes on" in result.output
+    monkeypatch.setattr(Proxy, "score", lambda *_: 1.0)
+    assert invoke("search", *data).exit_code == 0
+    rows = list(csv.DictReader((tmp_path / "search" / "trials.csv").open()))
+    assert [row["state"] for row in rows] == ["FAIL", "COMPLETE"]
+    assert rows[0]["specification"] == rows[1]["specification"]
