@@ -5,6 +5,7 @@ the mobile family at 1 and 2. Each row is one more block, at a level of its own 
 block of each of the levels 3 to 7 is an output.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ LEVELS = range(2, 8)
 OUTPUT_LEVELS = range(3, 8)
 KINDS = ("bottleneck", "residual")
 MOBILE_KINDS = ("mbconv",)
+LEARNED = "learned"
 
 
 class Block(NamedTuple):
@@ -26,6 +28,11 @@ class Block(NamedTuple):
     """The numbers of two earlier blocks."""
     is_output: bool = False
     """Whether it is the feature map of its level, 3 to 7."""
+    fusion: tuple[float, float] | str | None = None
+    """Factors of the two links in their sum; ``learned`` for two that are trained, relu(w) divided by their sum (fast
+    normalised fusion, Tan et al. 2020, https://arxiv.org/abs/1911.09070, section 3.3); None, as published, for 1."""
+    alphas: tuple[float, float] | None = None
+    """Width inside each of the two links, as a part of the width of the block it comes from; None for the network's."""
 
 
 STEM = (Block(2, "bottleneck", (0, 0)), Block(2, "bottleneck", (0, 0)))  # not fed by links
@@ -86,13 +93,15 @@ def checked(specification: Iterable[Sequence[Any]], kinds: Sequence[str] = KINDS
     """The rows as blocks.
 
     Args:
-        specification: rows ``(level, kind, (parent, parent), is_output)``, the last False where it is left out.
+        specification: rows ``(level, kind, (parent, parent), is_output, fusion, alphas)``, of which the last three may
+            be left out.
         kinds: of block that there may be.
 
     Raises:
         ValueError: naming the row (from 0) and the block (from 2), for a row of another form, a level or kind that
             there is not, a parent that is not an earlier block, twice the same parent, an output of level 2, a second
-            output of a level, a level without an output, or a block that nothing uses.
+            output of a level, a level without an output, factors or alphas that are not two positive numbers, or a
+            block that nothing uses.
 
     Example::
 
@@ -112,9 +121,11 @@ def checked(specification: Iterable[Sequence[Any]], kinds: Sequence[str] = KINDS
     for row, content in enumerate(rows):
         try:
             level, kind, (a, b), *rest = content
-            (is_output,) = rest or (False,)
+            options: list[Any] = [*rest, *(False, None, None)[len(rest) :]]
+            is_output, fusion, alphas = options
         except (TypeError, ValueError):
-            raise refuse(row, f"must be (level, kind, (parent, parent), is_output), got {content!r}") from None
+            form = "(level, kind, (parent, parent), is_output) and perhaps fusion and alphas"
+            raise refuse(row, f"must be {form}, got {content!r}") from None
         if type(level) is not int or level not in LEVELS:
             raise refuse(row, f"level must be one of 2 to 7, got {level!r}")
         if kind not in kinds:
@@ -132,13 +143,25 @@ def checked(specification: Iterable[Sequence[Any]], kinds: Sequence[str] = KINDS
             raise refuse(row, f"row {outputs[level]} is already the output of level {level}")
         if is_output:
             outputs[level] = row
-        blocks.append(Block(level, kind, (a, b), is_output))
+        for name, pair in (("fusion", None if fusion == LEARNED else fusion), ("alphas", alphas)):
+            if pair is not None and not _are_two_factors(pair):
+                raise refuse(row, f"{name} must be two positive numbers, got {pair!r}")
+        if alphas is not None and kind in MOBILE_KINDS:
+            raise refuse(row, f"the links of the mobile family have no alphas, got {alphas!r}")
+        fusion = fusion if fusion is None or fusion == LEARNED else tuple(fusion)
+        blocks.append(Block(level, kind, (a, b), is_output, fusion, alphas and tuple(alphas)))
     for level in OUTPUT_LEVELS:
         if level not in outputs:
             raise ValueError(f"up to row {len(rows) - 1}, the last, no row is an output of level {level}")
     for number in unused(blocks):
         raise refuse(number - len(STEM), "nothing uses it: make it a parent of a later row")
     return tuple(blocks)
+
+
+def _are_two_factors(pair: object) -> bool:
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        return False
+    return all(type(x) in (int, float) and 0 < x < math.inf for x in pair)
 
 
 def added_raw(blocks: Sequence[Block]) -> list[tuple[int, ...]]:
@@ -177,11 +200,16 @@ def unused(blocks: Sequence[Block]) -> list[int]:
 
 
 def as_rows(blocks: Iterable[Block]) -> list[list[Any]]:
-    """A specification as lists, for a file.
+    """A specification as lists, for a file; fusion and alphas only where there are any.
 
     Example::
 
         >>> as_rows(SPINENET[:1])
         [[2, 'bottleneck', [0, 1], False]]
     """
-    return [[block.level, block.kind, [*block.parents], block.is_output] for block in blocks]
+    rows = []
+    for block in blocks:
+        rows.append([block.level, block.kind, [*block.parents], block.is_output])
+        if block.fusion is not None or block.alphas is not None:
+            rows[-1] += [[*x] if isinstance(x, tuple) else x for x in (block.fusion, block.alphas)]
+    return rows

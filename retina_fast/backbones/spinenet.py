@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
-from retina_fast.backbones.specification import OUTPUT_LEVELS, SPINENET, STEM, Block, added_raw, checked
+from retina_fast.backbones.specification import LEARNED, OUTPUT_LEVELS, SPINENET, STEM, Block, added_raw, checked
 from retina_fast.heads import batch_norm
 from retina_fast.transform import padded
 
 WIDTHS = {2: 64, 3: 128, 4: 256, 5: 256, 6: 256, 7: 256}  # of the 3x3 convs, by level
+FUSION_EPS = 1e-4  # added to the sum of learned factors, as Tan et al. do
 EXPANSION = {"bottleneck": 4, "residual": 1}  # output channels of a block / channels of its 3x3 convs
 
 
@@ -52,7 +54,8 @@ class ScalePermuted(nn.Module):
     """The way through a scale-permuted network, which its families share.
 
     A family adds the modules: the stem's two ``blocks``; for each row of the specification two ``links``, a block and,
-    if it is an output, a conv in ``outputs``; and ``act``, which follows the sum of the links.
+    if it is an output, a conv in ``outputs``; and ``act``, which follows the sum of the links. ``fusions`` has the
+    learned factors of a row's two links.
 
     Args:
         specification: checked.
@@ -73,6 +76,8 @@ class ScalePermuted(nn.Module):
         self.blocks = nn.ModuleList()
         self.links = nn.ModuleList()
         self.outputs = nn.ModuleDict()
+        learned = [str(row) for row, block in enumerate(specification) if block.fusion == LEARNED]
+        self.fusions = nn.ParameterDict({row: nn.Parameter(torch.ones(2)) for row in learned})
 
     @classmethod
     def conv_layer(cls, activation: str, norm_layer: Callable[[int], nn.Module]) -> partial[Conv2dNormActivation]:
@@ -99,10 +104,16 @@ class ScalePermuted(nn.Module):
         return {f"p{level}": levels[level] for level in OUTPUT_LEVELS}
 
     def join(self, row: int, parents: Sequence[Tensor]) -> Tensor:
-        """The sum of a row's two parents, each resampled by its link."""
+        """The sum of a row's two parents, each resampled by its link, by the factors of its fusion."""
         links: Any = self.links[row]
         a, b = (link(parent) for link, parent in zip(links, parents, strict=True))
-        return a + b
+        factors: Any = self.specification[row].fusion
+        if factors is None:
+            return a + b
+        if factors == LEARNED:
+            positive = self.fusions[str(row)].relu()
+            factors = positive / (positive.sum() + FUSION_EPS)
+        return a * factors[0] + b * factors[1]
 
 
 class SpineNet(ScalePermuted):
@@ -154,7 +165,8 @@ class SpineNet(ScalePermuted):
             channels = max(1, int(WIDTHS[block.level] * width))
             group = _Repeated(conv, block, 64 if row == -len(STEM) else None, channels, repeats, drop)
             if row >= 0:
-                self.links.append(nn.ModuleList(_link(conv, self.blocks[x], group, alpha) for x in block.parents))
+                pairs = zip(block.parents, block.alphas or (alpha, alpha), strict=True)
+                self.links.append(nn.ModuleList(_link(conv, self.blocks[x], group, own) for x, own in pairs))
             if block.is_output:
                 self.outputs[str(block.level)] = conv(group.channels, out_channels, 1)
             self.blocks.append(group)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from retina_fast.backbones.specification import LEARNED
 from retina_fast.commands.shared import Images, console, finite, one_sentence
 from retina_fast.data.augment import Flips
 from retina_fast.data.errors import UserError
@@ -38,6 +39,13 @@ def search(
     max_gmacs: Annotated[float | None, typer.Option(min=0, callback=finite, help="Most multiply-adds, in G.")] = None,
     min_gmacs: Annotated[float, typer.Option(min=0, callback=finite, help="Fewest multiply-adds, in G.")] = 0.0,
     max_mparams: Annotated[float | None, typer.Option(min=0, callback=finite, help="Most parameters, in M.")] = None,
+    fusion: Annotated[
+        list[str] | None,
+        typer.Option(help="none, learned or two factors as 0.5:1, between which blocks choose; may be repeated."),
+    ] = None,
+    alpha: Annotated[
+        list[float] | None, typer.Option(min=0.01, max=4, help="Between which links choose; may be repeated.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler and the training runs.")] = 0,
     storage: Annotated[
         str | None, typer.Option(help="The URL of a database for several machines: postgresql://..., mysql://...")
@@ -63,6 +71,7 @@ def search(
 
         from retina_fast.search.study import Search, SearchSettings
         from retina_fast.search.trained import MOBILE_PROXY_SIZE, PROXY_SIZE, Proxy
+        from retina_fast.train import Stopped
 
         mobile = space == "mobile"
         chosen = model or ("retinanet_spinenet49_mobile" if mobile else "retinanet_spinenet49")
@@ -74,6 +83,8 @@ def search(
             min_macs=min_gmacs * 1e9,
             max_parameters=math.inf if max_mparams is None else max_mparams * 1e6,
             seed=seed,
+            fusions=tuple(map(_fusion, fusion or ["none"])),
+            alphas=tuple(alpha or [None]),
         )
         if val_json and not json:
             raise UserError("--val-json belongs to --json: give both, or neither")
@@ -97,7 +108,12 @@ def search(
         columns = TextColumn("Trials"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("", total=trials)
-            found.run(trials, lambda done: progress.update(task, completed=done))
+            try:
+                found.run(trials, lambda done: progress.update(task, completed=done))
+            except Stopped:
+                progress.stop()
+                console.print(f"Stopped. The same command goes on (search: {output})", soft_wrap=True)
+                raise typer.Exit(130) from None
         best = found.best(1)
         if not best:
             raise UserError(f"of {trials} trials none ended with a score within the limits")
@@ -106,3 +122,15 @@ def search(
             f"{best[0].parameters / 1e6:.2f} M parameters"
         )
         console.print(f"Wrote {output / 'best-1.json'}, which train takes as --model", soft_wrap=True)
+
+
+def _fusion(text: str) -> str | tuple[float, ...] | None:
+    if text in ("none", LEARNED):
+        return None if text == "none" else text
+    try:
+        a, b = map(float, text.split(":"))
+    except ValueError:
+        a = b = math.nan
+    if not (0 < a < math.inf and 0 < b < math.inf):
+        raise UserError(f"--fusion must be none, learned or two positive factors such as 0.5:1, got {text}")
+    return a, b

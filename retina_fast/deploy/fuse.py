@@ -199,7 +199,8 @@ def _fuse_spinenet(network: Any, calls: _Calls) -> None:
     for row, links in enumerate(network.links):
         stock = all(is_stock(link, nn.Sequential, "forward") for link in links)
         convs = [_conv_of(link[-1]) for link in links] if stock else [None]
-        if all(conv is not None and calls.only_by(network, conv) for conv in convs):
+        plain = network.specification[row].fusion is None
+        if plain and all(conv is not None and calls.only_by(network, conv) for conv in convs):
             _become_fused(convs[1])
             rows.append(row)
     network.__class__ = FusedSpineNet if isinstance(network, SpineNet) else FusedMobileSpineNet

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from retina_fast.backbones.specification import MOBILE_KINDS, OUTPUT_LEVELS, STEM, Block, stem_of
+from retina_fast.backbones.specification import LEARNED, MOBILE_KINDS, OUTPUT_LEVELS, STEM, Block, stem_of
 from retina_fast.backbones.spinenet import EXPANSION, WIDTHS, Size
 from retina_fast.backbones.spinenet_mobile import MOBILE_EXPANSION, MobileSize, mobile_width, squeezed
 
@@ -57,10 +57,11 @@ def cost(
     convs = [*(_mobile(blocks, size) if isinstance(size, MobileSize) else _spinenet(blocks, size))]
     heads = [*_heads(size, num_classes)]
     shared = sum(conv.weights + conv.others for conv in heads if conv.level == OUTPUT_LEVELS[0])
+    learned = 2 * sum(block.fusion == LEARNED for block in blocks)
     norms = 2 * 2 * (len(OUTPUT_LEVELS) - 1) * size.head_width * size.head_depth  # the first level's are in `shared`
     cells = {level: (side / 2**level) ** 2 for level in range(8)} | {-1: 1}
     return Cost(
-        sum(conv.weights + conv.others for conv in convs) + shared + norms,
+        sum(conv.weights + conv.others for conv in convs) + learned + shared + norms,
         sum(conv.weights * cells[conv.level] for conv in (*convs, *heads)),
     )
 
@@ -91,8 +92,10 @@ def _spinenet(blocks: Sequence[Block], size: Size) -> Iterator[Conv]:
             else:
                 yield _conv(block.level, inputs, inside, 3)
                 yield _conv(block.level, inside, inside, 3)
-        for source in (numbered[parent] for parent in block.parents) if number >= len(STEM) else ():
-            narrow = max(1, int(width(source) * size.alpha))
+        alphas = block.alphas or (size.alpha, size.alpha)
+        for parent, alpha in zip(block.parents, alphas, strict=True) if number >= len(STEM) else ():
+            source = numbered[parent]
+            narrow = max(1, int(width(source) * alpha))
             yield _conv(source.level, channels(source), narrow)
             if block.level > source.level:
                 yield _conv(source.level + 1, narrow, narrow, 3)

@@ -11,9 +11,10 @@ repeated pixels are taken to leave the variance as it is.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from retina_fast.backbones.specification import OUTPUT_LEVELS, STEM, Block, added_raw, stem_of
-from retina_fast.backbones.spinenet import EXPANSION, WIDTHS, Size
+from retina_fast.backbones.specification import LEARNED, OUTPUT_LEVELS, STEM, Block, added_raw, stem_of
+from retina_fast.backbones.spinenet import EXPANSION, FUSION_EPS, WIDTHS, Size
 from retina_fast.backbones.spinenet_mobile import MOBILE_EXPANSION, MobileSize, mobile_width
 
 LEVEL_WEIGHTS = {3: 1.0, 4: 1.0, 5: 2.0, 6: 2.0, 7: 2.0}
@@ -41,7 +42,13 @@ def entropies(blocks: Sequence[Block], size: Size | MobileSize) -> dict[int, flo
     logs[1] = logs[0] + family.second()
     found = {}
     for row, (block, raw) in enumerate(zip(blocks, added_raw(blocks), strict=True)):
-        joined = [logs[parent] + family.link(numbered[parent], block) for parent in block.parents]
+        factors: Any = block.fusion
+        if factors is None or factors == LEARNED:  # learned ones begin alike
+            factors = (1.0, 1.0) if factors is None else (1 / (2 + FUSION_EPS),) * 2
+        joined = [
+            logs[parent] + family.link(numbered[parent], block, side) + 2 * math.log(factors[side])
+            for side, parent in enumerate(block.parents)
+        ]
         joined += [logs[number] for number in raw]
         largest = max(joined)
         merged = largest + math.log(sum(math.exp(value - largest) for value in joined))
@@ -96,8 +103,9 @@ class _SpineNet:
         fans = (self.channels(block), 9 * width, width) if block.kind == "bottleneck" else (9 * width, 9 * width)
         return self.size.repeats * sum(map(math.log, fans))
 
-    def link(self, source: Block, target: Block) -> float:
-        narrow = max(1, int(self.width(source) * self.size.alpha))
+    def link(self, source: Block, target: Block, side: int) -> float:
+        alpha = target.alphas[side] if target.alphas else self.size.alpha
+        narrow = max(1, int(self.width(source) * alpha))
         halved = math.log(9 * narrow) if target.level > source.level else 0.0
         return math.log(self.channels(source)) + halved + math.log(narrow)
 
@@ -120,7 +128,7 @@ class _Mobile:
     def block(self, block: Block) -> float:
         return self._bottleneck(self.channels(block))
 
-    def link(self, source: Block, target: Block) -> float:
+    def link(self, source: Block, target: Block, side: int) -> float:
         return max(0, target.level - source.level) * math.log(9) + math.log(self.channels(source))
 
     def _bottleneck(self, inputs: int) -> float:

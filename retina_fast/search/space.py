@@ -75,6 +75,14 @@ def rank_of(a: int, b: int) -> int:
     return b * (b - 1) // 2 + a
 
 
+def _with_sorted_parents(block: Block) -> tuple[tuple[int, int], Any, tuple[Any, Any]]:
+    """A block's parents in rising order, its fusion, and its alphas in the order of the parents."""
+    (a, b), fusion, alphas = block.parents, block.fusion, block.alphas or (None, None)
+    if a < b:
+        return (a, b), fusion, alphas
+    return (b, a), fusion[::-1] if isinstance(fusion, tuple) else fusion, alphas[::-1]
+
+
 @dataclass(frozen=True)
 class Space:
     """A space of specifications.
@@ -85,6 +93,8 @@ class Space:
         kinds: of blocks.
         window: from how many of the blocks before it an intermediate block takes its parents; None: from all. An
             output takes them from all.
+        fusions: of the two links of a block, see :class:`retina_fast.backbones.specification.Block`.
+        alphas: of each link; None alone for the network's.
 
     Example::
 
@@ -100,6 +110,8 @@ class Space:
     shifts: tuple[int, ...] = (0,)
     kinds: tuple[str, ...] = KINDS
     window: int | None = None
+    fusions: tuple[Any, ...] = (None,)
+    alphas: tuple[Any, ...] = (None,)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -110,6 +122,8 @@ class Space:
         sizes |= {f"shift_{row}": len(self.shifts) for row in range(middle)}
         sizes |= {f"kind_{row}": len(self.kinds) for row in range(blocks)}
         sizes |= {f"parents_{row}": math.comb(row + len(STEM) - self._first(row), 2) for row in range(blocks)}
+        sizes |= {f"fusion_{row}": len(self.fusions) for row in range(blocks)}
+        sizes |= {f"alpha_{row}_{side}": len(self.alphas) for row in range(blocks) for side in (0, 1)}
         return {name: size for name, size in sizes.items() if size > 1}
 
     @property
@@ -154,7 +168,10 @@ class Space:
             first = self._first(row)
             a, b = pair_of(point.get(f"parents_{row}", 0))
             kind = self.kinds[point.get(f"kind_{row}", 0)]
-            blocks.append(Block(level, kind, (first + a, first + b), row >= middle))
+            fusion = self.fusions[point.get(f"fusion_{row}", 0)]
+            alphas: Any = tuple(self.alphas[point.get(f"alpha_{row}_{side}", 0)] for side in (0, 1))
+            alphas = None if alphas[0] is None else alphas
+            blocks.append(Block(level, kind, (first + a, first + b), row >= middle, fusion, alphas))
         return self._with_all_used(blocks)
 
     def encode(self, specification: Iterable[Sequence[Any]]) -> Point:
@@ -191,7 +208,14 @@ class Space:
             if block.kind not in self.kinds:
                 raise ValueError(f"row {row}: the space has no block of kind {block.kind}")
             point[f"kind_{row}"] = self.kinds.index(block.kind)
-            a, b = sorted(block.parents)
+            (a, b), fusion, alphas = _with_sorted_parents(block)
+            for side, alpha in enumerate(alphas):
+                if alpha not in self.alphas:
+                    raise ValueError(f"row {row}: the space has no link of alpha {alpha}")
+                point[f"alpha_{row}_{side}"] = self.alphas.index(alpha)
+            if fusion not in self.fusions:
+                raise ValueError(f"row {row}: the space has no fusion {fusion}")
+            point[f"fusion_{row}"] = self.fusions.index(fusion)
             if a < self._first(row):
                 raise ValueError(f"row {row}: parent {a} is not among the {self.window} blocks before it")
             point[f"parents_{row}"] = rank_of(a - self._first(row), b - self._first(row))

@@ -11,10 +11,11 @@ import csv
 import json
 import math
 import os
+import random
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,8 @@ class SearchSettings:
         max_macs, min_macs: limits of the multiply-adds for an image of the model's size.
         max_parameters: limit of the parameters, with 91 classes.
         seed: of the sampler and of the training runs.
+        fusions: between which each block chooses: None for the plain sum of its two links, ``learned``, or two factors.
+        alphas: between which each link chooses; None alone for the network's.
 
     Raises:
         UserError: for a name that there is not, or a model that is not of the space's family.
@@ -64,11 +67,16 @@ class SearchSettings:
     min_macs: float = 0.0
     max_parameters: float = math.inf
     seed: int = 0
+    fusions: tuple[Any, ...] = (None,)
+    alphas: tuple[Any, ...] = (None,)
 
     def __post_init__(self) -> None:
         for name, known in (("space", SPACES), ("sampler", SAMPLERS), ("model", _models(self.space == "mobile"))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+        if self.space == "mobile" and self.alphas != (None,):
+            raise UserError("the links of the mobile family have no alphas to choose between")
 
     @property
     def size(self) -> Size | MobileSize:
@@ -126,7 +134,8 @@ class Search:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.settings, self.folder, self.proxy, self.storage = settings, folder, proxy, storage
-        self.space: Space = SPACES[settings.space]
+        fusions, alphas = settings.fusions, settings.alphas
+        self.space: Space = replace(SPACES[settings.space], fusions=fusions, alphas=alphas)
         folder.mkdir(parents=True, exist_ok=True)
         pruner = optuna.pruners.HyperbandPruner(1, proxy.parts, 3) if proxy else None
         with Locked(folder / "lock"):
@@ -139,8 +148,7 @@ class Search:
             )
             self._check_settings()
             trials = self.study.get_trials(deepcopy=False)
-            # Workers draw different points: each has a seed by the number of trials that there are when it comes.
-            self.study.sampler = self._sampler(settings.seed + 7919 * len(trials))
+            self.study.sampler = self._sampler(self._own_seed())
             for path in sorted(start_from.glob("best-*.json")) if start_from and not trials else ():
                 arguments = read_model_file(path)[1]
                 self.study.enqueue_trial(self.space.encode(arguments["specification"]))
@@ -278,6 +286,14 @@ class Search:
         if self.settings.sampler == "random":
             return samplers.RandomSampler(seed)
         return samplers.NSGAIISampler(seed=seed) if self.settings.sampler == "nsga2" else samplers.TPESampler(seed=seed)
+
+    def _own_seed(self) -> int:
+        """Another one for each worker, by the order in which they come: with the same one they would draw alike."""
+        if self.storage:  # whose machines do not share the folder's lock
+            return random.SystemRandom().randrange(2**32)
+        before = self.study.user_attrs.get("joined", 0)
+        self.study.set_user_attr("joined", before + 1)
+        return self.settings.seed + 7919 * before
 
     def _check_settings(self) -> None:
         settings = asdict(self.settings)

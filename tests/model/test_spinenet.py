@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import retina_fast
 from demo import permutation
 from retina_fast import forward
-from retina_fast.backbones.specification import SPINENET, Block, added_raw, checked
+from retina_fast.backbones.specification import MOBILE_SPINENET, SPINENET, Block, added_raw, checked
 from retina_fast.backbones.spinenet import SIZES, SpineNet
 from retina_fast.builders import MODELS
 from retina_fast.heads import run_head
@@ -223,7 +223,7 @@ def no_norm(channels: int) -> nn.Module:
     return nn.Identity()
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
 def test_random_specifications_run(count, monkeypatch):
     monkeypatch.setattr(nn.Conv2d, "reset_parameters", lambda conv: None)  # the network draws its own weights
     rng = random.Random(0)
@@ -311,16 +311,19 @@ def test_the_smallest_specification_and_what_it_must_have():
         checked([without_stem[0], *((level, kind, (0, 1), out) for level, kind, _, out in LINEAR)])
 
 
-@pytest.mark.parametrize("rows", [SPINENET, LINEAR])
+@pytest.mark.parametrize("rows", [MOBILE_SPINENET, LINEAR])
 def test_the_picture_of_a_specification(rows, tmp_path):
     pytest.importorskip("matplotlib")
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    content = {"arguments": {"specification": rows}} if rows is LINEAR else rows  # as search writes it, or the rows
+    (tmp_path / "rows.json").write_text(json.dumps(content))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["permutation", str(tmp_path / "rows.json"), "--output", str(tmp_path / "rows.svg")])
         permutation.main()
     picture = (tmp_path / "rows.svg").read_text()
     links = picture.count('<g id="patch_') - 3 - (2 + len(rows))  # without grounds, axis and blocks
-    assert links == 1 + 2 * len(rows) + sum(map(len, added_raw(checked(rows))))  # the first is from block 0 to 1
+    assert links == 1 + 2 * len(rows) + sum(
+        map(len, added_raw([Block(*row) for row in rows]))
+    )  # the first is from block 0 to 1
 
 
 def test_the_example_of_the_page_runs():

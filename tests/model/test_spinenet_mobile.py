@@ -13,6 +13,7 @@ from retina_fast.backbones.specification import MOBILE_KINDS, MOBILE_SPINENET, a
 from retina_fast.backbones.spinenet_mobile import MOBILE_SIZES, InvertedBottleneck, MobileSpineNet
 from retina_fast.builders import MODELS
 from retina_fast.heads import SeparableConv2d, run_head
+from retina_fast.search.cost import cost
 from tests.instruments.exported import apart
 
 # The published rows once more, as (level, parents), blocks 2 to 17; P3..P7 are blocks 14, 13, 15, 17, 16.
@@ -40,7 +41,7 @@ def trainable(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("size", MOBILE_SIZES)
+@pytest.mark.parametrize("size", ["49xs", *(pytest.param(x, marks=pytest.mark.slow) for x in ("49", "49s"))])
 def test_published_parameters_and_multiply_adds(size):
     with torch.device("meta"):
         model = MODELS[f"retinanet_spinenet{size}_mobile"]().eval()
@@ -51,6 +52,13 @@ def test_published_parameters_and_multiply_adds(size):
             run_head(model.head, list(levels.values()))
     assert [level.shape[2] for level in levels.values()] == [side // stride for stride in (8, 16, 32, 64, 128)]
     assert counter.get_total_flops() / 2e9 == pytest.approx(PUBLISHED[size][2], abs=0.0005)
+
+
+def test_published_counts_once_more_from_the_rows():
+    for size, (parameters, _, macs) in PUBLISHED.items():
+        counted = cost(MOBILE_SPINENET, MOBILE_SIZES[size])
+        assert counted.parameters == parameters
+        assert counted.macs / 1e9 == pytest.approx(macs, abs=0.0005)
 
 
 def test_the_published_specification():
@@ -148,7 +156,7 @@ def confident(**kwargs) -> Any:
     return model
 
 
-@pytest.mark.parametrize("activation", ["silu", "hardswish"])
+@pytest.mark.parametrize("activation", ["silu", pytest.param("hardswish", marks=pytest.mark.slow)])
 def test_the_engine_finds_the_same(activation):
     model, picture = confident(activation=activation), torch.rand(3, 128, 128)
     engine = retina_fast.compile_inference(model, [picture], dtype=torch.float32)

@@ -46,7 +46,7 @@ def linear(net: Any) -> Any:
     return net.double()
 
 
-@pytest.mark.parametrize("family", ["spinenet", "mobile", "sample"])
+@pytest.mark.parametrize("family", [pytest.param("spinenet", marks=pytest.mark.slow), "mobile", "sample"])
 @torch.no_grad()
 def test_the_closed_form_is_what_a_network_does(family, one_thread):
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ from retina_fast.search.space import PAPER
 from retina_fast.search.study import Search, SearchSettings
 from retina_fast.search.trained import Proxy
 from retina_fast.search.workers import PROBLEM, RETRY_OF, Locked
+from retina_fast.train import Stopped
 from retina_fast.train.model_file import read_model_file, write_model_file
 
 optuna = pytest.importorskip("optuna")
@@ -77,6 +78,7 @@ def test_a_search_without_training(tmp_path):
     assert (name, checked(arguments["specification"])) == ("retinanet_spinenet49", search.best(1)[0].blocks)
 
 
+@pytest.mark.slow
 def test_pictures(tmp_path, monkeypatch):
     monkeypatch.undo()
     search = Search(SearchSettings(sampler="random"), tmp_path)
@@ -240,7 +242,7 @@ def data(shapes) -> CocoDataset:
 def test_hyperband_and_limits_with_training(tmp_path, data):
     settings = SearchSettings(sampler="random", max_macs=86e9)
     search = Search(settings, tmp_path, Scripted(data, parts=9))
-    search.run(40)
+    search.run(30)
     trials = search.study.get_trials()
     over = [trial for trial in trials if trial.user_attrs["macs"] > 86e9]
     assert over
@@ -316,6 +318,15 @@ def test_the_command_and_training_what_it_found(tmp_path, shapes, monkeypatch):
     assert PAPER.encode(seen[0].arguments["specification"])
     alone = ("--val-json", shapes[0], "--output", tmp_path / "alone")
     assert "--val-json belongs to --json: give both" in invoke("search", *alone).output.replace("\n", " ")
+    wider = ("--fusion", "none", "--fusion", "0.5:1", "--alpha", 0.25, "--alpha", 0.5)
+    result = invoke("search", "--output", tmp_path / "wider", "--trials", 2, *wider)
+    assert result.exit_code == 0, result.output
+    blocks = checked(read_model_file(tmp_path / "wider" / "best-1.json")[1]["specification"])
+    assert {block.fusion for block in blocks} == {None, (0.5, 1.0)}
+    assert {alpha for block in blocks for alpha in block.alphas or ()} == {0.25, 0.5}
+    assert "must be none, learned or two" in invoke("search", "--fusion", "0:1").output.replace("\n", " ")
+    mobile = invoke("search", "--space", "mobile", "--alpha", 0.5)
+    assert "the links of the mobile family have no alphas" in mobile.output.replace("\n", " ")
     result = invoke("search", "--output", tmp_path / "none", "--trials", 2, "--max-gmacs", 1)
     assert "of 2 trials none ended with a score within the limits" in result.output.replace("\n", " ")
 
@@ -336,3 +347,20 @@ def test_files_of_networks_that_are_refused(tmp_path):
             read_model_file(path)
     write_model_file(path, "retinanet_spinenet49", {"activation": "silu"})
     assert read_model_file(path) == ("retinanet_spinenet49", {"activation": "silu"})
+
+
+def test_a_stopped_search_says_how_to_go_on(tmp_path, shapes, monkeypatch):
+    def stopped(*_: Any) -> float:
+        raise Stopped
+
+    data = ("--json", shapes[0], "--images", shapes[1], "--output", tmp_path / "search", "--trials", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Proxy, "score", stopped)
+        result = invoke("search", *data)
+    assert result.exit_code == 130
+    assert "Stopped. The same command goes on" in result.output
+    monkeypatch.setattr(Proxy, "score", lambda *_: 1.0)
+    assert invoke("search", *data).exit_code == 0
+    rows = list(csv.DictReader((tmp_path / "search" / "trials.csv").open()))
+    assert [row["state"] for row in rows] == ["FAIL", "COMPLETE"]
+    assert rows[0]["specification"] == rows[1]["specification"]
