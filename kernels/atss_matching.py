@@ -14,10 +14,10 @@ v is that of a sample, with n - 1 in the denominator, as in the authors' program
 that of their squares, IoU >= m + v means n IoU - S >= 0 and (n IoU - S)^2 >= (n Q - S^2) n / (n - 1). IoUs enter it as
 whole multiples of 2^-20. So the sums are exact integers, whatever their order, and equal IoUs equal their mean.
 
-Authors' programs make matrices of anchors x ground truths, of distances, IoUs and marks: 20 bytes a pair and more.
-Here a rectangle is kept around the centres of every tile of anchors. A program takes the tiles in the order of their
+The authors' program makes matrices of anchors x ground truths, of distances, IoUs and marks, over 20 bytes a pair. Here
+a rectangle is kept around the centres of every tile of anchors. A program takes the tiles in the order of their
 distance from the ground truth, and stops at the first that cannot hold a nearer anchor than the k found, which is after
-a few. Memory is 4 bytes a candidate and 16 bytes an anchor.
+a few. Memory is 4 bytes a candidate, and 16 bytes an anchor of each image.
 """
 
 from collections.abc import Sequence

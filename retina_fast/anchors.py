@@ -5,7 +5,7 @@ cached launches no kernel for them.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -27,6 +27,46 @@ class _Kept(NamedTuple):
 
 
 _CACHES: WeakKeyDictionary[AnchorGenerator, OrderedDict[Any, _Kept]] = WeakKeyDictionary()
+
+
+def generator_of(anchors: Mapping[str, Any]) -> AnchorGenerator:
+    """The anchor generator of plain data, as a builder's argument ``anchors`` and a model file hold it.
+
+    Args:
+        anchors: ``sizes``, for each level the sides of its squares in pixels, and ``ratios`` of height to width, which
+            all levels have. A cell has an anchor of each size and ratio, of the square's area.
+
+    Raises:
+        ValueError: for other keys, no size or ratio, levels with different numbers of sizes, or a number that is not
+            positive.
+
+    Example::
+
+        >>> generator_of({"sizes": [[32], [64], [128]], "ratios": [1.0]}).num_anchors_per_location()
+        [1, 1, 1]
+    """
+    if not isinstance(anchors, Mapping) or set(anchors) != {"sizes", "ratios"}:
+        raise ValueError(f"anchors must be a dictionary of sizes and ratios, got {anchors!r}")
+    sizes, ratios = anchors["sizes"], anchors["ratios"]
+    if not sizes or len({len(level) for level in sizes}) > 1 or not sizes[0] or not ratios:
+        raise ValueError(f"anchors must have a ratio, and equally many sizes in each level, got {anchors!r}")
+    if not all(0 < number < float("inf") for number in [*ratios, *(side for level in sizes for side in level)]):
+        raise ValueError(f"sizes and ratios of anchors must be positive and finite, got {anchors!r}")
+    return AnchorGenerator(tuple(map(tuple, sizes)), (tuple(ratios),) * len(sizes))
+
+
+def taken_anchors(kwargs: dict[str, Any], weights: Any = None) -> AnchorGenerator | None:
+    """Takes the argument ``anchors`` out of a builder's, and makes the generator that it describes, if there is one.
+
+    Raises:
+        ValueError: with ``weights`` as well, or as :func:`generator_of` does.
+    """
+    anchors = kwargs.pop("anchors", None)
+    if anchors is None:
+        return None
+    if weights is not None:
+        raise ValueError("the COCO weights are for torchvision's anchors: give weights or anchors, not both")
+    return generator_of(anchors)
 
 
 def _grid(cell_anchors: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:

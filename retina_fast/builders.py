@@ -32,6 +32,7 @@ from torchvision.models.detection.retinanet import (
 )
 from torchvision.models.resnet import ResNet
 
+from retina_fast.anchors import taken_anchors
 from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d
 from retina_fast.backbones.published import load_published_weights
 from retina_fast.backbones.resnet_fpn import resnet_fpn, resnet_fpn_lite
@@ -61,6 +62,9 @@ def _v1(
     norm_layer = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
     resnet = trunk(norm_layer=norm_layer)
     load_published_weights(resnet, weights_backbone if _fetch else None, progress)
+    generator = taken_anchors(kwargs, weights)
+    if generator is not None:
+        kwargs["anchor_generator"] = generator
     model = RetinaNet(resnet_fpn(resnet, layers, p6_from_c5=False), num_classes, **kwargs)
     load_published_weights(model, weights, progress)
     if weights is not None:
@@ -86,7 +90,7 @@ def _v2(
     resnet = trunk()
     load_published_weights(resnet, weights_backbone if _fetch else None, progress)
     backbone = resnet_fpn(resnet, layers, p6_from_c5=True)
-    generator = _default_anchorgen()
+    generator = taken_anchors(kwargs, weights) or _default_anchorgen()
     head = RetinaNetHead(256, generator.num_anchors_per_location()[0], num_classes, partial(nn.GroupNorm, 32))
     head.regression_head._loss_type = "giou"
     model = RetinaNet(backbone, num_classes, anchor_generator=generator, head=head, **kwargs)
@@ -127,7 +131,8 @@ def retinanet_resnet50_fpn(
         weights_backbone: ImageNet weights of the ResNet.
         trainable_backbone_layers: how many of its five stages are trained: 3 by default, all where nothing is
             pretrained.
-        **kwargs: arguments of :class:`retina_fast.RetinaNet`; and ``_fetch=False`` for a model that is frozen as with
+        **kwargs: arguments of :class:`retina_fast.RetinaNet`; ``anchors``, sizes and ratios as
+            :func:`retina_fast.anchors.generator_of` takes them; and ``_fetch=False`` for a model that is frozen as with
             ``weights_backbone``, but without them, where all weights will be loaded anyway.
 
     Raises:
@@ -238,9 +243,10 @@ def _lite(
     load_published_weights(resnet, weights_backbone if _fetch else None, progress)
     backbone = resnet_fpn_lite(resnet)
     sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (16, 32, 64, 128))
-    generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    generator = taken_anchors(kwargs) or AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     num_classes = 91 if num_classes is None else num_classes
-    head = RetinaNetHead(backbone.out_channels, 9, num_classes, partial(nn.GroupNorm, 16))
+    per_cell = generator.num_anchors_per_location()[0]
+    head = RetinaNetHead(backbone.out_channels, per_cell, num_classes, partial(nn.GroupNorm, 16))
     kwargs.setdefault("min_size", None)
     return RetinaNet(backbone, num_classes, anchor_generator=generator, head=head, **kwargs)
 
@@ -282,7 +288,7 @@ def _spinenet(size: str, mobile: bool = False) -> Builder:
         )
         sides = [row.anchor_base * stride for stride in (8, 16, 32, 64, 128)]
         sizes = tuple(tuple(int(side * 2 ** (i / 3)) for i in range(3)) for side in sides)
-        generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+        generator = taken_anchors(kwargs) or AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
         head = level_norm_head(
             row.out_channels,
             generator.num_anchors_per_location()[0],

@@ -27,7 +27,8 @@ class Checkpoint:
 
     Attributes:
         builder: its name in `retina_fast.builders.MODELS`.
-        kwargs: the builder's keyword arguments, without the class count; numbers, strings, booleans and lists only.
+        kwargs: the builder's keyword arguments, without the class count; numbers, strings, booleans, and lists and
+            dictionaries of them only.
         classes: K class names, by label.
         category_ids: the K category ids of the data set that it was trained on.
         state_dict: the weights.

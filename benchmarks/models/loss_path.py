@@ -3,6 +3,7 @@
     python -m benchmarks.models.loss_path          on the CPU: batch 2, 512x512, 91 classes, 20 ground truths an image
 
 Both sides start from the heads' outputs as each lays them out: concatenated for torchvision, level by level for ours.
+Matchers and losses that torchvision does not have are timed beside its own, and checked against the references.
 """
 
 import dataclasses
@@ -16,8 +17,14 @@ from torch import Tensor
 from benchmarks.case import Built, Case, print_in_turns, run_benchmark
 from benchmarks.models import scenes
 from retina_fast.forward import HeadOutputs
+from retina_fast.kernels.anchor_matching import anchor_matching_reference
+from retina_fast.kernels.atss_matching import atss_matching_reference
+from retina_fast.kernels.box_loss import box_loss_reference
+from retina_fast.kernels.box_quality import box_quality_reference
+from retina_fast.kernels.focal_loss import focal_loss_reference
 from retina_fast.kernels.levels import flatten_all
-from retina_fast.losses import detection_losses
+from retina_fast.kernels.soft_focal_loss import soft_focal_loss_reference
+from retina_fast.losses import detection_losses, matcher_of
 from tests.instruments.agreement import models
 
 
@@ -29,11 +36,16 @@ class Setting:
     num_classes: int = 91
     dtype: str = "bfloat16"
     loss_type: str = "l1"
+    matcher: str | None = None
+    classification_loss: str = "focal"
 
     @property
     def name(self) -> str:
         image = f"{self.size}x{self.size}, {self.num_classes} classes, {self.ground_truths} ground truths an image"
-        return f"loss path with {self.loss_type}, batch {self.batch}, {image}"
+        chosen = self.loss_type
+        if self.matcher or self.classification_loss != "focal":
+            chosen = f"{self.matcher or 'thresholds'}, {self.classification_loss}, {self.loss_type}"
+        return f"loss path with {chosen}, batch {self.batch}, {image}"
 
 
 GOAL = Setting()
@@ -43,6 +55,9 @@ SETTINGS = [
     *[dataclasses.replace(GOAL, batch=batch) for batch in (1, 4)],
     dataclasses.replace(GOAL, loss_type="giou"),
     dataclasses.replace(GOAL, batch=8, dtype="float32"),
+    dataclasses.replace(GOAL, loss_type="giou", matcher="atss"),
+    dataclasses.replace(GOAL, loss_type="giou", classification_loss="quality_focal"),
+    dataclasses.replace(GOAL, loss_type="giou", matcher="atss", classification_loss="varifocal"),
 ]
 CPU_SETTING = Setting(2, 20, 512, 91, "float32")
 
@@ -50,6 +65,9 @@ CPU_SETTING = Setting(2, 20, 512, 91, "float32")
 def build(setting: Setting, device: torch.device) -> Built:
     size, k, dtype = setting.size, setting.num_classes, getattr(torch, setting.dtype)
     theirs, ours = models(k, setting.loss_type)
+    if setting.matcher:
+        ours.proposal_matcher = matcher_of(setting.matcher)
+    ours.classification_loss = setting.classification_loss
     anchors = [scenes.anchors(size, size, device)] * setting.batch
     targets, truths = scenes.scene(setting.batch, setting.ground_truths, size, size, k, device)
     levels = {
@@ -72,12 +90,35 @@ def build(setting: Setting, device: torch.device) -> Built:
 
     def captured() -> Any:  # as in the training step's graph, in whose buffers the ground truths lie flat
         outputs = HeadOutputs(levels, anchors[0], k, {})
-        losses = detection_losses(outputs, truths, ours.proposal_matcher, setting.loss_type)
+        chosen = setting.loss_type, ours.focal_gamma, setting.classification_loss
+        losses = detection_losses(outputs, truths, ours.proposal_matcher, *chosen)
         return torch.autograd.grad(losses["classification"] + losses["bbox_regression"], leaves)
+
+    def check_by_references() -> None:
+        geometry, offsets = (anchors[0], truths.boxes), truths.offsets
+        if setting.matcher == "atss":
+            sizes = [level.shape[2:].numel() * scenes.ANCHORS_PER_CELL for level in levels["cls_logits"]]
+            arguments = *geometry, truths.labels, offsets, sizes, 9 * scenes.ANCHORS_PER_CELL
+            matches = atss_matching_reference(*arguments)
+        else:
+            matches = anchor_matching_reference(*geometry, truths.labels, offsets)
+        normalizers = matches.num_foreground.clamp(min=1) * float(setting.batch)
+        where = matches.indices, truths.boxes, offsets
+        if setting.classification_loss == "focal":
+            exact = focal_loss_reference(levels["cls_logits"], matches.labels, normalizers, k)
+        else:
+            quality = box_quality_reference(levels["bbox_regression"], anchors[0], *where)
+            given = levels["cls_logits"], matches.labels, quality, normalizers, k
+            exact = soft_focal_loss_reference(*given, setting.classification_loss)
+        box = box_loss_reference(levels["bbox_regression"], anchors[0], *where, normalizers, setting.loss_type)
+        for value, expected in zip(step_ours()[0].values(), (exact, box), strict=True):
+            assert abs(value - expected) <= 1e-4 * expected, f"{setting}"
 
     def check() -> None:
         for grad, same in zip(step_ours()[1], captured(), strict=True):
             assert torch.equal(grad, same), f"{setting}: flat ground truths"
+        if setting.matcher or setting.classification_loss != "focal":
+            return check_by_references()
         (losses, grads), (expected, joined_grads) = step_ours(), step_torchvision()
         # torchvision sums bfloat16 losses in bfloat16
         tolerance = 1e-5 if dtype == torch.float32 else 5e-2
@@ -102,6 +143,9 @@ SMALL = [
     _case(Setting(2, 4, 160, 7), "K2"),
     _case(Setting(2, 4, 160, 7, "float32", "giou")),
     _case(Setting(1, 9, 160, 7)),
+    _case(Setting(2, 4, 160, 7, "float32", "giou", "atss")),
+    _case(Setting(2, 4, 160, 7, "float32", "giou", "atss", "varifocal")),
+    _case(Setting(2, 4, 160, 7, "float32", "giou", None, "quality_focal")),
 ]
 
 

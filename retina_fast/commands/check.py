@@ -70,6 +70,13 @@ def print_checked(checked: "Checked", console: Console) -> None:
             "A box whose best IoU with an anchor is under 0.5 is learnt from that anchor alone."
         )
         console.print(_table_of_sizes(checked.shapes.prod(dim=1).sqrt(), checked.ious))
+        sides = ", ".join(str(side) for (side,) in checked.proposed["sizes"])
+        with_these, with_own = checked.proposed_ious.mean(), checked.ious.mean()
+        console.print(
+            f"\nOf one anchor a cell, sides of {sides} and a ratio of {checked.proposed['ratios'][0]:g} fit best: the "
+            f"mean best IoU of a box is {with_these:.2f} with them, {with_own:.2f} with the model's. To use them, "
+            "train with --anchors auto and --matcher atss, which needs no IoU of 0.5."
+        )
     console.print(f"\n{checked.images} images, {checked.objects.total()} boxes, {checked.faults.total()} faults")
     for kind, count in checked.faults.most_common():
         console.print(f"  {count} x {kind}: {kind.consequence}")

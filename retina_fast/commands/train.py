@@ -97,6 +97,9 @@ def train(
     classification_loss: Annotated[
         str | None, typer.Option(help="quality_focal or varifocal: scores that learn how well boxes fit.")
     ] = None,
+    anchors: Annotated[
+        str | None, typer.Option(help="auto: one anchor a cell, of sizes and a ratio that fit the boxes of the data.")
+    ] = None,
     box_loss: Annotated[
         str | None, typer.Option(help="l1, smooth_l1, giou, diou or ciou; by default the model's own.")
     ] = None,
@@ -135,6 +138,7 @@ def train(
             matcher=matcher,
             classification_loss=classification_loss,
             box_loss=box_loss,
+            anchors=anchors,
         )
         if val_images and not val_json:
             raise UserError("--val-images belongs to --val-json: give both or neither")

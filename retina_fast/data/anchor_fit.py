@@ -5,11 +5,18 @@ their overlap, which is the product of an overlap in x and one in y; each is lar
 So of each level and shape only the nearest anchor is compared: 45 in place of 200,000.
 """
 
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from retina_fast.anchors import generator_of
+from retina_fast.data.coco import CocoDataset
+from retina_fast.data.errors import UserError
+from retina_fast.data.faults import corners
 from retina_fast.transform import resized_size
 
 
@@ -38,6 +45,7 @@ class AnchorFit:
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval().to("meta")  # Only the shapes of its features are needed.
+        self.generator = model.anchor_generator
         self._levels: dict[tuple[int, int], list[Level]] = {}
 
     def best_ious(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -68,13 +76,81 @@ class AnchorFit:
             grids = [(feature.shape[-2], feature.shape[-1]) for feature in features]
             self._levels[height, width] = [
                 Level(cell.float(), (h, w), (height // h, width // w))
-                for cell, (h, w) in zip(self.model.anchor_generator.cell_anchors, grids, strict=True)
+                for cell, (h, w) in zip(self.generator.cell_anchors, grids, strict=True)
             ]
         return self._levels[height, width]
+
+    def with_anchors(self, anchors: dict[str, Any]) -> "AnchorFit":
+        """The same model with other anchors, as :func:`retina_fast.anchors.generator_of` takes them."""
+        other = copy.copy(self)
+        other.generator, other._levels = generator_of(anchors), {}
+        return other
+
+    def strides(self, size: tuple[int, int]) -> list[int]:
+        """The stride of each level for an image of `size`."""
+        return [level.stride[0] for level in self.levels(size)]
 
     def anchor_shapes(self, size: tuple[int, int]) -> Tensor:
         """(A, 2) width and height of the anchors of all levels for an image of `size`."""
         return torch.cat([level.cells[:, 2:] - level.cells[:, :2] for level in self.levels(size)])
+
+
+_FINEST = 17  # sides from 1 to 16 times a level's stride, and ratios from 1/4 to 4, in steps of a quarter octave
+_SAMPLE = 20_000  # boxes that are compared: as many tell no more about a data set
+
+
+def proposed_anchors(shapes: Tensor, strides: Sequence[int]) -> dict[str, Any]:
+    """One anchor a cell: the sides, in proportion to the levels' strides, and the ratio of height to width that fit
+    best. These have the highest mean, over the boxes, of the IoU with the best level's anchor around the same centre.
+
+    Args:
+        shapes: (G, 2) width and height of at least one box in the model's pixels.
+        strides: of each level.
+
+    Returns:
+        What a builder's argument ``anchors`` takes.
+
+    Example::
+
+        >>> proposed_anchors(torch.tensor([[30.0, 30], [62, 66], [33, 34], [120, 125]]), [8, 16, 32])
+        {'sizes': [[32], [64], [128]], 'ratios': [1.0]}
+    """
+    shapes = shapes[:: -(-len(shapes) // _SAMPLE)]
+    best = (-1.0, 0.0, 0.0)
+    steps = [(i - _FINEST // 2) / 4 for i in range(_FINEST)]
+    steps.sort(key=abs)  # of equally good ones, the ratio nearest to 1
+    for ratio in (2.0**step for step in steps):
+        for multiple in (2.0 ** (i / 4) for i in range(_FINEST)):
+            side = multiple * torch.tensor(strides, dtype=torch.float32)
+            width, height = side / ratio**0.5, side * ratio**0.5  # (L,)
+            overlap = torch.minimum(shapes[:, :1], width) * torch.minimum(shapes[:, 1:], height)  # (G, L)
+            iou = overlap / (shapes.prod(dim=1, keepdim=True) + width * height - overlap)
+            best = max(best, (round(float(iou.amax(dim=1).mean()), 6), multiple, ratio), key=lambda found: found[0])
+    _, multiple, ratio = best
+    return {"sizes": [[round(multiple * stride)] for stride in strides], "ratios": [round(ratio, 3)]}
+
+
+def fitted_anchors(model: Any, data: CocoDataset) -> dict[str, Any]:
+    """The anchors that :func:`proposed_anchors` proposes for a data set and a model, which cannot be used any more.
+
+    Raises:
+        UserError: if no image of a known size has a box.
+
+    Example::
+
+        >>> fitted_anchors(model, data)  # doctest: +SKIP
+        {'sizes': [[19], [38], [76], [152]], 'ratios': [1.0]}
+    """
+    fit, by_size, shapes = AnchorFit(model), defaultdict(list), []
+    for box in data.coco["annotations"]:
+        if not box["iscrowd"] and (size := data.sizes[box["image_id"]]):
+            by_size[size].append(box)
+    for size, group in by_size.items():
+        resized = fit.resized(corners(group).float(), size)
+        shapes.append(resized[:, 2:] - resized[:, :2])
+    if not shapes:
+        raise UserError(f"{data.json_file}: has no box that anchors could be fitted to: leave out --anchors")
+    return proposed_anchors(torch.cat(shapes), fit.strides(next(iter(by_size))))
 
 
 def _best_iou(boxes: Tensor, cell: Tensor, level: Level) -> Tensor:

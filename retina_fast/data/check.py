@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from retina_fast.data.anchor_fit import AnchorFit
+from retina_fast.data.anchor_fit import AnchorFit, proposed_anchors
 from retina_fast.data.coco import CocoDataset, Tried
 from retina_fast.data.errors import ImageError
 from retina_fast.data.faults import LEFT_OUT, Fault, Kind, Size, corners, place, spelling, twins
@@ -38,6 +38,9 @@ class Checked:
         shapes: (G, 2) width and height of the boxes, in pixels of the images as the model resizes them.
         ious: (G,) the highest IoU of each of these boxes with any anchor.
         anchors: (A, 2) width and height of the model's anchors.
+        proposed: one anchor a cell that fits the boxes, see :func:`retina_fast.data.anchor_fit.proposed_anchors`; empty
+            if there is no box.
+        proposed_ious: (G,) the highest IoU of each box with any of those.
     """
 
     images: int = 0
@@ -46,6 +49,8 @@ class Checked:
     shapes: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
     ious: Tensor = field(default_factory=lambda: torch.zeros(0))
     anchors: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
+    proposed: dict[str, Any] = field(default_factory=dict)
+    proposed_ious: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 def check(
@@ -123,6 +128,12 @@ def _compare_with_anchors(
         best.append(ious)
         checked.anchors = fit.anchor_shapes(size)
     checked.shapes, checked.ious = torch.cat(shapes), torch.cat(best)
+    if len(checked.shapes):
+        checked.proposed = proposed_anchors(checked.shapes, fit.strides(next(iter(by_size))))
+        other = fit.with_anchors(checked.proposed)
+        checked.proposed_ious = torch.cat(
+            [other.best_ious(corners(group).float(), size) for size, group in by_size.items()]
+        )
 
 
 def _readable(

@@ -18,6 +18,9 @@ from retina_fast.train.recipes import recipe_named
 RANDOM = "none"
 """In place of the name of weights: the backbone starts from random ones."""
 
+FITTED = "auto"
+"""In place of the model's anchors: those that fit the data."""
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -46,8 +49,10 @@ class TrainSettings:
         classification_loss: "quality_focal" or "varifocal" in place of the focal loss.
         box_loss: "l1", "smooth_l1", "giou", "diou" or "ciou" in place of the model's.
 
+        anchors: "auto" for one anchor a cell, of sides and a ratio that fit the data, in place of the model's.
+
     Raises:
-        UserError: if there is no such recipe, matcher or loss, or the recipe is for other models.
+        UserError: if there is no such recipe, matcher, loss or kind of anchors, or the recipe is for other models.
 
     Example::
 
@@ -73,6 +78,7 @@ class TrainSettings:
     matcher: str | None = None
     classification_loss: str | None = None
     box_loss: str | None = None
+    anchors: str | None = None
 
     def __post_init__(self) -> None:
         pattern = recipe_named(self.recipe).model
@@ -83,6 +89,8 @@ class TrainSettings:
             check_losses(self.classification_loss, self.box_loss)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if self.anchors not in (None, FITTED):
+            raise UserError(f"anchors must be {FITTED}, or left out for the model's own, got {self.anchors!r}")
 
     def resolve(self, data: CocoDataset, start_from: str | Path | None = None) -> "ResolvedSettings":
         """The settings with every choice made. Resolving them again changes nothing.

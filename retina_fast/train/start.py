@@ -5,10 +5,11 @@ from typing import Any
 
 from retina_fast import checkpoint
 from retina_fast.checkpoint import Checkpoint
+from retina_fast.data.anchor_fit import fitted_anchors
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
 from retina_fast.train.recipes import recipe_named
-from retina_fast.train.settings import RANDOM, ResolvedSettings
+from retina_fast.train.settings import FITTED, RANDOM, ResolvedSettings
 
 
 def starting_network(
@@ -29,7 +30,8 @@ def starting_network(
         resumed: the builder's keyword arguments in the run that is resumed.
 
     Raises:
-        UserError: if there is no such model, if the file is another model's, or if weights cannot be downloaded.
+        UserError: if there is no such model, if the file is another model's or anchors are to be fitted as well, or if
+            weights cannot be downloaded.
 
     Example::
 
@@ -45,7 +47,11 @@ def starting_network(
         return checkpoint.build(settings.model, len(data.classes), **resumed), about(resumed)
     if start_from is None:
         kwargs = _builder_arguments(settings, {})
+        if settings.anchors == FITTED:
+            kwargs["anchors"] = fitted_anchors(checkpoint.build(settings.model, 1, **kwargs), data)
         return checkpoint.build(settings.model, len(data.classes), fetch=True, **kwargs), about(kwargs)
+    if settings.anchors == FITTED:
+        raise UserError("--anchors and --checkpoint exclude each other: the file's weights are for its own anchors")
     other = checkpoint.load(start_from)
     if other.builder != settings.model:
         raise UserError(f"{start_from} is a {other.builder}: train it with --model {other.builder}")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from retina_fast import cli
 from retina_fast.anchors import batch_anchors
 from retina_fast.checkpoint import build
-from retina_fast.data.anchor_fit import AnchorFit
+from retina_fast.data.anchor_fit import AnchorFit, proposed_anchors
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.faults import twins
 from retina_fast.kernels.anchor_matching import pairwise_iou
@@ -249,3 +249,30 @@ def test_best_ious_are_those_of_all_anchors(model, size):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert torch.equal(found == 0, expected == 0)
     assert found[0] == 0
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0])
+def test_proposed_anchors_are_those_that_the_boxes_were_made_of(ratio):
+    generator = torch.Generator().manual_seed(0)
+    side = torch.tensor([24.0, 48, 96, 192])[torch.randint(0, 4, (300,), generator=generator)]
+    shapes = torch.stack((side / ratio**0.5, side * ratio**0.5), dim=1)
+    shapes = shapes * (1 + 0.1 * torch.rand(300, 2, generator=generator) - 0.05)
+    proposed = proposed_anchors(shapes, [4, 8, 16, 32])
+    assert proposed["ratios"] == [ratio]
+    for (size,), fitting in zip(proposed["sizes"], (24, 48, 96, 192), strict=True):
+        assert abs(size - fitting) <= 0.1 * fitting
+
+
+def test_proposed_anchors_of_a_model():
+    """The IoU that check prints is that of the anchors that a model makes of the proposal."""
+    network = build("retinanet_resnet18_fpn_lite", 1)
+    fit = AnchorFit(network)
+    boxes = torch.tensor([[10.0, 10, 42, 46], [60, 20, 90, 52], [5, 50, 80, 120]])
+    proposed = proposed_anchors(boxes[:, 2:] - boxes[:, :2], fit.strides((128, 128)))
+    made: Any = build("retinanet_resnet18_fpn_lite", 1, anchors=proposed)
+    assert made.anchor_generator.num_anchors_per_location() == [1] * 4
+    grids = [torch.zeros(1, 1, 128 // stride, 128 // stride) for stride in (4, 8, 16, 32)]
+    anchors = batch_anchors(made.anchor_generator, torch.zeros(1, 3, 128, 128), [(128, 128)], grids)
+    expected = pairwise_iou(boxes, anchors).amax(dim=1)
+    torch.testing.assert_close(fit.with_anchors(proposed).best_ious(boxes, (128, 128)), expected)
+    assert fit.generator is network.anchor_generator

@@ -1,12 +1,15 @@
 """Anchors: equal to torchvision's bit for bit, and made once a size."""
 
+from typing import Any
+
 import pytest
 import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from retina_fast import anchors as module
-from retina_fast.anchors import batch_anchors
+from retina_fast.anchors import batch_anchors, generator_of
+from retina_fast.builders import MODELS
 
 
 @pytest.fixture
@@ -88,3 +91,37 @@ def test_what_inference_made_serves_training(generator):
         generator.cell_anchors = [cell + 1 for cell in generator.cell_anchors]
         batch_anchors(generator, *case())
     assert not batch_anchors(generator, *case()).is_inference()
+
+
+@pytest.mark.parametrize(
+    ("builder", "levels"),
+    [("resnet18_fpn", 5), ("resnet18_fpn_v2", 5), ("resnet18_fpn_lite", 4), ("spinenet49s", 5)],
+)
+def test_builders_take_anchors_as_plain_data(builder, levels):
+    anchors: Any = {"sizes": [[20 * 2**level, 25 * 2**level] for level in range(levels)], "ratios": [1.0, 1.5]}
+    with torch.device("meta"):
+        model = MODELS[f"retinanet_{builder}"](num_classes=3, weights_backbone=None, anchors=anchors)
+    assert model.anchor_generator.sizes == tuple(map(tuple, anchors["sizes"]))
+    assert model.head.classification_head.cls_logits.out_channels == 4 * 3
+    assert model.head.regression_head.bbox_reg.out_channels == 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("anchors", "message"),
+    [
+        ({"sizes": [[8]]}, "must be a dictionary of sizes and ratios"),
+        ({"sizes": [[8], [16, 20]], "ratios": [1.0]}, "equally many sizes in each level"),
+        ({"sizes": [], "ratios": [1.0]}, "equally many sizes"),
+        ({"sizes": [[8], [16]], "ratios": []}, "must have a ratio"),
+        ({"sizes": [[8], [-16]], "ratios": [1.0]}, "must be positive and finite"),
+        ({"sizes": [[8], [16]], "ratios": [float("nan")]}, "must be positive and finite"),
+    ],
+)
+def test_anchors_that_are_none(anchors, message):
+    with pytest.raises(ValueError, match=message):
+        generator_of(anchors)
+
+
+def test_the_published_weights_have_their_own_anchors():
+    with pytest.raises(ValueError, match="give weights or anchors, not both"):
+        MODELS["retinanet_resnet50_fpn_v2"](weights="COCO_V1", anchors={"sizes": [[8]] * 5, "ratios": [1.0]})

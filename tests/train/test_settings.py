@@ -71,3 +71,26 @@ def test_matchers_and_losses_reach_the_builder(data):
     for name in chosen:
         with pytest.raises(UserError, match=f"{name} must be one of .*, got 'best'"):
             TrainSettings(LITE, **{name: "best"})  # type: ignore[arg-type]
+
+
+def test_anchors_are_fitted_to_the_data(data):
+    settings = TrainSettings(LITE, anchors="auto", image_scale=2.0).resolve(data)
+    network, about = starting_network(settings, data)
+    anchors = about.kwargs["anchors"]
+    assert network.anchor_generator.sizes == tuple(map(tuple, anchors["sizes"]))
+    assert network.head.classification_head.num_anchors == 1
+    other, _ = starting_network(replace(settings, image_scale=2**1.5), data)  # half an octave, of two, further
+    ratios = {(b / a) for (a,), (b,) in zip(anchors["sizes"], other.anchor_generator.sizes, strict=True)}
+    assert min(ratios) > 1.3 or max(ratios) < 0.77
+    again, _ = starting_network(settings, data, resumed=about.kwargs)  # no fit: the run's own
+    assert again.anchor_generator.sizes == network.anchor_generator.sizes
+    with pytest.raises(UserError, match="--anchors and --checkpoint exclude each other"):
+        starting_network(settings, data, "model.pt")
+    with pytest.raises(UserError, match=r"anchors must be auto, .*, got 'mine'"):
+        TrainSettings(LITE, anchors="mine")
+
+
+def test_anchors_need_a_box(data):
+    data.coco["annotations"].clear()
+    with pytest.raises(UserError, match=r"has no box that anchors could be fitted to: leave out --anchors"):
+        starting_network(TrainSettings(LITE, anchors="auto").resolve(data), data)
