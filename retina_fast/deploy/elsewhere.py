@@ -12,6 +12,7 @@ from torch import Tensor
 
 from retina_fast.data.errors import UserError
 from retina_fast.deploy.calibration import calibration_images
+from retina_fast.deploy.fold import even_out_groups
 from retina_fast.deploy.kept import COMPARED, SEARCHED, Found, Kept, compare
 from retina_fast.deploy.network import RUNTIMES, Network, fastest, trace
 from retina_fast.deploy.quantize import Quantizer
@@ -49,6 +50,8 @@ def choose_network(
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise UserError(f"other runtimes, and eight bits, serve a CPU alone, but the model is on {device}")
+    if eight_bits:
+        even_out_groups(model)
     pixels = pixels_of(model, images[0])
     proto = trace(model, model.transform.size_divisible)
     layers = 0

@@ -21,7 +21,7 @@ from retina_fast.deploy.export_eight_bits import eight_bits
 from retina_fast.deploy.export_graph import SHAPES, Graph
 from retina_fast.deploy.export_onnx import KEY, OPSET, QUANTIZED_OPSET, OnnxPostprocess, translate, write_onnx
 from retina_fast.deploy.export_postprocess import Postprocess
-from retina_fast.deploy.fold import conv_outputs, fold_batch_norm
+from retina_fast.deploy.fold import conv_outputs, even_out_groups, fold_batch_norm
 from retina_fast.model import RetinaNet
 from retina_fast.transform import resized_size
 
@@ -143,6 +143,7 @@ def export(
     if calibration is not None:
         sample = torch.rand(1, 3, 128, 128)
         fold_batch_norm(own, lambda: conv_outputs(own, sample))
+        even_out_groups(own)
     graph = Graph(own, image_size, preprocess, OnnxPostprocess if format == "onnx" else Postprocess)
     labels = range(graph.postprocess.num_classes)
     if isinstance(classes, str):
