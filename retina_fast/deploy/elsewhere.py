@@ -54,7 +54,7 @@ def choose_network(
         even_out_groups(model)
     pixels = pixels_of(model, images[0])
     proto = trace(model, model.transform.size_divisible)
-    layers = 0
+    layers, left = 0, []
     if eight_bits:
 
         def feeds() -> Iterator[Any]:
@@ -63,7 +63,7 @@ def choose_network(
 
         quantizer = Quantizer(proto, feeds())
         searched = [pixels_of(model, image).numpy() for image in images[:SEARCHED]]
-        left = quantizer.most_changing(float32_share, searched) if float32_share else []
+        left += quantizer.most_changing(float32_share, searched) if float32_share else []
         proto, layers = quantizer.quantized(left), len(quantizer.layers) - len(left)
     networks = {name: Network(proto.SerializeToString(), name) for name in RUNTIMES}
     runs: dict[str, Callable[[], Any]] = {name: partial(run, model, pixels) for name, run in networks.items()}
@@ -75,7 +75,7 @@ def choose_network(
     if not seconds:
         raise UserError(f"no runtime runs the graph: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
     best = min(seconds, key=lambda name: seconds[name])
-    return networks.get(best), Elsewhere(best, tuple(pixels.shape[2:]), seconds, failed, layers, len(images))
+    return networks.get(best), Elsewhere(best, tuple(pixels.shape[2:]), seconds, failed, layers, left, len(images))
 
 
 def compare_with(model: RetinaNet, engine: Callable[..., Any], images: Sequence[Tensor]) -> Kept:
