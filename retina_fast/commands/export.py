@@ -25,6 +25,9 @@ def export(
         Path | None,
         typer.Option(help="Convs in eight bits, calibrated on the images of this folder, of --size; onnx alone."),
     ] = None,
+    float32_share: Annotated[
+        float, typer.Option(min=0, max=1, help="With --quantize: how much of the work may stay in float32.")
+    ] = 0.0,
 ) -> None:
     """Write a detector to one file that runs without this package."""
     with one_sentence():
@@ -43,7 +46,7 @@ def export(
         model, content = load_model(path)
         height, width = map(int, sides)
         names = content.classes, content.category_ids
-        described = run(model, file, format, (height, width), preprocess, *names, quantize)
+        described = run(model, file, format, (height, width), preprocess, *names, quantize, float32_share)
         if quantize:
             console.print(described["quantized"]["summary"], soft_wrap=True, highlight=False)
         console.print(f"Wrote {file}", soft_wrap=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from retina_fast.data.errors import UserError
 from retina_fast.deploy.calibration import calibration_images
-from retina_fast.deploy.kept import COMPARED, Found, Kept, compare
+from retina_fast.deploy.fold import even_out_groups
+from retina_fast.deploy.kept import COMPARED, SEARCHED, Found, Kept, compare
 from retina_fast.deploy.network import RUNTIMES, Network, fastest, trace
 from retina_fast.deploy.quantize import Quantizer
 from retina_fast.deploy.report import Elsewhere, pixels_of
@@ -22,19 +23,25 @@ from retina_fast.model import RetinaNet
 PYTORCH = "PyTorch"
 
 
-def choose_network(model: RetinaNet, images: Sequence[Tensor], dtype: torch.dtype) -> tuple[Network | None, Elsewhere]:
+def choose_network(
+    model: RetinaNet, images: Sequence[Tensor], dtype: torch.dtype, float32_share: float = 0.0
+) -> tuple[Network | None, Elsewhere]:
     """What runs trunk and heads the fastest, and what was measured; None is PyTorch.
 
     Args:
         model: of an engine, in evaluation mode, folded, in float32 on a CPU.
         images: samples; the first one is timed, and in eight bits all of them are for calibration.
         dtype: float32, or int8 to quantise the graph. PyTorch then takes no part.
+        float32_share: how much of the work may then stay in float32, see
+            :meth:`retina_fast.deploy.quantize.Quantizer.most_changing`.
 
     Raises:
         UserError: for another dtype or device, without an image, for images that cannot serve for calibration, or if no
             runtime is installed that runs the graph.
         ModuleNotFoundError: without the packages that write the graph.
     """
+    if not 0 <= float32_share <= 1:
+        raise UserError(f"float32_share must lie in [0, 1], got {float32_share}")
     if not len(images):
         raise UserError("images must be at least one: the runtimes are timed, and eight bits calibrated, on them")
     if dtype not in (torch.float32, torch.int8):
@@ -43,9 +50,11 @@ def choose_network(model: RetinaNet, images: Sequence[Tensor], dtype: torch.dtyp
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise UserError(f"other runtimes, and eight bits, serve a CPU alone, but the model is on {device}")
+    if eight_bits:
+        even_out_groups(model)
     pixels = pixels_of(model, images[0])
     proto = trace(model, model.transform.size_divisible)
-    layers = 0
+    layers, left = 0, []
     if eight_bits:
 
         def feeds() -> Iterator[Any]:
@@ -53,7 +62,9 @@ def choose_network(model: RetinaNet, images: Sequence[Tensor], dtype: torch.dtyp
                 yield pixels_of(model, image).numpy()
 
         quantizer = Quantizer(proto, feeds())
-        proto, layers = quantizer.quantized(), len(quantizer.layers)
+        searched = [pixels_of(model, image).numpy() for image in images[:SEARCHED]]
+        left += quantizer.most_changing(float32_share, searched) if float32_share else []
+        proto, layers = quantizer.quantized(left), len(quantizer.layers) - len(left)
     networks = {name: Network(proto.SerializeToString(), name) for name in RUNTIMES}
     runs: dict[str, Callable[[], Any]] = {name: partial(run, model, pixels) for name, run in networks.items()}
     if not eight_bits:
@@ -64,7 +75,7 @@ def choose_network(model: RetinaNet, images: Sequence[Tensor], dtype: torch.dtyp
     if not seconds:
         raise UserError(f"no runtime runs the graph: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
     best = min(seconds, key=lambda name: seconds[name])
-    return networks.get(best), Elsewhere(best, tuple(pixels.shape[2:]), seconds, failed, layers, len(images))
+    return networks.get(best), Elsewhere(best, tuple(pixels.shape[2:]), seconds, failed, layers, left, len(images))
 
 
 def compare_with(model: RetinaNet, engine: Callable[..., Any], images: Sequence[Tensor]) -> Kept:

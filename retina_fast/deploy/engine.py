@@ -98,10 +98,9 @@ class Engine(DetectorModule):
         measured before holds no longer."""
         self.model.to(memory_format=torch.channels_last)
         weight = next(self.model.parameters())
-        if self.settings.network and (weight.device.type, weight.dtype) != ("cpu", torch.float32):
-            raise TypeError(
-                f"what {self.settings.network.runtime} runs stays in float32 on the CPU: compile the model anew"
-            )
+        network = self.settings.network
+        if network and (weight.device.type, weight.dtype) != ("cpu", torch.float32):
+            raise TypeError(f"what {network.runtime} runs stays in float32 on the CPU: compile the model anew")
         way = {"dtype": weight.dtype, "graphs": _takes_graphs(weight.device, self.settings.max_shapes)}
         self.settings = replace(self.settings, **way)
         none: Any = {"difference": None, "ways": {}, "compiled": {}, "not_compiled": {}}
@@ -275,6 +274,7 @@ def compile_inference(
     try_compile: bool = False,
     choices: str | Path | None = None,
     try_runtimes: bool = False,
+    float32_share: float = 0.0,
 ) -> Engine:
     """Turn a model into an engine that goes from raw images to detections, on the model's device.
 
@@ -297,6 +297,7 @@ def compile_inference(
             batches and the fused way nearly always wins, nothing is timed unless a file is given.
         try_runtimes: whether to time ONNX Runtime and OpenVINO on the first image, in float32 on a CPU, and keep the
             fastest.
+        float32_share: of int8's multiplications, how many may stay in float32: those of the layers that lose the most.
 
     Raises:
         TypeError: for anything but a RetinaNet, or if a part of the user's own would not run: a forward, transform,
@@ -325,17 +326,17 @@ def compile_inference(
     norms = count_norms(own)
     channels = next(module.in_channels for module in own.modules() if isinstance(module, nn.Conv2d))
     sample = torch.rand(1, channels, 128, 128, device=device, dtype=next(own.parameters()).dtype)
-
     outputs = partial(conv_outputs, own, sample)
     with torch.no_grad(), timed_convs():  # else cuDNN would keep what its heuristics chose for these shapes
         folded = fold_batch_norm(own, outputs)
         fused = fuse_convs(own, outputs)
-    weights_dtype = torch.float32 if dtype == torch.int8 else dtype
-    own = own.to(dtype=weights_dtype, memory_format=torch.channels_last)
-    network, elsewhere = choose_network(own, images, dtype) if dtype == torch.int8 or try_runtimes else (None, None)
+    own = own.to(dtype=torch.float32 if dtype == torch.int8 else dtype, memory_format=torch.channels_last)
+    network, elsewhere = None, None
+    if dtype == torch.int8 or try_runtimes:
+        network, elsewhere = choose_network(own, images, dtype, float32_share)
     graphs = _takes_graphs(device, max_shapes)
     file = Path(choices or user_cache_file()) if choices is not None or device.type == "cuda" else None
-    settings = EngineSettings(weights_dtype, graphs, max_shapes, try_compile, file, network)
+    settings = EngineSettings(next(own.parameters()).dtype, graphs, max_shapes, try_compile, file, network)
     report = Report(str(device), dtype, graphs, max_shapes, norms, folded, count_convs(own), fused)
     report.elsewhere = elsewhere
     engine = Engine(own, settings, report)

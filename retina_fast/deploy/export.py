@@ -21,7 +21,7 @@ from retina_fast.deploy.export_eight_bits import eight_bits
 from retina_fast.deploy.export_graph import SHAPES, Graph
 from retina_fast.deploy.export_onnx import KEY, OPSET, QUANTIZED_OPSET, OnnxPostprocess, translate, write_onnx
 from retina_fast.deploy.export_postprocess import Postprocess
-from retina_fast.deploy.fold import conv_outputs, fold_batch_norm
+from retina_fast.deploy.fold import conv_outputs, even_out_groups, fold_batch_norm
 from retina_fast.model import RetinaNet
 from retina_fast.transform import resized_size
 
@@ -66,6 +66,7 @@ def export(
     classes: Sequence[str] | None = None,
     category_ids: Sequence[int] | None = None,
     quantize: Images | None = None,
+    float32_share: float = 0.0,
 ) -> dict[str, Any]:
     """Write a detector to one file that runs without this package; returns the metadata that the file holds.
 
@@ -86,6 +87,8 @@ def export(
         quantize: images for calibration, of ``image_size``, for an ``onnx`` file whose convs compute in eight bits: an
             iterable of uint8 (3, H, W), or floating point in [0, 1], that is read once; or a folder of image files. A
             hundred are enough. The metadata say under ``quantized`` how many detections in them are kept.
+        float32_share: of the multiplications of the layers in eight bits, how many may stay in float32. They go to the
+            layers whose eight bits change logits and box offsets the most, each tried alone.
 
     Raises:
         UserError: for an unknown format, sizes, names or thresholds that cannot be, a file that cannot be
@@ -128,6 +131,8 @@ def export(
         _check_compiler()
     if quantize is not None and format != "onnx":
         raise UserError(f"quantize serves the format onnx alone, got {format!r}")
+    if not 0 <= float32_share <= 1:
+        raise UserError(f"float32_share must lie in [0, 1], got {float32_share}")
     calibration = None if quantize is None else calibration_images(quantize, image_size, prepared=not preprocess)
     device, dtype = (getattr(next(model.parameters()), name) for name in ("device", "dtype"))
     if format == "onnx" and dtype != torch.float32:  # ONNX Runtime has no convolutions of others on a CPU
@@ -138,6 +143,7 @@ def export(
     if calibration is not None:
         sample = torch.rand(1, 3, 128, 128)
         fold_batch_norm(own, lambda: conv_outputs(own, sample))
+        even_out_groups(own)
     graph = Graph(own, image_size, preprocess, OnnxPostprocess if format == "onnx" else Postprocess)
     labels = range(graph.postprocess.num_classes)
     if isinstance(classes, str):
@@ -157,7 +163,7 @@ def export(
         if format == "onnx":
             proto = translate(program, opset=OPSET if calibration is None else QUANTIZED_OPSET)
             if calibration is not None:
-                proto, described["quantized"] = eight_bits(proto, calibration)
+                proto, described["quantized"] = eight_bits(proto, calibration, float32_share)
             write_onnx(proto, whole, described)
         elif format == "aotinductor":
             _write_package(program, whole, described, device)

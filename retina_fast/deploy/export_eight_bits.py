@@ -8,22 +8,24 @@ import torch
 from torch import Tensor
 
 from retina_fast.deploy.export_onnx import OUTPUTS, onnx_session
-from retina_fast.deploy.kept import COMPARED, Found, compare
+from retina_fast.deploy.kept import COMPARED, SEARCHED, Found, compare
 from retina_fast.deploy.quantize import Quantizer
 from retina_fast.detections import Detections
 
 
-def eight_bits(proto: Any, images: Iterable[Tensor]) -> tuple[Any, dict[str, Any]]:
+def eight_bits(proto: Any, images: Iterable[Tensor], float32_share: float = 0.0) -> tuple[Any, dict[str, Any]]:
     """The graph in eight bits, and what it cost.
 
     Args:
         proto: the ModelProto of an export in float32, which does not change.
         images: for calibration, from :func:`retina_fast.deploy.calibration.calibration_images`.
+        float32_share: how much of the work may stay in float32, see
+            :meth:`retina_fast.deploy.quantize.Quantizer.most_changing`.
 
     Returns:
         The new ModelProto, and what is written into the metadata: a ``summary`` in words, how many images it is
-        ``calibrated_with``, how many ``layers`` it has in eight bits, and the attributes of
-        :class:`retina_fast.deploy.kept.Kept`.
+        ``calibrated_with``, how many ``layers`` it has in eight bits, the names of the weights of the
+        ``float32_layers``, and the attributes of :class:`retina_fast.deploy.kept.Kept`.
 
     Raises:
         UserError: for images that cannot serve, and for a model without a conv to be quantised.
@@ -48,13 +50,15 @@ def eight_bits(proto: Any, images: Iterable[Tensor]) -> tuple[Any, dict[str, Any
             yield feed
 
     quantizer = Quantizer(proto, feeds())
-    made = quantizer.quantized()
+    left = quantizer.most_changing(float32_share, compared[:SEARCHED]) if float32_share else []
+    made = quantizer.quantized(left)
     before, after = (onnx_session(graph.SerializeToString()) for graph in (proto, made))
     kept = compare((_detections(before, feed), _detections(after, feed)) for feed in compared)
     kept.warn("the exported file", stacklevel=3)
-    layers = len(quantizer.layers)
-    summary = f"{layers} layers in eight bits, calibrated with {count} images: {kept}"
-    return made, {"summary": summary, "calibrated_with": count, "layers": layers, **asdict(kept)}
+    layers = len(quantizer.layers) - len(left)
+    summary = f"{layers} layers in eight bits, {len(left)} left in float32, calibrated with {count} images: {kept}"
+    about = {"summary": summary, "calibrated_with": count, "layers": layers, "float32_layers": left}
+    return made, about | asdict(kept)
 
 
 def _detections(session: Any, feed: Any) -> Found:

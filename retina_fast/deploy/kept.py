@@ -9,6 +9,8 @@ from torchvision.ops import box_iou
 
 COMPARED = 16
 """On so many of the calibration images the detections are compared."""
+SEARCHED = 4
+"""On so many of them each layer is tried alone, where some may stay in float32."""
 LEVEL = 0.3
 """Detections of at least this score count."""
 IOU = 0.5
@@ -76,8 +78,8 @@ class Kept:
             )
         elif self.kept < LEAST_KEPT * self.found or self.new > (1 - LEAST_KEPT) * self.found:
             warnings.warn(
-                f"{what} detects differently in eight bits: {self}; give more images for calibration, or leave more "
-                "layers in float32",
+                f"{what} detects differently in eight bits: {self}; give more images for calibration, or "
+                "leave layers in float32 by float32_share",
                 stacklevel=stacklevel + 1,
             )
 

@@ -11,12 +11,13 @@ and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"
 import copy
 import math
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retina_fast.data.errors import UserError
+from retina_fast.deploy.export_onnx import onnx_session
 
 _BETWEEN = ("Relu", "Clip", "Add", "MaxPool", "Resize")  # onnxruntime has 8-bit kernels of these
 _TYPES = ("Conv", *_BETWEEN)
@@ -29,12 +30,10 @@ class Layer:
     Attributes:
         name: of the weight.
         nodes: the names of the Conv nodes.
-        products: how many multiplications they take for one image, or 0 if the graph does not say its sizes.
     """
 
     name: str
     nodes: tuple[str, ...]
-    products: int
 
 
 class Quantizer:
@@ -56,29 +55,51 @@ class Quantizer:
     """
 
     def __init__(self, proto: Any, feeds: Iterable[Any]) -> None:
-        from onnxruntime.quantization.shape_inference import quant_pre_process  # noqa: F401 - says what is missing
-
         self._proto = proto
         self.layers, self._nodes, self._in_float = _quantizable(proto)
         if not self.layers:
             raise UserError("the model has no conv that could compute in eight bits: all but the last ones would")
         self._ranges = _ranges(_ahead_of_last_convs(proto, self._nodes), feeds)
 
-    def quantized(self, but: Collection[str] = (), only: Collection[str] | None = None) -> Any:
-        """The graph in eight bits, a new ModelProto.
+    def quantized(self, but: Collection[str] = ()) -> Any:
+        """The graph in eight bits, a new ModelProto, but for the layers of these names, which stay in float32."""
+        kept = {node for layer in self.layers if layer.name in but for node in layer.nodes}
+        kept |= _sums_after(self._proto, kept)
+        return self._made(self._proto, [name for name in self._nodes if name not in kept])
+
+    def most_changing(self, share: float, feeds: Sequence[Any]) -> list[str]:
+        """The names of the layers to leave in float32, within a budget: those that change the outputs the most.
+
+        Each layer is quantised alone. Its change is the squared difference of what the last convs give, in units of the
+        variance of each of them. The layers of the most change for each multiplication come first.
 
         Args:
-            but: the names of the layers that stay in float32.
-            only: the names of the layers that do not, where nothing between the convs does either.
+            share: of the multiplications of all layers, in [0, 1], that these layers may have.
+            feeds: the arrays on which to compare.
         """
+        heads = _heads(self._proto)
+        products = _products(heads, self.layers, feeds[0].shape)
+        before = [_outputs(heads, feed) for feed in feeds]
+        changes = {}
+        for layer in self.layers:
+            alone = self._made(heads, list(layer.nodes))
+            after = [_outputs(alone, feed) for feed in feeds]
+            changes[layer.name] = sum(map(_change, before, after))
+        left, names = share * sum(products.values()), []
+        for name in sorted(changes, key=lambda name: changes[name] / products[name], reverse=True):
+            if products[name] <= left:
+                names.append(name)
+                left -= products[name]
+        return names
+
+    def _made(self, proto: Any, nodes: list[str]) -> Any:
+        """A graph with these nodes in eight bits; with none, itself."""
         from onnxruntime.quantization import QDQQuantizer, QuantType
 
-        kept = {node for layer in self.layers if layer.name in but for node in layer.nodes}
-        nodes = [name for name in self._nodes if name not in kept | _sums_after(self._proto, kept)]
-        if only is not None:
-            nodes = [node for layer in self.layers if layer.name in only for node in layer.nodes]
+        if not nodes:
+            return copy.deepcopy(proto)
         quantizer = QDQQuantizer(
-            copy.deepcopy(self._proto),
+            copy.deepcopy(proto),
             True,  # a scale a channel
             False,  # 8 bits of weights, not 7
             QuantType.QInt8,
@@ -94,7 +115,7 @@ class Quantizer:
         quantizer.model.topological_sort()
         quantizer.model.clean_initializers()
         del made.metadata_props[:]
-        made.metadata_props.extend(self._proto.metadata_props)
+        made.metadata_props.extend(proto.metadata_props)
         return made
 
 
@@ -109,7 +130,8 @@ def _quantizable(proto: Any) -> tuple[list[Layer], list[str], set[str]]:
     ahead: set[str] = set()  # the tensors on which a conv depends
     ahead_of_chosen: set[str] = set()  # those on which a conv in eight bits does
     convs: dict[str, list[Any]] = {}
-    nodes, in_float = [], set()
+    nodes: list[str] = []
+    in_float: set[str] = set()
     for node in reversed(proto.graph.node):
         leads, serves = (bool(tensors.intersection(node.output)) for tensors in (ahead, ahead_of_chosen))
         chosen = leads and node.op_type == "Conv" and node.input[1] in weights
@@ -120,21 +142,8 @@ def _quantizable(proto: Any) -> tuple[list[Layer], list[str], set[str]]:
             nodes.append(node.name)
         ahead.update(node.input if leads or node.op_type == "Conv" else ())
         ahead_of_chosen.update(node.input if serves or chosen else ())
-    sizes = {value.name: value.type.tensor_type.shape.dim for value in proto.graph.value_info}
-    layers = [
-        Layer(
-            name,
-            tuple(node.name for node in sharing),
-            sum(_cells(sizes.get(node.output[0], ())) for node in sharing) * math.prod(weights[name].dims),
-        )
-        for name, sharing in reversed(convs.items())
-    ]
+    layers = [Layer(name, tuple(node.name for node in sharing)) for name, sharing in reversed(convs.items())]
     return layers, nodes[::-1], in_float
-
-
-def _cells(size: Any) -> int:
-    """Height times width, or 0 if they are not known."""
-    return math.prod(side.dim_value for side in size[2:]) if len(size) else 0
 
 
 def _sums_after(proto: Any, convs: Collection[str]) -> set[str]:
@@ -145,7 +154,7 @@ def _sums_after(proto: Any, convs: Collection[str]) -> set[str]:
 
 def _leave_in_float(graph: Any, tensors: Collection[str]) -> None:
     """Take out the QuantizeLinear and DequantizeLinear that follow these tensors."""
-    pairs = {}  # what the readers of a pair read, and the tensor before it
+    pairs: dict[str, str] = {}  # what the readers of a pair read, and the tensor before it
     for node in list(graph.node):
         before = pairs.get(node.input[0], node.input[0])
         if before in tensors and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
@@ -156,13 +165,60 @@ def _leave_in_float(graph: Any, tensors: Collection[str]) -> None:
             node.input[i] = pairs.get(name, name)
 
 
-def _ahead_of_last_convs(proto: Any, nodes: Collection[str]) -> Any:
-    """The part of a graph that computes the outputs of these nodes."""
+def _heads(proto: Any) -> Any:
+    """The part of a graph from its input to what the last convs give."""
+    ahead: set[str] = set()
+    ends: list[str] = []
+    for node in reversed(proto.graph.node):
+        leads = bool(ahead.intersection(node.output))
+        ends += node.output if node.op_type == "Conv" and not leads else ()
+        ahead.update(node.input if leads or node.op_type == "Conv" else ())
+    return _part(proto, ends)
+
+
+def _products(heads: Any, layers: Sequence[Layer], shape: Sequence[int]) -> dict[str, int]:
+    """How many multiplications each layer takes for an input of a shape."""
     import onnx
 
+    sized = copy.deepcopy(heads)
+    del sized.graph.value_info[:]
+    for side, value in zip(sized.graph.input[0].type.tensor_type.shape.dim, shape, strict=True):
+        side.dim_value = value
+    sized = onnx.shape_inference.infer_shapes(sized, data_prop=True)
+    sizes = {value.name: value.type.tensor_type.shape.dim for value in sized.graph.value_info}
+    weights = {weight.name: math.prod(weight.dims) for weight in sized.graph.initializer}
+    nodes = {node.name: node for node in sized.graph.node}
+
+    def cells(output: str) -> int:
+        return math.prod(side.dim_value for side in sizes[output][2:])
+
+    return {
+        layer.name: weights[layer.name] * sum(cells(nodes[name].output[0]) for name in layer.nodes) for layer in layers
+    }
+
+
+def _outputs(proto: Any, feed: Any) -> list[Any]:
+    return onnx_session(proto.SerializeToString()).run(None, {proto.graph.input[0].name: feed})
+
+
+def _change(before: Sequence[Any], after: Sequence[Any]) -> float:
+    return sum(
+        float(((ours - theirs) ** 2).mean() / max(theirs.var(), 1e-12))
+        for theirs, ours in zip(before, after, strict=True)
+    )
+
+
+def _ahead_of_last_convs(proto: Any, nodes: Collection[str]) -> Any:
+    """The part of a graph that computes the outputs of these nodes."""
     chosen = [node for node in proto.graph.node if node.name in set(nodes)]
     read = {name for node in chosen for name in node.input}
-    ends = [name for node in chosen for name in node.output if name not in read]
+    return _part(proto, [name for node in chosen for name in node.output if name not in read])
+
+
+def _part(proto: Any, ends: list[str]) -> Any:
+    """The part of a graph from its input to these tensors."""
+    import onnx
+
     inferred = onnx.shape_inference.infer_shapes(proto)
     return onnx.utils.Extractor(inferred).extract_model([proto.graph.input[0].name], ends)
 

@@ -41,6 +41,8 @@ class Elsewhere:
     """Of each that did not: why."""
     layers: int
     """How many layers compute in eight bits."""
+    float32_layers: list[str]
+    """The weights of those that do not, by ``float32_share``."""
     images: int
     """How many images were given, on which eight bits are calibrated."""
     kept: Kept | None = None
@@ -53,7 +55,10 @@ class Elsewhere:
         lines = [f"trunk and heads by {self.runtime}: at {height}x{width} {times}"]
         lines += [f"{name} was left out: {why}" for name, why in self.failed.items()]
         if self.layers:
-            lines.append(f"{self.layers} layers in eight bits, calibrated with {self.images} images")
+            lines.append(
+                f"{self.layers} layers in eight bits, {len(self.float32_layers)} left in float32, calibrated with "
+                f"{self.images} images"
+            )
         if self.kept:
             lines.append(f"in eight bits: {self.kept}")
         return lines

@@ -1,17 +1,29 @@
 """Engines whose trunk and heads another runtime runs: the same detections, and an honest report."""
 
 import copy
+import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torchvision.io import ImageReadMode, decode_image
 
-from retina_fast import compile_inference
+from retina_fast import (
+    RetinaNet,
+    compile_inference,
+    retinanet_resnet18_fpn,
+    retinanet_resnet18_fpn_v2,
+    retinanet_spinenet49s,
+)
+from retina_fast.backbones.timm import timm_fpn
 from retina_fast.data.errors import UserError
 from retina_fast.deploy import elsewhere, network
-from retina_fast.deploy.fold import conv_outputs
+from retina_fast.deploy.fold import conv_outputs, fold_batch_norm
 from retina_fast.deploy.kept import compare
+from retina_fast.deploy.network import Network, trace
+from retina_fast.deploy.quantize import Quantizer
+from retina_fast.forward import run_convs
 from retina_fast.predict.load import TREES, load_model
 from tests.deploy.pictures import floats
 from tests.deploy.pictures import images as pictures
@@ -46,7 +58,12 @@ def stand_in(monkeypatch, model):
         raise ModuleNotFoundError("No module named 'other'")
 
     traced = []
-    monkeypatch.setattr(elsewhere, "trace", lambda *arguments: traced.append(arguments) or Proto())
+
+    def trace(model, multiple):
+        traced.append(multiple)
+        return Proto()
+
+    monkeypatch.setattr(elsewhere, "trace", trace)
     monkeypatch.setattr(elsewhere, "fastest", lambda runs: network.fastest({k: runs[k] for k in ("StandIn", "Other")}))
     for module in (elsewhere, network):
         monkeypatch.setattr(module, "RUNTIMES", {"StandIn": runs, "Other": fails})
@@ -56,9 +73,10 @@ def stand_in(monkeypatch, model):
 def test_another_runtime_behind_the_same_engine(model, stand_in):
     given = pictures((64, 80), (60, 64))
     engine = compile_inference(model, given, dtype=torch.float32, try_runtimes=True)
-    assert [multiple for _, multiple in stand_in] == [32]
+    assert stand_in == [32]
     assert "trunk and heads by StandIn: at 64x96 StandIn " in str(engine)
     assert "Other was left out: ModuleNotFoundError: No module named 'other'" in str(engine)
+    assert engine.report.difference
     assert engine.report.difference.scores < 1e-5
     with torch.no_grad():
         expected = model(floats(given))
@@ -92,8 +110,10 @@ def test_the_embedded_detector_in_eight_bits():
     images = list(crops([decode_image(str(PHOTO), ImageReadMode.RGB)], 8, 96, 128))
     engine = compile_inference(model, images, dtype=torch.int8)
     report = engine.report
+    assert report.elsewhere
+    assert report.difference
     assert report.elsewhere.layers > 20
-    assert f"{report.elsewhere.layers} layers in eight bits, calibrated with 9 images" in str(engine)
+    assert f"{report.elsewhere.layers} layers in eight bits, 0 left in float32, calibrated with 9 images" in str(engine)
     assert str(report.elsewhere.kept) in str(engine)
     assert 1e-4 < report.difference.scores < 0.3
     other_size = decode_image(str(PHOTO), ImageReadMode.RGB)[:, :200, :150]
@@ -104,3 +124,41 @@ def test_the_embedded_detector_in_eight_bits():
     assert kept.kept >= 0.95 * kept.found
     with pytest.warns(UserWarning, match="the model finds nothing in the images for calibration"):
         compile_inference(model, pictures(*[(64, 64)] * 8), dtype=torch.int8)
+
+
+def timm_network():
+    pytest.importorskip("timm")
+    return RetinaNet(timm_fpn("test_efficientnet", out_channels=16), 3)
+
+
+NETWORKS = {
+    "v1": lambda: retinanet_resnet18_fpn(num_classes=3, weights_backbone=None),
+    "v2": lambda: retinanet_resnet18_fpn_v2(num_classes=3, weights_backbone=None),
+    "SpineNet": lambda: retinanet_spinenet49s(num_classes=3),
+    "timm": timm_network,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_each_network_in_eight_bits(name):
+    """The heads' outputs with random weights, at a size other than those of calibration."""
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = NETWORKS[name]().eval().requires_grad_(False)
+    multiple = math.lcm(32, getattr(model.backbone, "size_divisible", 1))
+    sample = torch.rand(1, 3, 128, 128)
+    fold_batch_norm(model, partial(conv_outputs, model, sample))
+    proto = trace(model, multiple)
+    quantizer = Quantizer(proto, (torch.randn(1, 3, 128, 256).numpy() for _ in range(8)))
+    convs = {node.input[1] for node in proto.graph.node if node.op_type == "Conv"}
+    assert len(quantizer.layers) == len(convs) - 2
+    pixels = torch.randn(2, 3, 256, 128)
+    levels, expected = run_convs(model, pixels)
+    features, returned = Network(quantizer.quantized().SerializeToString(), "ONNX Runtime")(model, pixels)
+    assert [level.shape for level in features] == [level.shape for level in levels]
+    assert returned.keys() == expected.keys()
+    for key, outputs in expected.items():
+        assert len(returned[key]) == len(outputs)
+        for ours, theirs in zip(returned[key], outputs, strict=True):
+            assert (ours - theirs).norm() < 0.2 * (theirs - theirs.mean()).norm(), key

@@ -50,7 +50,7 @@ def test_it_finds_what_the_model_finds(written, model, images):
     assert quantized == described["quantized"]
     assert quantized["calibrated_with"] == quantized["images"] == len(images)
     assert quantized["layers"] == 2 + 8  # the backbone's, and two towers of four; not the last ones
-    assert quantized["summary"].startswith("10 layers in eight bits, calibrated with 9 images: ")
+    assert quantized["summary"].startswith("10 layers in eight bits, 0 left in float32, calibrated with 9 images: ")
     kept = compare(zip(eager(model)(images).to_list(), exported(images).to_list(), strict=True))
     assert (kept.found, kept.kept, kept.new) == (quantized["found"], quantized["kept"], quantized["new"])
     assert kept.found > 20
@@ -92,9 +92,22 @@ def test_bad_calibration_is_refused_or_warned_of(model, images, tmp_path):
     path = tmp_path / "model.onnx"
     with pytest.raises(UserError, match="quantize serves the format onnx alone, got 'torch-export'"):
         retina_fast.export(model, path, "torch-export", SIZE, quantize=images)
+    with pytest.raises(UserError, match=r"float32_share must lie in \[0, 1\], got 1.5"):
+        retina_fast.export(model, path, "onnx", SIZE, quantize=images, float32_share=1.5)
     with pytest.raises(UserError, match="absent: no such folder of images"):
         retina_fast.export(model, path, "onnx", SIZE, quantize=tmp_path / "absent")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_what_stays_in_float32_is_said_and_brings_the_file_nearer(model, images, written, tmp_path):
+    described = retina_fast.export(model, tmp_path / "m.onnx", "onnx", SIZE, quantize=images, float32_share=0.5)
+    left = described["quantized"]["float32_layers"]
+    assert 0 < len(left) < 10
+    assert described["quantized"]["layers"] == 10 - len(left)
+    exact = eager(model)(images).scores
+    near, far = ((load_exported(path)(images).scores - exact).norm() for path in (tmp_path / "m.onnx", written[0]))
+    assert near < far
 
 
 @pytest.mark.slow
@@ -121,7 +134,7 @@ def test_command_line(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "9 layers in eight bits" in result.output
     assert seen[1:5] == [tmp_path / "a.onnx", "onnx", (96, 128), True]
-    assert seen[-1] == tmp_path
+    assert seen[-2:] == [tmp_path, 0]
 
 
 @pytest.mark.slow
