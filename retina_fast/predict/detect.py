@@ -10,11 +10,11 @@ import heapq
 import json
 import warnings
 from base64 import b64decode, b64encode
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import islice, tee
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from retina_fast.predict.pictures import must_stay, write_picture
 from retina_fast.predict.predict import check_score, default_batch, detector_of, results_of
 from retina_fast.predict.predictions import UnfitImage
 from retina_fast.predict.results import Results
-from retina_fast.predict.sources import open_files
+from retina_fast.predict.sources import Picture, open_files
 
 if TYPE_CHECKING:  # rich is needed only where progress is shown
     from rich.console import Console
@@ -112,10 +112,16 @@ def detect(
     _check_output(output, kinds)
     detector = detector_of(model)
     named = enumerate(picture_names(source.pictures(), lambda name: must_stay(output / f"{name}.jpg")), start=1)
-    ours, ahead = tee(islice(named, processes.rank, None, processes.count))
+    waiting: deque[tuple[int, str]] = deque()
+
+    def pictures() -> Iterator[Picture]:
+        for image_id, (picture, name) in islice(named, processes.rank, None, processes.count):
+            waiting.append((image_id, name))
+            yield picture
+
     found = results_of(
         detector,
-        (picture for _, (picture, _) in ahead),
+        pictures(),
         score,
         content.classes,
         content.category_ids,
@@ -126,7 +132,8 @@ def detect(
     share = None if count is None else len(processes.share(count))
     partial = output / f"picture.{processes.rank}.partial"
     with _part_of(output, processes.rank) as part, suppress(*[KeyboardInterrupt] * source.endless):
-        for (image_id, (_, name)), results in tracked(zip(ours, found, strict=True), "Detecting", share, console):
+        for results in tracked(found, "Detecting", share, console):
+            image_id, name = waiting.popleft()
             entry: dict[str, Any] = {"id": image_id, "path": results.path, "name": name}
             if results.error:
                 entry |= {"problem": str(results.error), "unfit": isinstance(results.error, UnfitImage)}

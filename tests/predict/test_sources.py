@@ -2,6 +2,7 @@
 
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ from torchvision.io import decode_image, write_png
 import retina_fast
 from retina_fast.data.errors import ImageError
 from retina_fast.data.processes import WORKERS
+from retina_fast.predict.predict import predict
 from retina_fast.predict.results import Results
 from retina_fast.predict.sources import open_files, open_source
 
@@ -259,43 +261,46 @@ def test_a_video_turned_by_its_metadata_is_upright(photo, tmp_path):
     assert is_video(tmp_path / "no_suffix")
 
 
-def test_a_stream_reads_no_further_ahead_than_it_must(model, photo):
-    taken = 0
+class Nothing(torch.nn.Module):
+    """Finds nothing, and notes how many images came at once."""
+
+    score_thresh = 0.05
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.batches: list[int] = []
+
+    def forward(self, images):
+        self.batches.append(len(images))
+        none = torch.zeros(0)
+        return [{"boxes": none.reshape(0, 4), "scores": none, "labels": none.long()} for _ in images]
+
+
+def test_a_stream_keeps_few_images_in_memory_however_many_there_are():
+    made: list[weakref.ref] = []
 
     def images():
-        nonlocal taken
-        for _ in range(100):
-            taken += 1
-            yield photo[:, :32, :32]
+        for _ in range(150):
+            image = np.zeros((8, 8, 3), np.uint8)
+            made.append(weakref.ref(image))
+            yield image
+            del image
 
-    stream = model.predict(images(), stream=True)
-    for _ in range(3):
-        next(stream)
-    assert taken <= 3 + 2 * WORKERS
-    stream.close()
+    most = ahead = 0
+    for number, _ in enumerate(predict(Nothing().eval(), images(), batch_size=2, stream=True), start=1):
+        most = max(most, sum(image() is not None for image in made))
+        ahead = max(ahead, len(made) - number)
+    assert number == 150
+    assert ahead <= 2 * WORKERS + 2
+    assert most <= 2 * WORKERS + 2 * 2 + 1
 
 
-def test_images_of_one_size_share_a_batch(model, photo):
-    shapes: list[int] = []
-
-    class Counting(torch.nn.Module):
-        score_thresh = 0.05
-
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, images):
-            shapes.append(len(images))
-            none = torch.zeros(0)
-            return [{"boxes": none.reshape(0, 4), "scores": none, "labels": none.long()} for _ in images]
-
-    from retina_fast.predict.predict import predict
-
-    small, bad = photo[:, :32, :32], torch.full((3, 8, 8), 2.0)
+def test_images_of_one_size_share_a_batch(photo):
+    model, small, bad = Nothing().eval(), photo[:, :32, :32], torch.full((3, 8, 8), 2.0)
     with pytest.warns(UserWarning, match="image 5"):
-        found = predict(Counting().eval(), [photo, photo, photo, small, small, bad, small], batch_size=2)
-    assert shapes == [2, 1, 2, 1]
+        found = predict(model, [photo, photo, photo, small, small, bad, small], batch_size=2)
+    assert model.batches == [2, 1, 2, 1]
     assert [results.size for results in found] == [(96, 128)] * 3 + [(32, 32)] * 2 + [(0, 0), (32, 32)]
 
 
