@@ -22,7 +22,9 @@ from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.images import image_of_bytes, pixels_of, read_image
 from retina_fast.predict.arrays import pixels_of_array, pixels_of_tensor
 from retina_fast.predict.georeference import Georeference, georeference
+from retina_fast.predict.geotiff import RasterFile, is_raster
 from retina_fast.predict.images import counts_as_image, image_files, silent
+from retina_fast.predict.tiles import Window
 from retina_fast.predict.video import VIDEO_SUFFIXES, frame_count, frames, is_video
 
 _WEB = ("http", "https")
@@ -251,8 +253,19 @@ def _convert(image: Any, bgr: bool, name: str) -> Read:
 
 
 def _read_file(path: Path) -> Read:
-    image = read_image(path)
-    return Read(image, georeference(path))
+    """An image file, by Pillow and torchvision; what they cannot read of rasters, rasterio may."""
+    try:
+        return Read(read_image(path), georeference(path))
+    except ImageError as error:
+        if not is_raster(path) or not path.is_file():
+            raise
+        try:
+            with RasterFile(path) as raster:
+                return Read(raster.read(Window(0, 0, raster.width, raster.height)), raster.georeference)
+        except ImageError:
+            raise error from None
+        except UserError as missing:  # rasterio is not installed
+            raise ImageError(f"{error}; rasterio may read it: pip install 'retina_fast[geo]'") from missing
 
 
 def _download(url: str) -> Read:

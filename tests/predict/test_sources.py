@@ -1,6 +1,7 @@
 """Every kind of source of docs/predict.md, on real files: what it gives, and what is said of bad input of that kind."""
 
 import re
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -190,6 +191,23 @@ def test_one_bad_image_of_several_is_named_and_does_not_end_the_run(model, photo
         assert_same(results, expected)
     with pytest.raises(ImageError, match=r"broken\.png"):
         found[1].plot()
+
+
+def test_rasters_that_pillow_cannot_read(model, photo, expected, tmp_path, monkeypatch):
+    rasterio = pytest.importorskip("rasterio")
+    profile = {"driver": "GTiff", "height": 96, "width": 128, "count": 3, "dtype": "uint16", "crs": "EPSG:32611"}
+    place = rasterio.transform.from_origin(500000, 4100000, 0.1, 0.1)
+    with rasterio.open(tmp_path / "deep.tif", "w", **profile, transform=place) as file:
+        file.write(photo.numpy().astype(np.uint16) * 256 + 7)
+    found = model.predict(tmp_path / "deep.tif")
+    assert_same(found, expected)
+    assert found.georeference.crs == "EPSG:32611"
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "deep.tif").read_bytes()[:5000])
+    with pytest.raises(ImageError, match=r"cut\.tif: not a readable image"):
+        model.predict(tmp_path / "cut.tif")
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    with pytest.raises(ImageError, match=r"deep\.tif: .*; rasterio may read it: pip install 'retina_fast\[geo\]'"):
+        model.predict(tmp_path / "deep.tif")
 
 
 def test_no_source_at_all(model):
