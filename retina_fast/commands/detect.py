@@ -49,6 +49,12 @@ def detect(
         list[Kind] | None,
         typer.Option(help="Of the files; may be repeated. html is a page to look through.  [default: coco]"),
     ] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=1, help="Sides of tiles in pixels, into which larger images are cut, such as 800.")
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(min=0, max=0.99, callback=finite, help="The part of a side that tiles share.")
+    ] = 0.2,
     checkpoint: ModelFile = None,
     model: Annotated[
         str | None,
@@ -69,9 +75,18 @@ def detect(
         else:
             network, content = chosen_model(checkpoint, model, weights)
         kinds = [str(kind) for kind in format or [Kind.COCO]]
-        shown = console_of(processes)
         found = run(
-            network, content, inputs, output, score, kinds=kinds, workers=workers, console=shown, processes=processes
+            network,
+            content,
+            inputs,
+            output,
+            score,
+            kinds=kinds,
+            tile=tile,
+            overlap=overlap,
+            workers=workers,
+            console=console_of(processes),
+            processes=processes,
         )
         if found:
             print_found(found, console)

@@ -10,11 +10,11 @@ import heapq
 import json
 import warnings
 from base64 import b64decode, b64encode
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import islice, tee
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -35,7 +35,8 @@ from retina_fast.predict.pictures import must_stay, write_picture
 from retina_fast.predict.predict import check_score, default_batch, detector_of, results_of
 from retina_fast.predict.predictions import UnfitImage
 from retina_fast.predict.results import Results
-from retina_fast.predict.sources import open_files
+from retina_fast.predict.sources import Picture, open_files
+from retina_fast.predict.tiled import Tiling, tiled_results_of
 
 if TYPE_CHECKING:  # rich is needed only where progress is shown
     from rich.console import Console
@@ -46,6 +47,7 @@ KINDS = {"coco": "detections.json", "csv": "detections.csv", "geojson": "detecti
 _LABELS = "labels"  # the folder of YOLO texts
 _ABOUT = "about.md"  # the file in it that says who wrote them, without which no text in it is replaced
 _ABOUT_BEGIN = "Written by retina-fast detect: "
+_LONGEST = 8192  # px: the longer side of pictures of images that were cut into tiles
 _FIRST = 50  # images whose objects are kept apart: as many as a person reads through
 
 
@@ -76,6 +78,8 @@ def detect(
     score: float = 0.3,
     *,
     kinds: Sequence[str] = ("coco",),
+    tile: int | None = None,
+    overlap: float = 0.2,
     workers: int = WORKERS,
     console: "Console | None" = None,
     processes: Processes = ALONE,
@@ -91,7 +95,10 @@ def detect(
             never: a picture whose name is theirs has a number behind it.
         score: the least score of a detection, 0 to 1.
         kinds: of the files: `coco`, `csv`, `geojson`, `html` and `yolo`.
-        workers: how many threads read images.
+        tile: the sides of tiles in pixels, into which larger images are cut; by default none is cut. Rasters are then
+            read in windows, and pictures have at most 8192 pixels a side, so that memory stays bounded.
+        overlap: the part of a side that neighbouring tiles share.
+        workers: how many threads read images, if they are not cut.
         console: where the progress bar is shown; nowhere by default.
         processes: they share the images; the first one gives what all of them found, the others None.
 
@@ -112,33 +119,37 @@ def detect(
     _check_output(output, kinds)
     detector = detector_of(model)
     named = enumerate(picture_names(source.pictures(), lambda name: must_stay(output / f"{name}.jpg")), start=1)
-    ours, ahead = tee(islice(named, processes.rank, None, processes.count))
-    found = results_of(
-        detector,
-        (picture for _, (picture, _) in ahead),
-        score,
-        content.classes,
-        content.category_ids,
-        batch_size=1 if source.endless else default_batch(detector),
-        workers=workers,
-        keep=True,
-    )
+    waiting: deque[tuple[int, str]] = deque()
+
+    def pictures() -> Iterator[Picture]:
+        for image_id, (picture, name) in islice(named, processes.rank, None, processes.count):
+            waiting.append((image_id, name))
+            yield picture
+
+    batch_size = 1 if source.endless else default_batch(detector)
+    about = detector, pictures(), score, content.classes, content.category_ids
+    if tile is None:
+        found = results_of(*about, batch_size=batch_size, workers=workers, keep=True)
+    else:
+        found = tiled_results_of(*about, Tiling(tile, overlap), batch_size, keep=True)
     share = None if count is None else len(processes.share(count))
     partial = output / f"picture.{processes.rank}.partial"
     with _part_of(output, processes.rank) as part, suppress(*[KeyboardInterrupt] * source.endless):
-        for (image_id, (_, name)), results in tracked(zip(ours, found, strict=True), "Detecting", share, console):
+        for results in tracked(found, "Detecting", share, console):
+            image_id, name = waiting.popleft()
             entry: dict[str, Any] = {"id": image_id, "path": results.path, "name": name}
             if results.error:
                 entry |= {"problem": str(results.error), "unfit": isinstance(results.error, UnfitImage)}
             else:
                 if "geojson" in kinds:
                     results.to_geojson()  # raises now, and not when all is done, for an image without a place
-                picture = draw_detections(results.image, results.detections(), results.classes)
+                small = results if tile is None else results.reduced(_LONGEST)
+                picture = draw_detections(small.image, small.detections(), small.classes)
                 write_picture(picture, output / f"{name}.jpg", partial)
                 entry |= {key: value.tolist() for key, value in results.detections().items()}
                 entry |= {"size": results.size, "georeference": results.georeference}
                 if "html" in kinds:
-                    entry["jpeg"] = b64encode(small_jpeg(results.image)).decode()
+                    entry["jpeg"] = b64encode(small_jpeg(results)).decode()
             part.write(json.dumps(entry) + "\n")
     processes.gather(None)  # Now all parts are written.
     if not processes.first:

@@ -76,8 +76,12 @@ class RasterFile:
         code = self._file.crs.to_epsg() if placed else None
         self.georeference = Georeference(tuple(self._file.transform)[:6], f"EPSG:{code}") if code else None
 
-    def read(self, window: Window) -> Tensor:
+    def read(self, window: Window, size: tuple[int, int] | None = None) -> Tensor:
         """The pixels of a window, (3, height, width) uint8.
+
+        Args:
+            window: of the raster.
+            size: (height, width) to which they are reduced; by default they are not.
 
         Raises:
             ImageError: if they cannot be decoded.
@@ -87,9 +91,9 @@ class RasterFile:
         part = Part(window.x, window.y, window.width, window.height)
         try:
             with self._environment:
-                pixels = self._file.read(self._bands, window=part)
-                valid = self._file.dataset_mask(window=part) if self._masked else None
-                valid = self._file.read(self._alpha, window=part) if self._alpha else valid
+                pixels = self._file.read(self._bands, window=part, out_shape=size and (len(self._bands), *size))
+                valid = self._file.dataset_mask(window=part, out_shape=size) if self._masked else None
+                valid = self._file.read(self._alpha, window=part, out_shape=size) if self._alpha else valid
         except (self._errors, OSError) as error:
             raise ImageError(f"{self.path}: not readable at {window.x}, {window.y} ({_reason(error)})") from error
         if pixels.dtype == np.uint16:

@@ -7,9 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torchvision.io import encode_jpeg
-from torchvision.transforms.v2 import functional as F
 
 from retina_fast.data.files import replacing
 from retina_fast.predict.draw import PALETTE
@@ -80,7 +78,7 @@ def page(file: Path, *_: object) -> Iterator[Callable[..., None]]:
             counts[row["label"]] = counts.get(row["label"], 0) + 1
             names[row["label"]] = row["class"]
             least = min(least, row["score"])
-        opened.write(figure(results, jpeg or small_jpeg(results.image)))
+        opened.write(figure(results, jpeg or small_jpeg(results)))
 
     with replacing(file) as partial, partial.open("w", encoding="utf-8", errors="replace") as opened:
         opened.write(BEGIN + _HEAD)
@@ -108,7 +106,7 @@ def figure(results: Any, jpeg: bytes) -> str:
 
     Example::
 
-        >>> figure(results, small_jpeg(results.image))[:8]  # doctest: +SKIP
+        >>> figure(results, small_jpeg(results))[:8]  # doctest: +SKIP
         '<figure>'
     """
     height, width = results.size
@@ -130,10 +128,12 @@ def figure(results: Any, jpeg: bytes) -> str:
     )
 
 
-def small_jpeg(image: Tensor) -> bytes:
-    """The picture for the page, no longer than it needs to be."""
-    scale = _LONGEST / max(image.shape[1:])
-    if scale < 1:
-        size = [max(1, round(side * scale)) for side in image.shape[1:]]
-        image = F.resize(image, size, antialias=True)
-    return encode_jpeg(image.cpu().contiguous(), quality=85).numpy().tobytes()
+def small_jpeg(results: Any) -> bytes:
+    """The picture of an image for the page, no longer than it needs to be.
+
+    Example::
+
+        >>> small_jpeg(results)[:2]  # doctest: +SKIP
+        b'\xff\xd8'
+    """
+    return encode_jpeg(results.reduced(_LONGEST).image.cpu().contiguous(), quality=85).numpy().tobytes()

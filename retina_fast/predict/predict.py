@@ -2,9 +2,9 @@
 
 import hashlib
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import tee
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -153,9 +153,10 @@ def results_of(
 
         >>> for results in results_of(engine, source.pictures(), 0.3, ["Tree"], [1]): ...  # doctest: +SKIP
     """
-    ours, ahead = tee(pictures)
-    samples = read_ahead(_sample, ahead, workers)
-    for picture, found in zip(ours, detections_of(detector, samples, batch_size, score), strict=True):
+    waiting: deque[Picture] = deque()  # itertools.tee would keep the pixels of 57 pictures
+    samples = read_ahead(_sample, _noted(pictures, waiting), workers)
+    for found in detections_of(detector, samples, batch_size, score):
+        picture = waiting.popleft()
         if isinstance(found, ImageError):
             yield Results.unread(found, picture.path, classes or ())
             continue
@@ -261,6 +262,13 @@ def _digest(detector: Any) -> str:
     network = getattr(detector, "model", detector)
     state = _state(network) if isinstance(network, RetinaNet) else getattr(detector, "metadata", str(detector))
     return hashlib.sha256(str(state).encode()).hexdigest()
+
+
+def _noted(pictures: Iterable[Picture], waiting: deque[Picture]) -> Iterator[Picture]:
+    """The pictures, each of which is put into the queue when it is taken."""
+    for picture in pictures:
+        waiting.append(picture)
+        yield picture
 
 
 def _sample(picture: Picture) -> Sample | ImageError:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 from retina_fast.data.coco import as_results
 from retina_fast.data.errors import ImageError, UserError, one_line
@@ -146,6 +147,21 @@ class Results:
         """The image with its boxes, as a Pillow image: it shows itself in a notebook, and elsewhere by ``show()``."""
         found = self.detections()
         return Image.fromarray(draw_detections(self.image.cpu(), found, self.classes).permute(1, 2, 0).numpy())
+
+    def reduced(self, longest: int) -> "Results":
+        """The results in a picture of at most that many pixels a side; of a raster's file, only these are read."""
+        height, width = self.size
+        if max(self.size) <= longest:
+            return self
+        small = [max(1, round(side * longest / max(self.size))) for side in self.size]
+        y, x = small[0] / height, small[1] / width
+        some, read = copy(self), getattr(self._image, "reduced", None)
+        some._image = read((small[0], small[1])) if read else F.resize(self.image, small, antialias=True)
+        some.size, some.boxes = (small[0], small[1]), self.boxes * self.boxes.new_tensor([x, y, x, y])
+        if self.georeference:
+            a, b, c, d, e, f = self.georeference.transform
+            some.georeference = Georeference((a / x, b / y, c, d / x, e / y, f), self.georeference.crs)
+        return some
 
     def save(self, file: str | Path) -> None:
         """Write a picture or file, by its suffix; see :func:`retina_fast.predict.outputs.write`.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 from urllib.error import URLError
 from urllib.parse import urlsplit
@@ -21,7 +22,9 @@ from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.images import image_of_bytes, pixels_of, read_image
 from retina_fast.predict.arrays import pixels_of_array, pixels_of_tensor
 from retina_fast.predict.georeference import Georeference, georeference
+from retina_fast.predict.geotiff import RasterFile, is_raster
 from retina_fast.predict.images import counts_as_image, image_files, silent
+from retina_fast.predict.tiles import Window
 from retina_fast.predict.video import VIDEO_SUFFIXES, frame_count, frames, is_video
 
 _WEB = ("http", "https")
@@ -29,6 +32,7 @@ _STREAMS = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "tcp", "rtp")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://.")
 _TIMEOUT = 30  # s that a server may be silent
 _IN_MEMORY = (np.ndarray, Tensor, Image.Image)
+_PILLOW = Lock()
 Say = Callable[[str], object]
 
 
@@ -145,8 +149,7 @@ def open_files(inputs: Sequence[str | Path], say: Say = silent, drawn_in: Path |
             yield from _listed(place, silent).pictures()
 
     def count() -> int | None:
-        counts = [_listed(place, say).count() for place in files(say)]
-        return None if None in counts else sum(filter(None, counts))
+        return _total(_listed(place, say) for place in files(say))
 
     endless = any(_listed(place, silent).endless for place in places if not isinstance(place, Path))
     return Source(pictures, count=count, endless=endless)
@@ -173,7 +176,7 @@ def _named(source: str | Path, say: Say) -> Source:
             for place in image_files([path], say):
                 yield from _listed(place, say).pictures()
 
-        return Source(pictures, count=lambda: sum(1 for _ in image_files([path])))
+        return Source(pictures, count=lambda: _total(_listed(place, silent) for place in image_files([path])))
     if not path.exists() and glob.has_magic(word):
         found = _matches(word, say)
         return _several(found, False, say) if found != [path] else _file(path)
@@ -190,6 +193,12 @@ def _file(path: Path) -> Source:
     if is_video(path):
         return Source(partial(_frames, str(path)), count=partial(frame_count, str(path)))
     return _one(Picture(str(path), partial(_read_file, path), str(path), path, path.stem))
+
+
+def _total(sources: Iterable[Source]) -> int | None:
+    """How many pictures all of them have."""
+    counts = [source.count() for source in sources]
+    return None if None in counts else sum(filter(None, counts))
 
 
 def _one(picture: Picture) -> Source:
@@ -221,8 +230,7 @@ def _several(items: Iterable[Any], bgr: bool, say: Say) -> Source:
     def count() -> int | None:
         if not isinstance(items, Sequence):
             return None
-        own = [1 if isinstance(item, _IN_MEMORY) else open_source(item, bgr, silent).count() for item in items]
-        return None if None in own else sum(filter(None, own))
+        return _total(open_source(item, bgr, silent) for item in items)
 
     endless = any(isinstance(x, int) or (_URL.match(str(x)) and open_source(x).endless) for x in places)
     return Source(pictures, count=count, endless=endless)
@@ -237,15 +245,27 @@ def _in_memory(image: Any, bgr: bool, name: str) -> Picture:
 def _convert(image: Any, bgr: bool, name: str) -> Read:
     try:
         if isinstance(image, Image.Image):
-            return Read(pixels_of(image, image.format))
+            with _PILLOW:  # Two threads must not load one image.
+                return Read(pixels_of(image, image.format))
         return Read(pixels_of_tensor(image, bgr) if isinstance(image, Tensor) else pixels_of_array(image, bgr))
     except (ValueError, OSError) as error:  # Pillow reads a file when its pixels are asked for.
         raise ImageError(f"{name}: {error}") from error
 
 
 def _read_file(path: Path) -> Read:
-    image = read_image(path)
-    return Read(image, georeference(path))
+    """An image file, by Pillow and torchvision; what they cannot read of rasters, rasterio may."""
+    try:
+        return Read(read_image(path), georeference(path))
+    except ImageError as error:
+        if not is_raster(path) or not path.is_file():
+            raise
+        try:
+            with RasterFile(path) as raster:
+                return Read(raster.read(Window(0, 0, raster.width, raster.height)), raster.georeference)
+        except ImageError:
+            raise error from None
+        except UserError as missing:  # rasterio is not installed
+            raise ImageError(f"{error}; rasterio may read it: pip install 'retina_fast[geo]'") from missing
 
 
 def _download(url: str) -> Read:

@@ -84,7 +84,7 @@ def _results(
         if picture.file and is_raster(picture.file):
             raster = stack.enter_context(RasterFile(picture.file))
             about += f" {picture.file.stat().st_mtime_ns}"
-            georeference, image = raster.georeference, partial(_whole, picture.file)
+            georeference, image = raster.georeference, RasterImage(picture.file)
         else:
             read = picture.read()
             raster, georeference, again = Pixels(read.image), read.georeference, picture.read_again or picture.read
@@ -123,6 +123,21 @@ def _run(detector: Any, name: str, score: float, tiles: list[Tensor]) -> list[Fo
     return found
 
 
-def _whole(path: Path) -> Tensor:
-    with RasterFile(path) as raster:
-        return raster.read(Window(0, 0, raster.width, raster.height))
+@dataclass(frozen=True)
+class RasterImage:
+    """The pixels of a raster's file, read when they are asked for.
+
+    Attributes:
+        path: the file.
+    """
+
+    path: Path
+
+    def __call__(self) -> Tensor:
+        """All of them, (3, H, W) uint8."""
+        return self.reduced(None)
+
+    def reduced(self, size: tuple[int, int] | None) -> Tensor:
+        """Those of the whole raster in a picture of that (height, width), (3, height, width) uint8."""
+        with RasterFile(self.path) as raster:
+            return raster.read(Window(0, 0, raster.width, raster.height), size)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from retina_fast.data.errors import UserError
+from retina_fast.predict import detect as module
 from retina_fast.predict import sources
 from retina_fast.predict.detect import KINDS, detect
 from tests.cli.test_detect import CONTENT, Finder
@@ -112,3 +114,20 @@ def test_formats_by_the_command(tmp_path):
     assert f"Wrote {tmp_path}/out/detections.html, {tmp_path}/out/detections.csv and 1 pictures" in result.output
     assert not (tmp_path / "out" / "detections.json").exists()
     assert invoke(*line, "--format", "xml").exit_code == 2
+
+
+def test_tiles_of_rasters_in_a_small_picture(tmp_path, monkeypatch):
+    pytest.importorskip("rasterio")
+    monkeypatch.setattr(module, "_LONGEST", 24)
+    write_geotiff(torch.full((3, 36, 48), 4, dtype=torch.uint8), tmp_path / "map.tif")
+    found = detect(Finder(), CONTENT, [tmp_path / "map.tif"], tmp_path / "out", 0.1, kinds=EVERY, tile=24, overlap=0)
+    assert found
+    coco = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert (coco["images"][0]["width"], coco["images"][0]["height"]) == (48, 36)
+    boxes = {tuple(box["bbox"]) for box in coco["annotations"]}
+    assert boxes == {(0, 0, 4, 4), (24, 0, 4, 4), (0, 12, 4, 4), (24, 12, 4, 4)}  # the last row ends at the edge
+    with Image.open(tmp_path / "out" / "map.jpg") as picture:
+        assert picture.size == (24, 18)
+    line = ("detect", tmp_path / "map.tif", "--output", tmp_path / "new", "--tile", 32, "--overlap", 0.5)
+    assert invoke(*line).exit_code == 0
+    assert invoke(*line, "--tile", 0).exit_code == 2

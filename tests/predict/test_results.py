@@ -117,6 +117,14 @@ def test_geojson_has_the_coordinates_of_the_map():
         some().to_geojson()
 
 
+def test_a_reduced_picture_shows_the_same_places():
+    whole, small = some(georeference=UTM), some(georeference=UTM).reduced(50)
+    assert (small.size, small.image.shape, small.plot().size) == ((40, 50), (3, 40, 50), (50, 40))
+    assert torch.equal(small.boxes, whole.boxes / 2)
+    assert small.to_geojson() == whole.to_geojson()
+    assert whole.reduced(100) is whole
+
+
 def test_a_geotiff_is_read_with_its_place(photo, tmp_path):  # noqa: F811
     from retina_fast.predict.georeference import georeference
 

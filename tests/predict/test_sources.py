@@ -1,7 +1,9 @@
 """Every kind of source of docs/predict.md, on real files: what it gives, and what is said of bad input of that kind."""
 
 import re
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +19,7 @@ from torchvision.io import decode_image, write_png
 import retina_fast
 from retina_fast.data.errors import ImageError
 from retina_fast.data.processes import WORKERS
+from retina_fast.predict.predict import predict
 from retina_fast.predict.results import Results
 from retina_fast.predict.sources import open_files, open_source
 
@@ -190,6 +193,23 @@ def test_one_bad_image_of_several_is_named_and_does_not_end_the_run(model, photo
         found[1].plot()
 
 
+def test_rasters_that_pillow_cannot_read(model, photo, expected, tmp_path, monkeypatch):
+    rasterio = pytest.importorskip("rasterio")
+    profile = {"driver": "GTiff", "height": 96, "width": 128, "count": 3, "dtype": "uint16", "crs": "EPSG:32611"}
+    place = rasterio.transform.from_origin(500000, 4100000, 0.1, 0.1)
+    with rasterio.open(tmp_path / "deep.tif", "w", **profile, transform=place) as file:
+        file.write(photo.numpy().astype(np.uint16) * 256 + 7)
+    found = model.predict(tmp_path / "deep.tif")
+    assert_same(found, expected)
+    assert found.georeference.crs == "EPSG:32611"
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "deep.tif").read_bytes()[:5000])
+    with pytest.raises(ImageError, match=r"cut\.tif: not a readable image"):
+        model.predict(tmp_path / "cut.tif")
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    with pytest.raises(ImageError, match=r"deep\.tif: .*; rasterio may read it: pip install 'retina_fast\[geo\]'"):
+        model.predict(tmp_path / "deep.tif")
+
+
 def test_no_source_at_all(model):
     for source in (None, b"photo.jpg", {"image": 1}, True):
         with pytest.raises(TypeError, match="source must be a path, URL"):
@@ -259,43 +279,46 @@ def test_a_video_turned_by_its_metadata_is_upright(photo, tmp_path):
     assert is_video(tmp_path / "no_suffix")
 
 
-def test_a_stream_reads_no_further_ahead_than_it_must(model, photo):
-    taken = 0
+class Nothing(torch.nn.Module):
+    """Finds nothing, and notes how many images came at once."""
+
+    score_thresh = 0.05
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.batches: list[int] = []
+
+    def forward(self, images):
+        self.batches.append(len(images))
+        none = torch.zeros(0)
+        return [{"boxes": none.reshape(0, 4), "scores": none, "labels": none.long()} for _ in images]
+
+
+def test_a_stream_keeps_few_images_in_memory_however_many_there_are():
+    made: list[weakref.ref] = []
 
     def images():
-        nonlocal taken
-        for _ in range(100):
-            taken += 1
-            yield photo[:, :32, :32]
+        for _ in range(150):
+            image = np.zeros((8, 8, 3), np.uint8)
+            made.append(weakref.ref(image))
+            yield image
+            del image
 
-    stream = model.predict(images(), stream=True)
-    for _ in range(3):
-        next(stream)
-    assert taken <= 3 + 2 * WORKERS
-    stream.close()
+    most = ahead = 0
+    for number, _ in enumerate(predict(Nothing().eval(), images(), batch_size=2, stream=True), start=1):
+        most = max(most, sum(image() is not None for image in made))
+        ahead = max(ahead, len(made) - number)
+    assert number == 150
+    assert ahead <= 2 * WORKERS + 2
+    assert most <= 2 * WORKERS + 2 * 2 + 1
 
 
-def test_images_of_one_size_share_a_batch(model, photo):
-    shapes: list[int] = []
-
-    class Counting(torch.nn.Module):
-        score_thresh = 0.05
-
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, images):
-            shapes.append(len(images))
-            none = torch.zeros(0)
-            return [{"boxes": none.reshape(0, 4), "scores": none, "labels": none.long()} for _ in images]
-
-    from retina_fast.predict.predict import predict
-
-    small, bad = photo[:, :32, :32], torch.full((3, 8, 8), 2.0)
+def test_images_of_one_size_share_a_batch(photo):
+    model, small, bad = Nothing().eval(), photo[:, :32, :32], torch.full((3, 8, 8), 2.0)
     with pytest.warns(UserWarning, match="image 5"):
-        found = predict(Counting().eval(), [photo, photo, photo, small, small, bad, small], batch_size=2)
-    assert shapes == [2, 1, 2, 1]
+        found = predict(model, [photo, photo, photo, small, small, bad, small], batch_size=2)
+    assert model.batches == [2, 1, 2, 1]
     assert [results.size for results in found] == [(96, 128)] * 3 + [(32, 32)] * 2 + [(0, 0), (32, 32)]
 
 
