@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from retina_fast.deploy.formats import FORMATS
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from benchmarks.gpu.records import ROOT, environment
 from retina_fast import Detections, export, load_exported
 from retina_fast.convert import to_torchvision
+from retina_fast.deploy.formats import FORMATS
 from retina_fast.predict.load import TREES, load_model
 from tests.instruments.exported import compare, crops, eager, expectations, quiet
 
@@ -80,8 +80,8 @@ def measure(file: Path, images: Tensor, folder: Path, rounds: int = ROUNDS) -> d
     result: dict[str, Any] = {"formats": {}}
     runs: dict[str, Callable[[Tensor], Any]] = {"eager": eager(model)}
     expected = expectations(model, images)
-    for format, suffix in FORMATS.items():
-        path = folder / f"{name}-{format}{suffix}"
+    for format, kind in FORMATS.items():
+        path = folder / f"{name}-{format}{kind.suffix}"
         start = time.perf_counter()
         export(model, path, format, (images.shape[2], images.shape[3]))
         seconds = time.perf_counter() - start

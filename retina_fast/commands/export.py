@@ -16,7 +16,7 @@ def export(
         Path | None,
         typer.Argument(help="The model file that train wrote; without it, the trees that come with the package."),
     ] = None,
-    format: Annotated[str, typer.Option(help="torch-export, onnx or aotinductor.")] = "onnx",
+    format: Annotated[str, typer.Option(help="torch-export, onnx, openvino or aotinductor.")] = "onnx",
     output: Annotated[Path | None, typer.Option(help="The file; by default the checkpoint's name, here.")] = None,
     preprocess: Annotated[
         bool, typer.Option(help="Take uint8 images, and scale, normalise and resize them inside.")
@@ -31,18 +31,20 @@ def export(
 ) -> None:
     """Write a detector to one file that runs without this package."""
     with one_sentence():
-        from retina_fast.deploy.export import FORMATS
         from retina_fast.deploy.export import export as run
+        from retina_fast.deploy.export_openvino import weights_file
+        from retina_fast.deploy.formats import FORMATS
         from retina_fast.predict.load import TREES, load_model
 
         sides = size.split("x")
         if len(sides) != 2 or not all(side.isdecimal() for side in sides):
             raise UserError(f"--size must be a height and a width such as 512x640, got {size!r}")
         path = checkpoint or TREES
-        file = output or Path(path.stem + FORMATS.get(format, ""))
+        file = output or Path(path.stem + (FORMATS[format].suffix if format in FORMATS else ""))
         if not output and file.exists():
             raise UserError(f"{file}: is there already; to replace it, give its name as --output")
-        check_file(file, [path])
+        for written in (file, weights_file(file)) if format == "openvino" else (file,):
+            check_file(written, [path])
         model, content = load_model(path)
         height, width = map(int, sides)
         names = content.classes, content.category_ids

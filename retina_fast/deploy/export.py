@@ -20,13 +20,12 @@ from retina_fast.deploy.detector_module import refuse_own_parts
 from retina_fast.deploy.export_eight_bits import eight_bits
 from retina_fast.deploy.export_graph import SHAPES, Graph
 from retina_fast.deploy.export_onnx import KEY, OPSET, QUANTIZED_OPSET, OnnxPostprocess, translate, write_onnx
+from retina_fast.deploy.export_openvino import weights_file, write_openvino
 from retina_fast.deploy.export_postprocess import Postprocess
 from retina_fast.deploy.fold import conv_outputs, even_out_groups, fold_batch_norm
+from retina_fast.deploy.formats import checked_format
 from retina_fast.model import RetinaNet
 from retina_fast.transform import resized_size
-
-FORMATS = {"torch-export": ".pt2", "onnx": ".onnx", "aotinductor": ".pt2"}
-"""Every format with the suffix of its files."""
 
 
 def _version() -> str:
@@ -77,6 +76,7 @@ def export(
         model: a RetinaNet of this package or of torchvision. Backbone and head may be anything the target can hold.
         path: the file.
         format: ``torch-export``, for :func:`torch.export.load`; ``onnx``, opset 18, with no operators but ONNX's own;
+            ``openvino``, whose weights come to lie beside it in a second file that ends in .bin;
             or ``aotinductor``, machine code for the model's device, for ``torch._inductor.aoti_load_package``. That
             needs a C++ compiler to write, not to run.
         image_size: (H, W) of the images.
@@ -92,8 +92,8 @@ def export(
 
     Raises:
         UserError: for an unknown format, sizes, names or thresholds that cannot be, a file that cannot be
-            written, weights of another dtype than float32 for ``onnx``, a missing C++ compiler, or images that cannot
-            serve for calibration; the message names the image.
+            written, weights of another dtype than float32 for ``onnx`` and ``openvino``, missing packages or a missing
+            C++ compiler, or images that cannot serve for calibration, where the message names the image.
         TypeError: for anything but a RetinaNet, or if a part of the user's own would not run: a forward, transform,
             anchor generator, box coder or postprocessing.
 
@@ -114,9 +114,9 @@ def export(
     """
     model = from_torchvision(model)
     refuse_own_parts(model, "an exported file")
-    if format not in FORMATS:
-        raise UserError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     path = Path(path)
+    device, dtype = (getattr(next(model.parameters()), name) for name in ("device", "dtype"))
+    kind = checked_format(format, path, dtype)
     check_file(path)
     if not isinstance(image_size, Sequence) or [type(side) for side in image_size] != [int, int] or min(image_size) < 1:
         raise UserError(f"image_size must be a height and a width in whole pixels, got {image_size}")
@@ -127,16 +127,11 @@ def export(
     for name in ("topk_candidates", "detections_per_img"):
         if type(getattr(model, name)) is not int or getattr(model, name) < 1:
             raise UserError(f"{name} must be an integer of at least 1, got {getattr(model, name)!r}")
-    if format == "aotinductor":
-        _check_compiler()
     if quantize is not None and format != "onnx":
         raise UserError(f"quantize serves the format onnx alone, got {format!r}")
     if not 0 <= float32_share <= 1:
         raise UserError(f"float32_share must lie in [0, 1], got {float32_share}")
     calibration = None if quantize is None else calibration_images(quantize, image_size, prepared=not preprocess)
-    device, dtype = (getattr(next(model.parameters()), name) for name in ("device", "dtype"))
-    if format == "onnx" and dtype != torch.float32:  # ONNX Runtime has no convolutions of others on a CPU
-        raise UserError(f"for onnx the model's weights must be float32, got {dtype}: call model.float()")
     own = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", memory_format=torch.contiguous_format)
     if preprocess and min(resized_size(own.transform, *image_size)) < 1:
         raise UserError(f"image_size {image_size} would be resized to {resized_size(own.transform, *image_size)}")
@@ -144,7 +139,7 @@ def export(
         sample = torch.rand(1, 3, 128, 128)
         fold_batch_norm(own, lambda: conv_outputs(own, sample))
         even_out_groups(own)
-    graph = Graph(own, image_size, preprocess, OnnxPostprocess if format == "onnx" else Postprocess)
+    graph = Graph(own, image_size, preprocess, OnnxPostprocess if kind.through_onnx else Postprocess)
     labels = range(graph.postprocess.num_classes)
     if isinstance(classes, str):
         raise UserError(f"classes must be a list of names, got {classes!r}")
@@ -159,28 +154,21 @@ def export(
     with torch.no_grad():
         program = torch.export.export(graph.eval(), (images,), dynamic_shapes=SHAPES)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # what fails half-way leaves an old file whole
-        whole = Path(folder) / path.with_suffix(FORMATS[format]).name  # PyTorch insists on its suffix
+        whole = Path(folder) / path.with_suffix(kind.suffix).name  # PyTorch insists on its suffix
         if format == "onnx":
             proto = translate(program, opset=OPSET if calibration is None else QUANTIZED_OPSET)
             if calibration is not None:
                 proto, described["quantized"] = eight_bits(proto, calibration, float32_share)
             write_onnx(proto, whole, described)
+        elif format == "openvino":
+            write_openvino(translate(program), whole, described)
+            weights_file(whole).replace(weights_file(path))
         elif format == "aotinductor":
             _write_package(program, whole, described, device)
         else:
             torch.export.save(program, whole, extra_files={KEY: json.dumps(described)})
         whole.replace(path)
     return described
-
-
-def _check_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise UserError("aotinductor needs a C++ compiler, and none was found: install g++ or clang++") from error
 
 
 def _write_package(

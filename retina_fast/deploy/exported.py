@@ -12,6 +12,7 @@ from torch import Tensor
 from retina_fast.data.errors import UserError
 from retina_fast.data.files import damage
 from retina_fast.deploy.export_onnx import KEY, OUTPUTS, checksum, onnx_session
+from retina_fast.deploy.export_openvino import open_openvino
 from retina_fast.detections import Detections
 from retina_fast.predict.method import Predicts
 
@@ -22,7 +23,7 @@ class Exported(Predicts):
     """A file that :func:`load_exported` has opened: call it with a batch of images.
 
     Attributes:
-        format: ``torch-export``, ``onnx`` or ``aotinductor``.
+        format: ``torch-export``, ``onnx``, ``openvino`` or ``aotinductor``.
         metadata: what the file says of itself: ``classes``, ``image_size``, ``input``, thresholds, ``version``.
         classes, category_ids: those of the metadata.
     """
@@ -65,7 +66,7 @@ def load_exported(path: str | Path) -> Exported:
 
     Raises:
         UserError: if the file is missing, damaged, or none of ours; the message names it.
-        ModuleNotFoundError: without the package ``onnxruntime``, for an ONNX file.
+        ModuleNotFoundError: without the package ``onnxruntime`` or ``openvino``, for a file of theirs.
 
     Example::
 
@@ -78,6 +79,11 @@ def load_exported(path: str | Path) -> Exported:
     try:
         if zipfile.is_zipfile(path):
             format, metadata, run = _open_archive(path)
+        elif path.suffix == ".xml":
+            opened = open_openvino(path)
+            if opened is None:
+                raise _Damaged
+            format, metadata, run = "openvino", *opened
         else:
             format, metadata, run = "onnx", *_open_onnx(path)
         return Exported(format, metadata, run)
@@ -95,7 +101,7 @@ def is_exported(path: Path) -> bool:
         >>> is_exported(Path("model.onnx"))
         True
     """
-    if path.suffix.lower() == ".onnx":
+    if path.suffix.lower() in (".onnx", ".xml"):
         return True
     try:
         with zipfile.ZipFile(path) as archive:

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from typer.testing import CliRunner
 import retina_fast
 from retina_fast import cli, load_exported
 from retina_fast.data.errors import UserError
-from retina_fast.deploy.export import FORMATS
 from retina_fast.deploy.export_onnx import KEY, OPSET, OUTPUTS
+from retina_fast.deploy.formats import FORMATS
 from retina_fast.forward import run_network
 from retina_fast.kernels.candidate_selection import logit
 from retina_fast.predict.load import TREES, load_model
@@ -90,7 +91,8 @@ def models(images):
 
 
 AOTINDUCTOR = pytest.param("small", "aotinductor", marks=pytest.mark.slow)  # its compiler of C++ takes half a minute
-ONE_EACH = [("small", "torch-export"), ("small", "onnx"), AOTINDUCTOR]
+OPENVINO = pytest.param("small", "openvino", marks=pytest.mark.skipif(find_spec("openvino") is None, reason="openvino"))
+ONE_EACH = [("small", "torch-export"), ("small", "onnx"), OPENVINO, AOTINDUCTOR]
 CASES = [*ONE_EACH, *(pytest.param("trees", format, marks=pytest.mark.slow) for format in ("torch-export", "onnx"))]
 
 
@@ -106,7 +108,7 @@ def files(models, tmp_path_factory):
 
     def file(name, format):
         if (name, format) not in written:
-            path = folder / f"{name}-{format}{FORMATS[format]}"
+            path = folder / f"{name}-{format}{FORMATS[format].suffix}"
             classes = [f"{name} {i}" for i in range(models[name].head.classification_head.num_classes)]
             retina_fast.export(models[name], path, format, SIZE, classes=classes)
             written[name, format] = path
@@ -149,6 +151,12 @@ if sys.argv[1] == "onnx":
     session = onnxruntime.InferenceSession(sys.argv[2], providers=["CPUExecutionProvider"])
     outputs = session.run(None, {"images": images})
     assert "classes" in session.get_modelmeta().custom_metadata_map["retina_fast"]
+elif sys.argv[1] == "openvino":
+    sys.modules["torch"] = None
+    import openvino
+    model = openvino.Core().read_model(sys.argv[2])
+    assert "classes" in model.get_rt_info("retina_fast").astype(str)
+    outputs = [*openvino.compile_model(model, "CPU")(images).values()]
 else:
     import torch
     images = torch.from_numpy(images)
@@ -237,7 +245,7 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
     defaults: dict[str, Any] = {"format": "torch-export", "image_size": SIZE}
     path = tmp_path / "file"
     wrong: dict[str, dict[str, Any]] = {
-        "format must be one of torch-export, onnx, aotinductor, got 'tflite'": {"format": "tflite"},
+        "format must be one of torch-export, onnx, openvino, aotinductor, got 'tflite'": {"format": "tflite"},
         r"image_size must be .*, got \(0, 64\)": {"image_size": (0, 64)},
         r"image_size must be .*, got \(64.0, 64\)": {"image_size": (64.0, 64)},
         "image_size must be .*, got 64": {"image_size": 64},
