@@ -126,6 +126,7 @@ def test_both_published_models_load(published):
     for name in ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"):
         model, content = load_published(name, "COCO_V1")
         assert not model.training
+        assert model.classes == content.classes
         assert content.classes[CAT] == "cat"
         assert content.category_ids[CAT] == CAT
         assert math.isclose(model.head.classification_head.cls_logits.bias[CAT].item(), 2)

@@ -15,6 +15,7 @@ from torchvision.io import write_png
 
 import retina_fast
 from retina_fast.data.errors import ImageError, UserError
+from retina_fast.predict import load as loading
 from retina_fast.predict.georeference import Georeference
 from retina_fast.predict.outputs import write
 from retina_fast.predict.predict import detector_of, predict
@@ -269,7 +270,7 @@ def test_engines_and_copies_know_the_names(model, photo):  # noqa: F811
     assert repr(predict(theirs, photo)) == repr(model.predict(photo))
 
 
-def test_load_says_what_it_takes(tmp_path):
+def test_load_says_what_it_takes(tmp_path, monkeypatch):
     from retina_fast.predict.load import TREES
 
     assert retina_fast.load(str(TREES)).classes == ["Tree"]
@@ -279,3 +280,5 @@ def test_load_says_what_it_takes(tmp_path):
     }.items():
         with pytest.raises(UserError, match=message):
             retina_fast.load(name)
+    monkeypatch.setattr(loading, "load_published", lambda *names: (names, None))
+    assert retina_fast.load("retinanet_resnet50_fpn_v2") == ("retinanet_resnet50_fpn_v2", "COCO_V1")
