@@ -141,9 +141,8 @@ def test_every_kind_of_source_gives_the_same_objects(kind, model, files, photo, 
         assert_same(results, expected)
         assert results.plot().size == (128, 96)
         assert (results.georeference is not None) == (kind == "a GeoTIFF")
-    streamed = model.predict(source, bgr=bgr, stream=True)
-    assert iter(streamed) is streamed
-    assert [results.path for results in streamed] == [results.path for results in found]
+    pictures = open_source(source, bgr).pictures()  # a second time
+    assert [picture.path for picture in pictures] == [results.path for results in found]
 
 
 def test_the_page_lists_these_kinds_and_no_other():
@@ -230,6 +229,7 @@ def test_a_camera_is_a_stream_of_frames(model, photo, expected, tmp_path, monkey
     assert "/dev/video99: not a readable video (No such file" in str(missing.error)
     monkeypatch.setattr(av, "open", open_camera)
     stream = model.predict(0, stream=True)
+    assert iter(stream) is stream
     first, second = next(stream), next(stream)
     stream.close()
     assert opened == [("/dev/video0", {"format": "v4l2"})]
