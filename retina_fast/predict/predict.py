@@ -249,19 +249,29 @@ def detector_of(model: Any) -> Any:
 
 
 def _state(model: RetinaNet) -> Any:
-    """What an engine is made of: every bit of the weights, where they lie, and the settings of the parts."""
-    tensors = [*model.parameters(), *model.buffers()]
-    bits = torch.stack([torch.hash_tensor(tensor.detach()) for tensor in tensors]).tolist()
+    """What tells whether a model has changed: its parts and their settings, and of each tensor its place, the count of
+    its changes, and a hash, which also sees most changes past autograd, through ``.data``."""
+    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    hashes = torch.stack([torch.hash_tensor(tensor) for tensor in tensors]).tolist()
+    changes = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+    places = [(tensor.data_ptr(), tensor.device, tensor.dtype) for tensor in tensors]
+    return _settings(model), places, changes, hashes
+
+
+def _settings(model: RetinaNet) -> Any:
     parts = [vars(part) for part in (model.transform, model.anchor_generator, model.box_coder)]
-    settings = [{name: repr(value) for name, value in part.items() if name[0] != "_"} for part in parts]
-    return str(model), settings, [(tensor.device, tensor.dtype) for tensor in tensors], bits
+    return str(model), [{name: repr(value) for name, value in part.items() if name[0] != "_"} for part in parts]
 
 
 def _digest(detector: Any) -> str:
-    """Says which detector it is."""
+    """Says which detector it is, by every bit of its weights."""
     network = getattr(detector, "model", detector)
-    state = _state(network) if isinstance(network, RetinaNet) else getattr(detector, "metadata", str(detector))
-    return hashlib.sha256(str(state).encode()).hexdigest()
+    if not isinstance(network, RetinaNet):
+        return hashlib.sha256(str(getattr(detector, "metadata", detector)).encode()).hexdigest()
+    digest = hashlib.sha256(str(_settings(network)).encode())
+    for tensor in (*network.parameters(), *network.buffers()):
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _noted(pictures: Iterable[Picture], waiting: deque[Picture]) -> Iterator[Picture]:

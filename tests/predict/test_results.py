@@ -243,6 +243,10 @@ def test_the_engine_is_made_once_and_again_when_the_model_has_changed(photo):  #
     assert detector_of(model).nms_thresh == 0.0
     assert len(model.predict(photo, score=0.01)) > len(after)  # below the model's own threshold
     assert model.score_thresh == 0.05
+    engine = detector_of(model)
+    with torch.no_grad():
+        next(model.parameters()).neg_()  # a hash by exclusive or stays the same
+    assert detector_of(model) is not engine
 
 
 def test_without_an_engine_it_is_the_model_itself(photo):  # noqa: F811
