@@ -177,7 +177,8 @@ def test_nothing_at_all(path):
 @pytest.mark.parametrize("path", ["reference", pytest.param("kernel", marks=pytest.mark.slow)])
 def test_ten_thousand_ground_truths(path, monkeypatch):
     monkeypatch.setattr(module, "_PAIRS", 1 << 19)
-    anchors, (_, *sizes) = grid()
+    anchors, sizes = grid()
+    sizes = sizes[-1:] if path == "kernel" else sizes  # few loops for the interpreter
     anchors = anchors[-sum(sizes) :]
     generator = torch.Generator().manual_seed(3)
     boxes = torch.cat((random_boxes(9_990, generator) + 2000, random_boxes(10, generator)))
