@@ -156,7 +156,8 @@ elif sys.argv[1] == "openvino":
     import openvino
     model = openvino.Core().read_model(sys.argv[2])
     assert "classes" in model.get_rt_info("retina_fast").astype(str)
-    outputs = [*openvino.compile_model(model, "CPU")(images).values()]
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    outputs = [*openvino.compile_model(model, "CPU", options)(images).values()]
 else:
     import torch
     images = torch.from_numpy(images)
