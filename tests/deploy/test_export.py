@@ -174,7 +174,7 @@ np.savez("outputs.npz", *outputs)
 @pytest.mark.parametrize(("name", "format"), ONE_EACH)
 def test_runs_where_the_package_is_not(name, format, files, images, tmp_path):
     np.save(tmp_path / "images.npy", images[:4].numpy())
-    command = [sys.executable, "-I", "-c", RUN, format, files(name, format)]
+    command = [sys.executable, "-P", "-c", RUN, format, files(name, format)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     outputs = np.load(tmp_path / "outputs.npz")
