@@ -29,7 +29,7 @@ def test_a_checkpoint_of_deepforest(forest, tmp_path):
     assert (model.classes, model.nms_thresh, model.training) == (["Tree"], 0.05, False)
     model.transform.min_size = (64,)
     assert model.predict(PHOTO, engine=False).size == (64, 96)
-    torch.save(forest | {"hyper_parameters": {}}, tmp_path / "other.pl")
+    torch.save(forest | {"hyper_parameters": {}, "state_dict": {}}, tmp_path / "other.pl")
     with pytest.raises(UserError, match=r"other\.pl: it has no configuration of DeepForest"):
         retina_fast.load(tmp_path / "other.pl")
 
