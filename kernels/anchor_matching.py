@@ -28,7 +28,8 @@ from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.labels import BACKGROUND, IGNORED, TL_BACKGROUND, TL_IGNORED
 from retina_fast.kernels.levels import load_rows
 
-_TILE_PAIRS = 1 << 18  # IoUs the reference holds at a time: 1 MB of float32, inside the L2 cache
+_TILE_ANCHORS = 1 << 14  # of a tile of the reference, at most
+_TILE_PAIRS = 1 << 17  # anchors times ground truths of a tile, at most: the IoUs of those that meet stay in the cache
 
 
 class Matches(NamedTuple):
@@ -58,24 +59,49 @@ def pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
     return box_iou(boxes[:, None], anchors)
 
 
-def _match_image(anchors: Tensor, boxes: Tensor, fg: float, bg: float, low_quality: bool) -> Tensor:
-    """(N,) int64 matched indices of one image with at least one ground truth."""
-    tiles = anchors.split(max(1, _TILE_PAIRS // len(boxes)))
-    matched, best, peaks = [], [], []
+class _Tile(NamedTuple):
+    """IoUs of some anchors; those with ground truths that are not near are 0."""
+
+    columns: Tensor  # (4, n), which vector instructions read one side of all boxes after the other
+    near: Tensor  # (g,) ground truths that meet the rectangle around the anchors
+    best: Tensor  # (n,) highest IoU of each anchor
+    peaks: Tensor  # (g,) highest IoU of each ground truth that is near
+
+
+def _tile(columns: Tensor, boxes: Tensor) -> _Tile:
+    corner, opposite = columns[:2].amin(dim=1), columns[2:].amax(dim=1)
+    near = ((boxes[:, :2] < opposite) & (boxes[:, 2:] > corner)).all(dim=1).nonzero().squeeze(1)
+    if not len(near):
+        return _Tile(columns, near, columns.new_zeros(columns.shape[1]), columns.new_zeros(0))
+    iou = pairwise_iou(boxes[near], columns.T)
+    return _Tile(columns, near, iou.amax(dim=0), iou.amax(dim=1))
+
+
+def _match_image(columns: Tensor, boxes: Tensor, fg: float, bg: float, low_quality: bool) -> Tensor:
+    """(N,) int64 matched indices of one image with at least one ground truth; the anchors are columns (4, N)."""
+    step = max(1, min(_TILE_ANCHORS, _TILE_PAIRS // len(boxes)))
+    tiles = [_tile(part, boxes) for part in columns.split(step, dim=1)]
+    highest = boxes.new_zeros(len(boxes))
     for tile in tiles:
-        iou = pairwise_iou(boxes, tile)  # (G, n)
+        highest[tile.near] = torch.maximum(highest[tile.near], tile.peaks)
+    least = 0.0 if low_quality and not highest.all() else min(fg, bg)  # every anchor ties a highest IoU of 0
+    contends = []  # (n,) of each tile: whether an anchor can be other than background
+    for tile in tiles:
+        contends.append(tile.best >= least)
+        here = tile.near[(tile.peaks == highest[tile.near]) & (tile.peaks < least)]  # ties of others contend already
+        if low_quality and len(here):
+            ties = pairwise_iou(boxes[here], tile.columns.T) == highest[here, None]
+            contends[-1][ties.nonzero()[:, 1]] = True
+
+    matched = torch.full(columns.shape[1:], BACKGROUND, device=columns.device)
+    for part in torch.cat(contends).nonzero().squeeze(1).split(step):
+        iou = pairwise_iou(boxes, columns[:, part].T).nan_to_num_(0)  # (G, n)
         value, index = iou.max(dim=0)
-        matched.append(torch.where(value < bg, BACKGROUND, torch.where(value < fg, IGNORED, index)))
-        best.append(index)
-        peaks.append(iou.amax(dim=1))
-    if low_quality:
-        highest = torch.stack(peaks).amax(dim=0)  # (G,)
-        for t, tile in enumerate(tiles):
-            here = (peaks[t] == highest).nonzero().squeeze(1)  # ground truths whose highest IoU lies in this tile
-            if len(here):
-                ties = (pairwise_iou(boxes[here], tile) == highest[here, None]).any(dim=0)
-                matched[t] = torch.where(ties, best[t], matched[t])
-    return torch.cat(matched)
+        found = torch.where(value < bg, BACKGROUND, torch.where(value < fg, IGNORED, index))
+        if low_quality:
+            found = torch.where((iou == highest[:, None]).any(dim=0), index, found)
+        matched[part] = found
+    return matched
 
 
 def anchor_matching_reference(
@@ -92,14 +118,12 @@ def anchor_matching_reference(
     batch = len(rows) - 1
     shape = (batch, anchors.shape[-2])
     indices = torch.full(shape, BACKGROUND, dtype=torch.int32, device=anchors.device)
-    classes = indices.clone()
+    classes, columns = indices.clone(), anchors.mT.contiguous()  # (4, N) or (B, 4, N)
     for b, (start, stop) in enumerate(pairwise(rows)):
         if start == stop:
             continue
-        image_anchors = anchors if anchors.dim() == 2 else anchors[b]
-        matched = _match_image(
-            image_anchors, boxes[start:stop], fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches
-        )
+        of_image = columns if columns.dim() == 2 else columns[b]
+        matched = _match_image(of_image, boxes[start:stop], fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches)
         indices[b] = matched
         classes[b] = torch.where(matched >= 0, labels[start:stop][matched.clamp(min=0)], matched)
     return Matches(indices, classes, (indices >= 0).sum(dim=1, dtype=torch.int32))

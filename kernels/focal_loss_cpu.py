@@ -1,12 +1,20 @@
 """The focal losses of integer labels on a CPU: one pass over tiles, with the gradient written by hand; see
 focal_loss.py and soft_focal_loss.py.
 
-The temporaries of a tile stay in the L2 cache. Each tile is first computed as background; then one element is corrected
-in each foreground row. The finished gradient is the only tensor of the logits' size that is kept. Tiles are views of
-the levels in their own memory format, NCHW or channels_last.
+With e = exp(x), s = log(1 + e) = softplus(x), p = e / (1 + e) = sigmoid(x) and g = gamma, a background element has
+
+    loss = p^g s        slope = g p^g (s + p (1/g - s))
+
+which are eight operations over a tile, whose tensors stay in the L2 cache. An element with e = 0 has neither loss nor
+slope: so count the class of a foreground anchor and the row of an ignored one, and what the classes have is computed
+for all of a level together. A tile in which exp overflows is computed once more, by sigmoid and softplus, which are
+slower. The finished gradient is the only tensor of the logits' size that is made. Tiles are views of the levels in
+their own memory format, NCHW or channels_last.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retina_fast.kernels.arguments import at_least_float32
-from retina_fast.kernels.labels import IGNORED
+from retina_fast.kernels.labels import BACKGROUND, IGNORED
 from retina_fast.kernels.levels import count_anchors, flatten
 from retina_fast.kernels.one_pass import grads_by_reference
 
-_TILE = 1 << 17  # logits; 2^14 to 2^19 took 112, 88, 55, 44, 47, 49 ms on two cores for 8.9 M logits
+_TILE = 1 << 17  # logits that each thread takes of a tile
 
 
 def weights(alpha: float) -> tuple[float, float]:
@@ -40,45 +48,119 @@ class HardTerms(NamedTuple):
         return modulation * s, -modulation * (self.gamma * (1 - q) * s + q)
 
 
+class _Memory:
+    """Three tensors in which one tile after the other is computed, and two constants."""
+
+    def __init__(self, dtype: torch.dtype, size: int, gamma: float) -> None:
+        dtype = torch.promote_types(dtype, torch.float32)
+        self._rows = torch.empty(3, size, dtype=dtype, device="cpu")
+        self._taken: dict[torch.Size, list[Tensor]] = {}
+        self.zero, self.inverse = (torch.tensor(x, dtype=dtype, device="cpu") for x in (0, 1 / gamma if gamma else 0))
+
+    def take(self, shape: torch.Size) -> list[Tensor]:
+        """The three as contiguous tensors of a shape."""
+        if shape not in self._taken:
+            self._taken[shape] = [row[: shape.numel()].view(shape) for row in self._rows]
+        return self._taken[shape]
+
+
 class _Tile(NamedTuple):
     logits: Tensor  # (n, K), or (K, n) of an NCHW level
-    labels: Tensor  # (n,)
-    quality: Tensor | None  # (n,)
     grad: Tensor | None  # as the logits
     scale: float  # 1 / the image's normalizer
-    class_dim: int  # 1, or 0
+    foreground: tuple[Tensor, Tensor]  # anchors and their classes, or the other way round, as the logits
+    ignored: Tensor  # anchors
+    anchor_dim: int  # 0, or 1
+
+    def without_others(self, values: Tensor) -> Tensor:
+        """The values, in which what is not background is made 0."""
+        if len(self.foreground[0]):
+            values.index_put_(self.foreground, values.new_zeros(()))
+        if len(self.ignored):
+            values.index_fill_(self.anchor_dim, self.ignored, 0)
+        return values
 
 
-def _tile_pass(tile: _Tile, terms: Any) -> Tensor:
-    """Scaled loss of a tile; its gradient is written into tile.grad if given."""
-    background_weight, gamma = terms.background_weight, terms.gamma
-    x = at_least_float32(tile.logits.contiguous())
-    p, s = torch.sigmoid(x), F.softplus(x)
-    modulation = p.square() if gamma == 2 else p**gamma
-    background = modulation * s
-    slope = None
-    if tile.grad is not None:
-        slope = torch.addcmul(p, 1 - p, s, value=gamma).mul_(modulation).mul_(background_weight * tile.scale)
-    loss = torch.zeros((), dtype=x.dtype)
+def _background(tile: _Tile, terms: Any, memory: _Memory) -> float:
+    """The scaled loss of a tile's background. Its gradient is written into tile.grad if given."""
+    x, gamma = at_least_float32(tile.logits), terms.gamma
+    s, p, modulation = memory.take(x.shape)
+    e = tile.without_others(torch.exp(x, out=s))
+    torch.div(e, torch.add(e, 1, out=p), out=p)
+    torch.log1p(e, out=s)
+    loss = _modulated(p, s, modulation, gamma)
+    if not math.isfinite(loss):
+        tile.without_others(torch.sigmoid(x, out=p))
+        tile.without_others(s.copy_(F.softplus(x)))
+        loss = _modulated(p, s, modulation, gamma)
+    scale = terms.background_weight * tile.scale
+    if tile.grad is not None and gamma == 0:
+        torch.mul(p, scale, out=tile.grad)
+    elif tile.grad is not None:
+        torch.lerp(s, memory.inverse, p, out=s)
+        torch.addcmul(memory.zero, modulation, s, value=gamma * scale, out=tile.grad)
+    return loss * scale
 
-    anchors = (tile.labels >= 0).nonzero().squeeze(1)
-    if len(anchors):
-        classes = tile.labels[anchors].long()
-        true = (anchors, classes) if tile.class_dim == 1 else (classes, anchors)
-        loss_true, slope_true = terms.of_class(x[true], None if tile.quality is None else tile.quality[anchors])
-        loss = loss_true.sum()
-        background[true] = 0
-        if slope is not None:
-            slope[true] = slope_true * tile.scale
-    ignored = (tile.labels == IGNORED).nonzero().squeeze(1)
-    if len(ignored):
-        background.index_fill_(1 - tile.class_dim, ignored, 0)
-        if slope is not None:
-            slope.index_fill_(1 - tile.class_dim, ignored, 0)
 
-    if tile.grad is not None and slope is not None:
-        tile.grad.copy_(slope)
-    return (background_weight * background.sum() + loss) * tile.scale
+def _modulated(p: Tensor, s: Tensor, modulation: Tensor, gamma: float) -> float:
+    """The sum of p^gamma s; p^gamma is written into ``modulation``."""
+    torch.mul(p, p, out=modulation) if gamma == 2 else torch.pow(p, gamma, out=modulation)
+    return float(torch.dot(modulation.view(-1), s.view(-1)))
+
+
+def _level_pass(
+    level: Tensor,
+    grad: Tensor | None,
+    labels: Tensor,
+    quality: Tensor | None,
+    scales: Tensor,
+    num_classes: int,
+    terms: Any,
+    memory: _Memory,
+) -> float:
+    """The loss of a level with labels and qualities (B, N_l); its gradient is written into ``grad`` if given."""
+    anchor_dim = int(_is_nchw(level))
+    rows, row_grads = _rows(level, num_classes), None if grad is None else _rows(grad, num_classes)
+    if anchor_dim:
+        cell = level.shape[1] // num_classes
+        shape = (-1, cell)  # (B * A, H * W), as the rows
+        labels = labels.unflatten(1, shape).transpose(1, 2).flatten(0, 1)
+        quality = None if quality is None else quality.unflatten(1, shape).transpose(1, 2).flatten(0, 1)
+        scales = scales.repeat_interleave(cell)
+
+    step = _anchors_of_tile(num_classes)
+    tiles_a_row = -(-labels.shape[1] // step)
+    row, anchor = (labels != BACKGROUND).nonzero(as_tuple=True)
+    classes = labels[row, anchor].long()
+    tile, place = row * tiles_a_row + anchor // step, anchor % step
+    is_true, is_ignored = classes >= 0, classes == IGNORED
+    counts = [tile[which].bincount(minlength=len(rows) * tiles_a_row).tolist() for which in (is_true, is_ignored)]
+    row, anchor, classes, true_place = (values[is_true] for values in (row, anchor, classes, place))
+
+    def by_tile(tensor: Tensor) -> list[Tensor]:
+        return [part for one in tensor for part in one.split(step, dim=anchor_dim)]
+
+    tiles = zip(
+        by_tile(rows),
+        itertools.repeat(None) if row_grads is None else by_tile(row_grads),
+        scales.repeat_interleave(tiles_a_row).tolist(),
+        zip(*(values.split(counts[0]) for values in _ordered(true_place, classes, anchor_dim)), strict=True),
+        place[is_ignored].split(counts[1]),
+        itertools.repeat(anchor_dim),
+        strict=False,
+    )
+    loss = sum(_background(_Tile(*fields), terms, memory) for fields in tiles)
+
+    elements = row, *_ordered(anchor, classes, anchor_dim)
+    own_quality = None if quality is None else quality[row, anchor]
+    losses, slopes = terms.of_class(at_least_float32(rows[elements]), own_quality)
+    if row_grads is not None:
+        row_grads[elements] = (slopes * scales[row]).to(row_grads.dtype)
+    return loss + float((losses * scales[row]).sum(dtype=torch.float64))
+
+
+def _ordered(anchors: Tensor, classes: Tensor, anchor_dim: int) -> tuple[Tensor, Tensor]:
+    return (classes, anchors) if anchor_dim else (anchors, classes)
 
 
 def _laid_out(level: Tensor, num_classes: int) -> Tensor:
@@ -96,36 +178,15 @@ def _is_nchw(level: Tensor) -> bool:
     return level.dim() == 4 and level.is_contiguous() and not level.is_contiguous(memory_format=torch.channels_last)
 
 
-def _rows(level: Tensor, num_classes: int) -> Iterator[Tensor]:
-    """A level as 2-D views: (K, H * W) for each image and anchor of a cell if it is NCHW, else (N_l, K) an image."""
+def _rows(level: Tensor, num_classes: int) -> Tensor:
+    """A view of a level: (B * A, K, H * W) if it is NCHW, else (B, N_l, K)."""
     if _is_nchw(level):
-        yield from level.flatten(2).unflatten(1, (-1, num_classes)).flatten(0, 1)
-    else:
-        yield from flatten(level, num_classes)
+        return level.flatten(2).unflatten(1, (-1, num_classes)).flatten(0, 1)
+    return flatten(level, num_classes)
 
 
-def _tiles(
-    level: Tensor, grad: Tensor | None, labels: Tensor, quality: Tensor | None, scales: list[float], num_classes: int
-) -> Iterator[_Tile]:
-    """The tiles of a level with labels and qualities (B, N_l)."""
-    class_dim = 1
-    if _is_nchw(level):
-        class_dim = 0
-        anchors = level.shape[1] // num_classes
-        shape = (-1, anchors)  # (B * A, H * W), as the rows
-        labels = labels.unflatten(1, shape).transpose(1, 2).flatten(0, 1)
-        quality = None if quality is None else quality.unflatten(1, shape).transpose(1, 2).flatten(0, 1)
-    rows = list(_rows(level, num_classes))
-    grads = [None] * len(rows) if grad is None else list(_rows(grad, num_classes))
-    step = max(1, _TILE // num_classes)
-    for r, row in enumerate(rows):
-        row_grad, scale = grads[r], scales[r * len(scales) // len(rows)]
-        for begin in range(0, labels.shape[1], step):
-            part = slice(begin, begin + step)
-            window = (slice(None), part) if class_dim == 0 else part
-            tile_quality = None if quality is None else quality[r, part]
-            tile_grad = None if row_grad is None else row_grad[window]
-            yield _Tile(row[window], labels[r, part], tile_quality, tile_grad, scale, class_dim)
+def _anchors_of_tile(num_classes: int) -> int:
+    return max(1, torch.get_num_threads() * _TILE // num_classes)
 
 
 def _pass(
@@ -140,18 +201,16 @@ def _pass(
     """The loss, with image b multiplied by scales[b], and its gradients if wanted."""
     levels = [_laid_out(level.detach(), num_classes) for level in levels]
     grads = [torch.empty_like(level) for level in levels] if with_grads else []
-    tiles: list[_Tile] = []
-    start = 0
+    size = num_classes * _anchors_of_tile(num_classes)
+    memory, loss, start = _Memory(levels[0].dtype, size, terms.gamma), 0.0, 0
     for i, level in enumerate(levels):
         stop = start + count_anchors(level, num_classes)
         level_quality = None if quality is None else quality[:, start:stop]
         level_grad = grads[i] if with_grads else None
-        tiles += _tiles(level, level_grad, labels[:, start:stop], level_quality, scales.tolist(), num_classes)
+        level_labels = labels[:, start:stop]
+        loss += _level_pass(level, level_grad, level_labels, level_quality, scales, num_classes, terms, memory)
         start = stop
-
-    losses = [_tile_pass(tile, terms) for tile in tiles]
-    total = torch.stack(losses).sum(dtype=torch.float64) if losses else scales.new_zeros(())
-    return total.to(scales.dtype), grads
+    return scales.new_tensor(loss), grads
 
 
 class _FocalLoss(torch.autograd.Function):

@@ -19,6 +19,13 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
+def uploaded(images: Sequence[Tensor] | Tensor, device: torch.device) -> Sequence[Tensor] | Tensor:
+    """The images on the device. Anything but a tensor is left alone, so that the model's check can refuse it."""
+    if isinstance(images, Tensor):
+        return to_device(images, device)
+    return [to_device(image, device) if isinstance(image, Tensor) else image for image in images]
+
+
 def stream_id(device: torch.device) -> int:
     """Which stream of the device is the current one; 0 on a CPU, and where CUDA is not in use."""
     if device.type != "cuda" or not torch.cuda.is_initialized():

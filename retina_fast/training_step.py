@@ -10,7 +10,7 @@ graph reads their addresses and sizes from a table.
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from retina_fast import forward as network
 from retina_fast.anchors import cell_versions, is_stock_generator
+from retina_fast.backbones.frozen_norm import frozen_norms_folded
 from retina_fast.cuda_graph import CaptureStream
-from retina_fast.device import to_device
+from retina_fast.device import to_device, uploaded
 from retina_fast.forward import Batch
 from retina_fast.kernels.conv_calls import fast_convs
 from retina_fast.kernels.conv_winograd import Scratch
@@ -72,9 +73,9 @@ class TrainingStep:
     user's own is captured, too: it must not read values on the host, nor draw random numbers from other than torch's
     default generator.
 
-    On a CPU large 3x3 convs in float32 run by Winograd's algorithm, 1e-6 from PyTorch's in relative norm, and maps are
-    kept in channels_last unless the model has parts or hooks of the user's own. ``model(images, targets)`` itself
-    rounds as torchvision's does.
+    On a CPU large 3x3 convs in float32 run by Winograd's algorithm, 1e-6 from PyTorch's in relative norm. Unless the
+    model has parts or hooks of the user's own, maps are kept in channels_last, and convs in float32 take frozen norms
+    along. ``model(images, targets)`` itself rounds as torchvision's does.
 
     Raises:
         TypeError: for a model that is no ``RetinaNet``.
@@ -183,14 +184,20 @@ class TrainingStep:
     def _step(self, forwards: Sequence[Callable[[], Losses]], device: torch.device) -> Losses:
         """One step, captured or not."""
         self.model.zero_grad(set_to_none=True)
-        on_cpu = device.type == "cpu"
-        with fast_convs(self._scratch, not has_own_code(self.model)) if on_cpu else contextlib.nullcontext():
+        with self._fast_on_a_cpu() if device.type == "cpu" else contextlib.nullcontext():
             parts = [self._backward(forward, forward is forwards[-1], device) for forward in forwards]
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)  # a graph's gradients stay in its own memory, which nothing else gets
         return {name: functools.reduce(torch.add, [part[name] for part in parts]) for name in parts[0]}
+
+    @contextlib.contextmanager
+    def _fast_on_a_cpu(self) -> Iterator[None]:
+        stock = not has_own_code(self.model)
+        folded = frozen_norms_folded(self.model) if stock and self.dtype is None else contextlib.nullcontext()
+        with fast_convs(self._scratch, channels_last=stock), folded:
+            yield
 
     def _backward(self, forward: Callable[[], Losses], last: bool, device: torch.device) -> Losses:
         """The losses of one part. Its gradients are added to those of earlier parts; the last part all-reduces them."""
@@ -341,10 +348,3 @@ class TrainingStep:
 
 def _identity(value: Any) -> Any:
     return id(value) if isinstance(value, Tensor) else value
-
-
-def uploaded(images: Sequence[Tensor] | Tensor, device: torch.device) -> Sequence[Tensor] | Tensor:
-    """The images on the device. Anything but a tensor is left alone, so that the model's check can refuse it."""
-    if isinstance(images, Tensor):
-        return to_device(images, device)
-    return [to_device(image, device) if isinstance(image, Tensor) else image for image in images]

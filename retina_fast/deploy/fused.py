@@ -42,7 +42,8 @@ class FusedConv(nn.Conv2d):
     activation = "none"
     """``none``, ``relu`` or ``swish``."""
     ways: Mapping[tuple[int, ...], str] = MappingProxyType({})
-    """Of input shapes whose fastest way was chosen by timing: ``eager``, ``fused``, ``epilogue`` or ``winograd``."""
+    """Of input shapes whose fastest way was chosen by timing: ``eager``, ``fused``,
+    ``epilogue``, ``product`` or ``winograd``."""
     scratch: Scratch
     """What the convs of a model share for Winograd's algorithm; ``fuse_convs`` gives it."""
     _prepared: tuple[object, dict[str, Tensor]] | None = None  # what the weights were, and what was made of them
@@ -53,11 +54,11 @@ class FusedConv(nn.Conv2d):
         if torch.compiler.is_compiling():  # the compiler fuses by itself
             return self.run_eager(x, z)
         way = self.ways.get(x.shape)
-        if way == "epilogue" and not self.takes_epilogue(x):
+        if way is not None and way not in self.possible_ways(x, z):  # it was chosen in another dtype or precision
             way = None
-        if way in (None, "winograd"):  # a choice made in another dtype or precision holds no longer
-            takes = self.takes_winograd(x, z) and (way is not None or gains_from_winograd(x, self.weight))
-            way = "winograd" if takes else "fused"
+        if way is None:
+            gains = self.takes_winograd(x, z) and gains_from_winograd(x, self.weight)
+            way = "winograd" if gains else "fused"
         return self.run(way, x, z, overwrite_z)
 
     def run(self, way: str, x: Tensor, z: Tensor | None, overwrite_z: bool = False) -> Tensor:
@@ -66,11 +67,17 @@ class FusedConv(nn.Conv2d):
             return self.run_winograd(x, z, overwrite_z)
         if way == "epilogue":
             return self.run_with_epilogue(x, z)
+        if way == "product":
+            return self.run_product(x)
         return self.run_eager(x, z) if way == "eager" else self.run_fused(x, z, overwrite_z)
 
     def possible_ways(self, x: Tensor, z: Tensor | None) -> list[str]:
         """The ways in which an input may run, the one that is right by definition first."""
-        others = {"epilogue": self.takes_epilogue(x), "winograd": self.takes_winograd(x, z)}
+        others = {
+            "epilogue": self.takes_epilogue(x),
+            "product": self.takes_product(x, z),
+            "winograd": self.takes_winograd(x, z),
+        }
         return ["eager", "fused", *(way for way, possible in others.items() if possible)]
 
     def takes_epilogue(self, x: Tensor) -> bool:
@@ -81,6 +88,19 @@ class FusedConv(nn.Conv2d):
         """The conv alone, then bias, sum and activation in one pass."""
         y = F.conv2d(x, self.weight, None, *self._geometry())
         return conv_epilogue_(y.contiguous(memory_format=torch.channels_last), self.bias, z, self.activation)
+
+    def takes_product(self, x: Tensor, z: Tensor | None) -> bool:
+        """Whether this is a product of matrices with a bias and ReLU, which cuBLAS computes in one kernel."""
+        pointwise = (tuple(self.weight.shape[2:]), *self._geometry()) == ((1, 1), (1, 1), (0, 0), (1, 1), 1)
+        is_product = pointwise and z is None and self.bias is not None and self.activation == "relu"
+        return is_product and self.takes_epilogue(x)
+
+    def run_product(self, x: Tensor) -> Tensor:
+        """Pixels by channels times the weights, then bias and ReLU as cuBLAS writes."""
+        assert self.bias is not None
+        pixels = x.permute(0, 2, 3, 1)  # (B, H, W, C_in)
+        y = torch._addmm_activation(self.bias, pixels.flatten(0, 2), self.weight.flatten(1).t())
+        return y.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
 
     def takes_winograd(self, x: Tensor, z: Tensor | None) -> bool:
         """Whether Winograd's algorithm computes this conv."""

@@ -1,19 +1,14 @@
-"""The chooser of ways under a fake clock, its file, and the engine that asks it."""
+"""The chooser of ways under a fake clock, and its file."""
 
+import contextlib
 import json
 import multiprocessing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from retina_fast import compile_inference
-from retina_fast.deploy.fuse import count_convs, fuse_convs
-from retina_fast.deploy.fused import FusedConv
-from retina_fast.deploy.tuned import Chooser, choose_ways, machine, user_cache_file
-from tests.deploy.engine_soak import small_model
-from tests.deploy.pictures import images
+from retina_fast.deploy.tuned import Chooser, machine, user_cache_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,21 +96,20 @@ def test_rounding_is_not_wrong(path, clock):
     assert chosen(path, clock, **ways) == "second"
 
 
-def test_a_way_that_reads_its_output_before_it_writes(path, clock):
-    """As a fused conv with a factor of 0 does: the memory that it gets held NaN."""
-    x = torch.randn(1 << 12)  # of a size that the allocator gives again
+def test_a_way_that_reads_its_output_before_it_writes(path, clock, monkeypatch):
+    """As a fused conv with a factor of 0 does: it gets the memory that was freed last, which held NaN."""
+    freed, full_like = [torch.zeros_like(X)], torch.full_like
+
+    def recorded(*args):
+        freed.append(full_like(*args))
+        return freed[-1]
 
     def reading():
-        return torch.empty_like(x).mul_(0).add_(x)
+        return freed[-1].mul_(0).add_(X)
 
-    poisoned = []
-    for _ in range(20):
-        held = torch.full_like(x, torch.nan)
-        del held
-        poisoned.append(bool(reading().isnan().any()))
-    if not all(poisoned):
-        pytest.skip("this allocator does not give the same memory again")
-    assert chosen(path, clock, first=clock.way(x, 1), reading=reading) == "first"
+    monkeypatch.setattr(torch, "full_like", recorded)
+    assert torch.equal(reading(), X)
+    assert chosen(path, clock, first=clock.way(X, 1), reading=reading) == "first"
 
 
 def test_a_way_that_writes_over_what_another_returned(path, clock):
@@ -130,6 +124,51 @@ def test_a_way_that_writes_over_what_another_returned(path, clock):
         return buffer.mul_(2)
 
     assert chosen(path, clock, first=first, second=second) == "first"
+
+
+class Queue:
+    """A GPU that runs what the host has launched, one after the other, and their two clocks in seconds."""
+
+    def __init__(self):
+        self.host = self.device = 0.0
+
+    def launch(self, host, device):
+        self.host += host
+        self.device = max(self.device, self.host) + device
+
+    def way(self, host, device):
+        def run():
+            self.launch(host, device)
+            return X.clone()
+
+        return run
+
+
+def test_on_a_gpu_the_host_does_not_decide(path, monkeypatch):
+    """Within a graph it launches nothing: a way of few slow launches is not the faster one there."""
+    gpu = Queue()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = max(gpu.device, gpu.host)
+
+        def synchronize(self):
+            gpu.host = max(gpu.host, self.time)
+
+        def elapsed_time(self, end):
+            return 1000 * (end.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.launch(0, cycles / 2e9))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    chooser = Chooser(path, torch.device("cuda"))
+    many, few = gpu.way(host=200e-6, device=30e-6), gpu.way(host=20e-6, device=50e-6)
+    assert chooser.choose("layer", {"few": few, "many": many}) == "many"
+    assert chooser._time(many) == pytest.approx(30e-6)
 
 
 # The file
@@ -220,102 +259,3 @@ def test_two_processes_write_at_once(path):
 
 def test_the_default_file_is_in_the_users_folder():
     assert Path.home() in user_cache_file().parents
-
-
-# In the engine
-
-
-def test_the_engine_chooses_remembers_and_says(path, monkeypatch):
-    model, pictures = small_model(), images((40, 50))
-    expected = compile_inference(model, dtype=torch.float32)(pictures)
-    engine = compile_inference(model, dtype=torch.float32, choices=path)
-    found = engine(pictures)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
-    ((shape, counts),) = engine.report.ways.items()
-    convs = [module for module in engine.model.modules() if isinstance(module, FusedConv)]
-    assert sum(counts.values()) == sum(len(conv.ways) for conv in convs) >= count_convs(engine.model)
-    assert f"fastest ways of the convs at {'x'.join(map(str, shape))}: " in str(engine)
-    assert not any(conv._forward_pre_hooks for conv in convs)
-
-    monkeypatch.setattr(Chooser, "_time", None)  # nothing is timed again
-    again = compile_inference(model, dtype=torch.float32, choices=str(path))
-    again(pictures)
-    assert again.report.ways == engine.report.ways
-
-
-def test_winograds_algorithm_is_among_the_ways(path, monkeypatch):
-    model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 1)).requires_grad_(False)
-    x, offered, calls = torch.randn(1, 8, 9, 9), [], []
-    fuse_convs(model, lambda: model(x))
-
-    def last(_, layer, ways):
-        offered.append([*ways])
-        return offered[-1][-1]
-
-    def recorded(self, x, z, overwrite_z):
-        calls.append(1)
-        return self.run_eager(x, z)
-
-    monkeypatch.setattr(Chooser, "choose", last)
-    counts = choose_ways(model, lambda: model(x), Chooser(path, CPU))
-    assert offered == [["eager", "fused", "winograd"], ["eager", "fused"]]
-    assert counts == {"winograd": 1, "fused": 1}
-    monkeypatch.setattr(FusedConv, "run_winograd", recorded)
-    model(x)
-    assert calls == [1]
-
-
-def test_ways_are_chosen_anew_in_another_dtype(path, monkeypatch):
-    monkeypatch.setattr(Chooser, "choose", lambda _, layer, ways: [*ways][-1])
-    pictures = images((40, 50))
-    engine = compile_inference(small_model(), dtype=torch.float32, choices=path)
-    expected = engine(pictures)
-    (before,) = engine.report.ways.values()
-    torch.testing.assert_close(engine.double()(pictures), expected, rtol=0, atol=1e-3)
-    (after,) = engine.report.ways.values()
-    assert before["winograd"] > 0 == after["winograd"]
-
-
-def test_a_way_steps_aside_where_it_does_not_serve():
-    """In lower precision, and where somebody asks for gradients."""
-    model: Any = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1))
-    x = torch.randn(1, 8, 9, 9)
-    fuse_convs(model, lambda: model(x))
-    model[0].ways = {tuple(x.shape): "winograd"}
-    assert model(x).requires_grad
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        with torch.no_grad():
-            torch.testing.assert_close(model(x), model[0].run_fused(x, None), rtol=0, atol=0)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.parametrize("way", ["eager", "fused"])
-def test_a_remembered_way_is_taken(path, way, monkeypatch):
-    model, pictures, calls = small_model(), images((40, 50)), []
-    compile_inference(model, dtype=torch.float32, choices=path)(pictures)
-    content = json.loads(path.read_text())
-    ((name, choices),) = content["choices"].items()
-    content["choices"][name] = dict.fromkeys(choices, way)
-    path.write_text(json.dumps(content))
-    for name in ("eager", "fused"):
-
-        def recorded(*args, run=getattr(FusedConv, f"run_{name}"), name=name):  # noqa: B008
-            calls.append(name)
-            return run(*args)
-
-        monkeypatch.setattr(FusedConv, f"run_{name}", recorded)
-    engine = compile_inference(model, dtype=torch.float32, choices=path)
-    for _ in range(2):  # the first call looks the ways up
-        calls.clear()
-        engine(pictures)
-        assert set(calls) == {way}
-
-
-def test_without_a_file_a_cpu_times_nothing(monkeypatch):
-    monkeypatch.setattr(Chooser, "choose", None)
-    engine = compile_inference(small_model().cpu(), dtype=torch.float32)
-    engine(images((40, 50)))
-    assert not engine.report.ways

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from retina_fast.kernels import focal_loss as module
-from retina_fast.kernels import one_pass
+from retina_fast.kernels import focal_loss_cpu, one_pass
 from retina_fast.kernels.focal_loss import focal_loss
 from tests.kernels.focal_cases import kernel_loss
 
@@ -29,5 +29,6 @@ def small_tiles(monkeypatch):
     """Many tiles of both kinds in few logits, and images that do not start on a 16-byte boundary."""
     monkeypatch.setattr(module, "_TILE", 256)
     monkeypatch.setattr(module, "_CHUNK", 128)
+    monkeypatch.setattr(focal_loss_cpu, "_TILE", 100)
     monkeypatch.setattr(one_pass, "_TILE", 512)
     monkeypatch.setattr(one_pass, "_PROGRAMS", 3)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import retina_fast
-from retina_fast import TrainingStep, forward, training_step
+from retina_fast import TrainingStep, forward
+from retina_fast.device import uploaded
 from tests.instruments.fake_gpu import launches_of
 from tests.model.steps import K, adamw, assert_same_state, batch, fresh_model, needs_gpu, plain_step, warmed
 
@@ -44,7 +45,7 @@ def test_a_training_forward_never_waits_for_the_device(monkeypatch, builder, whe
             {"boxes": torch.empty(n, 4, device=where), "labels": torch.empty(n, dtype=torch.int64, device=where)}
             for n in (0, 2, 7)
         ]
-        made = model.make_batch(training_step.uploaded(images, torch.device("cuda")), targets)
+        made = model.make_batch(uploaded(images, torch.device("cuda")), targets)
         losses = model.losses_of(made, forward.run(model, made))
         assert {loss.device.type for loss in losses.values()} == {"cuda"}
 

@@ -1,0 +1,163 @@
+"""The engine and the chooser of ways: what is offered, chosen, remembered and reported."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from retina_fast import compile_inference
+from retina_fast.deploy.fuse import count_convs, fuse_convs
+from retina_fast.deploy.fused import FusedConv
+from retina_fast.deploy.tuned import Chooser, choose_ways
+from tests.deploy.engine_soak import small_model
+from tests.deploy.pictures import images
+from tests.instruments.fake_gpu import TorchOp, gpu_work_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "cache" / "choices.json"
+
+
+def test_the_engine_chooses_remembers_and_says(path, monkeypatch):
+    model, pictures = small_model(), images((40, 50))
+    expected = compile_inference(model, dtype=torch.float32)(pictures)
+    engine = compile_inference(model, dtype=torch.float32, choices=path)
+    found = engine(pictures)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    ((shape, counts),) = engine.report.ways.items()
+    convs = [module for module in engine.model.modules() if isinstance(module, FusedConv)]
+    assert sum(counts.values()) == sum(len(conv.ways) for conv in convs) >= count_convs(engine.model)
+    assert f"fastest ways of the convs at {'x'.join(map(str, shape))}: " in str(engine)
+    assert not any(conv._forward_pre_hooks for conv in convs)
+
+    monkeypatch.setattr(Chooser, "_time", None)  # nothing is timed again
+    again = compile_inference(model, dtype=torch.float32, choices=str(path))
+    again(pictures)
+    assert again.report.ways == engine.report.ways
+
+
+def test_winograds_algorithm_is_among_the_ways(path, monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 1)).requires_grad_(False)
+    x, offered, calls = torch.randn(1, 8, 9, 9), [], []
+    fuse_convs(model, lambda: model(x))
+
+    def last(_, layer, ways):
+        offered.append([*ways])
+        return offered[-1][-1]
+
+    def recorded(self, x, z, overwrite_z):
+        calls.append(1)
+        return self.run_eager(x, z)
+
+    monkeypatch.setattr(Chooser, "choose", last)
+    counts = choose_ways(model, lambda: model(x), Chooser(path, CPU))
+    assert offered == [["eager", "fused", "winograd"], ["eager", "fused"]]
+    assert counts == {"winograd": 1, "fused": 1}
+    monkeypatch.setattr(FusedConv, "run_winograd", recorded)
+    model(x)
+    assert calls == [1]
+
+
+def test_ways_are_chosen_anew_in_another_dtype(path, monkeypatch):
+    monkeypatch.setattr(Chooser, "choose", lambda _, layer, ways: [*ways][-1])
+    pictures = images((40, 50))
+    engine = compile_inference(small_model(), dtype=torch.float32, choices=path)
+    expected = engine(pictures)
+    (before,) = engine.report.ways.values()
+    torch.testing.assert_close(engine.double()(pictures), expected, rtol=0, atol=1e-3)
+    (after,) = engine.report.ways.values()
+    assert before["winograd"] > 0 == after["winograd"]
+
+
+def test_a_way_steps_aside_where_it_does_not_serve():
+    """In lower precision, and where somebody asks for gradients."""
+    model: Any = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1))
+    x = torch.randn(1, 8, 9, 9)
+    fuse_convs(model, lambda: model(x))
+    model[0].ways = {tuple(x.shape): "winograd"}
+    assert model(x).requires_grad
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), model[0].run_fused(x, None), rtol=0, atol=0)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("way", ["eager", "fused"])
+def test_a_remembered_way_is_taken(path, way, monkeypatch):
+    model, pictures, calls = small_model(), images((40, 50)), []
+    compile_inference(model, dtype=torch.float32, choices=path)(pictures)
+    content = json.loads(path.read_text())
+    ((name, choices),) = content["choices"].items()
+    content["choices"][name] = dict.fromkeys(choices, way)
+    path.write_text(json.dumps(content))
+    for name in ("eager", "fused"):
+
+        def recorded(*args, run=getattr(FusedConv, f"run_{name}"), name=name):  # noqa: B008
+            calls.append(name)
+            return run(*args)
+
+        monkeypatch.setattr(FusedConv, f"run_{name}", recorded)
+    engine = compile_inference(model, dtype=torch.float32, choices=path)
+    for _ in range(2):  # the first call looks the ways up
+        calls.clear()
+        engine(pictures)
+        assert set(calls) == {way}
+
+
+def test_without_a_file_a_cpu_times_nothing(monkeypatch):
+    monkeypatch.setattr(Chooser, "choose", None)
+    engine = compile_inference(small_model().cpu(), dtype=torch.float32)
+    engine(images((40, 50)))
+    assert not engine.report.ways
+
+
+def layers_of_a_product_and_others() -> Any:
+    model = torch.nn.Sequential(
+        *(torch.nn.Conv2d(8, 16, 1), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.ReLU()),
+        torch.nn.Conv2d(16, 8, 1),
+    )
+    x = torch.ones(2, 8, 5, 7).contiguous(memory_format=torch.channels_last)
+    fuse_convs(model, lambda: model(x))
+    return [model[0], model[2], model[4]], x
+
+
+def test_a_product_is_right_and_for_gpus():
+    conv, x = layers_of_a_product_and_others()[0][0], torch.randn(2, 8, 5, 7)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        exact = torch.nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double()).relu()
+        torch.testing.assert_close(conv.run("product", x, None).double(), exact, rtol=1e-5, atol=1e-5)
+        conv.ways = {tuple(x.shape): "product"}  # from a file of a GPU
+        assert conv.possible_ways(x, None) == ["eager", "fused"]
+        torch.testing.assert_close(conv(x).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pointwise_conv_with_relu_may_be_a_product():
+    """On fake CUDA tensors, where it is one kernel; a 3x3 conv and one without ReLU are not offered it."""
+    ways = []
+
+    def prepare():
+        with torch.device("cuda"):
+            return layers_of_a_product_and_others()
+
+    @torch.no_grad()
+    def call(prepared):
+        layers, x = prepared
+        for layer in layers:
+            ways.append(layer.possible_ways(x, None))
+            x = layer.run(ways[-1][-1], x, None)
+            assert x.is_contiguous(memory_format=torch.channels_last)
+
+    work = gpu_work_of(call, prepare)
+    assert ways == [["eager", "fused", "epilogue", "product"], *[["eager", "fused", "epilogue"]] * 2]
+    names = [step.name if isinstance(step, TorchOp) else "epilogue" for step in work]
+    assert names == ["_addmm_activation", *["convolution", "epilogue"] * 2]
