@@ -79,7 +79,8 @@ def _spinenet(blocks: Sequence[Block], size: Size) -> Iterator[Conv]:
         return width(block) * EXPANSION[block.kind]
 
     yield _conv(1, 3, 64, 7)
-    yield _conv(2, 64, channels(STEM[0]))  # the only shortcut with a conv
+    if channels(STEM[0]) != 64:
+        yield _conv(2, 64, channels(STEM[0]))  # the only shortcut with a conv
     numbered = [*STEM, *blocks]
     for number, block in enumerate(numbered):
         inside = width(block)

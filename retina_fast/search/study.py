@@ -10,10 +10,8 @@ it, and whoever runs it at the same time takes part.
 import csv
 import json
 import math
-import os
 import random
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,14 +25,14 @@ from retina_fast.data.files import replacing
 from retina_fast.search.cost import cost
 from retina_fast.search.picture import draw, draw_trials
 from retina_fast.search.score import entropy_score
-from retina_fast.search.space import SPACES, Space
+from retina_fast.search.space import SPACES, Point, Space
+from retina_fast.search.storage import open_storage
 from retina_fast.search.trained import Proxy
 from retina_fast.search.workers import PROBLEM, Locked, finished, work
 from retina_fast.train.model_file import read_model_file, write_model_file
 
 SAMPLERS = ("nsga2", "tpe", "random")
 BEST = 5  # specifications that are written and drawn
-_HEARTBEAT = 60  # seconds; a worker on a database that is silent for three times as long is taken to be dead
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ class Search:
         start_from: the folder of another search, whose best specifications are tried first.
 
     Raises:
-        UserError: if the study was begun with other settings, naming them.
+        UserError: if the study was begun with other settings, naming them; or if there is nothing to start from.
 
     Example::
 
@@ -140,7 +138,7 @@ class Search:
         pruner = optuna.pruners.HyperbandPruner(1, proxy.parts, 3) if proxy else None
         with Locked(folder / "lock"):
             self.study: Any = optuna.create_study(
-                storage=_open_storage(folder, storage),
+                storage=open_storage(folder, storage),
                 study_name="search",
                 directions=["maximize"] if proxy else ["maximize", "minimize"],
                 pruner=pruner,
@@ -149,9 +147,8 @@ class Search:
             self._check_settings()
             trials = self.study.get_trials(deepcopy=False)
             self.study.sampler = self._sampler(self._own_seed())
-            for path in sorted(start_from.glob("best-*.json")) if start_from and not trials else ():
-                arguments = read_model_file(path)[1]
-                self.study.enqueue_trial(self.space.encode(arguments["specification"]))
+            for point in self._points_of(start_from) if start_from and not trials else ():
+                self.study.enqueue_trial(point)
 
     def run(self, count: int, progress: Callable[[int], None] = lambda done: None) -> None:
         """Take part until `count` trials have ended, and write what was found.
@@ -190,8 +187,10 @@ class Search:
 
     def best(self, count: int | None = None) -> list[Found]:
         """The different specifications with the highest scores, of which `write` writes BEST."""
-        ranked = sorted(self.found(), key=lambda trial: -trial.score)
-        return list({trial.blocks: trial for trial in reversed(ranked)}.values())[::-1][: count or BEST]
+        different: dict[tuple[Block, ...], Found] = {}
+        for trial in sorted(self.found(), key=lambda trial: -trial.score):
+            different.setdefault(trial.blocks, trial)
+        return list(different.values())[: count or BEST]
 
     def write(self) -> None:
         """Write trials.csv, front.png, and for the best specifications best-N.json and best-N.png."""
@@ -222,7 +221,8 @@ class Search:
         trial.set_user_attr("macs", counted.macs)
         trial.set_user_attr("parameters", counted.parameters)
         for name, excess in self._excess(trial).items():
-            trial.set_constraint(name, excess)
+            if name not in trial.constraints:  # a trial that is tried again has them
+                trial.set_constraint(name, excess)
         return blocks
 
     def _run(self, trial: Any, blocks: Sequence[Block]) -> dict[str, Any]:
@@ -287,6 +287,18 @@ class Search:
             return samplers.RandomSampler(seed)
         return samplers.NSGAIISampler(seed=seed) if self.settings.sampler == "nsga2" else samplers.TPESampler(seed=seed)
 
+    def _points_of(self, folder: Path) -> list[Point]:
+        files = sorted(folder.glob("best-*.json"))
+        if not files:
+            raise UserError(f"{folder}: holds no best-1.json of a search to start from")
+        points = []
+        for path in files:
+            try:
+                points.append(self.space.encode(read_model_file(path)[1]["specification"]))
+            except (KeyError, ValueError) as error:
+                raise UserError(f"{path}: is no point of the space {self.settings.space} ({error})") from error
+        return points
+
     def _own_seed(self) -> int:
         """Another one for each worker, by the order in which they come: with the same one they would draw alike."""
         if self.storage:  # whose machines do not share the folder's lock
@@ -306,38 +318,7 @@ class Search:
         if before is None:
             self.study.set_user_attr("settings", settings)
             return
-        for name in settings:
-            if before.get(name) != settings[name]:
-                differing = f"{name} {before.get(name)}, not {settings[name]}"
+        for name in sorted(before.keys() | settings.keys()):
+            if before.get(name) != settings.get(name):
+                differing = f"{name} {before.get(name)}, not {settings.get(name)}"
                 raise UserError(f"the search in {self.folder} has {differing}: give it the same, or another --output")
-
-
-def _open_storage(folder: Path, url: str | None) -> Any:
-    import optuna
-    from optuna import storages
-    from optuna.storages import journal
-
-    if url:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            retry = storages.RetryHeartbeatStaleTrialCallback()
-            return storages.RDBStorage(
-                url,
-                heartbeat_interval=_HEARTBEAT,
-                grace_period=3 * _HEARTBEAT,
-                heartbeat_stale_trial_callback=retry,
-            )
-    path, lock = folder / "study.log", Locked(folder / "study.lock")
-    backend: Any = journal.JournalFileBackend
-
-    class Journal(backend):
-        """Not flushed to the disk at each of a trial's 60 lines, which takes 0.4 s. A killed process loses none."""
-
-        def append_logs(self, logs: list[dict[str, Any]]) -> None:
-            lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-            with lock, path.open("ab", buffering=0) as file:
-                file.write(lines.encode())
-
-    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):  # the machine went down
-        os.truncate(path, content.rfind(b"\n") + 1)
-    return storages.JournalStorage(Journal(str(path)))

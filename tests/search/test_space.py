@@ -136,7 +136,7 @@ def test_the_cost_of_a_published_detector(size):
 
 
 @pytest.mark.parametrize(
-    ("space", "count"), [("paper", 1), ("mobile", 1), *(pytest.param(x, 30, marks=pytest.mark.slow) for x in SPACES)]
+    ("space", "count"), [("paper", 1), ("mobile", 1), *(pytest.param(x, 10, marks=pytest.mark.slow) for x in SPACES)]
 )
 def test_the_cost_of_samples(space, count):
     rng = random.Random(2)
@@ -144,6 +144,8 @@ def test_the_cost_of_samples(space, count):
     for _ in range(count):
         rows = SPACES[space].decode(SPACES[space].sample(rng))
         name, size = "49", Size(rng.uniform(0.1, 1), rng.uniform(0.2, 1), rng.choice([2, 3]), 24, 16, 2, 128, 3)
+        if count == 1:
+            size = size._replace(width=0.25)  # where the first block's shortcut needs no conv
         if space == "mobile":
             name, size = "49_mobile", MobileSize(rng.uniform(0.1, 1), 24, 128, 3)
         with torch.device("meta"):

@@ -20,6 +20,7 @@ from retina_fast.backbones.specification import MOBILE_KINDS, checked
 from retina_fast.backbones.spinenet import Size
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
+from retina_fast.search import storage
 from retina_fast.search import study as module
 from retina_fast.search.cost import cost
 from retina_fast.search.score import entropy_score
@@ -97,6 +98,10 @@ def test_a_search_is_gone_on_with_by_the_same_settings_alone(tmp_path):
     other = Search(SearchSettings(sampler="random"), tmp_path / "other", start_from=tmp_path)
     other.run(5)
     assert [trial.blocks for trial in other.best()] == [trial.blocks for trial in again.best()]
+    with pytest.raises(UserError, match=r"best-1.json: is no point of the space public \(the space has 11"):
+        Search(SearchSettings("public"), tmp_path / "public", start_from=tmp_path)
+    with pytest.raises(UserError, match=r"holds no best-1.json of a search"):
+        Search(SearchSettings(), tmp_path / "none", start_from=tmp_path / "public")
     first = Search(SearchSettings(sampler="random"), tmp_path / "first")
     first.run(3)
     assert points(first) == points(again)[:3]  # a seed draws the same points
@@ -125,7 +130,7 @@ def test_other_samplers_and_the_mobile_space(tmp_path):
 # Workers
 
 
-def worker(folder: Path, count: int, seconds: float, storage: str | None) -> None:
+def worker(folder: Path, count: int, seconds: float, url: str | None) -> None:
     """A process of a search whose trials take so long."""
 
     def slowly(*arguments: Any) -> float:
@@ -133,11 +138,11 @@ def worker(folder: Path, count: int, seconds: float, storage: str | None) -> Non
         return entropy_score(*arguments)
 
     setattr(module, "entropy_score", slowly)  # noqa: B010
-    Search(SearchSettings(sampler="random"), folder, storage=storage).run(count)
+    Search(SearchSettings(sampler="random"), folder, storage=url).run(count)
 
 
-def start(folder: Path, count: int, seconds: float = 0.05, storage: str | None = None) -> Any:
-    process = FORK.Process(target=worker, args=(folder, count, seconds, storage))
+def start(folder: Path, count: int, seconds: float = 0.05, url: str | None = None) -> Any:
+    process = FORK.Process(target=worker, args=(folder, count, seconds, url))
     process.start()
     return process
 
@@ -199,15 +204,22 @@ def test_a_worker_that_dies_in_each_of_its_steps(tmp_path):
 
 @pytest.mark.slow
 def test_a_database_and_its_heartbeats(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_HEARTBEAT", 1)
+    monkeypatch.setattr(storage, "HEARTBEAT", 1)
     url = f"sqlite:///{tmp_path}/study.db"
     Search(SearchSettings(sampler="random"), tmp_path, storage=url).run(1)
     victim = start(tmp_path, 4, 30, url)
-    time.sleep(5)
+    search = Search(SearchSettings(sampler="random"), tmp_path, storage=url)
+
+    def running() -> list[Any]:
+        trials = [trial for trial in search.study.get_trials() if trial.state.name == "RUNNING"]
+        return [trial for trial in trials if "parameters" in trial.user_attrs]
+
+    while not running():
+        assert victim.is_alive()
+        time.sleep(0.2)
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
-    search = Search(SearchSettings(sampler="random"), tmp_path, storage=url)
-    lost = next(trial for trial in search.study.get_trials() if trial.state.name == "RUNNING")
+    (lost,) = running()
     time.sleep(4)
     search.run(4)
     trials = search.study.get_trials()
@@ -259,6 +271,8 @@ def test_a_point_that_cannot_be_trained_counts_and_says_why(tmp_path, data):
     assert [trial.user_attrs[PROBLEM] for trial in search.study.get_trials()] == ["the loss is not finite"] * 2
     with pytest.raises(UserError, match="has steps 300, not 5: give it the same"):
         Search(SearchSettings(sampler="random"), tmp_path, Scripted(data, metric="fails", steps=5))
+    with pytest.raises(UserError, match="has batch_size 4, not None: give it the same"):
+        Search(SearchSettings(sampler="random"), tmp_path)  # without training
 
 
 def test_a_score_by_training(tmp_path, data):
