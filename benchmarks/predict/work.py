@@ -188,7 +188,7 @@ def _suppress(launch: Launch, row: Row, scene: Scene) -> Work:
     steps = math.ceil(scene.members / 32)
     compared = sum(math.ceil(scene.kept * step / steps / lanes) for step in range(steps))
     dealt = math.ceil(scene.candidates / launch.kwargs["SCAN"])
-    keep = row.code - row.path - deal - compare - settle  # what is executed only to decide on a tile
+    keep = row.through[1] - row.path - compare  # what is executed only to decide on a tile: hardly ever a division
     path = row.path + dealt * deal + steps * (keep + 2 * settle) + compared * compare
     waits = dealt * (2 * L2 + REDUCTION) + steps * (3 * L2 + 6 * REDUCTION) + compared * (2 * L2 + 2 * REDUCTION)
     _, batch = launch.grid
