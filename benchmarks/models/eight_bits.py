@@ -22,7 +22,7 @@ from demo.trees import prepare
 from retina_fast import compile_inference
 from retina_fast.data.coco import CocoDataset, read_image
 from retina_fast.deploy.engine import Engine
-from retina_fast.deploy.network import RUNTIMES, Network
+from retina_fast.deploy.onnx_network import RUNTIMES, Network
 from retina_fast.predict.evaluate import evaluate
 from retina_fast.predict.load import TREES, load_model
 
@@ -35,10 +35,10 @@ def by_runtime(engine: Engine) -> dict[str, Engine]:
     """The engine in eight bits by each runtime that is installed."""
     network = engine.settings.network
     assert network is not None
-    assert engine.report.elsewhere is not None
+    assert engine.report.runtime_choice is not None
     engines = {}
     for runtime in RUNTIMES:
-        if runtime in engine.report.elsewhere.seconds:
+        if runtime in engine.report.runtime_choice.seconds:
             engines[f"int8, {runtime}"] = own = copy.deepcopy(engine)
             own.settings = replace(own.settings, network=Network(network.content, runtime))
             own.prepare()

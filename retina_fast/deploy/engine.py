@@ -26,10 +26,10 @@ from torchvision.models.detection import retinanet as tv
 from retina_fast.convert import from_torchvision
 from retina_fast.cuda_graph import CaptureStream
 from retina_fast.deploy.detector_module import DetectorModule, refuse_own_parts
-from retina_fast.deploy.elsewhere import choose_network, compare_with
 from retina_fast.deploy.fold import conv_outputs, count_norms, fold_batch_norm
 from retina_fast.deploy.fuse import count_convs, fuse_convs
-from retina_fast.deploy.network import Network
+from retina_fast.deploy.onnx_network import Network
+from retina_fast.deploy.other_runtime import choose_network, compare_with
 from retina_fast.deploy.report import Report, difference
 from retina_fast.deploy.tuned import Chooser, choose_ways, timed_convs, user_cache_file
 from retina_fast.detections import Detections, Thresholds, detect
@@ -331,19 +331,19 @@ def compile_inference(
         folded = fold_batch_norm(own, outputs)
         fused = fuse_convs(own, outputs)
     own = own.to(dtype=torch.float32 if dtype == torch.int8 else dtype, memory_format=torch.channels_last)
-    network, elsewhere = None, None
+    network, other = None, None
     if dtype == torch.int8 or try_runtimes:
-        network, elsewhere = choose_network(own, images, dtype, float32_share)
+        network, other = choose_network(own, images, dtype, float32_share)
     graphs = _takes_graphs(device, max_shapes)
     file = Path(choices or user_cache_file()) if choices is not None or device.type == "cuda" else None
     settings = EngineSettings(next(own.parameters()).dtype, graphs, max_shapes, try_compile, file, network)
     report = Report(str(device), dtype, graphs, max_shapes, norms, folded, count_convs(own), fused)
-    report.elsewhere = elsewhere
+    report.runtime_choice = other
     engine = Engine(own, settings, report)
     if len(images):
         plain = copy.deepcopy(model).eval() if model.training else model
         with timed_convs():
             engine.report.difference = difference(plain, own, images, network or run_convs)
-            if dtype == torch.int8 and elsewhere:
-                elsewhere.kept = compare_with(plain, engine, images)
+            if dtype == torch.int8 and other:
+                other.kept = compare_with(plain, engine, images)
     return engine

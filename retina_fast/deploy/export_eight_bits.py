@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retina_fast.deploy.agreement import COMPARED, SEARCHED, Found, compare
 from retina_fast.deploy.export_onnx import OUTPUTS, onnx_session
-from retina_fast.deploy.kept import COMPARED, SEARCHED, Found, compare
 from retina_fast.deploy.quantize import Quantizer
 from retina_fast.detections import Detections
 
@@ -25,7 +25,7 @@ def eight_bits(proto: Any, images: Iterable[Tensor], float32_share: float = 0.0)
     Returns:
         The new ModelProto, and what is written into the metadata: a ``summary`` in words, how many images it is
         ``calibrated_with``, how many ``layers`` it has in eight bits, the names of the weights of the
-        ``float32_layers``, and the attributes of :class:`retina_fast.deploy.kept.Kept`.
+        ``float32_layers``, and the attributes of :class:`retina_fast.deploy.agreement.Kept`.
 
     Raises:
         UserError: for images that cannot serve, and for a model without a conv to be quantised.

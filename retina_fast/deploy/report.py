@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from retina_fast.deploy.kept import Kept
+from retina_fast.deploy.agreement import Kept
 from retina_fast.forward import DELTAS, LOGITS, Convs, run_convs, run_network
 from retina_fast.kernels.box_decode import decode
 from retina_fast.kernels.image_batch import image_batch
@@ -29,7 +29,7 @@ class Difference:
 
 
 @dataclass
-class Elsewhere:
+class RuntimeChoice:
     """Which runtime runs trunk and heads, chosen by timing."""
 
     runtime: str
@@ -80,7 +80,7 @@ class Report:
     fused: int
     """How many of the convs take what follows them, a sum or an activation, or have their weights packed."""
     difference: Difference | None = None
-    elsewhere: Elsewhere | None = None
+    runtime_choice: RuntimeChoice | None = None
     """Of an engine whose runtime was chosen by timing."""
     ways: dict[tuple[int, ...], Mapping[str, int]] = field(default_factory=dict)
     """Of each batch shape at which the ways of the convs were timed: how many calls of convs run in which way."""
@@ -97,7 +97,7 @@ class Report:
             f"convs fused with what follows them: {self.fused} of {self.convs}",
             f"{way}; at most {self.max_shapes} batch shapes kept ready",
         ]
-        lines += self.elsewhere.lines() if self.elsewhere else []
+        lines += self.runtime_choice.lines() if self.runtime_choice else []
         lines += [
             f"fastest ways of the convs at {'x'.join(map(str, shape))}: "
             + ", ".join(f"{count} {way}" for way, count in sorted(counts.items()))

@@ -9,8 +9,8 @@ import torch
 from torchvision.io import write_png
 
 from retina_fast.data.errors import UserError
+from retina_fast.deploy.agreement import compare
 from retina_fast.deploy.calibration import MOST_FILES, calibration_images
-from retina_fast.deploy.kept import compare
 from tests.deploy.pictures import images as pictures
 
 

@@ -11,8 +11,8 @@ from torchvision.io import ImageReadMode, decode_image, write_png
 import retina_fast
 from retina_fast import load_exported
 from retina_fast.data.errors import UserError
+from retina_fast.deploy.agreement import compare
 from retina_fast.deploy.export_onnx import KEY, OUTPUTS, QUANTIZED_OPSET, onnx_session
-from retina_fast.deploy.kept import compare
 from retina_fast.detections import Detections
 from retina_fast.predict.load import TREES, load_model
 from tests.deploy.test_export import PHOTO, SIZE, invoke, small, spread

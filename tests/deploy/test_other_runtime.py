@@ -19,10 +19,10 @@ from retina_fast import (
 )
 from retina_fast.backbones.timm import timm_fpn
 from retina_fast.data.errors import UserError
-from retina_fast.deploy import elsewhere, network
+from retina_fast.deploy import onnx_network, other_runtime
+from retina_fast.deploy.agreement import compare
 from retina_fast.deploy.fold import conv_outputs, fold_batch_norm
-from retina_fast.deploy.kept import compare
-from retina_fast.deploy.network import Network, trace
+from retina_fast.deploy.onnx_network import Network, trace
 from retina_fast.deploy.quantize import Quantizer
 from retina_fast.forward import run_convs
 from retina_fast.predict.load import TREES, load_model
@@ -64,9 +64,11 @@ def stand_in(monkeypatch, model):
         traced.append(multiple)
         return Proto()
 
-    monkeypatch.setattr(elsewhere, "trace", trace)
-    monkeypatch.setattr(elsewhere, "fastest", lambda runs: network.fastest({k: runs[k] for k in ("StandIn", "Other")}))
-    for module in (elsewhere, network):
+    monkeypatch.setattr(other_runtime, "trace", trace)
+    monkeypatch.setattr(
+        other_runtime, "fastest", lambda runs: onnx_network.fastest({k: runs[k] for k in ("StandIn", "Other")})
+    )
+    for module in (other_runtime, onnx_network):
         monkeypatch.setattr(module, "RUNTIMES", {"StandIn": runs, "Other": fails})
     return traced
 
@@ -97,7 +99,7 @@ def test_what_cannot_be_compiled(model, stand_in, monkeypatch):
         compile_inference(model, dtype=torch.int8)
     with pytest.raises(UserError, match=r"other runtimes compute in float32 or int8, got torch.bfloat16"):
         compile_inference(model, given, dtype=torch.bfloat16, try_runtimes=True)
-    monkeypatch.setattr(elsewhere, "fastest", lambda runs: ({}, {"Other": "it is not there"}))
+    monkeypatch.setattr(other_runtime, "fastest", lambda runs: ({}, {"Other": "it is not there"}))
     with pytest.raises(UserError, match="no runtime runs the graph: Other: it is not there"):
         compile_inference(model, given, dtype=torch.float32, try_runtimes=True)
 
@@ -109,11 +111,13 @@ def test_the_embedded_detector_in_eight_bits():
     images = list(crops([decode_image(str(PHOTO), ImageReadMode.RGB)], 8, 96, 128))
     engine = compile_inference(model, images, dtype=torch.int8)
     report = engine.report
-    assert report.elsewhere
+    assert report.runtime_choice
     assert report.difference
-    assert report.elsewhere.layers > 20
-    assert f"{report.elsewhere.layers} layers in eight bits, 0 left in float32, calibrated with 9 images" in str(engine)
-    assert str(report.elsewhere.kept) in str(engine)
+    assert report.runtime_choice.layers > 20
+    assert f"{report.runtime_choice.layers} layers in eight bits, 0 left in float32, calibrated with 9 images" in str(
+        engine
+    )
+    assert str(report.runtime_choice.kept) in str(engine)
     assert 1e-4 < report.difference.scores < 0.3
     other_size = decode_image(str(PHOTO), ImageReadMode.RGB)[:, :200, :150]
     batch = [images[0], other_size, images[3]]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from retina_fast.data.errors import UserError
+from retina_fast.deploy.agreement import COMPARED, SEARCHED, Found, Kept, compare
 from retina_fast.deploy.calibration import calibration_images
 from retina_fast.deploy.fold import even_out_groups
-from retina_fast.deploy.kept import COMPARED, SEARCHED, Found, Kept, compare
-from retina_fast.deploy.network import RUNTIMES, Network, fastest, trace
+from retina_fast.deploy.onnx_network import RUNTIMES, Network, fastest, trace
 from retina_fast.deploy.quantize import Quantizer
-from retina_fast.deploy.report import Elsewhere, pixels_of
+from retina_fast.deploy.report import RuntimeChoice, pixels_of
 from retina_fast.forward import run_convs
 from retina_fast.model import RetinaNet
 
@@ -25,7 +25,7 @@ PYTORCH = "PyTorch"
 
 def choose_network(
     model: RetinaNet, images: Sequence[Tensor], dtype: torch.dtype, float32_share: float = 0.0
-) -> tuple[Network | None, Elsewhere]:
+) -> tuple[Network | None, RuntimeChoice]:
     """What runs trunk and heads the fastest, and what was measured; None is PyTorch.
 
     Args:
@@ -75,7 +75,7 @@ def choose_network(
     if not seconds:
         raise UserError(f"no runtime runs the graph: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
     best = min(seconds, key=lambda name: seconds[name])
-    return networks.get(best), Elsewhere(best, tuple(pixels.shape[2:]), seconds, failed, layers, left, len(images))
+    return networks.get(best), RuntimeChoice(best, tuple(pixels.shape[2:]), seconds, failed, layers, left, len(images))
 
 
 def compare_with(model: RetinaNet, engine: Callable[..., Any], images: Sequence[Tensor]) -> Kept:
