@@ -116,7 +116,7 @@ def _empty(boxes: Tensor, max_detections: int) -> Merged:
     )
 
 
-_COLUMNS, _LANES = 128, 32  # boxes that a program assigns, and groups that one unites
+_COLUMNS, _LANES = 64, 32  # boxes that a program assigns, and groups that one unites
 
 
 @triton.jit(do_not_specialize=["width", "most"])

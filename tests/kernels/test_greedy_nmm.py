@@ -11,6 +11,7 @@ import torch
 from retina_fast import ops
 from retina_fast.kernels import greedy_nmm as module
 from retina_fast.kernels import greedy_nmm_cpu as cpu_module
+from retina_fast.kernels import nms_blocks, nms_deal
 from retina_fast.kernels.greedy_nmm import METRICS, Merged, greedy_nmm, greedy_nmm_reference
 from tests.ptx.cases import OTHER_ORDERS, check, names
 
@@ -27,6 +28,15 @@ LARGE = [[0, 0, 900, 900], *[[31 * k, 17 * k, 31 * k + 9, 17 * k + 9] for k in r
 SEAM = [[0, 0, 20, 10], [15, 0, 40, 10], [15, 0, 20, 10], [0, 0, 40, 10], [16, 1, 19, 9]]
 ADVERSARIAL = [COPIES, NESTED, CHAIN, HALVES, STRIPES, GROWING, FLAT, LARGE, SEAM, SEAM[::-1]]
 """Sets of boxes on whole pixels: equal ones, nested ones, overlaps of exactly 0.5, boxes without an area."""
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Few and small ones, which the interpreter runs one after another."""
+    blocks = {"_BLOCK": 64, "_COLUMNS": 32, "_ROWS": 16, "_SHARES": 2, "_STRIPS": 2}
+    for name, value in {**blocks, "_STRIPS_OF_CLASSES": 1, "_MARKING": 4, "_WRITING": 2, "_GROUPS": 2}.items():
+        monkeypatch.setattr(nms_blocks, name, value)
+    monkeypatch.setattr(nms_deal, "_TILE", 64)
 
 
 def by_kernels(*arguments):
