@@ -9,7 +9,7 @@ from tests.ptx.memory import POISON, Buffer
 from tests.ptx.races import Clashes, Shadow
 from tests.ptx.traffic import Traffic
 from tests.ptx.warps import REDUCTIONS
-from tests.ptx.writer import SHARED_BASE
+from tests.ptx.writer import LOCAL_BASE, SHARED_BASE
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
@@ -274,3 +274,30 @@ class SharedMemory(Access):
         after = [view[row + q] for q in range(4)]
         self.check_write(target, 16, site, before, own, after)
         self._counted(addresses[target.lanes], target.lanes, 16, site)
+
+
+class LocalMemory(Access):
+    """A thread's own memory, which no other thread sees. The threads' memories lie one after the other."""
+
+    def __init__(self, machine: "Machine") -> None:
+        super().__init__(machine)
+        self.size = machine.program.local_bytes
+        self.span = -(-self.size // 16) * 16
+        self.data = machine.random.integers(0, 256, machine.count * self.span, np.uint8)
+
+    def targets(self, addresses: Array, lanes: Array, width: int, site: int) -> Iterator[_Target]:
+        offsets = addresses.astype(np.int64) - LOCAL_BASE
+        self.check_bounds("local memory", offsets, self.size, lanes, width, site)
+        yield _Target("local memory", self.data, 1, lanes, lanes * self.span + offsets)
+
+    def shadow(self, target: _Target) -> Shadow | None:
+        return None
+
+    def check_write(self, target: _Target, width: int, site: int, before: list[Array], own: list[Array],
+                    after: list[Array]) -> None:  # fmt: skip
+        """Nobody else accesses it."""
+
+    def count(self, traffic: Traffic, addresses: Array, lanes: Array, width: int) -> None:
+        """The same place of the 32 threads of a warp lies next to each other."""
+        places = (addresses.astype(np.uint64) - np.uint64(LOCAL_BASE)) * np.uint64(32)
+        traffic.add_global(places + (lanes & 31).astype(np.uint64) * np.uint64(width), lanes, width)

@@ -51,12 +51,17 @@ def _replacements(modules: tuple[str, ...]) -> Iterator[tuple[Any, str, Any]]:
                 yield module, name, _SWITCHES[name]
 
 
+def _own_environment() -> Any:
+    """Within, Triton does not write its settings into the environment, where they would outlast the context."""
+    return mock.patch.object(triton.knobs, "propagate_env", False)
+
+
 @contextlib.contextmanager
 def compilable(modules: tuple[str, ...]) -> Iterator[None]:
     """Within, the kernels of these modules, given by the beginnings of their names, are compiled."""
     _restore_language()
     replaced = []
-    with mock.patch.object(triton.knobs.runtime, "interpret", False):
+    with _own_environment(), mock.patch.object(triton.knobs.runtime, "interpret", False):
         try:
             for owner, name, value in _replacements(modules):
                 replaced.append((owner, name, vars(owner)[name]))
@@ -80,6 +85,7 @@ def up_to_ptx() -> Iterator[None]:
     """Within, a compiled kernel's binary is its PTX. Such binaries are cached in a folder of their own."""
     folder = str(Path(triton.knobs.cache.dir) / "ptx")
     with (
+        _own_environment(),
         mock.patch.object(triton.knobs.runtime, "add_stages_inspection_hook", _stages_hook),
         mock.patch.object(triton.knobs.cache, "dir", folder),
     ):

@@ -39,14 +39,41 @@ def _add(w: Writer, i: Instruction) -> None:
 def _binary(w: Writer, i: Instruction, symbol: str) -> None:
     kind = last_type(i)
     if kind not in _FLOATS:
-        if i.parts[-1].endswith("x2") or kind == "b1" or "sat" in i.parts:
+        if i.parts[-1] in ("s16x2", "u16x2") and symbol != "*":
+            w.simple(i, "u4", f"{i.name}_halves({{}}, {{}})")
+            return
+        if i.parts[-1].endswith("x2"):
+            _binary_in_half(w, i, symbol)
+            return
+        if kind == "b1" or "sat" in i.parts:
             raise Unsupported(i.text)
         w.simple(i, f"u{WIDTH[kind]}", f"({{}} {symbol} {{}})")
         return
-    if kind in ("bf", "h2") or _OTHER_ROUNDINGS & {*i.parts}:
+    if _OTHER_ROUNDINGS & {*i.parts}:
         raise Unsupported(i.text)
+    if kind in ("bf", "h2"):
+        _binary_in_half(w, i, symbol)
+        return
     template = f"flush(flush({{}}) {symbol} flush({{}}))" if "ftz" in i.parts else f"({{}} {symbol} {{}})"
     w.simple(i, kind, f"saturate({template})" if "sat" in i.parts else template)
+
+
+def _binary_in_half(w: Writer, i: Instruction, symbol: str) -> None:
+    """16-bit floats, or pairs of them. float32 has more than twice their digits, so its own rounding does not show, but
+    for the smallest products of bfloat16."""
+    (to, *sources), name = i.operands, i.parts[-1].removesuffix("x2")
+    if {"sat", "ftz"} & {*i.parts} or name not in ("f16", "bf16") or (symbol, name) == ("*", "bf16"):
+        raise Unsupported(i.text)
+    if name == i.parts[-1]:
+        a, b = (w.value(source, last_type(i)) for source in sources)
+        w.put(to, f"f32_to_{name}({a} {symbol} {b})", "u2")
+        return
+    low, high = (
+        f" {symbol} ".join(f"half({w.value(source, 'u4')}, {shift}, {name == 'bf16'})" for source in sources)
+        for shift in (0, 16)
+    )
+    upper = f"(f32_to_{name}({high}).astype(U4) << {w.constant(16, 'u4')})"
+    w.put(to, f"{upper} | f32_to_{name}({low}).astype(U4)", "u4")
 
 
 def _widened(w: Writer, operand: str, kind: str) -> str:

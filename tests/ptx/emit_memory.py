@@ -4,17 +4,20 @@ import re
 
 from tests.ptx.emit_arithmetic import emits, last_type
 from tests.ptx.program import WIDTH, Instruction, Unsupported, split_operands
-from tests.ptx.writer import NUMPY, SHARED_BASE, Writer
+from tests.ptx.writer import NUMPY, Writer
 
 _ATOMICS = ("add", "min", "max", "and", "or", "xor", "exch", "cas")
 
 
-def _space(i: Instruction) -> str:
+def space_of(i: Instruction) -> str:
+    """The memory that an instruction accesses."""
     for part in i.parts:
         if part.startswith("shared"):
             return "shared"
-        if part in ("global", "param"):
+        if part in ("global", "param", "local"):
             return part
+    if i.name in ("ld", "st"):  # by a generic address, which the compiler takes for a thread's own memory alone
+        return "local"
     raise Unsupported(i.text)
 
 
@@ -26,11 +29,14 @@ def _base_and_offset(operand: str) -> tuple[str, int]:
 
 
 def _address(w: Writer, operand: str, space: str) -> str:
-    """An array of addresses, of 64 bits in global memory and of 32 in shared."""
-    kind = "u8" if space == "global" else "u4"
+    """An array of addresses, of 64 bits in global memory, of 32 in shared, and of either in local memory."""
     base, offset = _base_and_offset(operand)
-    if base not in w.program.registers:
-        return f"X.full({w.constant(SHARED_BASE + offset, kind)})"
+    unknown = base not in w.program.registers and base not in w.symbols
+    if unknown or (space == "local" and not w.program.local_bytes):
+        raise Unsupported(f"address {operand!r}")
+    if base in w.symbols:
+        return f"X.full({w.constant(w.symbols[base] + offset, 'u8' if space == 'global' else 'u4')})"
+    kind = {"global": "u8", "shared": "u4", "local": w.program.registers[base][1]}[space]
     if kind == "u8" and w.program.registers[base][1] == "u4":
         raise Unsupported(f"32-bit global address {operand}")
     expression = w.value(base, kind)
@@ -43,7 +49,7 @@ def _listed(operand: str) -> list[str]:
 
 @emits("ld")
 def _load(w: Writer, i: Instruction) -> None:
-    space, kind = _space(i), last_type(i)
+    space, kind = space_of(i), last_type(i)
     width, names = WIDTH[kind], _listed(i.operands[0])
     if space == "param":
         base, offset = _base_and_offset(i.operands[1])
@@ -65,14 +71,14 @@ def _load(w: Writer, i: Instruction) -> None:
 
 @emits("st")
 def _store(w: Writer, i: Instruction) -> None:
-    space, width = _space(i), WIDTH[last_type(i)]
+    space, width = space_of(i), WIDTH[last_type(i)]
     values = ", ".join(w.array(name, f"u{width}") for name in _listed(i.operands[1]))
     address = _address(w, i.operands[0], space)
     w.lines.append(f"X.{space}_memory.store({address}, [{values}], {w.mask}, {w.site(i)}, {width})")
 
 
 def _atomic(w: Writer, i: Instruction, to: str, operand: str, sources: list[str]) -> None:
-    space, kind = _space(i), last_type(i)
+    space, kind = space_of(i), last_type(i)
     name = next((part for part in i.parts[1:] if part in _ATOMICS), None)
     if name is None or kind in ("bf", "h2") or i.parts[-1].endswith("x2"):
         raise Unsupported(i.text)
@@ -146,6 +152,13 @@ def _vote(w: Writer, i: Instruction) -> None:
     _check_members(w, i, members)
     value = f"~{w.value(source[1:], 'b1')}" if source[0] == "!" else w.value(source, "b1")
     w.put(to, f"X.warps.vote({value}, '{i.parts[2]}')", "u4" if i.parts[2] == "ballot" else "b1")
+
+
+@emits("cvta")
+def _generic_address(w: Writer, i: Instruction) -> None:
+    """Memories do not share addresses here, so that an address is its own generic one."""
+    kind = last_type(i)
+    w.put(i.operands[0], w.array(i.operands[1], kind), kind)
 
 
 @emits("bar", "barrier", "fence", "membar")

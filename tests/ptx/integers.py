@@ -9,6 +9,8 @@ I1, I2, I4, I8 = np.int8, np.int16, np.int32, np.int64
 
 Array = Any  # a numpy array of one entry a thread, or a numpy scalar where all threads hold the same
 
+_LOW, _HIGH = np.uint32(0xFFFF), np.uint32(0xFFFF0000)
+
 
 def _bits(x: Array) -> int:
     return 8 * x.dtype.itemsize
@@ -132,3 +134,13 @@ def brev(x: Array) -> Array:
     for n in range(bits):
         result = result | (((x >> x.dtype.type(n)) & one) << x.dtype.type(bits - 1 - n))
     return result
+
+
+def add_halves(a: Array, b: Array) -> Array:
+    """Two sums of 16 bits."""
+    return ((a + b) & _LOW) | ((a & _HIGH) + (b & _HIGH))
+
+
+def sub_halves(a: Array, b: Array) -> Array:
+    """Two differences of 16 bits."""
+    return ((a - b) & _LOW) | ((a & _HIGH) - (b & _HIGH))

@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from tests.ptx.accesses import GlobalMemory, SharedMemory
+from tests.ptx.accesses import GlobalMemory, LocalMemory, SharedMemory
 from tests.ptx.code import Code
+from tests.ptx.emit_memory import space_of
 from tests.ptx.memory import Fault, Memory
 from tests.ptx.program import Block
 from tests.ptx.traffic import Result, Traffic
@@ -60,6 +61,8 @@ class Machine:
         self.result = Result(self.program.name, int(np.prod(grid)), self.program.threads)
         self.global_memory, self.warps = GlobalMemory(self), Warps(self)
         self._grid, self._shared = grid, shared
+        barriers = [block.number for block in self.program.blocks if block.barrier]
+        self._barrier_numbers = {block: number for number, block in enumerate(barriers)}
         self._traffic: dict[int, Traffic] = {}
         for param, (name, size) in zip(params, self.program.params, strict=True):
             if param.nbytes != size:
@@ -79,8 +82,7 @@ class Machine:
                 self._run_group()
         for number, traffic in self._traffic.items():
             i = self.code.sites[number]
-            space = "shared" if "shared" in i.opcode or "matrix" in i.name else "global"
-            self.result.traffic[f"{space} {i.name} {i.source} {i.text}"] = traffic
+            self.result.traffic[f"{space_of(i)} {i.name} {i.source} {i.text}"] = traffic
         return self.result
 
     def _start(self, ctas: np.ndarray) -> None:
@@ -100,6 +102,7 @@ class Machine:
         self._barriers_passed = np.zeros(number, np.int32)
         self.epoch = np.zeros(self.count, np.int32)
         self.shared_memory = SharedMemory(self, number, self._shared)
+        self.local_memory = LocalMemory(self)
         garbage = {1: 0xEF, 2: 0xBEEF, 4: 0xDEADBEEF, 8: 0xDEADBEEFDEADBEEF}
         self._registers: list[Array] = [None] * len(self.program.registers)
         for index, kind in self.program.registers.values():
@@ -189,6 +192,7 @@ class Machine:
             self._barriers_passed += complete
             self.epoch = np.repeat(self._barriers_passed, threads)
             self.result.barriers += int(complete.sum())
+            self.result.passed.add(self._barrier_numbers[number])
             mask = np.repeat(complete, threads) & self._waiting[number]
             if self.options.count:
                 self._count_block(self.program.blocks[number], mask)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 TYPES = {
     "s8": "i1", "u8": "u1", "b8": "u1", "s16": "i2", "u16": "u2", "b16": "u2", "s32": "i4", "u32": "u4", "b32": "u4",
     "s64": "i8", "u64": "u8", "b64": "u8", "f16": "h2", "bf16": "bf", "f32": "f4", "f64": "f8", "pred": "b1",
-    "f16x2": "u4", "bf16x2": "u4",
+    "f16x2": "u4", "bf16x2": "u4", "s16x2": "u4", "u16x2": "u4",
 }  # fmt: skip
 """PTX's types by the emulator's names: numpy's, and h2 for float16, bf for bfloat16, b1 for a predicate."""
 
@@ -72,6 +72,7 @@ class Program:
             bits, which each instruction reads as its own type.
         shared_granule: bytes of the smallest access to shared memory, at most 4.
         tables: the targets of each indexed jump.
+        local_name, local_bytes: of a thread's own memory, where the compiler has put arrays or spilled registers.
     """
 
     name: str
@@ -81,6 +82,8 @@ class Program:
     registers: dict[str, tuple[int, str]]
     shared_granule: int
     tables: dict[str, list[int]]
+    local_name: str = ""
+    local_bytes: int = 0
 
     @property
     def opcodes(self) -> Counter[str]:
@@ -107,7 +110,7 @@ def _statements(body: str) -> Iterator[tuple[str, str]]:
     for line in body.splitlines():
         code, _, comment = line.partition("//")
         code = code.strip()
-        if code.startswith(".loc"):
+        if re.match(r"\.loc\s", code):
             found = re.findall(r"([\w./]+\.py:\d+)", comment)
             source = found[-1] if found else source
             continue
@@ -157,7 +160,7 @@ def _blocks(items: list[Instruction | str], targets: set[str]) -> tuple[list[Blo
 
 def names_in(text: str) -> list[str]:
     """What may be names of registers; inline PTX declares some without a percent sign."""
-    return re.findall(r"%[a-z]+\d+|(?<![\w%.$])[a-z]\w*(?![\w.])", text)
+    return re.findall(r"%[A-Za-z]+\d*|(?<![\w%.$])[a-z]\w*(?![\w.])", text)
 
 
 def _registers(instructions: list[Instruction], declared: dict[str, str]) -> dict[str, tuple[int, str]]:
@@ -185,12 +188,15 @@ def parse(text: str) -> Program:
     items: list[Instruction | str] = []
     declared: dict[str, str] = {}
     named_targets: dict[str, list[str]] = {}
+    local = "", 0
     for statement, source in _statements(body[: body.index("\n}")]):
         if statement.endswith(":"):
             items.append(statement[:-1])
         elif statement.startswith(".reg"):
             _, kind, names = re.split(r"\s+\.?", statement, maxsplit=2)
             declared |= {name.strip().split("<")[0]: TYPES[kind] for name in names.split(",")}
+        elif depot := re.match(r"\.local\s.*\.b8\s+(\w+)\[(\d+)\]", statement):
+            local = depot[1], int(depot[2])
         elif statement.startswith(".branchtargets"):
             named_targets[str(items.pop())] = [name.strip() for name in statement.split(None, 1)[1].split(",")]
         elif statement and not statement.startswith("."):
@@ -211,4 +217,6 @@ def parse(text: str) -> Program:
         registers=_registers(instructions, declared),
         shared_granule=min([4, *(WIDTH[TYPES[i.parts[-1]]] for i in shared)]),
         tables={key: [labels[name] for name in names] for key, names in named_targets.items()},
+        local_name=local[0],
+        local_bytes=local[1],
     )

@@ -179,6 +179,24 @@ def test_conversion_to_16_bits(to, precision):
     assert (truncated[finite] != as_float[finite]).any()
 
 
+@pytest.mark.parametrize("opcode", ["add.bf16", "sub.f16", "mul.f16"])
+def test_sums_and_products_of_16_bits_are_rounded_once(opcode):
+    name, to = opcode.split(".")
+    words = [RANDOM.integers(0, 1 << 16, 3000).astype(np.uint16) for _ in range(2)]
+    a, b = (floats.bf16_to_f32(x) if to == "bf16" else x.view(np.float16).astype(F4) for x in words)
+    operation = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name]
+    with np.errstate(all="ignore"):
+        exact = operation(a.astype(np.float64), b.astype(np.float64))  # which 53 digits hold, or nearly
+        expected = execute(f"cvt.rn.{to}.f32", f"{to} f32", exact.astype(F4))
+    ours = execute(opcode, f"{to} {to} {to}", *words).view(np.uint16)
+    numbers = ~np.isnan(exact)
+    assert np.array_equal(ours[numbers], expected.view(np.uint16)[numbers])
+    pairs = [x.astype(U4) << U4(16) | x[::-1].astype(U4) for x in words]
+    assert np.array_equal(
+        execute(f"{opcode}x2", "b32 b32 b32", *pairs), ours.astype(U4) << U4(16) | ours[::-1].astype(U4)
+    )
+
+
 def test_a_pair_of_16_bits_has_its_first_operand_above():
     a, b = f32([1.5, -2.0]), f32([3.0, math.nan])
     pair = execute("cvt.rn.bf16x2.f32", "b32 f32 f32", a, b)
@@ -264,6 +282,15 @@ def test_wide_products():
     assert ours == [x * y + z for x, y, z in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)]
 
 
+def test_pairs_of_integers():
+    a, b = integers("u4")
+    for name, operation in (("add.s16x2", int.__add__), ("sub.u16x2", int.__sub__)):
+        halves = [
+            [operation(x >> s, y >> s) & 0xFFFF for s in (0, 16)] for x, y in zip(a.tolist(), b.tolist(), strict=True)
+        ]
+        assert execute(name, "b32 b32 b32", a, b).tolist() == [low | high << 16 for low, high in halves]
+
+
 @pytest.mark.parametrize("kind", ["i4", "u4", "u8"])
 def test_shifts_by_more_than_the_width(kind):
     width = 8 * int(kind[1])
@@ -304,7 +331,7 @@ def test_signed_bit_fields():
     ("opcode", "kinds"),
     [
         ("add.rz.f32", "f32 f32 f32"), ("fma.rz.f32", "f32 f32 f32 f32"), ("div.rp.f32", "f32 f32 f32"),
-        ("add.bf16x2", "b32 b32 b32"), ("tanh.approx.f32", "f32 f32"), ("cvt.rm.f32.f64", "f32 f64"),
+        ("mul.bf16x2", "b32 b32 b32"), ("tanh.approx.f32", "f32 f32"), ("cvt.rm.f32.f64", "f32 f64"),
     ],
 )  # fmt: skip
 def test_what_is_not_modelled_raises(opcode, kinds):

@@ -68,6 +68,7 @@ class Result:
         warp_instructions: instructions that the warps ran.
         thread_instructions: instructions that the threads ran; fewer than 32 a warp where threads diverge.
         barriers: how often a program passed one.
+        passed: which of the kernel's barriers were passed, counted from 0 as they stand in the text.
         opcodes: how often the warps ran each opcode.
         traffic: by instruction, named "global ld file:line text".
         notes: what is no fault and yet worth knowing, with its number.
@@ -79,6 +80,7 @@ class Result:
     warp_instructions: int = 0
     thread_instructions: int = 0
     barriers: int = 0
+    passed: set[int] = field(default_factory=set)
     opcodes: Counter[str] = field(default_factory=Counter)
     traffic: dict[str, Traffic] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)

@@ -17,6 +17,9 @@ SHARED_BASE = 1024
 PARAM_BASE = 0x10000
 """Where the parameters begin in their own address space, whose addresses have 32 or 64 bits; each takes 8 bytes."""
 
+LOCAL_BASE = 0x40000000
+"""Where a thread's own memory begins in its own address space."""
+
 NUMPY = {"h2": "f2", "bf": "u2", "b1": "?"}
 """numpy's types, where the emulator's have other names."""
 
@@ -44,6 +47,7 @@ class Writer:
         self.constants, self.sites, self.read = constants, sites, read
         self.lines: list[str] = []
         self.mask = "M" if masked else None
+        self.symbols = {"global_smem": SHARED_BASE, program.local_name: LOCAL_BASE}
         self._loaded: list[str] = []
         self._written: list[str] = []
         self._temporaries = 0
@@ -71,8 +75,8 @@ class Writer:
             return self._register_as(operand, kind)
         if operand in _SPECIAL:
             return _SPECIAL[operand]
-        if operand == "global_smem":
-            return self.constant(SHARED_BASE, kind)
+        if operand in self.symbols:
+            return self.constant(self.symbols[operand], kind)
         names = [name for name, _ in self.program.params]
         if operand in names:
             return self.constant(PARAM_BASE + 8 * names.index(operand), kind)
