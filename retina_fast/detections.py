@@ -38,8 +38,8 @@ class Detections(NamedTuple):
         device = detections[0]["boxes"].device
         width = max(width, *(len(image["boxes"]) for image in detections))
         padded = cls(
-            torch.zeros((len(detections), width, 4), device=device),
-            torch.zeros((len(detections), width), device=device),
+            torch.zeros((len(detections), width, 4), dtype=torch.float32, device=device),
+            torch.zeros((len(detections), width), dtype=torch.float32, device=device),
             torch.full((len(detections), width), -1, device=device),
             torch.tensor([len(image["boxes"]) for image in detections], device=device),
         )

@@ -7,6 +7,7 @@ The classification loss is torchvision's focal loss, or one whose targets are th
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection._utils import Matcher
@@ -160,7 +161,8 @@ def detection_losses(
     """
     anchors = outputs.anchors.float()
     matches = _match(outputs, anchors, truths, matcher)
-    normalizers = matches.num_foreground.clamp(min=1) * float(len(truths.counts))  # (B,) float32
+    batch = torch.tensor(len(truths.counts), dtype=torch.float32)  # on the host: a number, but not of the default dtype
+    normalizers = matches.num_foreground.clamp(min=1) * batch  # (B,) float32
     logits, deltas, labels, k = outputs.levels[LOGITS], outputs.levels[DELTAS], matches.labels, outputs.num_classes
     geometry = anchors, matches.indices, truths.boxes, truths.offsets
     if classification_loss == "focal":

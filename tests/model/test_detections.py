@@ -9,7 +9,7 @@ import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retina_fast import RetinaNet, retinanet_resnet18_fpn
-from retina_fast.detections import Thresholds, detect
+from retina_fast.detections import Detections, Thresholds, detect
 from retina_fast.forward import HeadOutputs
 from retina_fast.kernels import candidate_search, key_sort, nms_walk, postprocess
 from tests.instruments import agreement, kernel_calls
@@ -143,3 +143,13 @@ def test_the_whole_model_never_waits_for_the_gpu(monkeypatch):
     launches = launches_of(lambda prepared: prepared[0].detect(prepared[1]), prepare)
     names = {launch.kernel.__name__ for launch in launches}
     assert {"_list_kernel", "_place_kernel", "_suppress_kernel", "_write_kept_kernel"} <= names
+
+
+def test_a_default_dtype_of_bfloat16_rounds_no_detection():
+    found = {"boxes": torch.tensor([[1.0, 2, 257, 303]]), "scores": torch.tensor([0.123]), "labels": torch.tensor([3])}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        (again,) = Detections.from_list([found], width=2).to_list()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(again[field], found[field]) for field in found)

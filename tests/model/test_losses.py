@@ -194,6 +194,32 @@ def bodies_in_sight():
         yield launches, ops.names
 
 
+def test_a_default_dtype_of_bfloat16_rounds_no_normalizer():
+    """An integer tensor times a Python number has the default dtype, in which 303 would be 304."""
+    outputs, targets, anchors = case((1, 1, 1))
+    seen = []
+
+    def matching(*arguments):
+        found = anchor_matching.anchor_matching(*arguments)
+        return found._replace(num_foreground=torch.tensor([101, 0, 3], dtype=torch.int32))
+
+    def loss(levels, labels, normalizers, num_classes, gamma):
+        seen.append(normalizers)
+        return focal_loss.focal_loss(levels, labels, normalizers, num_classes, gamma=gamma)
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with (
+            mock.patch("retina_fast.losses.anchor_matching", matching),
+            mock.patch("retina_fast.losses.focal_loss", loss),
+        ):
+            models("l1")[1].compute_loss(targets, outputs, anchors)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seen[0].dtype == torch.float32
+    assert seen[0].tolist() == [303, 3, 9]
+
+
 @pytest.mark.parametrize("batch", [1, 4, 16])
 def test_launches_of_the_loss_path_do_not_grow_with_the_batch(batch):
     outputs, targets, anchors = case((3,) * batch)
