@@ -71,10 +71,12 @@ def steps_of(work: Iterable[Launch | TorchOp], rows: dict[tuple[str, ...], Row],
 
 
 def _row(launch: Launch, rows: dict[tuple[str, ...], Row]) -> Row:
-    """Returns the code of the launch's own variant, or, if no case has it, of the same kernel and constants."""
+    """Returns the code of the launch's own variant, or, if no case has it, of the same kernel and constants, or of the
+    same kernel."""
     own = launch.variant
-    alike = [row for variant, row in rows.items() if (variant[0], variant[-1]) == (own[0], own[-1])]
-    return rows.get(own) or alike[0]
+    of_kernel = {variant: row for variant, row in rows.items() if variant[0] == own[0]}
+    alike = [row for variant, row in of_kernel.items() if variant[-1] == own[-1]]
+    return rows.get(own) or [*alike, *of_kernel.values()][0]
 
 
 def _summary(steps: list[Step]) -> Prediction:

@@ -262,9 +262,16 @@ def _take_kept(launch: Launch, row: Row, scene: Scene) -> Work:
     return Work(150 * positions.numel(), math.prod(launch.grid) * row.path, 0, ALONE * row.path + 2 * DRAM)
 
 
+def _conv_epilogue(launch: Launch, row: Row, scene: Scene) -> Work:
+    """Every tensor is read once, and the first is written as well."""
+    work = _streamed(launch, row, scene)
+    return replace(work, bytes=work.bytes + launch.args[0].nbytes)
+
+
 WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_focal_loss_kernel": _focal_loss,
     "_image_batch_kernel": _streamed,
+    "_conv_epilogue_kernel": _conv_epilogue,
     "_score_keys_kernel": _streamed,
     "_scale_kernel": _scale,
     "_anchor_matching_kernel": _anchor_matching,

@@ -181,12 +181,13 @@ def _take_kept() -> None:
     take_kept.take_kept(boxes, scores, labels, positions, counts, sizes, sizes)
 
 
-def _conv_epilogue() -> None:
+def _conv_epilogue(channels: int, activation: str, with_z: bool) -> None:
+    layout = torch.channels_last
     y, z = (
-        torch.empty(8, 256, 100, 100, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
-        for _ in range(2)
+        torch.empty(8, channels, 100, 100, dtype=torch.bfloat16, device="cuda", memory_format=layout) for _ in range(2)
     )
-    conv_epilogue.conv_epilogue_(y, torch.empty(256, dtype=torch.bfloat16, device="cuda"), z, "relu")
+    bias = torch.empty(channels, dtype=torch.bfloat16, device="cuda")
+    conv_epilogue.conv_epilogue_(y, bias, z if with_z else None, activation)
 
 
 def detect(dtype: torch.dtype, batch: int = 8) -> detections.Detections:
@@ -292,5 +293,7 @@ KERNEL_CALLS = {
     "greedy_nmm IOU": KernelCall(lambda: _greedy_nmm("IOU")),
     "greedy_nmm IOS": KernelCall(lambda: _greedy_nmm("IOS")),
     "take_kept": KernelCall(_take_kept),
-    "conv_epilogue": KernelCall(_conv_epilogue),
+    "conv_epilogue bf16 sum": KernelCall(lambda: _conv_epilogue(256, "relu", True), ("BLOCK",), 6),
+    "conv_epilogue bf16": KernelCall(lambda: _conv_epilogue(256, "relu", False), ("BLOCK",), 4),
+    "conv_epilogue bf16 C=819": KernelCall(lambda: _conv_epilogue(819, "none", False), ("BLOCK",), 4),
 }

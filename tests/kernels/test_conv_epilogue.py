@@ -3,39 +3,104 @@
 import pytest
 import torch
 
-from retina_fast.kernels.conv_epilogue import _conv_epilogue_triton, conv_epilogue_, conv_epilogue_reference
+from retina_fast.kernels import conv_epilogue as module
+from retina_fast.kernels.conv_epilogue import ACTIVATIONS, conv_epilogue_, conv_epilogue_reference
+from tests.ptx.cases import OTHER_ORDERS, check, names
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "swish"])
+def case(channels=12, dtype=torch.float32, device="cpu", with_bias=True, with_z=True):
+    """y and z (2, C, 5, 7) in channels_last memory, and a bias."""
+    generator = torch.Generator().manual_seed(channels)
+    y, z = (2 * torch.randn(2, channels, 5, 7, generator=generator) for _ in range(2))
+    y[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    y, z = (x.to(device, dtype).contiguous(memory_format=torch.channels_last) for x in (y, z))
+    bias = torch.randn(channels, generator=generator).to(device, dtype)
+    return y, bias if with_bias else None, z if with_z else None
+
+
+# Matches the reference
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("channels", "with_bias", "with_z"), [(64, True, True), (36, True, False), (819, False, True)])
 def test_the_kernel_gives_its_definition(channels, with_bias, with_z, dtype, activation, device):
-    generator = torch.Generator().manual_seed(channels)
-
-    def random(*shape):
-        return (2 * torch.randn(*shape, generator=generator)).to(device, dtype)
-
-    y = random(2, channels, 5, 7).contiguous(memory_format=torch.channels_last)
-    y[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype)
-    bias, z = random(channels) if with_bias else None, random(2, channels, 5, 7) if with_z else None
+    y, bias, z = case(channels, dtype, device, with_bias, with_z)
     expected = conv_epilogue_reference(y, bias, z, activation)
-    given = y.clone(memory_format=torch.preserve_format)
-    out = _conv_epilogue_triton(y, bias, z, activation)
-    assert out is y
+    public = y.clone(memory_format=torch.preserve_format)
+    module._op(y, bias, z, activation)
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-    torch.testing.assert_close(out, expected, rtol=tolerance, atol=1e-6, equal_nan=True)
-    torch.testing.assert_close(
-        conv_epilogue_(given, bias, z, activation), expected, rtol=tolerance, atol=1e-6, equal_nan=True
-    )
+    assert conv_epilogue_(public, bias, z, activation) is public
+    for ours in (y, public):
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=1e-6, equal_nan=True)
+
+
+def test_the_reference_is_torchs_own_operations():
+    y, bias, z = case(dtype=torch.float64)
+    total = y + bias[:, None, None] + z
+    for activation, expected in {"none": total, "relu": total.relu(), "swish": torch.nn.functional.silu(total)}.items():
+        torch.testing.assert_close(conv_epilogue_reference(y, bias, z, activation), expected, equal_nan=True)
+
+
+def test_gradients():
+    y, bias, z = case(dtype=torch.float64)
+    y = y.nan_to_num(0.5, 0.5, 0.5)
+    inputs = [x.requires_grad_() for x in (y, bias, z)]
+    for activation in ACTIVATIONS:
+        assert torch.autograd.gradcheck(lambda y, b, z, a=activation: conv_epilogue_(y.clone(), b, z, a), inputs)
+
+
+# Edges
+
+
+def test_rows_of_a_bias_and_other_layouts_of_z(device):
+    y, bias, z = case(device=device)
+    expected = conv_epilogue_reference(y, bias, z, "relu")
+    strided = torch.stack((bias, -bias), dim=1)[:, 0]
+    torch.testing.assert_close(conv_epilogue_(y, strided, z.contiguous(), "relu"), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 0, 3, 3), (1, 4, 0, 3)])
+def test_empty(shape, device):
+    y = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
+    assert conv_epilogue_(y, torch.ones(shape[1], device=device), y.clone(), "relu").shape == shape
 
 
 def test_what_does_not_fit_is_named():
     y = torch.zeros(1, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"y must be \(B, C, H, W\) in channels_last memory, got \(1, 4, 3, 3\)"):
         conv_epilogue_(torch.zeros(1, 4, 3, 3), None, None, "relu")
-    with pytest.raises(ValueError, match=r"bias must be \(4,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"bias must be \(C,\) = \(4,\), got \(3,\)"):
         conv_epilogue_(y, torch.zeros(3), None, "relu")
-    with pytest.raises(ValueError, match=r"z must be \(1, 4, 3, 3\), got \(1, 4, 3, 2\)"):
+    with pytest.raises(ValueError, match=r"z must be \(B, C, H, W\) = \(1, 4, 3, 3\), got \(1, 4, 3, 2\)"):
         conv_epilogue_(y, None, torch.zeros(1, 4, 3, 2), "relu")
+    with pytest.raises(ValueError, match="bias must be on cpu as the other arguments are, got meta"):
+        conv_epilogue_(y, torch.zeros(4, device="meta"), None, "relu")
     with pytest.raises(ValueError, match="activation must be one of none, relu, swish, got 'gelu'"):
         conv_epilogue_(y, None, None, "gelu")
+
+
+# Registration
+
+
+def test_opcheck_and_compiles_whole(device):
+    y, bias, z = case(device=device)
+    torch.library.opcheck(module._op, (y.nan_to_num(0.0, 0.0, 0.0), bias, z, "relu"))
+    compiled = torch.compile(conv_epilogue_, fullgraph=True, backend="aot_eager", dynamic=True)
+    expected = conv_epilogue_reference(y, bias, z, "swish")
+    torch.testing.assert_close(compiled(y, bias, z, "swish"), expected, equal_nan=True)
+
+
+# As compiled code
+
+
+@pytest.mark.parametrize("name", names("conv_epilogue"))
+def test_compiled(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", OTHER_ORDERS)
+@pytest.mark.parametrize("name", names("conv_epilogue"))
+def test_compiled_in_other_orders(name, order):
+    check(name, **OTHER_ORDERS[order])

@@ -4,6 +4,7 @@ A case makes inputs from a generator, computes what is expected, and gives a fun
 yields comparisons. CASES names the cases, each by its operation first; :func:`run_case` runs one on the emulator.
 """
 
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +21,7 @@ from tests.ptx.memory import Fault
 
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
 _SMALL = ((7, 6), (3, 2), (1, 1))
-_WIDE = ((33, 40), (7, 5))  # levels for one class, so that there are several tiles
+_WIDE = ((33, 40), (7, 5), (1, 1))  # levels for one class, so that there are several tiles
 
 CASES: dict[str, Callable[[Generator], Run]] = {
     "focal_loss bf16 K=91": partial(losses.focal_loss, dtype=BF16, num_classes=91),
@@ -59,6 +60,13 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "group_norm_relu fp32 C=256": partial(losses.group_norm_relu, dtype=F32, channels=256, groups=32),
     "group_norm_relu fp32 C=12": partial(losses.group_norm_relu, dtype=F32, channels=12, groups=3),
     "group_norm_relu bf16 unaligned": partial(losses.group_norm_relu, dtype=BF16, channels=24, groups=8, shift=1),
+    "conv_epilogue bf16 C=64": partial(losses.conv_epilogue, dtype=BF16, channels=64, activation="relu"),
+    "conv_epilogue fp32 C=36 swish": partial(
+        losses.conv_epilogue, dtype=F32, channels=36, activation="swish", with_z=False
+    ),
+    "conv_epilogue fp16 C=819 unaligned": partial(
+        losses.conv_epilogue, dtype=F16, channels=819, activation="none", with_bias=False, sides=(3, 4), shift=1
+    ),
     "image_batch uint8 to bf16": partial(losses.image_batch, dtype=torch.uint8, out_dtype=BF16),
     "image_batch fp32 to fp32": partial(losses.image_batch, dtype=F32, out_dtype=F32),
     "anchor_matching": partial(detection.anchor_matching, low_quality=True),
@@ -77,14 +85,17 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "candidate_selection bf16 K=1": partial(
         detection.candidate_selection, dtype=BF16, num_classes=1, topk=100, ties=True, shapes=_WIDE
     ),
-    "candidate_selection fp32 K=7 unaligned": partial(
-        detection.candidate_selection, dtype=F32, num_classes=7, topk=50, shift=3
+    "candidate_selection fp32 K=7 mixed": partial(
+        detection.candidate_selection, dtype=F32, num_classes=7, topk=50, shapes=_WIDE, mixed=True
+    ),
+    "candidate_selection fp32 K=7 mixed unaligned": partial(
+        detection.candidate_selection, dtype=F32, num_classes=7, topk=50, shapes=_WIDE, mixed=True, shift=3
     ),
     "candidate_selection bf16 K=7 all": partial(
         detection.candidate_selection, dtype=BF16, num_classes=7, topk=10**10, shapes=_WIDE
     ),
-    "candidate_selection bf16 K=7 few above": partial(
-        detection.candidate_selection, dtype=BF16, num_classes=7, topk=50, score_thresh=0.7, shapes=_WIDE
+    "candidate_selection bf16 K=7 mixed": partial(
+        detection.candidate_selection, dtype=BF16, num_classes=7, topk=50, shapes=_WIDE, mixed=True
     ),
     "candidate_selection bf16 K=7 equal": partial(
         detection.candidate_selection, dtype=BF16, num_classes=7, topk=100, shapes=_WIDE, scale=0.0
@@ -126,6 +137,14 @@ OTHER_ORDERS: dict[str, dict[str, Any]] = {
     "sm_80, random warps, inexact functions": {"capability": 80, "seed": 3, "shuffle": True, "perturb": 1},
 }
 """Options of ``emulated`` beside its defaults, in which every case must hold, too."""
+
+
+def zero_over_anything_is_infinite(ptx: str) -> str:
+    """An ``edit`` by which a division of 0 shows in the result. On a GPU it takes the slow path of div.rn, some 30
+    instructions, so kernels that meet many pairs without an intersection make none."""
+    setp, selp = r"setp.eq.f32 %zero0, \2, 0f00000000;", r"selp.f32 \1, 0f7F800000, \1, %zero0;"
+    division = r"div\.rn\.f32\s+(%\w+), (%\w+), %\w+;"
+    return re.sub(division, rf".reg .pred %zero<1>;\n{setp}\n\g<0>\n{selp}", ptx)
 
 
 def names(operation: str) -> list[str]:

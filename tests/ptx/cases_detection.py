@@ -87,10 +87,15 @@ def atss_matching(
 
 def candidate_selection(
     generator: Generator, dtype: torch.dtype, num_classes: int, topk: int, score_thresh: float = 0.05,
-    ties: bool = False, shapes: Shapes = SHAPES, shift: int = 0, scale: float = 2.0,
+    ties: bool = False, shapes: Shapes = SHAPES, shift: int = 0, scale: float = 2.0, mixed: bool = False,
 ) -> Run:  # fmt: skip
-    """``ties`` rounds the logits, so that many are equal; with a scale of 0 all are."""
+    """``ties`` rounds the logits, so that many are equal; with a scale of 0 all are. With ``mixed`` 1% survive in the
+    largest level of one image and 3% in that of the other, and in the next level half of them, and all, being equal."""
     levels = head_outputs(generator, dtype, num_classes, shapes, scale, -4.0 if scale else -0.5, shift)
+    if mixed:
+        levels[0] -= torch.tensor([3.6, 2.6])[:, None, None].to(dtype)
+        levels[1][0] += 1
+        levels[1][1] = -0.5
     if ties:
         levels = [shifted((level * 4).round() / 4, shift) for level in levels]
     levels[0][0, : min(3, levels[0].shape[1]), 0] = float("nan")

@@ -1,4 +1,5 @@
-"""Cases of the operations of training: losses, GroupNorm, the batch of images. Expected values are in float64."""
+"""Cases of the operations around the convs: losses, GroupNorm, what follows a conv, the batch of images. Expected
+values are in float64."""
 
 from collections.abc import Iterator
 
@@ -7,6 +8,7 @@ from torch import Generator, Tensor
 
 from retina_fast.kernels.box_loss import box_loss_reference
 from retina_fast.kernels.box_quality import box_quality_reference
+from retina_fast.kernels.conv_epilogue import conv_epilogue_reference
 from retina_fast.kernels.focal_loss import focal_loss_reference
 from retina_fast.kernels.group_norm_relu import group_norm_relu_reference
 from retina_fast.kernels.image_batch import batch_shape, image_batch_reference
@@ -177,6 +179,25 @@ def group_norm_relu(
         yield close("gradients", ours, level_grads, 1.5 * limit_of(dtype))
         ours_bias, ours_weight = sums.sum(dim=(0, 1))
         yield close("gradient of weight and bias", [ours_weight, ours_bias], [weight_grad, bias_grad], 1e-4)
+
+    return run
+
+
+def conv_epilogue(
+    generator: Generator, dtype: torch.dtype, channels: int, activation: str, with_bias: bool = True,
+    with_z: bool = True, sides: tuple[int, int] = (9, 7), shift: int = 0,
+) -> Run:  # fmt: skip
+    """NaN and infinities stay where they are."""
+    y, z = (torch.randn(2, channels, *sides, generator=generator) * 2 for _ in range(2))
+    y[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    y, z = (shifted(x.to(dtype).contiguous(memory_format=torch.channels_last), shift) for x in (y, z))
+    bias = shifted(torch.randn(channels, generator=generator).to(dtype), shift) if with_bias else None
+    rest = bias, z if with_z else None, activation
+    expected = conv_epilogue_reference(y.double(), *rest)
+
+    def run() -> Iterator[Comparison]:
+        ops.conv_epilogue_(y, *rest)
+        yield close("output", [y], [expected], limit_of(dtype))
 
     return run
 

@@ -67,6 +67,16 @@ def image_batch(dtype: torch.dtype, out_dtype: torch.dtype) -> Count:
     return Count(out.numel(), partial(ops.image_batch_, [image], [32, 1024], [0.5] * 3, [0.2] * 3, out))
 
 
+def conv_epilogue(dtype: torch.dtype, channels: int, with_z: bool) -> Count:
+    generator = Generator().manual_seed(0)
+    y, z = (
+        torch.randn(1, channels, 16, 16, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    rest = torch.ones(channels, dtype=dtype), z if with_z else None, "relu"
+    return Count(y.numel(), partial(ops.conv_epilogue_, y, *rest))
+
+
 def group_norm_relu(dtype: torch.dtype, backward: bool) -> Count:
     x = torch.randn(1, 256, 32, 32, generator=Generator().manual_seed(0)).to(dtype)
     levels, weight, stats = [x.contiguous(memory_format=torch.channels_last)], torch.ones(256), torch.ones(1, 1, 32, 2)
@@ -100,6 +110,8 @@ COUNTS: dict[str, Callable[[], Count]] = {
     "image_batch uint8 to bf16": partial(image_batch, torch.uint8, BF16),
     "group_norm_relu bf16 forward": partial(group_norm_relu, BF16, False),
     "group_norm_relu bf16 backward": partial(group_norm_relu, BF16, True),
+    "conv_epilogue bf16 sum": partial(conv_epilogue, BF16, 256, True),
+    "conv_epilogue bf16 C=819": partial(conv_epilogue, BF16, 819, False),
     "candidate_selection bf16 none above": partial(candidate_selection, BF16, -20.0),
     "candidate_selection bf16 1% above": partial(candidate_selection, BF16, -7.0),
     "anchor_matching an anchor, 32 ground truths": anchor_matching,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from retina_fast.kernels.box_loss import LOSS_TYPES
+from retina_fast.kernels.conv_epilogue import ACTIVATIONS
 from tests.ptx import cases_detection as detection
 from tests.ptx import cases_losses as losses
 from tests.ptx.cases import BF16, F16, F32, run_case
@@ -52,6 +53,10 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
     },
     losses.scale: lambda r: {"dtype": r.choice([BF16, F32]), "shift": r.choice([0, 1, 3])},
     losses.group_norm_relu: lambda r: {"dtype": r.choice([BF16, F32]), "shift": r.choice([0, 1]), **_group_norm(r)},
+    losses.conv_epilogue: lambda r: {
+        "dtype": r.choice([BF16, F32, F16]), "channels": r.choice([1, 36, 64, 819]), "shift": r.choice([0, 1]),
+        "activation": r.choice(ACTIVATIONS), "with_bias": r.random() < 0.7, "with_z": r.random() < 0.5,
+    },
     losses.image_batch: lambda r: dict(
         zip(("dtype", "out_dtype"), r.choice([(_UINT8, BF16), (F32, F32), (_UINT8, F32)]), strict=True)
     ),
@@ -79,7 +84,6 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
         "match_metric": r.choice(["IOU", "IOS"]), "by_class": r.random() < 0.5, "count": r.choice([3, 90, 300]),
         "limit": r.choice([1, 12, 300]), "threshold": r.choice([0.1, 0.3, 0.5, 1.0]),
     },
-    detection.key_sort: lambda r: {"width": r.choice([1, 2, 255, 256, 257, 700])},
     detection.batched_nms: lambda r: {
         "by_class": r.random() < 0.5, "best_first": r.random() < 0.5, "count": r.choice([5, 40, 257, 600, 1030]),
         "iou_thresh": r.choice([-0.1, 0.0, 0.3, 0.5, 1.0]), "limit": r.choice([1, 20, 300]), "shift": r.choice([0, 1]),

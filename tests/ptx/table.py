@@ -1,6 +1,7 @@
 """Prints whether each kernel, compiled, gives what its reference gives: python -m tests.ptx.table [CASE ...] [--all].
 
-CASE selects the cases whose names contain it. With --all, every case also runs in other orders and for sm_80.
+CASE selects the cases whose names contain it. With --all, every case also runs in other orders and for sm_80. A cell
+gives the seconds of processor time that it took, compilation included where no case before has compiled the kernel.
 """
 
 import argparse
@@ -8,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+import triton
 
 from tests.ptx.cases import CASES, OTHER_ORDERS, run_case
 
@@ -19,22 +21,26 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     orders: dict[str, dict[str, Any]] = {"sm_90": {}, **(OTHER_ORDERS if arguments.all else {})}
-    total, notes = 0.0, Counter[str]()
-    print("| case | order | equal | largest error, of its limit | launches | seconds |\n|---|---|---|---|---|---|")
+    total, runs, wrong = 0.0, 0, 0
+    notes, failures = Counter[str](), []
+    print(f"| case | launches | error, of its limit | {' | '.join(orders)} |\n|" + "---|" * (3 + len(orders)))
     for name, case in CASES.items():
         if arguments.cases and not any(part in name for part in arguments.cases):
             continue
+        cells, worst, launches = [], 0.0, 0
         for order, options in orders.items():
             outcome = run_case(case, **options)
-            total += outcome.seconds
+            launches = len(outcome.log.results)
+            total, runs, wrong = total + outcome.seconds, runs + 1, wrong + bool(outcome.failures)
             for result in outcome.log.results:
                 notes.update({f"{result.name}: {note}": times for note, times in result.notes.items()})
-            worst = max((c.error / c.limit if c.limit else c.error for c in outcome.comparisons), default=0.0)
-            verdict = "no: " + "; ".join(outcome.failures) if outcome.failures else "yes"
-            row = name, order, verdict, f"{worst:.2f}", str(len(outcome.log.results)), f"{outcome.seconds:.1f}"
-            print("|", " | ".join(row), "|", flush=True)
-    print(f"\n{total:.0f} seconds in all. Of note, with the number of times:")
-    print(*(f"{times} {note}" for note, times in notes.items()), sep="\n")
+            worst = max([worst, *(c.error / c.limit if c.limit else c.error for c in outcome.comparisons)])
+            failures += [f"{name}, {order}: {failure}" for failure in outcome.failures]
+            cells.append(f"{'WRONG' if outcome.failures else 'equal'}, {outcome.seconds:.1f}")
+        print("|", " | ".join([name, str(launches), f"{worst:.2f}", *cells]), "|", flush=True)
+    print(f"\n{runs - wrong} of {runs} equal, {total:.0f} seconds, Triton {triton.__version__}", *failures, sep="\n")
+    print("\nOf note, with the number of times:", *(f"{times} {note}" for note, times in notes.items()), sep="\n")
+    raise SystemExit(bool(failures))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ LIMITS = {
     "anchor_matching an anchor, 32 ground truths": ("_anchor_matching_kernel", 2000.0, 2.5),  # K3: both launches
     "candidate_selection bf16 none above": ("_list_kernel", 7.5, 1.3),  # K4
     "image_batch uint8 to bf16": ("_image_batch_kernel", 46.0, 7.5),  # K6
+    "conv_epilogue bf16 sum": ("_conv_epilogue_kernel", 16.0, 3.5),  # E1 and E2
     "group_norm_relu bf16 forward": ("_group_norm_relu_kernel", 12.5, 1.05),  # E1 to E3 of v2 models
 }
 
