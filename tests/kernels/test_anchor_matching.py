@@ -16,7 +16,7 @@ from retina_fast.kernels.anchor_matching import Matches, anchor_matching, anchor
 from tests.instruments.fake_gpu import launches_of
 from tests.instruments.kernel_calls import KERNEL_CALLS
 from tests.instruments.peak_bytes import PeakBytes
-from tests.ptx.cases import OTHER_ORDERS, check, names
+from tests.ptx.cases import CASES, OTHER_ORDERS, check, names, run_case, zero_over_anything_is_infinite
 
 PATHS = pytest.mark.parametrize("path", ["reference", "kernel"])
 
@@ -234,6 +234,11 @@ def test_launches_do_not_grow_with_the_batch():
 @pytest.mark.parametrize("name", names("anchor_matching"))
 def test_compiled(name):
     check(name)
+
+
+def test_no_result_rests_on_a_division_of_zero():
+    outcome = run_case(CASES["anchor_matching unaligned"], edit=zero_over_anything_is_infinite)
+    assert not outcome.failures
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from retina_fast.kernels.batched_nms import Kept, batched_nms, batched_nms_refer
 from retina_fast.kernels.dispatch import INTERPRETED
 from tests.instruments.fake_gpu import launches_of
 from tests.instruments.kernel_calls import call_batched_nms
-from tests.ptx.cases import OTHER_ORDERS, check, names
+from tests.ptx.cases import CASES, OTHER_ORDERS, check, names, run_case, zero_over_anything_is_infinite
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy's, of interpreted kernels
 
@@ -354,6 +354,7 @@ def test_errors():
         ((boxes, None, torch.zeros(5), counts), "labels"),
         ((boxes, None, None, counts[:1]), "counts"),
         ((boxes, None, None, counts, 0.5, -1), "max_detections"),
+        ((boxes[:1, :1].expand(1, 2**29, 4), None, None, counts[:1]), "boxes"),  # offsets of coordinates have 32 bits
     ):
         with pytest.raises(ValueError, match=f"{name} must be"):
             batched_nms(*arguments)
@@ -383,6 +384,11 @@ def test_compiles_whole(dynamic, device):
 @pytest.mark.parametrize("name", names("batched_nms"))
 def test_compiled(name):
     check(name)
+
+
+def test_no_result_rests_on_a_division_of_zero():
+    outcome = run_case(CASES["batched_nms class-agnostic unaligned"], edit=zero_over_anything_is_infinite)
+    assert not outcome.failures
 
 
 @pytest.mark.slow

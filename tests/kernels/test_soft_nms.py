@@ -141,6 +141,8 @@ def test_errors():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name} must be"):
             soft_nms(**{**given, name: value})
+    with pytest.raises(ValueError, match=r"boxes must be fewer than 2\^29 an image, got 536870912"):
+        soft_nms(boxes[:1, :1].expand(1, 2**29, 4), scores[:1, :1].expand(1, 2**29), None, counts[:1])
 
 
 def test_opcheck_and_compiles_whole(device, few_programs):

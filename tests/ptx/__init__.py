@@ -5,11 +5,12 @@ From low to high: ``program`` parses PTX; ``floats`` and ``integers`` are the ar
 two ``emit`` files turn each basic block into a Python function over numpy arrays; ``memory``, ``races``, ``traffic``,
 ``accesses`` and ``warps`` are what such a function calls; ``machine`` schedules the threads; ``compiling`` has Triton
 compile; ``launch`` stands in for Triton's driver. ``cases`` calls every operation of the project, and ``table``,
-``counts``, ``barriers`` and ``fuzz`` are commands over such calls.
+``counts``, ``barriers``, ``faults`` and ``fuzz`` are commands over such calls.
 
     python -m tests.ptx.table [CASE ...] [--all]     every case, equal to its reference or not
     python -m tests.ptx.counts [CASE ...]            instructions, sectors, wavefronts, barriers
     python -m tests.ptx.barriers [CASE ...]          each barrier taken out: is it seen?
+    python -m tests.ptx.faults [PART ...]            faults planted in the kernels: do the compiled tests fail?
     python -m tests.ptx.fuzz SEED SECONDS            random calls
     python -m pytest -p tests.ptx.plugin tests/kernels/test_box_loss.py      all tests of a kernel, compiled
     python -m pytest -m slow tests/kernels tests/ptx                         other orders, sm_80, inexact functions

@@ -1,7 +1,9 @@
 """Right kernels run right on the emulator, and each kind of fault that is planted in one is caught."""
 
 import doctest
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,11 @@ import triton.language as tl
 from tests.ptx import instruction, launch, machine
 from tests.ptx.barriers import without_barrier
 from tests.ptx.cases import CASES, run_case
+from tests.ptx.faults import FAULTS, plant
 from tests.ptx.launch import emulated
 from tests.ptx.memory import Fault
+
+ROOT = Path(__file__).parents[2]
 
 
 @triton.jit
@@ -303,3 +308,22 @@ def test_a_changed_instruction_fails_the_case(name, pattern, replacement):
     outcome = run_case(CASES[name], edit=edit)
     assert sum(changed)
     assert outcome.failures
+
+
+def test_nothing_is_left_in_the_environment():
+    """Where Triton caches what it compiles, above all: a folder within the one of the call before is always empty."""
+    before = dict(os.environ), triton.knobs.cache.dir, triton.knobs.runtime.interpret
+    with emulated():
+        _all_to_one[(1,)](torch.zeros(1, dtype=torch.int32))
+    assert (dict(os.environ), triton.knobs.cache.dir, triton.knobs.runtime.interpret) == before
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_command_plants_its_faults(name, tmp_path):
+    """`python -m tests.ptx.faults` takes minutes, but what it changes must stand in the kernels."""
+    fault = FAULTS[name]
+    before = (ROOT / "kernels" / fault.file).read_text()
+    (tmp_path / fault.file).write_text(before)
+    plant(fault, tmp_path)
+    assert (tmp_path / fault.file).read_text() != before
+    assert fault.case in CASES
