@@ -56,7 +56,7 @@ def _op(y: Tensor, bias: Tensor | None, z: Tensor | None, activation: str) -> No
     """See :func:`conv_epilogue_`; y and z in channels_last memory, bias contiguous."""
     with torch.cuda.device_of(y):
         _conv_epilogue_kernel[(triton.cdiv(y.numel(), _BLOCK),)](
-            y, bias, z, y.numel(), C=y.shape[1], ACTIVATION=activation, BLOCK=_BLOCK
+            y, bias, z, y.numel(), C=y.shape[1], ACTIVATION=activation, BLOCK=_BLOCK, enable_fp_fusion=True
         )
 
 
