@@ -47,6 +47,15 @@ def predictions(environment: dict[str, Any]) -> dict[str, float]:
     return {name: goal["graph_ms"] for name, goal in goals.items()}
 
 
+def kept_predictions(environment: dict[str, Any], file: Path) -> dict[str, float]:
+    """Returns what was predicted when a record was first drawn, which the file keeps: kernels and model go on."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(predictions(environment), indent=1) + "\n")
+    kept: dict[str, float] = json.loads(file.read_text())
+    return kept
+
+
 def newest_version(versions: Iterable[str]) -> str:
     """Returns the newest of versions such as "3.9.0"."""
     return max(versions, key=lambda version: [int(number) for number in version.split(".")])
@@ -305,8 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.readme == README and (environment["small"] or environment["dirty"] or not record["records"]):
         print(f"{path} is no record for README.md: small shapes, uncommitted changes, or nothing measured.")
         return 2
-    predicted = predictions(environment)
     folder = options.pictures or path.with_suffix("")
+    predicted = kept_predictions(environment, folder / "predicted.json")
     pictures = draw(record, predicted, folder)
     page = folder / "README.md"
     shown = "".join(f"![{picture.stem}]({picture.name})\n\n" for picture in pictures)

@@ -106,6 +106,14 @@ def test_predictions_are_of_the_records_triton_and_of_an_h200():
     assert report.predictions({"device": "NVIDIA H100 80GB HBM3", "triton": "3.6.0"}) == {}
 
 
+def test_predictions_are_those_of_the_first_report(tmp_path):
+    here = {"device": "NVIDIA H200", "triton": "3.6.0"}
+    file = tmp_path / "gpu" / "predicted.json"
+    assert report.kept_predictions(here, file) == report.predictions(here)
+    file.write_text(json.dumps({"K2": 1.5}))
+    assert report.kept_predictions(here, file) == {"K2": 1.5}
+
+
 def test_without_a_record_it_says_so_and_draws_nothing(monkeypatch, tmp_path, readme, capsys):
     monkeypatch.setattr(report, "HERE", tmp_path)
     (tmp_path / "results").mkdir()
