@@ -5,11 +5,11 @@ With e = exp(x), s = log(1 + e) = softplus(x), p = e / (1 + e) = sigmoid(x) and 
 
     loss = p^g s        slope = g p^g (s + p (1/g - s))
 
-which are eight operations over a tile, whose tensors stay in the L2 cache. An element with e = 0 has neither loss nor
-slope: so count the class of a foreground anchor and the row of an ignored one, and what the classes have is computed
-for all of a level together. A tile in which exp overflows is computed once more, by sigmoid and softplus, which are
-slower. The finished gradient is the only tensor of the logits' size that is made. Tiles are views of the levels in
-their own memory format, NCHW or channels_last.
+which are eight operations over a tile, whose tensors stay in the L2 cache. Setting e = 0 removes an element from loss
+and gradient. That is done for the class of each foreground anchor and for the rows of ignored anchors; the foreground
+elements of a level are then computed together. A tile in which exp overflows is computed once more, by sigmoid and
+softplus, which are slower. The finished gradient is the only tensor of the logits' size that is made. Tiles are views
+of the levels in their own memory format, NCHW or channels_last.
 """
 
 import itertools

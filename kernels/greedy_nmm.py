@@ -6,8 +6,8 @@ such group grows, member by member, best first:
 
     B <- the smallest box around B and the member,  if the overlap of the member with B as grown so far is at least t
 
-A member that fails this second test adds nothing and is still gone. All this is ``GreedyNMMPostprocess`` of
-SAHI 0.12.8 (in 0.12.6 the second test was strict). The overlap is one of
+A member that fails this second test does not enlarge the box, but is removed all the same. All this is
+``GreedyNMMPostprocess`` of SAHI 0.12.8 (in 0.12.6 the second test was strict). The overlap is one of
 
     IOU     I / (A + B - I)
     IOS     I / min(A, B),  intersection over the smaller area

@@ -5,7 +5,8 @@ squared sizes of the classes, and classes go through their blocks at the same ti
 first compares the boxes of this and all later blocks with those that the block before has kept, and marks what they
 suppress; and it writes, for every pair of boxes of this block, one bit that says whether the better one suppresses the
 other. In the second, one program a class goes through the block, 32 boxes at a time, and keeps those that no kept box
-suppresses: only this is not parallel. The bits take 256 bytes a box, or without classes half a megabyte an image.
+suppresses: this walk is the only sequential part. The bits take 256 bytes a box, or without classes half a megabyte an
+image.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Suppression within many small classes on a CPU: all pairs of boxes of one class at once.
 
-A call of torchvision's suppression takes as long as some hundred pairs, so that one call a class is slow where classes
-are small. Here a list of all pairs is made for all classes, and one pass over those that overlap decides. Each IoU is
-computed step by step as torchvision computes it, in the dtype of the boxes.
+A call of torchvision's suppression costs as much as comparing a few hundred pairs here, so that one call a class is
+slow where classes are small. Here a list of all pairs is made for all classes, and one pass over those that overlap
+decides. Each IoU is computed step by step as torchvision computes it, in the dtype of the boxes.
 """
 
 import torch

@@ -134,8 +134,8 @@ _COMPILED = ("torch.compile", COMPILED)
 
 
 def _span(values: Iterable[float]) -> str:
-    """Returns "2" or "2 to 3", with two digits that count."""
-    shown = [f"{float(f'{value:.2g}'):g}" for value in sorted(values)]
+    """Returns "2" or "2 to 3", with two digits that count, or whole numbers."""
+    shown = [f"{value:.2g}" if value < 99.5 else f"{value:.0f}" for value in sorted(values)]
     return " to ".join(dict.fromkeys([shown[0], shown[-1]])) if shown else ""
 
 

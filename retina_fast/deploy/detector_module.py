@@ -1,4 +1,4 @@
-"""A model in another form that stands where clients hold a detector: as a part of a module of theirs."""
+"""The base of modules, such as the engine, that stand in for a detector inside a module of a client's."""
 
 from collections.abc import Callable
 from typing import Any

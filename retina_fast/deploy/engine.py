@@ -4,7 +4,7 @@ A copy of the model has its BatchNorm folded into its convs, which add bias and 
 themselves, and its weights in channels_last memory and in half precision.
 For each batch shape that comes, the engine keeps what that shape needs: a batch to be filled, the anchors, and on a GPU
 the whole way from images to detections as one CUDA graph. Images have any sizes: the graph reads addresses and sizes
-from a table that one small upload replaces. Only so many shapes are kept; the one used longest ago goes.
+from a table that one small upload replaces. At most `max_shapes` are kept; the least recently used one goes.
 """
 
 import copy

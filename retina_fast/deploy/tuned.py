@@ -1,4 +1,4 @@
-"""The way to compute a layer that is the fastest on the user's own machine, found by timing and remembered in a file.
+"""Times the ways to compute a layer on the user's own machine, and remembers the fastest in a file.
 
 A layer of a given shape and dtype may run in several ways. They take turns on the clock; what raises, returns NaN or
 misses the tolerance is dropped. The file keeps the choices of each machine and version apart, and may be shipped.

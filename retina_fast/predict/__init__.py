@@ -1,1 +1,1 @@
-"""Detecting: models from files, over data sets with metrics, and over image files with pictures."""
+"""Loading detectors, predicting on any source, results and their files, evaluating on data sets."""

@@ -1,4 +1,4 @@
-"""Writing drawn pictures, which bear a mark, so that no other picture is ever replaced by one, or taken for one."""
+"""Writes drawn pictures with a mark in their metadata: only pictures with this mark are ever replaced."""
 
 import os
 from pathlib import Path

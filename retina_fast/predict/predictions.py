@@ -1,4 +1,4 @@
-"""A model over images, batch by batch."""
+"""Runs a model over images in batches."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

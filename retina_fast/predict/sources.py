@@ -1,4 +1,4 @@
-"""Anything in: what a user calls a source becomes a line of pictures, each read when its turn comes."""
+"""Turns whatever a user calls a source into an iterator of pictures, each read when it is needed."""
 
 import glob
 import re
