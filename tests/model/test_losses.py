@@ -233,6 +233,7 @@ def test_launches_of_the_loss_path_do_not_grow_with_the_batch(batch):
         "_anchor_matching_kernel", "_anchor_matching_kernel", "_focal_loss_kernel", "_box_loss_kernel",
         "_scale_kernel", "_scale_kernel",
     ]  # fmt: skip
+    ops.remove("lift_fresh")  # a number on the host, which launches nothing
     assert ops == ["new_zeros", "new_zeros", "clamp", "mul.Tensor", "sum", "sum", "add.Tensor"]
     assert len(launches) + len(ops) <= 16
 
