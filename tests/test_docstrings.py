@@ -16,9 +16,12 @@ MODULES = [module.name for module in pkgutil.walk_packages(retina_fast.__path__,
 KERNELS = [
     f"retina_fast.kernels.{module.name}" for module in pkgutil.iter_modules([levels.__file__.rpartition("/")[0]])
 ]
+SLOW = {"retina_fast.deploy.export"}  # traces a whole detector, as tests/deploy/test_export.py does
 
 
-@pytest.mark.parametrize("name", MODULES + KERNELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODULES + KERNELS]
+)
 def test_examples(name):
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert failed == 0

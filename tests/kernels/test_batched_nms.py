@@ -101,7 +101,7 @@ def test_kernels_match_the_reference(threshold, with_labels, device, small_tiles
     classes = (labels * 7919 - 10**12) if with_labels else None  # any integers
     rows = boxes, scores, classes, torch.tensor([150, 0, 1, 75])
     arguments = [None if row is None else row.to(device) for row in rows]
-    for limit in (25, 150, 1, 0):
+    for limit in (25, 150, 1, 0) if threshold == 0.3 else (25,):
         equal(by_kernels(*arguments, threshold, limit), batched_nms_reference(*rows, threshold, limit))
 
 
