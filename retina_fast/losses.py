@@ -48,8 +48,8 @@ class AtssMatcher:
     top_k: int = 9
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if type(self.top_k) is not int or self.top_k < 1:
+            raise ValueError(f"top_k must be a whole number of at least 1, got {self.top_k}")
 
     def __call__(self, match_quality_matrix: Tensor) -> NoReturn:
         """Refuses to match by a matrix of IoUs alone, as torchvision's own loss path asks of its matcher."""

@@ -305,6 +305,9 @@ class RetinaNet(Predicts, tv.RetinaNet):
         return check
 
     def _losses_of(self, targets: Targets, truths: GroundTruths, outputs: HeadOutputs) -> dict[str, Tensor]:
+        check_losses(self.classification_loss, None)  # it may have been set since the model was made
+        if isinstance(self.proposal_matcher, str):
+            raise TypeError(f"proposal_matcher must be a matcher, such as AtssMatcher(), got {self.proposal_matcher!r}")
         if has_stock_losses(self.head, self.proposal_matcher):
             loss_type = self.head.regression_head._loss_type
             matcher, gamma, chosen = self.proposal_matcher, self.focal_gamma, self.classification_loss

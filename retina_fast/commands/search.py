@@ -88,6 +88,8 @@ def search(
         )
         if val_json and not json:
             raise UserError("--val-json belongs to --json: give both, or neither")
+        if metric != "loss" and not val_json:
+            raise UserError(f"--metric {metric} is of a validation: give --json and --val-json, or leave it out")
         proxy = None
         if json:
             data = open_data(json, images)

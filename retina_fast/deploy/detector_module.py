@@ -1,5 +1,6 @@
 """The base of modules, such as the engine, that stand in for a detector inside a module of a client's."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,7 @@ class DetectorModule(Predicts, nn.Module):
         super().__init__()
         self.model = model
         self.training = False
+        self.turns = threading.RLock()  # threads that share its buffers take turns
 
     def prepare(self) -> None:
         """Make what belongs to the device of the model's weights."""
@@ -97,10 +99,11 @@ class DetectorModule(Predicts, nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in self.of_the_device}
+        return {name: value for name, value in vars(self).items() if name not in (*self.of_the_device, "turns")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.turns = threading.RLock()
         self.prepare()
 
 

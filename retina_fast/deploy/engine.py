@@ -70,7 +70,7 @@ class Engine(DetectorModule):
     It is a module in evaluation mode, and may stand where a detector stands. Moved to another device or dtype, copied
     or pickled, it makes its batch shapes ready anew. It cannot be trained.
 
-    It does not serve several threads or CUDA streams at once, since all calls share its buffers.
+    All calls share its buffers: threads take turns, and only one CUDA stream may use it.
     """
 
     of_the_device = ("_device", "_place", "_convs", "_thresholds", "_plans", "_captures", "_uploads")
@@ -126,6 +126,7 @@ class Engine(DetectorModule):
         constants = max(len(transform.image_mean), len(transform.image_std))
         images = check_images(images, constants, take_uint8=True)
         with (
+            self.turns,
             torch.inference_mode(False),
             torch.no_grad(),
             self._place,

@@ -82,8 +82,8 @@ def export(
         image_size: (H, W) of the images.
         preprocess: whether the file takes uint8 images and scales, normalises and resizes them as the model would. Else
             it takes float32 images that are prepared already, and boxes are in their pixels.
-        classes: K class names, by label; the labels themselves by default.
-        category_ids: K ids of the data set's categories; the labels by default.
+        classes: K class names, by label; by default the model's ``classes``, or else the labels.
+        category_ids: K ids of the data set's categories; by default the model's, or else the labels.
         quantize: images for calibration, of ``image_size``, for an ``onnx`` file whose convs compute in eight bits: an
             iterable of uint8 (3, H, W), or floating point in [0, 1], that is read once; or a folder of image files. A
             hundred are enough. The metadata say under ``quantized`` how many detections in them are kept.
@@ -143,6 +143,8 @@ def export(
     labels = range(graph.postprocess.num_classes)
     if isinstance(classes, str):
         raise UserError(f"classes must be a list of names, got {classes!r}")
+    if classes is None and model.classes is not None:
+        classes, category_ids = model.classes, category_ids or model.category_ids
     names = list(map(str, labels if classes is None else classes))
     ids = list(map(int, labels if category_ids is None else category_ids))
     for argument, values in (("classes", names), ("category_ids", ids)):

@@ -106,7 +106,8 @@ def detect(
         UserError: for a folder without images, an output that cannot be written, or a score that the model cannot give.
 
     Warns:
-        UserWarning: of files in folders that are passed over.
+        UserWarning: of files in folders that are passed over; and beside other kinds, of images that have no place in
+            the GeoJSON file.
 
     Example::
 
@@ -114,6 +115,7 @@ def detect(
         ['photos/broken.jpg: not a readable image']
     """
     check_score(model, score)
+    kinds = list(dict.fromkeys(kinds))
     source = open_files(inputs, warnings.warn if processes.first else silent, output)
     count = source.count()
     _check_output(output, kinds)
@@ -141,7 +143,7 @@ def detect(
             if results.error:
                 entry |= {"problem": str(results.error), "unfit": isinstance(results.error, UnfitImage)}
             else:
-                if "geojson" in kinds:
+                if kinds == ["geojson"]:
                     results.to_geojson()  # raises now, and not when all is done, for an image without a place
                 small = results if tile is None else results.reduced(_LONGEST)
                 picture = draw_detections(small.image, small.detections(), small.classes)
@@ -211,8 +213,13 @@ def _merge(output: Path, content: Checkpoint | Exported, kinds: Sequence[str], c
             found.objects.update(results.counts())
             if len(found.first) < _FIRST:
                 found.first[results.path or entry["name"]] = results.counts()
-            for add in writers:
-                add(results, entry["id"], b64decode(entry.get("jpeg", "")))
+            for file, add in zip(files, writers, strict=True):
+                try:
+                    add(results, entry["id"], b64decode(entry.get("jpeg", "")))
+                except UserError as error:
+                    if file.suffix != ".geojson" or len(kinds) == 1:
+                        raise
+                    warnings.warn(f"{error}; it is left out of {file.name}", stacklevel=2)  # the other files hold it
             if "yolo" in kinds:
                 with yolo(output / _LABELS / f"{entry['name']}.txt") as add:
                     add(results)

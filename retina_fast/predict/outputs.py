@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,10 @@ def geojson(file: Path, *_: object) -> Iterator[Add]:
     def add(results: Any, *_: object) -> None:
         nonlocal written
         content = results.to_geojson()
-        systems.add(json.dumps(content.get("crs")))
-        if len(systems) > 1:
+        system = json.dumps(content.get("crs"))
+        if systems - {system}:
             raise UserError(f"{results.path}: has another coordinate system than the first image: write them apart")
+        systems.add(system)
         for feature in content["features"]:
             opened.write((", " if written else "") + json.dumps(feature))
             written += 1
@@ -149,12 +150,12 @@ def check_earlier(file: Path) -> None:
             raise UserError(f"{file}: is no file of an earlier detection; give another folder as --output")
 
 
-def write(results: Iterable[Any], file: str | Path) -> None:
+def write(results: Any, file: str | Path) -> None:
     """Write results into a file of the format that its suffix names. A file of that name is replaced.
 
     Args:
-        results: of any number of images; those that could not be read are left out. A picture, and a YOLO text, hold
-            one image.
+        results: of one image, or an iterable of them; those that could not be read are left out. A picture, and a YOLO
+            text, hold one image.
         file: ``.json`` is a COCO file, ``.csv`` a table, ``.geojson`` boxes on the map, ``.html`` a page to look
             through, ``.txt`` a YOLO text, and ``.jpg``, ``.png``, ``.webp``, ``.tif`` or ``.bmp`` the drawn picture.
 
@@ -166,7 +167,7 @@ def write(results: Iterable[Any], file: str | Path) -> None:
 
         >>> write(model.predict("photos/"), "trees.html")  # doctest: +SKIP
     """
-    file, every = Path(file), list(results)
+    file, every = Path(file), [results] if hasattr(results, "plot") else list(results)
     suffix = file.suffix.lower()
     if suffix not in (*FORMATS, ".txt", *_PICTURES):
         raise UserError(f"{file}: the suffix must be one of {', '.join((*FORMATS, '.txt', *_PICTURES))}")

@@ -24,6 +24,7 @@ from retina_fast.deploy.exported import Exported
 from retina_fast.detections import Thresholds
 from retina_fast.model import RetinaNet
 from retina_fast.predict.draw import above
+from retina_fast.predict.method import Predicts
 from retina_fast.predict.predictions import detections_of, read_ahead
 from retina_fast.predict.results import Results
 from retina_fast.predict.sources import Picture, Read, open_source
@@ -184,6 +185,8 @@ def names_of(model: Any) -> tuple[list[str], list[int] | None]:
         ([], None)
     """
     classes, ids = getattr(model, "classes", None), getattr(model, "category_ids", None)
+    if isinstance(model, Predicts) and isinstance(classes, str):
+        raise TypeError(f"the model's classes must be a list of names, got {classes!r}")
     if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
         return [], None
     return list(classes), list(ids) if ids is not None and len(ids) == len(classes) else None

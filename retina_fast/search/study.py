@@ -22,6 +22,7 @@ from retina_fast.backbones.spinenet import SIZES, Size
 from retina_fast.backbones.spinenet_mobile import MOBILE_SIZES, MobileSize
 from retina_fast.data.errors import UserError
 from retina_fast.data.files import replacing
+from retina_fast.data.outputs import check_folder
 from retina_fast.search.cost import cost
 from retina_fast.search.picture import draw, draw_trials
 from retina_fast.search.score import entropy_score
@@ -82,6 +83,15 @@ class SearchSettings:
         return _models(self.space == "mobile")[self.model]
 
 
+def _check_folder(folder: Path) -> None:
+    """Raises a UserError for a folder with files of the names of a search's, but without its lock: another's."""
+    check_folder(folder)
+    if not (folder / "lock").exists():
+        for file in sorted([folder / "trials.csv", folder / "front.png", *folder.glob("best-*.*")]):
+            if file.exists():
+                raise UserError(f"{file}: is of no search, which would replace it; give another --output")
+
+
 def _models(mobile: bool) -> dict[str, Size | MobileSize]:
     if mobile:
         return {f"retinanet_spinenet{name}_mobile": size for name, size in MOBILE_SIZES.items()}
@@ -134,16 +144,22 @@ class Search:
         self.settings, self.folder, self.proxy, self.storage = settings, folder, proxy, storage
         fusions, alphas = settings.fusions, settings.alphas
         self.space: Space = replace(SPACES[settings.space], fusions=fusions, alphas=alphas)
+        _check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         pruner = optuna.pruners.HyperbandPruner(1, proxy.parts, 3) if proxy else None
         with Locked(folder / "lock"):
-            self.study: Any = optuna.create_study(
-                storage=open_storage(folder, storage),
-                study_name="search",
-                directions=["maximize"] if proxy else ["maximize", "minimize"],
-                pruner=pruner,
-                load_if_exists=True,
-            )
+            try:
+                self.study: Any = optuna.create_study(
+                    storage=open_storage(folder, storage),
+                    study_name="search",
+                    directions=["maximize"] if proxy else ["maximize", "minimize"],
+                    pruner=pruner,
+                    load_if_exists=True,
+                )
+            except Exception as error:  # SQLAlchemy's, the database's, or a damaged journal's
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                where = storage or folder / "study.log"
+                raise UserError(f"{where}: cannot be opened as a search's study ({why})") from error
             self._check_settings()
             trials = self.study.get_trials(deepcopy=False)
             self.study.sampler = self._sampler(self._own_seed())

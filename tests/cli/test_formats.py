@@ -79,6 +79,13 @@ def test_geojson_of_maps_alone(tmp_path):
     with pytest.raises(UserError, match=r"x\.png: has no georeference"):
         run([tmp_path / "in"], tmp_path / "new", ("geojson",))
     assert not list((tmp_path / "new").iterdir())
+    with pytest.warns(UserWarning, match=r"x\.png: has no georeference.*; it is left out of detections\.geojson"):
+        found = run([tmp_path / "map.tif", tmp_path / "in"], tmp_path / "both", ("geojson", "csv", "csv"))
+    assert found
+    assert found.images == 2
+    content = json.loads((tmp_path / "both" / "detections.geojson").read_text())
+    assert len(content["features"]) == 100
+    assert len((tmp_path / "both" / "detections.csv").read_text().splitlines()) == 201
 
 
 def test_a_video_has_a_picture_for_each_frame(tmp_path):

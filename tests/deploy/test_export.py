@@ -197,6 +197,13 @@ def test_onnx_file_holds_standard_operators_alone(files):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+def test_names_are_the_models_own_unless_given(tmp_path):
+    model = small()
+    model.classes, model.category_ids = ["cat", "dog", "cow"], [3, 7, 9]
+    described = retina_fast.export(model, tmp_path / "own.pt2", "torch-export", SIZE)
+    assert (described["classes"], described["category_ids"]) == (["cat", "dog", "cow"], [3, 7, 9])
+
+
 def test_torch_file_holds_no_operators_of_ours(files):
     program = torch.export.load(files("trees", "torch-export"))
     graphs = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]

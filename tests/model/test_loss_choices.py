@@ -154,8 +154,18 @@ def test_what_the_model_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             RetinaNet(backbone, K, **options)
-    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="top_k must be a whole number of at least 1, got 0"):
         AtssMatcher(0)
+
+
+def test_what_is_set_later_is_checked_at_the_next_step():
+    model = tiny()
+    model.classification_loss = "vfl"
+    with pytest.raises(ValueError, match=r"classification_loss must be one of focal, .*, got 'vfl'"):
+        model(*scene())
+    model.classification_loss, model.proposal_matcher = "focal", "atss"
+    with pytest.raises(TypeError, match=r"proposal_matcher must be a matcher, such as AtssMatcher\(\), got 'atss'"):
+        model(*scene())
 
 
 class OwnHeadLoss(tv.RetinaNetRegressionHead):

@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
@@ -153,6 +154,8 @@ def test_files_by_suffix(tmp_path):
     content = json.loads((tmp_path / "all.geojson").read_text())
     assert len(content["features"]) == 6
     assert content["crs"] == results[0].to_geojson()["crs"]
+    write(some(), tmp_path / "alone.json")
+    assert len(json.loads((tmp_path / "alone.json").read_text())["images"]) == 1
     some().save(tmp_path / "one.txt")
     assert (tmp_path / "one.txt").read_text().splitlines()[0] == "1 0.200000 0.500000 0.200000 0.500000 0.900000"
     for suffix in ("jpg", "PNG", "webp"):
@@ -225,6 +228,24 @@ def test_names_are_text_in_a_page_whatever_they_hold(tmp_path):
 
 
 # The detector behind it
+
+
+def test_threads_take_turns(photo):  # noqa: F811
+    model = retina_fast.load("trees").cpu()  # noqa: F811
+    photos = [photo, photo.flip(1), photo.flip(2), photo[:, :64]]
+    expected = [model.predict(image, score=0.05) for image in photos]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda image: model.predict(image, score=0.05), photos * 3))
+    for one, other in zip(found, expected * 3, strict=True):
+        assert torch.equal(one.boxes, other.boxes)
+        assert torch.equal(one.scores, other.scores)
+
+
+def test_names_that_are_no_list_are_refused(photo):  # noqa: F811
+    model = retina_fast.load("trees").cpu()  # noqa: F811
+    model.classes = "Tree"
+    with pytest.raises(TypeError, match="classes must be a list of names, got 'Tree'"):
+        model.predict(photo)
 
 
 def test_the_engine_is_made_once_and_again_when_the_model_has_changed(photo):  # noqa: F811

@@ -53,6 +53,23 @@ def points(search: Search) -> list[dict[str, Any]]:
     return [trial.params for trial in search.study.get_trials(deepcopy=False)]
 
 
+def test_files_of_others_and_studies_that_cannot_be_opened(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "best-3.json").write_text("my figures")
+    with pytest.raises(UserError, match=r"best-3\.json: is of no search, which would replace it"):
+        Search(SearchSettings(), tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["best-3.json"]
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "study.log").write_text("no journal\n")
+    with pytest.raises(UserError, match=r"study\.log: cannot be opened as a search's study \("):
+        Search(SearchSettings(), tmp_path / "damaged")
+    with pytest.raises(UserError, match=r"foo://x: cannot be opened as a search's study \("):
+        Search(SearchSettings(), tmp_path / "database", storage="foo://x")
+    result = CliRunner().invoke(cli.app, ["search", "--metric", "AP50", "--output", str(tmp_path / "new")])
+    assert result.exit_code == 1
+    assert "--metric AP50 is of a validation" in " ".join(result.stderr.split())
+
+
 def test_a_search_without_training(tmp_path):
     settings = SearchSettings(max_macs=86e9, min_macs=80e9, max_parameters=30e6)
     search = Search(settings, tmp_path)
