@@ -173,7 +173,12 @@ def _reason(error: Exception) -> str:
 
 
 def _opened(model: Checkpoint | str | Path) -> Checkpoint:
-    return model if isinstance(model, Checkpoint) else model_file.load(model)
+    if isinstance(model, str | Path):
+        return model_file.load(model)
+    if not isinstance(model, Checkpoint):
+        kind = type(model).__qualname__
+        raise TypeError(f"model must be a model file, or a Checkpoint with the model's state_dict, got {kind}")
+    return model
 
 
 def _write(content: Checkpoint, folder: Path, repository: str, license: str, data: str) -> None:

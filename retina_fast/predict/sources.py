@@ -158,6 +158,8 @@ def open_files(inputs: Sequence[str | Path], say: Say = silent, drawn_in: Path |
 def _named(source: str | Path, say: Say) -> Source:
     """A path, URL or glob."""
     word = str(source)
+    if source == "":
+        raise UserError("source is an empty word: give a path, or . for the folder that you are in")
     scheme = _URL.match(word)
     if scheme and scheme[1].lower() in _STREAMS:
         return Source(partial(_frames, word), endless=True)

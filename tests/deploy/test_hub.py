@@ -79,6 +79,8 @@ def test_a_card_that_is_there_stays(content, saved, tmp_path):
 
 
 def test_refused(content, saved, tmp_path):
+    with pytest.raises(TypeError, match="or a Checkpoint with the model's state_dict, got RetinaNet"):
+        hub.save_pretrained(content.build(), tmp_path / "own", license="mit")
     with pytest.raises(UserError, match="license must name"):
         hub.save_pretrained(content, tmp_path / "new", license=" ")
     assert not (tmp_path / "new").exists()

@@ -153,6 +153,7 @@ def test_the_page_lists_these_kinds_and_no_other():
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "an empty word": (lambda folder: "", "source is an empty word"),
     "the path of an image": (lambda folder: folder / "none.png", r"none\.png: no such image file"),
     "the URL of an image": (lambda folder: "http://127.0.0.1:9/a.png", "a.png: cannot be downloaded .*refused"),
     "another URL": (lambda folder: "ftp://127.0.0.1/a.png", "is of no kind that is known"),
