@@ -169,11 +169,11 @@ def start(folder: Path, count: int, seconds: float = 0.05, url: str | None = Non
 )
 def test_four_workers_two_killed_and_one_added(tmp_path, seed, count):
     rng = random.Random(seed)
-    processes = [start(tmp_path, count) for _ in range(4)]
+    processes = [start(tmp_path, count, 0.15) for _ in range(4)]  # so long that no worker ends before both kills
     for victim in processes[:2]:
-        time.sleep(rng.uniform(0.2, 0.5))
+        time.sleep(rng.uniform(0.1, 0.3))
         os.kill(victim.pid, signal.SIGKILL)
-    processes.append(start(tmp_path, count))
+    processes.append(start(tmp_path, count, 0.15))
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [-9, -9, 0, 0, 0]
