@@ -171,7 +171,7 @@ def test_wheel_and_sdist(built):
     assert {"LICENSE", "pyproject.toml", "retina_fast/py.typed", "retina_fast/weights/small.pt"} <= packed
 
 
-@pytest.mark.parametrize("place", ["checkout", "wheel"])
+@pytest.mark.parametrize("place", [pytest.param("checkout", marks=pytest.mark.slow), "wheel"])
 def test_import_beside_hugging_faces_kernels(place, request, tmp_path):
     """A package called kernels stays importable, also from the checkout; no extra is imported with the core."""
     home = ROOT

@@ -81,6 +81,7 @@ def test_the_fuzzer_says_what_differs(monkeypatch):
         [fuzz.run(seed) for seed in range(10)]
 
 
+@pytest.mark.slow
 def test_the_fuzzer_runs_from_the_command_line():
     done = subprocess.run([sys.executable, "-m", "tests.data.fuzz", "0", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -30,7 +30,7 @@ def head_outputs():
     return {"cls_logits": logits, "bbox_regression": deltas}
 
 
-@pytest.mark.parametrize("kind", [Postprocess, OnnxPostprocess])
+@pytest.mark.parametrize("kind", [pytest.param(Postprocess, marks=pytest.mark.slow), OnnxPostprocess])
 def test_postprocess_is_the_models_given_the_same_head_outputs(kind, head_outputs):
     """What an exported file's detections differ by comes from the convolutions' rounding alone."""
     model = agreement.models()[1]
