@@ -1,0 +1,79 @@
+"""The ways that NMS goes by the number of boxes and classes: walks, blocks dealt out by class, pairs on a CPU."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from retina_fast import ops
+from retina_fast.kernels import batched_nms as module
+from retina_fast.kernels import nms_blocks, nms_deal
+from retina_fast.kernels.batched_nms import batched_nms_reference
+from tests.instruments.fake_gpu import launches_of
+from tests.instruments.kernel_calls import call_batched_nms
+from tests.kernels.test_batched_nms import by_kernels, clusters, equal
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy's, of interpreted kernels
+
+
+@pytest.mark.parametrize("count", [8193, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_many_boxes(count, device, monkeypatch):
+    """Longer rows than the kernels sort, as in 100,000 boxes an image; stops at what the result holds."""
+    if device.type == "cpu":  # the interpreter's time is that of the programs
+        for name, value in (("_BLOCK", 8192), ("_COLUMNS", 8192), ("_ROWS", 32), ("_SHARES", 1), ("_STRIPS", 1)):
+            monkeypatch.setattr(nms_blocks, name, value)
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(1, count, 2, generator=generator) * 250
+    boxes = torch.cat((corner, corner + 20), dim=2).to(device)
+    scores = torch.rand(1, count, generator=generator).to(device)
+    counts = torch.tensor([count], device=device)
+    equal(
+        by_kernels(boxes, scores, None, counts, 0.5, 100), batched_nms_reference(boxes, scores, None, counts, 0.5, 100)
+    )
+
+
+@pytest.mark.parametrize(
+    ("by_class", "count", "most", "launches"),
+    [(True, 5000, 300, 4), (True, 7000, 7000, 2 + 2 + 8 + 1), (False, 200, 200, 2 + 2), (False, 7000, 7000, 2 + 8)],
+)
+def test_many_boxes_or_one_class_go_block_by_block(by_class, count, most, launches):
+    """Two launches order the scores, two deal out classes, a block takes two, and one writes what classes have kept; a
+    walk has two."""
+    made = [
+        launch.kernel.__name__ for launch in launches_of(partial(call_batched_nms, by_class, False, 1, count, most))
+    ]
+    assert len(made) == launches
+    assert ("_decide_kernel" in made) == (launches > 5) != ("_suppress_kernel" in made)
+
+
+@pytest.mark.parametrize("with_keys", [True, False])
+def test_classes_are_dealt_out_in_order(with_keys, device, monkeypatch):
+    """Against a stable sort by the low bits of the class; many tiles, negative classes, an image without boxes."""
+    monkeypatch.setattr(nms_deal, "_TILE", 64)
+    generator = torch.Generator().manual_seed(0)
+    labels, counts = torch.randint(-9, 9, (3, 300), generator=generator), torch.tensor([300, 0, 130])
+    best = torch.stack([torch.randperm(int(count), generator=generator) for count in (300, 300, 300)])
+    best = torch.stack([torch.cat((row[row < n], row[row >= n])) for row, n in zip(best, counts, strict=True)])
+    keys = (2**31 - 1 - best) if with_keys else None
+    placed = labels.to(device), None if keys is None else keys.to(device), counts.to(device)
+    found = [x.cpu() for x in nms_deal.deal(*placed, 4)]
+    for b, n in enumerate(counts.tolist()):
+        order = best[b, :n] if with_keys else torch.arange(n)
+        groups, ranks = (labels[b, order] & 3).sort(stable=True)
+        assert torch.equal(found[1][b, :n], ranks.int())
+        assert torch.equal(found[0][b, :n], order[ranks].int())
+        assert found[2][b].tolist() == [int((groups < g).sum()) for g in range(5)]
+
+
+def test_small_and_large_classes_of_the_reference():
+    """Small ones pair by pair and large ones by torchvision, in float32 and float64, against one call a class."""
+    for dtype in (torch.float32, torch.float64):
+        boxes, scores, _ = clusters(400, 7)
+        boxes, labels = boxes.to(dtype), (torch.rand(400) ** 4 * 30).long()
+        boxes[3, 1], boxes[5, 2:], boxes[7] = float("nan"), float("inf"), boxes[7].flip(0)
+        assert labels.bincount().max() > module._SMALL > labels.bincount().min()
+        for threshold in (-0.1, 0.0, 0.3, 1.0):
+            ours = ops.batched_nms(boxes, scores.to(dtype), labels, threshold)
+            classes = [(labels == label).nonzero().squeeze(1) for label in labels.unique()]
+            kept = torch.cat([own[ops.nms(boxes[own], scores[own].to(dtype), threshold)] for own in classes])
+            assert torch.equal(ours.sort().values, kept.sort().values)
