@@ -26,14 +26,16 @@ _WHOLE = ("losses", "training_step", "detections", "engine", "model")
 _KERNELS = [name for name in BENCHMARKS if name not in ("models.inference", "models.training_step", "models.spinenet")]
 # torch asks for pointers' attributes and the like, and expects errors: those of the API are no faults of a kernel
 _SANITIZER = ["--error-exitcode", "9", "--report-api-errors", "no"]
-_PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.hung_tests"]
+_PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.hung_tests", "-m", "not slow"]
+_PYTEST += ["-k", "not test_compiled"]  # those emulate a GPU
 _CHECKS = [sys.executable, "-m", "benchmarks.gpu", "--small", "--checks"]
 
 
 def tested_files() -> list[str]:
     """Returns the test files of the kernels, and of what the kernels add up to."""
-    names = [*sorted(path.stem for path in (ROOT / "kernels").glob("*.py")), *_WHOLE]
-    return [str(path.relative_to(ROOT)) for name in names for path in (ROOT / "tests").glob(f"*/test_{name}.py")]
+    tests = ROOT / "tests"
+    whole = [path for name in _WHOLE for path in tests.glob(f"*/test_{name}.py")]
+    return [str(path.relative_to(ROOT)) for path in (*sorted(tests.glob("kernels/test_*.py")), *whole)]
 
 
 def steps(sanitizer: str | None) -> dict[str, list[str]]:
@@ -52,7 +54,9 @@ def steps(sanitizer: str | None) -> dict[str, list[str]]:
 def run(command: list[str], minutes: float) -> str:
     """Runs a step and returns how it went, in words."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if "pytest" not in command:
+    if "pytest" in command:
+        environment["OMP_NUM_THREADS"] = "1"  # threads of several processes wait for each other
+    else:
         environment["TORCH_COMPILE_DISABLE"] = "1"  # of the checks' baselines
     if "--tool" in command:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # or a tensor's neighbours would be in bounds
