@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from retina_fast.kernels.conv_relu import output_format
 from retina_fast.kernels.conv_winograd import (
     Scratch,
     gains_from_winograd,
@@ -22,6 +21,7 @@ from retina_fast.kernels.conv_winograd import (
     winograd_weight_gradient,
 )
 from retina_fast.kernels.dispatch import is_transformed
+from retina_fast.kernels.fused_conv import output_format
 
 
 class _Winograd(torch.autograd.Function):

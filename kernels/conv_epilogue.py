@@ -5,6 +5,9 @@
 
 PyTorch adds a conv's bias on a GPU by a pass of its own, a residual sum and an activation by one more each: seven reads
 and writes of the output's size. Here they are three, computed in float32 and rounded once.
+
+The gradients of bias, sum and ReLU take one pass more: dz = dy where y > 0, else 0, and its sums by channel. Each
+program adds up the rows that it reads, and a second launch the programs' sums, always in the same order.
 """
 
 import torch
@@ -16,6 +19,8 @@ from retina_fast.kernels.dispatch import is_differentiated, runs_triton, tl, tri
 ACTIVATIONS = ("none", "relu", "swish")
 
 _BLOCK = 2048  # elements of a program: 16 a thread
+_ROWS, _CHANNELS = 16, 256  # of a tile of the gradients' kernel, whose rows are pixels
+_TILES, _PROGRAMS = 16, 528  # a program takes up to _TILES tiles in turn, while _PROGRAMS programs are left
 
 
 def conv_epilogue_reference(y: Tensor, bias: Tensor | None, z: Tensor | None, activation: str) -> Tensor:
@@ -102,6 +107,8 @@ def conv_epilogue_(y: Tensor, bias: Tensor | None, z: Tensor | None, activation:
     check_devices(y.device, bias=bias, z=z)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if bias is None and z is None and activation == "none":
+        return y
     if not runs_triton(y, bias, z) or is_differentiated(y, bias, z):
         return y.copy_(conv_epilogue_reference(y, bias, z, activation))
     if y.numel():
@@ -109,3 +116,80 @@ def conv_epilogue_(y: Tensor, bias: Tensor | None, z: Tensor | None, activation:
         z = None if z is None else z.contiguous(memory_format=torch.channels_last)
         _op(y, bias, z, activation)
     return y
+
+
+@triton.jit
+def _epilogue_gradients_kernel(
+    dy_ptr, y_ptr, dz_ptr, sums_ptr, rows, tiles, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Program (p, c) handles `tiles` tiles of ROWS pixels by CHANNELS channels, one below the other; sums (P, C)."""
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    first = tl.program_id(0).to(tl.int64) * tiles * ROWS
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for tile in range(tiles):
+        row = first + tile * ROWS + tl.arange(0, ROWS)
+        inside = (row[:, None] < rows) & (channel < C)[None, :]
+        place = row[:, None] * C + channel[None, :]
+        dy = tl.load(dy_ptr + place, mask=inside, other=0.0)
+        y = tl.load(y_ptr + place, mask=inside, other=0.0)
+        dz = tl.where(y.to(tl.float32) <= 0, 0.0, dy.to(tl.float32))
+        tl.store(dz_ptr + place, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+        total += dz
+    if sums_ptr is not None:
+        tl.store(sums_ptr + tl.program_id(0) * C + channel, tl.sum(total, axis=0), mask=channel < C)
+
+
+@torch.library.custom_op("retina_fast::epilogue_gradients", mutates_args=())
+def _gradients_op(dy: Tensor, y: Tensor, with_sums: bool) -> tuple[Tensor, Tensor]:
+    """dz, and the programs' sums (P, C), where P is 0 without them; dy and y in channels_last memory."""
+    rows, channels = y.shape[0] * y.shape[2] * y.shape[3], y.shape[1]
+    tiles, programs, columns = _split(rows, channels)
+    dz, sums = torch.empty_like(dy), dy.new_empty((programs * with_sums, channels), dtype=torch.float32)
+    with torch.cuda.device_of(y):
+        _epilogue_gradients_kernel[(programs, columns)](
+            dy, y, dz, sums if with_sums else None, rows, tiles, C=channels, ROWS=_ROWS, CHANNELS=_CHANNELS
+        )
+    return dz, sums
+
+
+def _split(rows: int, channels: int) -> tuple[int, int, int]:
+    """How many tiles a program of the gradients' kernel takes, and how many programs there are along pixels and
+    channels."""
+    columns, tiles = -(-channels // _CHANNELS), -(-rows // _ROWS)
+    tiles = max(1, min(_TILES, tiles * columns // _PROGRAMS))
+    return tiles, -(-rows // (_ROWS * tiles)), columns
+
+
+@_gradients_op.register_fake
+def _(dy, y, with_sums):
+    programs = _split(y.shape[0] * y.shape[2] * y.shape[3], y.shape[1])[1]
+    return torch.empty_like(dy), dy.new_empty((programs * with_sums, y.shape[1]), dtype=torch.float32)
+
+
+def epilogue_gradients_reference(dy: Tensor, y: Tensor | None, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The definition; see :func:`epilogue_gradients`."""
+    dz = dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
+    return dz, dz.sum((0, 2, 3), dtype=at_least_float32(dz).dtype) if with_bias else None
+
+
+def epilogue_gradients(dy: Tensor, y: Tensor | None, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradients of ``relu(conv + bias + z)`` with respect to conv and z, and to the bias.
+
+    Args:
+        dy: ``(B, C, H, W)``, with respect to the output.
+        y: the output, of dy's shape, or None where no ReLU follows.
+        with_bias: whether that of the bias is asked for.
+
+    Returns:
+        dz as dy, which is dy itself without a ReLU, and dbias ``(C,)`` in float32 (float64 of float64), or None.
+
+    Example::
+
+        >>> y = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)
+        >>> [gradient.flatten().tolist() for gradient in epilogue_gradients(torch.ones(1, 2, 1, 1), y, True)]
+        [[1.0, 0.0], [1.0, 0.0]]
+    """
+    if y is None or not dy.numel() or not (runs_triton(dy, y) and serves_epilogue(y)) or is_differentiated(dy, y):
+        return epilogue_gradients_reference(dy, y, with_bias)
+    dz, sums = _gradients_op(dy.contiguous(memory_format=torch.channels_last), y, with_bias)
+    return dz, sums.sum(0) if with_bias else None

@@ -38,6 +38,15 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def is_plain_conv(module: object) -> bool:
+    """Whether it is a conv of PyTorch's own class without hooks, padded with zeros: one that a fused conv replaces."""
+    return (
+        is_stock(module, nn.Conv2d, "forward", "_conv_forward")
+        and module.padding_mode == "zeros"  # type: ignore[attr-defined]
+        and not isinstance(module.padding, str)  # type: ignore[attr-defined]
+    )
+
+
 def has_own_code(model: nn.Module) -> bool:
     """Whether a part of the model is of a class of the user's own, or has hooks.
 

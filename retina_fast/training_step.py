@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from retina_fast import forward as network
 from retina_fast.anchors import cell_versions, is_stock_generator
-from retina_fast.backbones.frozen_norm import frozen_norms_folded
+from retina_fast.backbones.fused_training import convs_fused
 from retina_fast.cuda_graph import CaptureStream
 from retina_fast.device import to_device, uploaded
 from retina_fast.forward import Batch
@@ -184,7 +184,7 @@ class TrainingStep:
     def _step(self, forwards: Sequence[Callable[[], Losses]], device: torch.device) -> Losses:
         """One step, captured or not."""
         self.model.zero_grad(set_to_none=True)
-        with self._fast_on_a_cpu() if device.type == "cpu" else contextlib.nullcontext():
+        with self._fast_convs(device):
             parts = [self._backward(forward, forward is forwards[-1], device) for forward in forwards]
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
@@ -193,10 +193,12 @@ class TrainingStep:
         return {name: functools.reduce(torch.add, [part[name] for part in parts]) for name in parts[0]}
 
     @contextlib.contextmanager
-    def _fast_on_a_cpu(self) -> Iterator[None]:
-        stock = not has_own_code(self.model)
-        folded = frozen_norms_folded(self.model) if stock and self.dtype is None else contextlib.nullcontext()
-        with fast_convs(self._scratch, channels_last=stock), folded:
+    def _fast_convs(self, device: torch.device) -> Iterator[None]:
+        """Convs that take along what follows them and, on a CPU, run by Winograd's algorithm."""
+        on_cpu, stock = device.type == "cpu", not has_own_code(self.model)
+        quick = fast_convs(self._scratch, channels_last=stock) if on_cpu else contextlib.nullcontext()
+        fused = stock and not (on_cpu and self.dtype)
+        with quick, convs_fused(self.model) if fused else contextlib.nullcontext():
             yield
 
     def _backward(self, forward: Callable[[], Losses], last: bool, device: torch.device) -> Losses:

@@ -28,7 +28,7 @@ from retina_fast.deploy.fused import (
     convs_of,
 )
 from retina_fast.kernels.conv_winograd import Scratch
-from retina_fast.stock import has_hooks, is_stock
+from retina_fast.stock import has_hooks, is_plain_conv, is_stock
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "swish"}
 
@@ -92,15 +92,6 @@ class _Calls:
     def only_by(self, owner: nn.Module, *parts: nn.Module) -> bool:
         """Whether the parts have no hooks, and were called once at each call of their owner."""
         return all(self._counts[part] == self._counts[owner] > 0 for part in parts)
-
-
-def is_plain_conv(module: object) -> bool:
-    """Whether it is a conv of PyTorch's own class without hooks, padded with zeros, which a fused conv stands for."""
-    return (
-        is_stock(module, nn.Conv2d, "forward", "_conv_forward")
-        and module.padding_mode == "zeros"  # type: ignore[attr-defined]
-        and not isinstance(module.padding, str)  # type: ignore[attr-defined]
-    )
 
 
 def _is_identity(module: object) -> bool:

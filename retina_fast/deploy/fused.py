@@ -15,7 +15,6 @@ from retina_fast.backbones.spinenet import Residual, ScalePermuted, SpineNet
 from retina_fast.backbones.spinenet_mobile import MobileSpineNet
 from retina_fast.kernels.conv_epilogue import conv_epilogue_, serves_epilogue
 from retina_fast.kernels.conv_onednn import onednn_conv, pack_weight, runs_onednn
-from retina_fast.kernels.conv_relu import conv_add_relu, conv_relu, output_shape
 from retina_fast.kernels.conv_winograd import (
     Scratch,
     gains_from_winograd,
@@ -23,6 +22,7 @@ from retina_fast.kernels.conv_winograd import (
     transform_weight,
     winograd_conv,
 )
+from retina_fast.kernels.fused_conv import output_shape
 
 
 def _activated(x: Tensor, activation: str) -> Tensor:
@@ -74,11 +74,12 @@ class FusedConv(nn.Conv2d):
     def possible_ways(self, x: Tensor, z: Tensor | None) -> list[str]:
         """The ways in which an input may run, the one that is right by definition first."""
         others = {
+            "fused": self.takes_onednn(x, z),
             "epilogue": self.takes_epilogue(x),
             "product": self.takes_product(x, z),
             "winograd": self.takes_winograd(x, z),
         }
-        return ["eager", "fused", *(way for way, possible in others.items() if possible)]
+        return ["eager", *(way for way, possible in others.items() if possible)]
 
     def takes_epilogue(self, x: Tensor) -> bool:
         """Whether a kernel of ours runs what follows the conv."""
@@ -106,23 +107,26 @@ class FusedConv(nn.Conv2d):
         """Whether Winograd's algorithm computes this conv."""
         return suits_winograd(x, self.weight, *self._geometry()) and runs_onednn(x, self.weight, self.bias, z)
 
+    def takes_onednn(self, x: Tensor, z: Tensor | None) -> bool:
+        """Whether oneDNN takes along what follows the conv."""
+        return runs_onednn(x, self.weight, self.bias, z) and x.dtype == self.weight.dtype
+
     def run_winograd(self, x: Tensor, z: Tensor | None, overwrite_z: bool = False) -> Tensor:
         """By Winograd's algorithm."""
         weight = self._prepared_weight("winograd", lambda: transform_weight(self.weight))
         return winograd_conv(x, weight, self.bias, z, self.activation, self.scratch, overwrite_z=overwrite_z)
 
     def run_fused(self, x: Tensor, z: Tensor | None, overwrite_z: bool = False) -> Tensor:
-        """By oneDNN or cuDNN, where they serve the device and dtype."""
-        if runs_onednn(x, self.weight, self.bias, z) and x.dtype == self.weight.dtype:
-            fused = self.activation if z is None or self.activation == "relu" else "none"  # a sum takes no swish
-            x = x.contiguous(memory_format=torch.channels_last)
-            weight = self._prepared_weight("packed", lambda: pack_weight(self.weight, x.shape, *self._geometry()))
-            y = onednn_conv(x, weight, self.bias, z, fused, *self._geometry(), overwrite_z=overwrite_z)
-            return y if fused == self.activation else _activated(y, self.activation)
-        if self.activation == "relu":
-            more = (self.weight, self.bias) if z is None else (self.weight, self.bias, z)
-            return (conv_relu if z is None else conv_add_relu)(x, *more, *self._geometry())
-        return self.run_eager(x, z)
+        """By oneDNN on a CPU; on a GPU with a pass of ours behind the conv; where neither serves, eagerly."""
+        if self.takes_epilogue(x):
+            return self.run_with_epilogue(x, z)
+        if not self.takes_onednn(x, z):
+            return self.run_eager(x, z)
+        fused = self.activation if z is None or self.activation == "relu" else "none"  # a sum takes no swish
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight = self._prepared_weight("packed", lambda: pack_weight(self.weight, x.shape, *self._geometry()))
+        y = onednn_conv(x, weight, self.bias, z, fused, *self._geometry(), overwrite_z=overwrite_z)
+        return y if fused == self.activation else _activated(y, self.activation)
 
     def run_eager(self, x: Tensor, z: Tensor | None) -> Tensor:
         """One operation of PyTorch after the other."""

@@ -158,6 +158,6 @@ def test_a_pointwise_conv_with_relu_may_be_a_product():
             assert x.is_contiguous(memory_format=torch.channels_last)
 
     work = gpu_work_of(call, prepare)
-    assert ways == [["eager", "fused", "epilogue", "product"], *[["eager", "fused", "epilogue"]] * 2]
+    assert ways == [["eager", "epilogue", "product"], *[["eager", "epilogue"]] * 2]
     names = [step.name if isinstance(step, TorchOp) else "epilogue" for step in work]
     assert names == ["_addmm_activation", *["convolution", "epilogue"] * 2]

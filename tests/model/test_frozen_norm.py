@@ -13,7 +13,8 @@ from torchvision.models.detection import retinanet as tv
 from torchvision.ops import misc
 
 import retina_fast
-from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d, as_torchvision, frozen_norms_folded
+from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d, as_torchvision
+from retina_fast.backbones.fused_training import convs_fused
 from retina_fast.backbones.resnet_fpn import resnet_fpn
 from retina_fast.convert import to_torchvision
 
@@ -127,13 +128,13 @@ def test_outputs_and_gradients_are_those_of_the_norms():
     exact = outputs_and_gradients(copy.deepcopy(model).double(), x.double())
     names = [vars(module).keys() for module in model.modules()]
     before = outputs_and_gradients(model, x)
-    with frozen_norms_folded(model) as count:
+    with convs_fused(model) as count:
         ours = outputs_and_gradients(model, x)
     assert count == len([module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]) == 24
     for mine, theirs, right in zip(*([*outputs, *grads] for outputs, grads in (ours, before, exact)), strict=True):
         assert (mine - theirs).abs().max() > 0
         assert (mine.double() - right).norm() <= 2e-6 * right.norm() + 1e-12
-    with pytest.raises(ZeroDivisionError), frozen_norms_folded(model):
+    with pytest.raises(ZeroDivisionError), convs_fused(model):
         _ = 1 / 0
     assert all(torch.equal(a, b) for a, b in zip(outputs_and_gradients(model, x)[1], before[1], strict=True))
     assert [vars(module).keys() for module in model.modules()] == names
@@ -157,10 +158,10 @@ def test_what_is_not_folded():
     model[-2][1].register_forward_pre_hook(lambda *args: seen.append(args[-1][0]))
     x = torch.rand(1, 4, 9, 9)
     expected, kept = model(x), [*seen]
-    with frozen_norms_folded(model) as count:
+    with convs_fused(model) as count:
         assert count == 0
         assert torch.equal(model(x), expected)
     assert all(map(torch.equal, kept, seen[2:]))
     half = torch.nn.Sequential(conv().bfloat16(), norm())
-    with frozen_norms_folded(half) as count:
+    with convs_fused(half) as count:
         assert count == 0

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from retina_fast.kernels import conv_onednn
-from retina_fast.kernels import conv_relu as module
+from retina_fast.kernels import fused_conv as module
+from retina_fast.kernels.conv_epilogue import epilogue_gradients
 from retina_fast.kernels.conv_onednn import onednn_conv, pack_weight, serves_dtype
-from retina_fast.kernels.conv_relu import conv_add_relu, conv_add_relu_reference, conv_relu, conv_relu_reference
+from retina_fast.kernels.fused_conv import fused_conv, fused_conv_reference
 from tests.instruments.fake_gpu import TorchOp, gpu_work_of
 
 GEOMETRIES: dict[str, Any] = {  # kernel, stride, padding, dilation, groups
@@ -54,6 +55,11 @@ def exact(tensors, incoming, geometry, with_z):
     return y, torch.autograd.grad(y, wanted, incoming.cpu().double())
 
 
+def reference(tensors, geometry, with_z):
+    x, weight, bias, z = tensors
+    return fused_conv_reference(x, weight, bias, z if with_z else None, True, *geometry)
+
+
 def run(way, tensors, geometry, with_z):
     x, weight, bias, z = tensors
     if way in ("packed", "overwriting"):
@@ -64,8 +70,8 @@ def run(way, tensors, geometry, with_z):
         assert (y.data_ptr() == z.data_ptr()) == (overwrite and with_z)
         return y
     if way == "op":
-        return module._op(x, weight, bias, z if with_z else None, *map(list, geometry[:3]), geometry[3])
-    return conv_add_relu(x, weight, bias, z, *geometry) if with_z else conv_relu(x, weight, bias, *geometry)
+        return module._op(x, weight, bias, z if with_z else None, True, *map(list, geometry[:3]), geometry[3])
+    return fused_conv(x, weight, bias, z if with_z else None, True, *geometry)
 
 
 # Matches the reference
@@ -96,7 +102,8 @@ def test_bfloat16_is_no_further_from_float64_than_eager(way, with_z):
         ours = run(way, tensors, geometry, with_z)
         eager = F.relu(F.conv2d(x, weight, bias, *geometry) + (z if with_z else 0))
     assert ours.dtype == torch.bfloat16
-    assert error(ours, theirs) <= 1.1 * error(eager, theirs)
+    # The operation rounds the conv before it adds bias and sum, as PyTorch does on a GPU.
+    assert error(ours, theirs) <= (1.6 if way == "op" else 1.1) * error(eager, theirs)
 
 
 @pytest.mark.parametrize("way", ["op", "public"])
@@ -106,7 +113,7 @@ def test_memory_format_and_no_bias(way, last):
     with torch.no_grad():
         ours = run(way, tensors, geometry, with_z=True)
     assert error(ours, exact(tensors, incoming, geometry, True)[0]) < 1e-5
-    assert ours.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    assert ours.is_contiguous(memory_format=torch.channels_last if last or way == "op" else torch.contiguous_format)
 
 
 @needs_onednn
@@ -125,7 +132,7 @@ def test_packed_weights_take_other_shapes():
     for shape in ((1, 16, 1, 1), (5, 16, 40, 3), (0, 16, 4, 4)):
         x = torch.randn(shape)
         ours = onednn_conv(x, packed, bias, None, "relu", *geometry)
-        torch.testing.assert_close(ours, conv_relu_reference(x, weight, bias, *geometry))
+        torch.testing.assert_close(ours, fused_conv_reference(x, weight, bias, None, True, *geometry))
 
 
 # Gradients
@@ -166,7 +173,10 @@ def test_a_frozen_weight_gets_no_gradient(device):
 def test_second_derivatives(device):
     tensors, _, geometry = case("3x3", device=device)
     penalties = []
-    for function in (lambda: run("op", tensors, geometry, True), lambda: conv_add_relu_reference(*tensors, *geometry)):
+    for function in (
+        lambda: run("op", tensors, geometry, True),
+        lambda: reference(tensors, geometry, True),
+    ):
         grads = torch.autograd.grad(function().square().sum(), tensors, create_graph=True)
         penalties.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), tensors))
     for ours, theirs in zip(*penalties, strict=True):
@@ -187,7 +197,7 @@ def test_autocast():
     tensors, _, geometry = case("3x3")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = run("public", tensors, geometry, with_z=True)
-        expected = conv_relu_reference(*tensors[:3], *geometry)
+        expected = reference(tensors, geometry, False)
     assert ours.dtype == expected.dtype == torch.bfloat16
 
 
@@ -197,7 +207,7 @@ def test_a_build_without_onednn_runs_eagerly(monkeypatch):
     tensors, _, geometry = case("3x3")
     with torch.no_grad():
         ours = run("public", tensors, geometry, with_z=True)
-    assert torch.equal(ours, conv_add_relu_reference(*tensors, *geometry))
+    assert torch.equal(ours, reference(tensors, geometry, True))
     assert not serves_dtype(torch.float32)
     serves_dtype.cache_clear()
 
@@ -212,7 +222,7 @@ def test_arguments_that_do_not_fit_are_named():
         ((x, weight, bias.to("meta"), z), "bias must be on cpu"),
     ):
         with pytest.raises(ValueError, match=message):
-            conv_add_relu(*arguments, *geometry)
+            fused_conv(*arguments, True, *geometry)
 
 
 # Registration
@@ -222,7 +232,7 @@ def test_arguments_that_do_not_fit_are_named():
 @pytest.mark.parametrize("with_z", [False, True])
 def test_opcheck(with_z, last, device):
     (x, weight, bias, z), _, geometry = case("grouped", device=device, last=last)
-    arguments = x, weight, bias, z if with_z else None, *map(list, geometry[:3]), geometry[3]
+    arguments = x, weight, bias, z if with_z else None, True, *map(list, geometry[:3]), geometry[3]
     torch.library.opcheck(module._op, arguments)
 
 
@@ -235,20 +245,18 @@ def test_compiles_in_one_graph(device):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_on_a_gpu_it_is_one_operation():
-    """Recorded on fake CUDA tensors, with all that torch would launch beside it."""
+def test_on_a_gpu_it_is_a_conv_and_one_pass():
+    """Recorded on fake CUDA tensors, with all that torch would launch beside it; backward as well."""
 
     def prepare():
-        (x, weight, bias, z), _, geometry = case("3x3")
-        return [t.detach().cuda() for t in (x, weight, bias, z)], geometry
+        (x, weight, bias, z), incoming, geometry = case("3x3")
+        return [t.detach().cuda() for t in (x, weight, bias, z, incoming)], geometry
 
     def call(prepared):
-        tensors, geometry = prepared
-        conv_relu(*tensors[:3], *geometry)
-        conv_add_relu(*tensors, *geometry)
+        (x, weight, bias, z, incoming), geometry = prepared
+        y = fused_conv(x, weight, bias, z, True, *geometry)
+        epilogue_gradients(incoming, y, True)
 
     recorded = gpu_work_of(call, prepare)
-    assert [step.name for step in recorded if isinstance(step, TorchOp)] == [
-        "cudnn_convolution_relu",
-        "cudnn_convolution_add_relu",
-    ]
+    names = [step.name if isinstance(step, TorchOp) else step.kernel.__name__ for step in recorded]
+    assert names == ["convolution", "_conv_epilogue_kernel", "_epilogue_gradients_kernel", "sum"]

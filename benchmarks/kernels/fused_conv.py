@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from retina_fast.kernels.conv_relu import conv_add_relu, conv_add_relu_reference, conv_relu, conv_relu_reference
 from torch import Tensor
 
 from benchmarks.case import Built, Case, run_benchmark
-from retina_fast.kernels.conv_relu import conv_add_relu, conv_add_relu_reference, conv_relu, conv_relu_reference
 
 
 @dataclasses.dataclass(frozen=True)
