@@ -10,6 +10,8 @@ The gradients of bias, sum and ReLU take one pass more: dz = dy where y > 0, els
 program adds up the rows that it reads, and a second launch the programs' sums, always in the same order.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ ACTIVATIONS = ("none", "relu", "swish")
 _BLOCK = 2048  # elements of a program: 16 a thread
 _ROWS, _CHANNELS = 16, 256  # of a tile of the gradients' kernel, whose rows are pixels
 _TILES, _PROGRAMS = 16, 528  # a program takes up to _TILES tiles in turn, while _PROGRAMS programs are left
+_ADDED, _SUMMED = 64, 16  # rows and channels of a tile of the programs' sums
+_ALIGNED = 8  # elements of 2 bytes that one load takes
 
 
 def conv_epilogue_reference(y: Tensor, bias: Tensor | None, z: Tensor | None, activation: str) -> Tensor:
@@ -130,40 +134,57 @@ def _epilogue_gradients_kernel(
         row = first + tile * ROWS + tl.arange(0, ROWS)
         inside = (row[:, None] < rows) & (channel < C)[None, :]
         place = row[:, None] * C + channel[None, :]
-        dy = tl.load(dy_ptr + place, mask=inside, other=0.0)
-        y = tl.load(y_ptr + place, mask=inside, other=0.0)
-        dz = tl.where(y.to(tl.float32) <= 0, 0.0, dy.to(tl.float32))
-        tl.store(dz_ptr + place, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+        dz = tl.load(dy_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        if y_ptr is not None:
+            y = tl.load(y_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            dz = tl.where(y <= 0, 0.0, dz)
+            tl.store(dz_ptr + place, dz.to(dz_ptr.dtype.element_ty), mask=inside)
         total += dz
     if sums_ptr is not None:
         tl.store(sums_ptr + tl.program_id(0) * C + channel, tl.sum(total, axis=0), mask=channel < C)
 
 
+@triton.jit
+def _add_sums_kernel(sums_ptr, out_ptr, rows, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Program c adds up the rows of CHANNELS columns of sums (rows, C)."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (channel < C)[None, :]
+        total += tl.load(sums_ptr + row[:, None] * C + channel[None, :], mask=inside, other=0.0)
+    tl.store(out_ptr + channel, tl.sum(total, axis=0), mask=channel < C)
+
+
 @torch.library.custom_op("retina_fast::epilogue_gradients", mutates_args=())
-def _gradients_op(dy: Tensor, y: Tensor, with_sums: bool) -> tuple[Tensor, Tensor]:
-    """dz, and the programs' sums (P, C), where P is 0 without them; dy and y in channels_last memory."""
-    rows, channels = y.shape[0] * y.shape[2] * y.shape[3], y.shape[1]
-    tiles, programs, columns = _split(rows, channels)
-    dz, sums = torch.empty_like(dy), dy.new_empty((programs * with_sums, channels), dtype=torch.float32)
-    with torch.cuda.device_of(y):
-        _epilogue_gradients_kernel[(programs, columns)](
-            dy, y, dz, sums if with_sums else None, rows, tiles, C=channels, ROWS=_ROWS, CHANNELS=_CHANNELS
-        )
-    return dz, sums
-
-
-def _split(rows: int, channels: int) -> tuple[int, int, int]:
-    """How many tiles a program of the gradients' kernel takes, and how many programs there are along pixels and
-    channels."""
-    columns, tiles = -(-channels // _CHANNELS), -(-rows // _ROWS)
+def _gradients_op(dy: Tensor, y: Tensor | None, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """dz, which is empty without y, and dbias, which is empty if nobody asks for it; dy, y in channels_last memory."""
+    channels, rows = dy.shape[1], dy.numel() // dy.shape[1]
+    # Rows of a number of channels that is odd start anywhere: eight of them as one row start at multiples of 16 bytes.
+    merged = _ALIGNED // math.gcd(channels, _ALIGNED)
+    merged = merged if rows % merged == 0 else 1
+    wide, high = channels * merged, rows // merged
+    columns, tiles = triton.cdiv(wide, _CHANNELS), triton.cdiv(high, _ROWS)
     tiles = max(1, min(_TILES, tiles * columns // _PROGRAMS))
-    return tiles, -(-rows // (_ROWS * tiles)), columns
+    programs = triton.cdiv(high, _ROWS * tiles)
+    dz = torch.empty_like(dy) if y is not None else dy.new_empty(0)
+    dbias = dy.new_empty(channels if with_bias else 0, dtype=torch.float32)
+    sums = dy.new_empty((programs, wide), dtype=torch.float32) if with_bias else None
+    with torch.cuda.device_of(dy):
+        _epilogue_gradients_kernel[(programs, columns)](
+            dy, y, dz if y is not None else None, sums, high, tiles, C=wide, ROWS=_ROWS, CHANNELS=_CHANNELS
+        )
+        if with_bias:
+            _add_sums_kernel[(triton.cdiv(channels, _SUMMED),)](
+                sums, dbias, programs * merged, C=channels, ROWS=_ADDED, CHANNELS=_SUMMED
+            )
+    return dz, dbias
 
 
 @_gradients_op.register_fake
-def _(dy, y, with_sums):
-    programs = _split(y.shape[0] * y.shape[2] * y.shape[3], y.shape[1])[1]
-    return torch.empty_like(dy), dy.new_empty((programs * with_sums, y.shape[1]), dtype=torch.float32)
+def _(dy, y, with_bias):
+    dbias = dy.new_empty(dy.shape[1] if with_bias else 0, dtype=torch.float32)
+    return torch.empty_like(dy) if y is not None else dy.new_empty(0), dbias
 
 
 def epilogue_gradients_reference(dy: Tensor, y: Tensor | None, with_bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -189,7 +210,11 @@ def epilogue_gradients(dy: Tensor, y: Tensor | None, with_bias: bool) -> tuple[T
         >>> [gradient.flatten().tolist() for gradient in epilogue_gradients(torch.ones(1, 2, 1, 1), y, True)]
         [[1.0, 0.0], [1.0, 0.0]]
     """
-    if y is None or not dy.numel() or not (runs_triton(dy, y) and serves_epilogue(y)) or is_differentiated(dy, y):
+    if y is None and not with_bias:
+        return dy, None
+    if not dy.numel() or not runs_triton(dy, y) or is_differentiated(dy, y):
         return epilogue_gradients_reference(dy, y, with_bias)
-    dz, sums = _gradients_op(dy.contiguous(memory_format=torch.channels_last), y, with_bias)
-    return dz, sums.sum(0) if with_bias else None
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    y = None if y is None else y.contiguous(memory_format=torch.channels_last)
+    dz, dbias = _gradients_op(dy, y, with_bias)
+    return dy if y is None else dz, dbias if with_bias else None

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+from retina_fast.device import to_device
 
 Result = TypeVar("Result")
 
@@ -55,3 +58,44 @@ class CaptureStream:
         with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             result = work()
         return graph, result
+
+
+def own_learning_rates(optimizer: torch.optim.Optimizer, lrs: list[Tensor], device: torch.device) -> None:
+    """Put an optimizer's learning rates into tensors that a replay reads, even after a scheduler or a load replaced
+    them, and make it capturable.
+
+    Args:
+        optimizer: SGD, or one that can be made capturable.
+        lrs: the tensors, one a parameter group; those that are missing are added.
+        device: where the graph runs.
+    """
+    for i, group in enumerate(optimizer.param_groups):
+        if i == len(lrs):
+            lrs.append(torch.zeros((), dtype=torch.float32, device=device))
+        ours, lr = lrs[i], group["lr"]
+        _lay_out_state(optimizer, group)
+        if lr is ours:
+            continue
+        ours.fill_(lr.squeeze() if isinstance(lr, Tensor) else lr)
+        group["lr"] = ours
+        if "capturable" in group:
+            group["capturable"] = True
+        else:
+            group["fused"], group["foreach"] = True, False
+        for state in map(optimizer.state.get, group["params"]):
+            if state and isinstance(state.get("step"), Tensor):
+                state["step"] = to_device(state["step"], device)
+
+
+def _lay_out_state(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """Bring optimizer state into the memory layout of its parameter, and make any momentum buffer that is missing:
+    fused SGD needs both. Without dampening, a momentum that starts at zero gives the same steps as torch's."""
+    for p in group["params"]:
+        state = optimizer.state.get(p, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+        if isinstance(optimizer, torch.optim.SGD) and group["momentum"] and p.requires_grad:
+            state = optimizer.state[p]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(p)

@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from retina_fast import forward as network
 from retina_fast.anchors import cell_versions, is_stock_generator
-from retina_fast.backbones.fused_training import convs_fused
-from retina_fast.cuda_graph import CaptureStream
+from retina_fast.backbones.fused_training import convs_fused, lay_out_weights
+from retina_fast.cuda_graph import CaptureStream, own_learning_rates
 from retina_fast.device import to_device, uploaded
 from retina_fast.forward import Batch
 from retina_fast.kernels.conv_calls import fast_convs
@@ -73,9 +73,10 @@ class TrainingStep:
     user's own is captured, too: it must not read values on the host, nor draw random numbers from other than torch's
     default generator.
 
-    On a CPU large 3x3 convs in float32 run by Winograd's algorithm, 1e-6 from PyTorch's in relative norm. Unless the
-    model has parts or hooks of the user's own, maps are kept in channels_last, and convs in float32 take frozen norms
-    along. ``model(images, targets)`` itself rounds as torchvision's does.
+    Unless the model has parts or hooks of the user's own, maps are kept in channels_last, on a GPU weights as well, and
+    convs take frozen norms, bias, sums and ReLU along, on a CPU in float32 only. There large 3x3 convs run by
+    Winograd's algorithm, 1e-6 from PyTorch's in relative norm. ``model(images, targets)`` itself rounds as
+    torchvision's does.
 
     Raises:
         TypeError: for a model that is no ``RetinaNet``.
@@ -142,7 +143,9 @@ class TrainingStep:
             images = uploaded(images, device)
         if not self._capturable(device):
             return self._uncaptured(self._parts(images, targets), device)
-        self._own_learning_rates(device)
+        if self._graph is None and not has_own_code(self.model):
+            lay_out_weights(self.model)
+        own_learning_rates(self.optimizer, self._lrs, device)
         batch = self.model.make_batch(images, targets)
         assert batch.truths is not None
         transform = self.model.transform
@@ -294,38 +297,6 @@ class TrainingStep:
             and not any(map(has_hooks, model.modules()))
             and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
         )
-
-    def _own_learning_rates(self, device: torch.device) -> None:
-        """Put the learning rates into tensors that a replay reads, even after a scheduler or a load replaced them."""
-        for i, group in enumerate(self.optimizer.param_groups):
-            if i == len(self._lrs):
-                self._lrs.append(torch.zeros((), dtype=torch.float32, device=device))
-            ours, lr = self._lrs[i], group["lr"]
-            self._lay_out_state(group)
-            if lr is ours:
-                continue
-            ours.fill_(lr.squeeze() if isinstance(lr, Tensor) else lr)
-            group["lr"] = ours
-            if "capturable" in group:
-                group["capturable"] = True
-            else:
-                group["fused"], group["foreach"] = True, False
-            for state in map(self.optimizer.state.get, group["params"]):
-                if state and isinstance(state.get("step"), Tensor):
-                    state["step"] = to_device(state["step"], device)
-
-    def _lay_out_state(self, group: dict[str, Any]) -> None:
-        """Bring optimizer state into the memory layout of its parameter, and make any momentum buffer that is missing:
-        fused SGD needs both. Without dampening, a momentum that starts at zero gives the same steps as torch's."""
-        for p in group["params"]:
-            state = self.optimizer.state.get(p, {})
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
-                    state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
-            if isinstance(self.optimizer, torch.optim.SGD) and group["momentum"] and p.requires_grad:
-                state = self.optimizer.state[p]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(p)
 
     def _settings(self, image_dtype: torch.dtype) -> list[Any]:
         """All that a captured graph depends on besides the batch's shape, the images' dtype included."""

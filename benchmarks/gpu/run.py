@@ -39,7 +39,6 @@ BENCHMARKS = (
     "kernels.box_loss",
     "kernels.box_quality",
     "kernels.group_norm_relu",
-    "kernels.conv_relu",
     "kernels.conv_epilogue",
     "kernels.sigmoid_focal_loss",
     "kernels.candidate_selection",

@@ -84,6 +84,22 @@ def _scale_norms(convs: Sequence[_Conv]) -> None:
             conv.scale, conv.shift = own_scale, own_shift
 
 
+def lay_out_weights(model: nn.Module) -> None:
+    """Bring the convs' weights into channels_last memory, as cuDNN reads them, so that casting them is a plain copy.
+    Shapes and values stay; ``state_dict``, loading and copies work as before.
+
+    Example::
+
+        >>> model = nn.Conv2d(3, 4, 3)
+        >>> lay_out_weights(model)
+        >>> model.weight.is_contiguous(memory_format=torch.channels_last)
+        True
+    """
+    for weight in (p for p in model.parameters() if p.dim() == 4):
+        if not weight.is_contiguous(memory_format=torch.channels_last):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+
 def _block(convs: list[_Conv], block: Any, x: Tensor) -> Tensor:
     """A residual block."""
     identity = x if block.downsample is None else block.downsample(x)

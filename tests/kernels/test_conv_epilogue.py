@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from retina_fast.kernels import conv_epilogue as module
-from retina_fast.kernels.conv_epilogue import ACTIVATIONS, conv_epilogue_, conv_epilogue_reference
+from retina_fast.kernels.conv_epilogue import (
+    ACTIVATIONS,
+    conv_epilogue_,
+    conv_epilogue_reference,
+    epilogue_gradients,
+    epilogue_gradients_reference,
+)
 from tests.ptx.cases import OTHER_ORDERS, check, names
 
 
@@ -50,6 +56,40 @@ def test_gradients():
         assert torch.autograd.gradcheck(lambda y, b, z, a=activation: conv_epilogue_(y.clone(), b, z, a), inputs)
 
 
+# The gradients' kernel
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_relu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "batch"), [(64, 3), (36, 8), (300, 2), (5, 1)])
+def test_the_gradients_kernel_gives_its_definition(channels, batch, dtype, with_relu, with_bias, device):
+    """Rows of 36 or 5 channels are handled several at a time where their number allows it."""
+    if not (with_relu or with_bias):
+        return
+    generator = torch.Generator().manual_seed(channels)
+    dy, y = (torch.randn(batch, channels, 6, 7, generator=generator).to(device, dtype) for _ in range(2))
+    dy, y = (t.contiguous(memory_format=torch.channels_last) for t in (dy, y.relu()))
+    y[0, 0, 0, :2] = torch.tensor([float("nan"), float("inf")])
+    output, exact = (y, y.double()) if with_relu else (None, None)
+    dz, dbias = module._gradients_op(dy, output, with_bias)
+    expected, sums = epilogue_gradients_reference(dy.double(), exact, with_bias)
+    assert torch.equal(dz.double(), expected) if with_relu else not dz.numel()
+    if with_bias:
+        torch.testing.assert_close(dbias.double(), sums, rtol=1e-5, atol=1e-5)
+    public, public_bias = epilogue_gradients(dy, output, with_bias)
+    assert torch.equal(public.double(), expected)
+    assert public_bias is None or public_bias.dtype == torch.float32
+
+
+def test_gradients_of_an_empty_batch(device):
+    y = torch.zeros(0, 4, 3, 3, device=device)
+    dz, dbias = epilogue_gradients(y, y, True)
+    assert dz.shape == y.shape
+    assert dbias is not None
+    assert dbias.tolist() == [0.0] * 4
+
+
 # Edges
 
 
@@ -86,6 +126,8 @@ def test_what_does_not_fit_is_named():
 def test_opcheck_and_compiles_whole(device):
     y, bias, z = case(device=device)
     torch.library.opcheck(module._op, (y.nan_to_num(0.0, 0.0, 0.0), bias, z, "relu"))
+    for output in (z, None):
+        torch.library.opcheck(module._gradients_op, (y.nan_to_num(0.0, 0.0, 0.0), output, True))
     compiled = torch.compile(conv_epilogue_, fullgraph=True, backend="aot_eager", dynamic=True)
     expected = conv_epilogue_reference(y, bias, z, "swish")
     torch.testing.assert_close(compiled(y, bias, z, "swish"), expected, equal_nan=True)
@@ -94,13 +136,13 @@ def test_opcheck_and_compiles_whole(device):
 # As compiled code
 
 
-@pytest.mark.parametrize("name", names("conv_epilogue"))
+@pytest.mark.parametrize("name", [*names("conv_epilogue"), *names("epilogue_gradients")])
 def test_compiled(name):
     check(name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", OTHER_ORDERS)
-@pytest.mark.parametrize("name", names("conv_epilogue"))
+@pytest.mark.parametrize("name", [*names("conv_epilogue"), *names("epilogue_gradients")])
 def test_compiled_in_other_orders(name, order):
     check(name, **OTHER_ORDERS[order])

@@ -259,4 +259,4 @@ def test_on_a_gpu_it_is_a_conv_and_one_pass():
 
     recorded = gpu_work_of(call, prepare)
     names = [step.name if isinstance(step, TorchOp) else step.kernel.__name__ for step in recorded]
-    assert names == ["convolution", "_conv_epilogue_kernel", "_epilogue_gradients_kernel", "sum"]
+    assert names == ["convolution", "_conv_epilogue_kernel", "_epilogue_gradients_kernel", "_add_sums_kernel"]

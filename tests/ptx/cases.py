@@ -67,6 +67,11 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "conv_epilogue fp16 C=819 unaligned": partial(
         losses.conv_epilogue, dtype=F16, channels=819, activation="none", with_bias=False, sides=(3, 4), shift=1
     ),
+    "epilogue_gradients bf16 C=64": partial(losses.epilogue_gradients, dtype=BF16, channels=64),
+    "epilogue_gradients bf16 C=99 merged": partial(losses.epilogue_gradients, dtype=BF16, channels=99, with_relu=False),
+    "epilogue_gradients fp32 C=300 unaligned": partial(
+        losses.epilogue_gradients, dtype=F32, channels=300, sides=(5, 3), shift=1
+    ),
     "image_batch uint8 to bf16": partial(losses.image_batch, dtype=torch.uint8, out_dtype=BF16),
     "image_batch fp32 to fp32": partial(losses.image_batch, dtype=F32, out_dtype=F32),
     "anchor_matching": partial(detection.anchor_matching, low_quality=True),

@@ -8,13 +8,24 @@ from torch import Generator, Tensor
 
 from retina_fast.kernels.box_loss import box_loss_reference
 from retina_fast.kernels.box_quality import box_quality_reference
-from retina_fast.kernels.conv_epilogue import conv_epilogue_reference
+from retina_fast.kernels.conv_epilogue import conv_epilogue_reference, epilogue_gradients_reference
 from retina_fast.kernels.focal_loss import focal_loss_reference
 from retina_fast.kernels.group_norm_relu import group_norm_relu_reference
 from retina_fast.kernels.image_batch import batch_shape, image_batch_reference
 from retina_fast.kernels.sigmoid_focal_loss import sigmoid_focal_loss_reference
 from retina_fast.kernels.soft_focal_loss import soft_focal_loss_reference
-from tests.ptx.inputs import SHAPES, Comparison, Run, Shapes, close, head_outputs, limit_of, random_boxes, shifted
+from tests.ptx.inputs import (
+    SHAPES,
+    Comparison,
+    Run,
+    Shapes,
+    close,
+    equal,
+    head_outputs,
+    limit_of,
+    random_boxes,
+    shifted,
+)
 
 ops = torch.ops.retina_fast
 
@@ -198,6 +209,25 @@ def conv_epilogue(
     def run() -> Iterator[Comparison]:
         ops.conv_epilogue_(y, *rest)
         yield close("output", [y], [expected], limit_of(dtype))
+
+    return run
+
+
+def epilogue_gradients(
+    generator: Generator, dtype: torch.dtype, channels: int, with_relu: bool = True,
+    sides: tuple[int, int] = (9, 7), shift: int = 0,
+) -> Run:  # fmt: skip
+    dy, y = (torch.randn(8, channels, *sides, generator=generator) for _ in range(2))
+    dy, y = (shifted(x.to(dtype).contiguous(memory_format=torch.channels_last), shift) for x in (dy, y))
+    output = y if with_relu else None
+    dz, expected = epilogue_gradients_reference(dy.double(), None if output is None else output.double(), True)
+    assert expected is not None
+
+    def run() -> Iterator[Comparison]:
+        ours, sums = ops.epilogue_gradients(dy, output, True)
+        if output is not None:
+            yield equal("dz", [ours.double()], [dz])
+        yield close("gradient of the bias", [sums], [expected], 1e-5)
 
     return run
 

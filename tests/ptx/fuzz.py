@@ -57,6 +57,10 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
         "dtype": r.choice([BF16, F32, F16]), "channels": r.choice([1, 36, 64, 819]), "shift": r.choice([0, 1]),
         "activation": r.choice(ACTIVATIONS), "with_bias": r.random() < 0.7, "with_z": r.random() < 0.5,
     },
+    losses.epilogue_gradients: lambda r: {
+        "dtype": r.choice([BF16, F32, F16]), "channels": r.choice([1, 36, 64, 99]), "shift": r.choice([0, 1]),
+        "with_relu": r.random() < 0.7,
+    },
     losses.image_batch: lambda r: dict(
         zip(("dtype", "out_dtype"), r.choice([(_UINT8, BF16), (F32, F32), (_UINT8, F32)]), strict=True)
     ),
