@@ -40,6 +40,7 @@ BENCHMARKS = (
     "kernels.box_quality",
     "kernels.group_norm_relu",
     "kernels.conv_epilogue",
+    "kernels.fused_conv",
     "kernels.sigmoid_focal_loss",
     "kernels.candidate_selection",
     "kernels.box_decode",

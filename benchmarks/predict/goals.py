@@ -13,6 +13,7 @@ from benchmarks.kernels import batched_nms, postprocess
 from benchmarks.models import scenes, training_step
 from benchmarks.predict.work import Scene
 from retina_fast import compile_inference, retinanet_resnet50_fpn
+from retina_fast.backbones.fused_training import convs_fused
 from retina_fast.deploy.engine import EngineSettings, Plan
 from retina_fast.deploy.fused import FusedConv
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs, run_convs
@@ -177,7 +178,8 @@ def training_forward_work(batch: int) -> list[Launch | TorchOp]:
         torch.set_autocast_enabled("cuda", True)  # torch.autocast would ask for a GPU
         torch.set_autocast_dtype("cuda", BF16)
         try:
-            run_convs(model, images)
+            with convs_fused(model):
+                run_convs(model, images)
         finally:
             torch.set_autocast_enabled("cuda", False)
 
