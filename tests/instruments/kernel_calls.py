@@ -190,6 +190,14 @@ def _conv_epilogue(channels: int, activation: str, with_z: bool) -> None:
     conv_epilogue.conv_epilogue_(y, bias, z if with_z else None, activation)
 
 
+def _epilogue_gradients(channels: int, with_relu: bool) -> None:
+    layout = torch.channels_last
+    dy, y = (
+        torch.empty(16, channels, 100, 100, dtype=torch.bfloat16, device="cuda", memory_format=layout) for _ in range(2)
+    )
+    conv_epilogue.epilogue_gradients(dy, y if with_relu else None, True)
+
+
 def detect(dtype: torch.dtype, batch: int = 8) -> detections.Detections:
     """Calls the whole postprocess, from the heads' outputs at 800x800 to detections."""
     logits, deltas = ([level.detach() for level in levels_of(dtype, channels, batch)] for channels in (91, 4))
@@ -296,4 +304,6 @@ KERNEL_CALLS = {
     "conv_epilogue bf16 sum": KernelCall(lambda: _conv_epilogue(256, "relu", True), ("BLOCK",), 6),
     "conv_epilogue bf16": KernelCall(lambda: _conv_epilogue(256, "relu", False), ("BLOCK",), 4),
     "conv_epilogue bf16 C=819": KernelCall(lambda: _conv_epilogue(819, "none", False), ("BLOCK",), 4),
+    "epilogue_gradients bf16": KernelCall(lambda: _epilogue_gradients(256, True), ("ROWS", "CHANNELS"), 6),
+    "epilogue_gradients bf16 C=819": KernelCall(lambda: _epilogue_gradients(819, False), ("ROWS", "CHANNELS"), 2),
 }

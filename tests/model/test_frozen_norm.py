@@ -1,20 +1,15 @@
-"""Frozen BatchNorm: under autocast torchvision's passes through float32 are gone, its results are not; and folded in
-training."""
+"""Frozen BatchNorm: under autocast torchvision's passes through float32 are gone, its results are not."""
 
 import copy
-import functools
-from typing import Any
 
 import pytest
 import torch
 import torchvision
-from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import retinanet as tv
 from torchvision.ops import misc
 
 import retina_fast
 from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d, as_torchvision
-from retina_fast.backbones.fused_training import convs_fused
 from retina_fast.backbones.resnet_fpn import resnet_fpn
 from retina_fast.convert import to_torchvision
 
@@ -101,67 +96,3 @@ def test_pretrained_builders_have_it_and_torchvisions_copy_has_not():
     assert kinds == {FrozenBatchNorm2d}
     copied = {type(part) for part in to_torchvision(model).modules() if isinstance(part, misc.FrozenBatchNorm2d)}
     assert copied == {misc.FrozenBatchNorm2d}
-
-
-# Folded into the convs
-
-
-def with_norms() -> torch.nn.Module:
-    """A ResNet's stages with random frozen norms; the conv of the stem has a bias."""
-    torch.manual_seed(0)
-    trunk = torchvision.models.resnet50(norm_layer=FrozenBatchNorm2d)
-    trunk.conv1 = torch.nn.Conv2d(3, 64, 7, 2, 3)
-    for module in trunk.modules():
-        if isinstance(module, FrozenBatchNorm2d):
-            for name, buffer in module.named_buffers():
-                buffer.uniform_(0.5, 1.5) if "bias" not in name and "mean" not in name else buffer.uniform_(-0.2, 0.2)
-    return IntermediateLayerGetter(trunk, {"layer1": "0", "layer2": "1"})
-
-
-def outputs_and_gradients(model, x):
-    outputs = [*model(x).values()]
-    return outputs, torch.autograd.grad(sum(y.square().mean() for y in outputs), [*model.parameters()])
-
-
-def test_outputs_and_gradients_are_those_of_the_norms():
-    model, x = with_norms(), torch.rand(2, 3, 48, 64)
-    exact = outputs_and_gradients(copy.deepcopy(model).double(), x.double())
-    names = [vars(module).keys() for module in model.modules()]
-    before = outputs_and_gradients(model, x)
-    with convs_fused(model) as count:
-        ours = outputs_and_gradients(model, x)
-    assert count == len([module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]) == 24
-    for mine, theirs, right in zip(*([*outputs, *grads] for outputs, grads in (ours, before, exact)), strict=True):
-        assert (mine - theirs).abs().max() > 0
-        assert (mine.double() - right).norm() <= 2e-6 * right.norm() + 1e-12
-    with pytest.raises(ZeroDivisionError), convs_fused(model):
-        _ = 1 / 0
-    assert all(torch.equal(a, b) for a, b in zip(outputs_and_gradients(model, x)[1], before[1], strict=True))
-    assert [vars(module).keys() for module in model.modules()] == names
-
-
-class OwnNorm(FrozenBatchNorm2d):
-    def forward(self, x):
-        return -super().forward(x)
-
-
-def test_what_is_not_folded():
-    """What has hooks, a class of its own, another dtype, no norm that is frozen, or more than one place."""
-    conv, norm = functools.partial(torch.nn.Conv2d, 4, 4, 3, padding=1), functools.partial(FrozenBatchNorm2d, 4)
-    shared, seen = conv(), []
-    parts: list[tuple[Any, ...]] = [
-        (conv(), OwnNorm(4)), (conv(), torch.nn.BatchNorm2d(4)), (conv(), torch.nn.ReLU(), norm()), (shared, norm()),
-        (shared,), (conv(), norm()), (conv(), norm()),
-    ]  # fmt: skip
-    model: Any = torch.nn.Sequential(*(torch.nn.Sequential(*part) for part in parts)).eval()
-    model[-1][0].register_forward_hook(lambda *args: seen.append(args[-1]))
-    model[-2][1].register_forward_pre_hook(lambda *args: seen.append(args[-1][0]))
-    x = torch.rand(1, 4, 9, 9)
-    expected, kept = model(x), [*seen]
-    with convs_fused(model) as count:
-        assert count == 0
-        assert torch.equal(model(x), expected)
-    assert all(map(torch.equal, kept, seen[2:]))
-    half = torch.nn.Sequential(conv().bfloat16(), norm())
-    with convs_fused(half) as count:
-        assert count == 0
