@@ -334,7 +334,7 @@ def atss_matching(
     """
     anchors, boxes = checked_geometry(anchors, boxes, labels, offsets)
     sizes = list(level_sizes)
-    if sum(sizes) != anchors.shape[-2] or min(sizes, default=0) < 0:
+    if sum(sizes) != anchors.shape[-2] or any(size < 0 for size in sizes):
         raise ValueError(f"level_sizes must add up to the {anchors.shape[-2]} anchors, got {sizes}")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")

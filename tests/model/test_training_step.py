@@ -131,7 +131,7 @@ def test_new_weights_need_no_new_graph(graphs):
     uncaptured = step.uncaptured_steps
     model.load_state_dict({name: value.clone() for name, value in fresh_model().state_dict().items()})
     model.eval()
-    model(batch(0)[0])
+    model([image.to(next(model.parameters()).device) for image in batch(0)[0]])
     model.train()
     step(*batch(1))
     assert step.uncaptured_steps == uncaptured
