@@ -22,6 +22,7 @@ from retina_fast.kernels import (
 )
 from retina_fast.kernels.arguments import check_devices, check_integers, check_shape, loss_normalizers
 from retina_fast.kernels.dispatch import runs_triton
+from retina_fast.kernels.greedy_nmm import greedy_nmm
 from tests.instruments.fake_gpu import launches_of
 
 DTYPES = [torch.float32, torch.int32, torch.int64, torch.float64, torch.bfloat16, torch.float16]
@@ -163,6 +164,25 @@ def test_anchors_of_another_number_are_refused(name, change):
     expected = r"\(7, 4\)" if change == "shorter" else r"\(1, 8, 4\)"
     with pytest.raises(ValueError, match=rf"anchors must be .* = \(8, 4\) or \(2, 8, 4\), got {expected}"):
         call(name, keywords)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "values", "message"),
+    [
+        ("anchor_matching", "offsets", [0, 3, 2], r"offsets must rise from 0 to at most the 3 boxes, got \[0, 3, 2\]"),
+        ("anchor_matching", "offsets", [0, 2, 4], r"offsets must rise from 0 to at most the 3 boxes, got \[0, 2, 4\]"),
+        ("atss_matching", "offsets", [-1, 2, 3], r"offsets must rise from 0 to at most the 3 boxes, got \[-1, 2, 3\]"),
+        ("batched_nms", "counts", [8, -1], "counts must be at least 0, got -1 for image 1"),
+        ("greedy_nmm", "counts", [-2, 5], "counts must be at least 0, got -2 for image 0"),
+        ("focal_loss", "labels", [[-1, 0, 3, -2, 1, 1, 1, 1]] * 2, "labels must be below num_classes = 3, got 3"),
+        ("soft_focal_loss", "labels", [[0] * 7 + [9]] * 2, "labels must be below num_classes = 3, got 9"),
+    ],
+)
+def test_values_that_cannot_be_are_named_on_a_cpu(name, key, values, message):
+    """Kernels clamp or mask what they can; looking at the values would make the host wait for a GPU."""
+    keywords = arguments()["batched_nms" if name == "greedy_nmm" else name] | {key: torch.tensor(values)}
+    with pytest.raises(ValueError, match=message):
+        greedy_nmm(**keywords) if name == "greedy_nmm" else call(name, keywords)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
