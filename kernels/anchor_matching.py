@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.arguments import check_devices, check_integers
+from retina_fast.kernels.arguments import check_devices, check_integers, offsets_on_host
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.labels import BACKGROUND, IGNORED, TL_BACKGROUND, TL_IGNORED
 from retina_fast.kernels.levels import load_rows
@@ -114,7 +114,7 @@ def anchor_matching_reference(
     allow_low_quality_matches: bool = True,
 ) -> Matches:
     """The definition; see :func:`anchor_matching`."""
-    rows = offsets.tolist()
+    rows = offsets_on_host(offsets, len(boxes))
     batch = len(rows) - 1
     shape = (batch, anchors.shape[-2])
     indices = torch.full(shape, BACKGROUND, dtype=torch.int32, device=anchors.device)
@@ -304,8 +304,8 @@ def anchor_matching(
         allow_low_quality_matches: whether the low-quality rule applies.
 
     Raises:
-        ValueError: for shapes that do not fit each other, labels or offsets that are not integers, or tensors on
-            different devices.
+        ValueError: for shapes that do not fit each other, labels or offsets that are not integers, tensors on different
+            devices, or, on a CPU, offsets that fall or end above G.
 
     Example::
 

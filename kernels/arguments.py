@@ -4,6 +4,8 @@ A kernel gets nothing but addresses. Unchecked, it would read the bits of an int
 one of the GPU, and read beyond the end of a tensor that is too short.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,30 @@ def check_boxes(boxes: Tensor, scores: Tensor | None, labels: Tensor | None, cou
     check_integers(labels=labels, counts=counts)
     check_devices(boxes.device, scores=scores, labels=labels, counts=counts)
     return batch, width
+
+
+def counts_on_host(counts: Tensor) -> list[int]:
+    """Counts (B,) as numbers, which waits for a GPU: for references, which need them as numbers.
+
+    Raises:
+        ValueError: for a negative one. One above M stands for all M boxes.
+    """
+    found = counts.tolist()
+    if found and min(found) < 0:
+        raise ValueError(f"counts must be at least 0, got {min(found)} for image {found.index(min(found))}")
+    return found
+
+
+def offsets_on_host(offsets: Tensor, total: int) -> list[int]:
+    """Offsets (B + 1,) into ``total`` rows as numbers, as :func:`counts_on_host` gives counts.
+
+    Raises:
+        ValueError: if they fall, begin below 0 or end above ``total``.
+    """
+    found = offsets.tolist()
+    if any(stop < start for start, stop in pairwise([0, *found, total])):
+        raise ValueError(f"offsets must rise from 0 to at most the {total} boxes, got {found}")
+    return found
 
 
 def check_anchors(anchors: Tensor, batch: int, count: int) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from retina_fast.kernels.anchor_matching import Matches, box_iou, checked_geometry, tile_iou
+from retina_fast.kernels.arguments import offsets_on_host
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.labels import BACKGROUND, TL_BACKGROUND
 from retina_fast.kernels.levels import encode_sizes, level_of, load_rows, pick_size
@@ -92,7 +93,7 @@ def atss_matching_reference(
     anchors: Tensor, boxes: Tensor, labels: Tensor, offsets: Tensor, level_sizes: Sequence[int], top_k: int = 9
 ) -> Matches:
     """The definition; see :func:`atss_matching`."""
-    rows = offsets.tolist()
+    rows = offsets_on_host(offsets, len(boxes))
     indices = torch.full(
         (len(rows) - 1, anchors.shape[-2]), BACKGROUND, dtype=torch.int32, device=anchors.device
     )  # (B, N)
@@ -321,8 +322,8 @@ def atss_matching(
 
     Raises:
         ValueError: for shapes that do not fit each other, labels or offsets that are not integers, tensors on different
-            devices, level sizes that do not add up to N, or a k below 1 or such that a ground truth would have more
-            than 2048 candidates.
+            devices, level sizes that do not add up to N, a k below 1 or such that a ground truth would have more than
+            2048 candidates, or, on a CPU, offsets that fall or end above G.
 
     Example::
 
@@ -334,7 +335,7 @@ def atss_matching(
     """
     anchors, boxes = checked_geometry(anchors, boxes, labels, offsets)
     sizes = list(level_sizes)
-    if sum(sizes) != anchors.shape[-2] or min(sizes, default=0) < 0:
+    if sum(sizes) != anchors.shape[-2] or any(size < 0 for size in sizes):
         raise ValueError(f"level_sizes must add up to the {anchors.shape[-2]} anchors, got {sizes}")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")

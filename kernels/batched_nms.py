@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torchvision.ops.boxes import nms as torchvision_nms  # bound now: ours may come to stand in its place
 
-from retina_fast.kernels.arguments import at_least_float32, check_boxes
+from retina_fast.kernels.arguments import at_least_float32, check_boxes, counts_on_host
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.key_sort import pack, sort_keys
 from retina_fast.kernels.nms_blocks import suppress_by_blocks
@@ -88,7 +88,7 @@ def batched_nms_reference(
     """The definition; see :func:`batched_nms`."""
     positions = torch.zeros((len(boxes), max_detections), dtype=torch.int64, device=boxes.device)
     kept_counts = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-    for b, count in enumerate(counts.tolist()):
+    for b, count in enumerate(counts_on_host(counts)):
         image_scores, image_labels = (None if rows is None else rows[b, :count] for rows in (scores, labels))
         kept = nms_image(boxes[b, :count], image_scores, image_labels, iou_thresh)[:max_detections]
         positions[b, : len(kept)] = kept
@@ -191,8 +191,8 @@ def batched_nms(
         max_detections: D, the most boxes kept of an image.
 
     Raises:
-        ValueError: if the shapes do not fit, M is 2^29 or more, labels or counts are not integers, max_detections is
-            negative, or the tensors lie on different devices.
+        ValueError: if the shapes do not fit, M is 2^29 or more, labels or counts are not integers, max_detections or,
+            on a CPU, a count is negative, or the tensors lie on different devices.
 
     Example::
 

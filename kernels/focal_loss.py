@@ -324,8 +324,8 @@ def focal_loss(
         gamma: focusing exponent, at least 0.
 
     Raises:
-        ValueError: if the shapes do not fit, labels are not integers, the levels differ in dtype, or the tensors lie
-            on different devices.
+        ValueError: if the shapes do not fit, labels are not integers or, on a CPU, one is K or more, the levels differ
+            in dtype, or the tensors lie on different devices.
 
     Example::
 

@@ -132,6 +132,8 @@ def _level_pass(
     tiles_a_row = -(-labels.shape[1] // step)
     row, anchor = (labels != BACKGROUND).nonzero(as_tuple=True)
     classes = labels[row, anchor].long()
+    if len(classes) and int(classes.max()) >= num_classes:
+        raise ValueError(f"labels must be below num_classes = {num_classes}, got {int(classes.max())}")
     tile, place = row * tiles_a_row + anchor // step, anchor % step
     is_true, is_ignored = classes >= 0, classes == IGNORED
     counts = [tile[which].bincount(minlength=len(rows) * tiles_a_row).tolist() for which in (is_true, is_ignored)]

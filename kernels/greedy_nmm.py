@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.arguments import at_least_float32, check_boxes
+from retina_fast.kernels.arguments import at_least_float32, check_boxes, counts_on_host
 from retina_fast.kernels.batched_nms import thresholds_of
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.greedy_nmm_cpu import merge_image
@@ -81,7 +81,7 @@ def greedy_nmm_reference(
     """The definition; see :func:`greedy_nmm`."""
     threshold = _rounded(match_threshold, boxes.dtype)
     out = _empty(boxes, max_detections)
-    for b, count in enumerate(counts.tolist()):
+    for b, count in enumerate(counts_on_host(counts)):
         left = best_first(boxes[b, :count], scores[b, :count])
         d = 0
         while len(left) and d < max_detections:
@@ -245,7 +245,7 @@ def _cpu_op(
     """The fields of Merged, image by image on the CPU, wherever the tensors are."""
     out = _empty(boxes, max_detections)
     threshold = _rounded(match_threshold, boxes.dtype)
-    for b, count in enumerate(counts.tolist()):
+    for b, count in enumerate(counts_on_host(counts)):
         order = best_first(boxes[b, :count], scores[b, :count])
         own = None if labels is None else labels[b, order].cpu().numpy()
         grown, kept, groups = merge_image(boxes[b, order].cpu().numpy(), own, match_metric, threshold, max_detections)
@@ -286,8 +286,9 @@ def greedy_nmm(
         max_detections: D, the most boxes left of an image.
 
     Raises:
-        ValueError: if the shapes do not fit, M is 2^29 or more, labels or counts are not integers, match_metric or
-            match_threshold is none of these, max_detections is negative, or the tensors lie on different devices.
+        ValueError: if the shapes do not fit, M is 2^29 or more, labels or counts are not integers, a count is
+            negative (on a CPU alone), match_metric or match_threshold is none of these, max_detections is negative, or
+            the tensors lie on different devices.
 
     Example::
 

@@ -115,20 +115,22 @@ def _group_stats_kernel(
         begin += TILES
     mean = tl.sum(tl.sum(totals, axis=0), axis=0) / n
 
-    squares = tl.zeros([TILES, GROUP], tl.float32)
+    # The sums about this mean are small, so that they also tell by how much rounding moved it.
+    excesses, squares = tl.zeros([TILES, GROUP], tl.float32), tl.zeros([TILES, GROUP], tl.float32)
     begin = first
     while begin < last:
         t = begin + tl.arange(0, TILES)
         mask = (t < last)[:, None] & (c < PER_GROUP)[None, :]
         i = t[:, None] * 2 * channels + c[None, :]
         rows = tl.maximum(tl.minimum(count - (t - first) * R, R), 1).to(tl.float32)[:, None]
-        away = tl.load(sums_ptr + i, mask=mask, other=0.0) / rows - mean
+        excess = tl.where(mask, tl.load(sums_ptr + i, mask=mask, other=0.0) - rows * mean, 0.0)
         within = tl.load(sums_ptr + channels + i, mask=mask, other=0.0)
-        squares += tl.where(mask, within + rows * away * away, 0.0)
+        excesses += excess
+        squares += within + excess * excess / rows
         begin += TILES
     variance = tl.sum(tl.sum(squares, axis=0), axis=0) / n
     stats_ptr += ((image * LEVELS + level) * tl.num_programs(0) + group) * 2
-    tl.store(stats_ptr, mean)
+    tl.store(stats_ptr, mean + tl.sum(tl.sum(excesses, axis=0), axis=0) / n)
     tl.store(stats_ptr + 1, 1 / tl.sqrt_rn(variance + eps))
 
 

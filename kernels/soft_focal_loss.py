@@ -182,8 +182,8 @@ def soft_focal_loss(
         gamma: focusing exponent, at least 1.
 
     Raises:
-        ValueError: if the shapes do not fit, labels are not integers, the levels differ in dtype, the tensors lie on
-            different devices, or for an unknown ``loss_type`` or a ``gamma`` below 1.
+        ValueError: if the shapes do not fit, labels are not integers or, on a CPU, one is K or more, the levels differ
+            in dtype, the tensors lie on different devices, or for an unknown ``loss_type`` or a ``gamma`` below 1.
 
     Example::
 

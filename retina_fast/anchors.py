@@ -55,18 +55,22 @@ def generator_of(anchors: Mapping[str, Any]) -> AnchorGenerator:
     return AnchorGenerator(tuple(map(tuple, sizes)), (tuple(ratios),) * len(sizes))
 
 
-def taken_anchors(kwargs: dict[str, Any], weights: Any = None) -> AnchorGenerator | None:
+def taken_anchors(kwargs: dict[str, Any], levels: int, weights: Any = None) -> AnchorGenerator | None:
     """Takes the argument ``anchors`` out of a builder's, and makes the generator that it describes, if there is one.
 
     Raises:
-        ValueError: with ``weights`` as well, or as :func:`generator_of` does.
+        ValueError: with ``weights`` as well, for sizes of another number of levels than the backbone's, or as
+            :func:`generator_of` does.
     """
     anchors = kwargs.pop("anchors", None)
     if anchors is None:
         return None
     if weights is not None:
         raise ValueError("the COCO weights are for torchvision's anchors: give weights or anchors, not both")
-    return generator_of(anchors)
+    generator = generator_of(anchors)
+    if len(generator.sizes) != levels:
+        raise ValueError(f"anchors must have sizes for the {levels} levels of the backbone, got {len(generator.sizes)}")
+    return generator
 
 
 def _grid(cell_anchors: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:

@@ -62,7 +62,7 @@ def _v1(
     norm_layer = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
     resnet = trunk(norm_layer=norm_layer)
     load_published_weights(resnet, weights_backbone if _fetch else None, progress)
-    generator = taken_anchors(kwargs, weights)
+    generator = taken_anchors(kwargs, 5, weights)
     if generator is not None:
         kwargs["anchor_generator"] = generator
     model = RetinaNet(resnet_fpn(resnet, layers, p6_from_c5=False), num_classes, **kwargs)
@@ -90,7 +90,7 @@ def _v2(
     resnet = trunk()
     load_published_weights(resnet, weights_backbone if _fetch else None, progress)
     backbone = resnet_fpn(resnet, layers, p6_from_c5=True)
-    generator = taken_anchors(kwargs, weights) or _default_anchorgen()
+    generator = taken_anchors(kwargs, 5, weights) or _default_anchorgen()
     head = RetinaNetHead(256, generator.num_anchors_per_location()[0], num_classes, partial(nn.GroupNorm, 32))
     head.regression_head._loss_type = "giou"
     model = RetinaNet(backbone, num_classes, anchor_generator=generator, head=head, **kwargs)
@@ -243,7 +243,7 @@ def _lite(
     load_published_weights(resnet, weights_backbone if _fetch else None, progress)
     backbone = resnet_fpn_lite(resnet)
     sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (16, 32, 64, 128))
-    generator = taken_anchors(kwargs) or AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    generator = taken_anchors(kwargs, 4) or AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     num_classes = 91 if num_classes is None else num_classes
     per_cell = generator.num_anchors_per_location()[0]
     head = RetinaNetHead(backbone.out_channels, per_cell, num_classes, partial(nn.GroupNorm, 16))
@@ -288,7 +288,7 @@ def _spinenet(size: str, mobile: bool = False) -> Builder:
         )
         sides = [row.anchor_base * stride for stride in (8, 16, 32, 64, 128)]
         sizes = tuple(tuple(int(side * 2 ** (i / 3)) for i in range(3)) for side in sides)
-        generator = taken_anchors(kwargs) or AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+        generator = taken_anchors(kwargs, len(sizes)) or AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
         head = level_norm_head(
             row.out_channels,
             generator.num_anchors_per_location()[0],

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -63,12 +64,18 @@ def from_torchvision(model: tv.RetinaNet) -> RetinaNet:
 def to_torchvision(model: RetinaNet) -> tv.RetinaNet:
     """A copy of the model that is torchvision's own: the same weights, parts and settings, run by torchvision's code.
 
+    Warns:
+        UserWarning: if the model's classification loss is not torchvision's, by which the copy would be trained.
+
     Example::
 
         >>> from retina_fast import retinanet_resnet18_fpn
         >>> type(to_torchvision(retinanet_resnet18_fpn(weights_backbone=None))) is tv.RetinaNet
         True
     """
+    if model.classification_loss != "focal" or model.focal_gamma != 2:
+        given = f"classification_loss {model.classification_loss!r} and focal_gamma {model.focal_gamma}"
+        warnings.warn(f"torchvision's model has no {given}: it would train by its focal loss", stacklevel=2)
     twin: Any = copy.deepcopy(model)
     twin.__class__ = tv.RetinaNet
     as_torchvision(twin)

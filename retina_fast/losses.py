@@ -67,6 +67,13 @@ CLASSIFICATION_LOSSES = ("focal", *WEIGHTS)
 """What a model's argument ``classification_loss`` may be."""
 
 
+_SET_BY = {
+    "matcher": "proposal_matcher, such as to AtssMatcher()",
+    "box_loss": f"head.regression_head._loss_type, to one of {', '.join(LOSS_TYPES)}",
+}
+"""Arguments of a model, and what holds them."""
+
+
 def matcher_of(chosen: Any) -> Any:
     """The matcher that a name of :data:`MATCHERS` stands for; any matcher is returned as it is.
 
@@ -133,6 +140,17 @@ def check_losses(classification_loss: str | None, box_loss: str | None) -> None:
     ):
         if chosen is not None and chosen not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {chosen!r}")
+
+
+def refuse_arguments(name: str) -> None:
+    """Raises AttributeError for an attribute of a model of which only the argument of its name has an effect.
+
+    Example::
+
+        >>> refuse_arguments("classification_loss")
+    """
+    if name in _SET_BY:
+        raise AttributeError(f"setting model.{name} would change nothing: set model.{_SET_BY[name]}")
 
 
 def detection_losses(

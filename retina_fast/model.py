@@ -23,7 +23,7 @@ from retina_fast.device import lay_out, to_device
 from retina_fast.forward import Batch, HeadOutputs, Images, Sizes, Targets
 from retina_fast.heads import fresh_logits
 from retina_fast.kernels.levels import count_anchors
-from retina_fast.losses import check_losses, detection_losses, has_stock_losses, matcher_of
+from retina_fast.losses import check_losses, detection_losses, has_stock_losses, matcher_of, refuse_arguments
 from retina_fast.predict.method import Predicts
 from retina_fast.stock import has_stock_detection_functions, is_stock_coder, overrides
 from retina_fast.targets import GroundTruths, TargetCheck, gather_targets, target_check, unlabelled, with_truths
@@ -141,6 +141,11 @@ class RetinaNet(Predicts, tv.RetinaNet):
         if box_loss is not None:
             self.head.regression_head._loss_type = box_loss
         lay_out(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if type(self) is RetinaNet:  # a user's subclass may have attributes of these names
+            refuse_arguments(name)
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RetinaNet":
         super()._apply(fn, recurse)
@@ -298,10 +303,9 @@ class RetinaNet(Predicts, tv.RetinaNet):
         )
 
     def _target_check(self) -> TargetCheck | None:
-        if not self.check_targets:
-            return None
-        check = target_check(self)
-        check.num_classes = getattr(getattr(self.head, "classification_head", None), "num_classes", None)
+        check = target_check(self) if self.check_targets else None
+        if check:
+            check.num_classes = getattr(getattr(self.head, "classification_head", None), "num_classes", None)
         return check
 
     def _losses_of(self, targets: Targets, truths: GroundTruths, outputs: HeadOutputs) -> dict[str, Tensor]:

@@ -22,7 +22,10 @@ import torch
 from benchmarks.gpu.records import ROOT
 from benchmarks.gpu.run import BENCHMARKS
 
-_WHOLE = ("losses", "training_step", "detections", "engine", "model")
+_WHOLE = (
+    *("losses", "loss_choices", "training_step", "step_on_gpu", "frozen_norm", "detections", "model"),
+    *("engine", "engine_as_module", "engine_shapes", "tuned_engine"),
+)
 _KERNELS = [name for name in BENCHMARKS if name not in ("models.inference", "models.training_step", "models.spinenet")]
 # torch asks for pointers' attributes and the like, and expects errors: those of the API are no faults of a kernel
 _SANITIZER = ["--error-exitcode", "9", "--report-api-errors", "no"]

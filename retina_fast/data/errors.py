@@ -1,6 +1,7 @@
 """Errors that a person can put right. The command line prints them in one sentence, without a traceback."""
 
 import unicodedata
+from typing import Any
 
 _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of what changes lines, colours or directions
 _JOINERS = "\u200c\u200d"  # which belong to the letters of some scripts
@@ -28,6 +29,20 @@ def one_line(text: str) -> str:
 
 def _steers(character: str) -> bool:
     return unicodedata.category(character) in _ESCAPED and character not in _JOINERS
+
+
+def within(least: float, value: Any, most: float = float("inf")) -> bool:
+    """Whether a value is a number between two others; what cannot be compared with numbers is none.
+
+    Example::
+
+        >>> within(0, 0.5, 1), within(0, float("nan"), 1), within(0, "0.5", 1), within(0, None)
+        (True, False, False, False)
+    """
+    try:
+        return bool(least <= value <= most)
+    except (TypeError, ValueError, RuntimeError):  # the last two for arrays and tensors of several numbers
+        return False
 
 
 class UserError(ValueError):

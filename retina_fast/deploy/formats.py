@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from retina_fast.data.errors import UserError
+from retina_fast.data.images import IMAGE_SUFFIXES
 from retina_fast.deploy.export_openvino import check_openvino
 
 
@@ -60,8 +61,8 @@ def checked_format(name: str, path: Path, dtype: torch.dtype) -> Format:
         dtype: of the model's weights.
 
     Raises:
-        UserError: for an unknown name, packages or a compiler that are missing, a file that cannot be written, or
-            weights that the format cannot hold.
+        UserError: for an unknown name, packages or a compiler that are missing, a file that cannot be written or has
+            the name of an image, or weights that the format cannot hold.
 
     Example::
 
@@ -74,6 +75,8 @@ def checked_format(name: str, path: Path, dtype: torch.dtype) -> Format:
     missing = [package for package in format.packages if find_spec(package) is None]
     if missing:
         raise UserError(f"{name} needs {', '.join(missing)}: pip install 'retina_fast[{format.extra}]'")
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        raise UserError(f"{path}: is the name of an image; the name of a file for {name} ends in {format.suffix}")
     if format.check:
         format.check(path)
     if format.through_onnx and dtype != torch.float32:  # ONNX Runtime has no convolutions of others on a CPU

@@ -27,6 +27,10 @@ def is_raster(path: Path) -> bool:
     return path.suffix.lower() in _SUFFIXES
 
 
+class UnknownPixels(ImageError):
+    """The numbers of a raster are of a kind of which nobody can say what is black and what white."""
+
+
 class RasterFile:
     """A raster file, of which windows are read as RGB uint8.
 
@@ -67,7 +71,7 @@ class RasterFile:
         self.height, self.width = self._file.height, self._file.width
         kinds = {*self._file.dtypes}
         if kinds - {"uint8", "uint16"}:
-            raise ImageError(f"{path}: its pixels must be uint8 or uint16, got {', '.join(sorted(kinds))}")
+            raise UnknownPixels(f"{path}: its pixels must be uint8 or uint16, got {', '.join(sorted(kinds))}")
         self._bands, self._colours = _bands(self._file)
         names = [colour.name for colour in self._file.colorinterp]
         self._alpha = names.index("alpha") + 1 if "alpha" in names else None  # GDAL knows it only as the last band

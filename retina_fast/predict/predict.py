@@ -4,18 +4,16 @@ import hashlib
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 from torchvision.models.detection import retinanet as tv
 
 from retina_fast.convert import from_torchvision
 from retina_fast.data.coco import Sample
-from retina_fast.data.errors import ImageError, UserError
+from retina_fast.data.errors import ImageError, UserError, within
 from retina_fast.data.processes import WORKERS
 from retina_fast.data.progress import tracked
 from retina_fast.deploy.detector_module import refuse_own_parts
@@ -23,6 +21,7 @@ from retina_fast.deploy.engine import Engine, compile_inference
 from retina_fast.deploy.exported import Exported
 from retina_fast.detections import Thresholds
 from retina_fast.model import RetinaNet
+from retina_fast.predict.again import Again, stamp_of
 from retina_fast.predict.draw import above
 from retina_fast.predict.method import Predicts
 from retina_fast.predict.predictions import detections_of, read_ahead
@@ -98,8 +97,8 @@ def predict(
         <Results 96x64 pixels: nothing>
     """
     check_score(model, score)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size is not None and not within(1, batch_size):
+        raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
     opened = open_source(source, bgr)
     if opened.endless and not stream:
         raise ValueError("a camera or stream does not end: give stream=True, and leave the loop when it is enough")
@@ -171,7 +170,7 @@ def results_of(
             classes=classes or (),
             category_ids=category_ids,
             path=picture.path,
-            image=image if keep else partial(_image, picture.read_again or picture.read),
+            image=image if keep else Again.of(picture, about["stamp"]),
             georeference=about["georeference"],
         )
 
@@ -199,8 +198,8 @@ def check_score(model: Any, score: float) -> None:
 
         >>> check_score(None, 0.5)
     """
-    if not 0 <= score <= 1:
-        raise UserError(f"score must be at least 0 and at most 1, got {score}")
+    if not within(0, score, 1):
+        raise UserError(f"score must be at least 0 and at most 1, got {score!r}")
     if isinstance(model, Exported):
         least = model.metadata["score_thresh"]
         if score < least:
@@ -285,15 +284,12 @@ def _noted(pictures: Iterable[Picture], waiting: deque[Picture]) -> Iterator[Pic
 
 
 def _sample(picture: Picture) -> Sample | ImageError:
+    stamp = stamp_of(picture.file)
     try:
         read: Read = picture.read()
     except ImageError as error:
         return error
-    return read.image, {"path": picture.name, "georeference": read.georeference}
-
-
-def _image(read: Any) -> Tensor:
-    return read().image
+    return read.image, {"path": picture.name, "georeference": read.georeference, "stamp": stamp}
 
 
 def _warned(results: Iterable[Results]) -> Iterator[Results]:

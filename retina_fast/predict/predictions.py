@@ -122,8 +122,8 @@ def _by_network(model: Any) -> tuple[Callable[[Tensor], None], Run]:
 
     if isinstance(model, Engine):
         return check, model
-    device = next(model.parameters()).device
-    return check, lambda images: model([image.to(device).float() / 255 for image in images])
+    weight = next(model.parameters())
+    return check, lambda images: model([(image.to(weight.device).float() / 255).to(weight.dtype) for image in images])
 
 
 def _by_exported(model: Exported) -> tuple[Callable[[Tensor], None], Run]:

@@ -104,6 +104,10 @@ class Results:
             if not -len(self) <= which < len(self):
                 raise IndexError(f"there are {len(self)} objects, got the index {which}")
             which = [int(which) % len(self)]
+        elif isinstance(which, slice):
+            which = list(range(*which.indices(len(self))))  # tensors take no negative step
+        elif not isinstance(which, Tensor | np.ndarray | list | range):
+            raise TypeError(f"objects are given by an index, slice, boolean mask or list of indices, got {which!r}")
         some = copy(self)
         some.boxes, some.scores, some.labels = self.boxes[which], self.scores[which], self.labels[which]
         return some

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from retina_fast.data.errors import ImageError
+from retina_fast.predict.again import Again, Stamp, check_unchanged, stamp_of
 from retina_fast.predict.draw import above
 from retina_fast.predict.geotiff import RasterFile, is_raster
 from retina_fast.predict.predictions import detections_of
@@ -79,16 +80,17 @@ def _results(
 ) -> Results:
     about = f"{picture.name} {score} {tiling.about}"
     image: Tensor | Callable[[], Tensor]
+    stamp = stamp_of(picture.file)
     with ExitStack() as stack:
         raster: RasterFile | Pixels
         if picture.file and is_raster(picture.file):
             raster = stack.enter_context(RasterFile(picture.file))
             about += f" {picture.file.stat().st_mtime_ns}"
-            georeference, image = raster.georeference, RasterImage(picture.file)
+            georeference, image = raster.georeference, RasterImage(picture.file, stamp)
         else:
             read = picture.read()
-            raster, georeference, again = Pixels(read.image), read.georeference, picture.read_again or picture.read
-            image = read.image if keep else lambda: again().image
+            raster, georeference = Pixels(read.image), read.georeference
+            image = read.image if keep else Again.of(picture, stamp)
         found = detect_tiles(
             partial(_run, detector, picture.name, score),
             raster,
@@ -129,9 +131,11 @@ class RasterImage:
 
     Attributes:
         path: the file.
+        stamp: of the file when objects were found in it; by default it may have changed since.
     """
 
     path: Path
+    stamp: Stamp = None
 
     def __call__(self) -> Tensor:
         """All of them, (3, H, W) uint8."""
@@ -139,5 +143,6 @@ class RasterImage:
 
     def reduced(self, size: tuple[int, int] | None) -> Tensor:
         """Those of the whole raster in a picture of that (height, width), (3, height, width) uint8."""
+        check_unchanged(self.path, self.stamp)
         with RasterFile(self.path) as raster:
             return raster.read(Window(0, 0, raster.width, raster.height), size)

@@ -13,6 +13,7 @@ Boxes that lie where one tile alone looks are those of that tile. Nothing depend
 many are detected in at once, unless the detector's own rounding does.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from math import ceil, floor
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from retina_fast.data.errors import UserError
+from retina_fast.data.errors import UserError, within
 from retina_fast.data.progress import tracked
 from retina_fast.kernels.batched_nms import batched_nms
 from retina_fast.kernels.greedy_nmm import best_first, greedy_nmm
@@ -94,14 +95,26 @@ class Tiles:
     def __init__(self, height: int, width: int, tile: int, overlap: float) -> None:
         if type(tile) is not int or tile < 1:
             raise UserError(f"tile must be a whole number of pixels, got {tile!r}")
-        if not 0 <= overlap < 1:
-            raise UserError(f"overlap must be at least 0 and below 1, got {overlap}")
+        if not within(0, overlap, 1) or overlap == 1:
+            raise UserError(f"overlap must be at least 0 and below 1, got {overlap!r}")
+        self.height, self.width, self.overlap = height, width, overlap
         self.size = min(tile, height), min(tile, width)
         self.rows, self.columns = (_starts(length, tile, overlap) for length in (height, width))
         self._alone = [
             _seen_once(starts, side, length)
             for starts, side, length in ((self.columns, self.size[1], width), (self.rows, self.size[0], height))
         ]
+
+    def warn_of_many(self) -> None:
+        """Warn of an overlap for which every pixel is looked at more than some 25 times."""
+        count = len(self.rows) * len(self.columns)
+        enough = ceil(self.height / self.size[0]) * ceil(self.width / self.size[1])
+        if count > 25 * enough:
+            warnings.warn(
+                f"an overlap of {self.overlap} cuts {self.width}x{self.height} pixels into {count} tiles, where "
+                f"{enough} would cover them: it takes {count // enough} times as long",
+                stacklevel=3,
+            )
 
     def row(self, number: int) -> list[Window]:
         """The windows of a row of tiles, from left to right."""
@@ -178,11 +191,12 @@ def detect_tiles(
     """
     if merge not in MERGES:
         raise UserError(f"merge must be one of {', '.join(MERGES)}, got {merge!r}")
-    if not 0 < merge_thresh <= 1:
-        raise UserError(f"merge_thresh must be above 0 and at most 1, got {merge_thresh}")
+    if not within(0, merge_thresh, 1) or merge_thresh == 0:
+        raise UserError(f"merge_thresh must be above 0 and at most 1, got {merge_thresh!r}")
     if type(batch_size) is not int or batch_size < 1:
         raise UserError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     tiles = Tiles(raster.height, raster.width, tile, overlap)
+    tiles.warn_of_many()
     header = {"size": [raster.height, raster.width], "tile": tile, "overlap": overlap, "about": about}
     with TileRows(resume, header) as rows:
         left = range(rows.finished, len(tiles.rows))

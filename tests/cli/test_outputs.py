@@ -171,6 +171,9 @@ def test_export_replaces_neither_its_checkpoint_nor_what_it_was_not_told_to(tmp_
     (tmp_path / "folder").mkdir()
     assert "is a folder" in problem("export", model, "--size", "64x64", "--output", "folder")
     assert "no such folder" in problem("export", model, "--size", "64x64", "--output", "none/file.onnx")
+    (tmp_path / "photo.PNG").write_text("a photograph")
+    assert "photo.PNG: is the name of an image" in problem("export", model, "--size", "64x64", "--output", "photo.PNG")
+    assert (tmp_path / "photo.PNG").read_text() == "a photograph"
 
 
 @pytest.mark.parametrize("name", ["model.pt", "best.pt", "step-00000500.ckpt", "loss.png", "log.csv", "last.ckpt"])

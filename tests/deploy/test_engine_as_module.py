@@ -34,7 +34,9 @@ def own():
 
 
 def same(one, other) -> bool:
-    return all(torch.equal(a[key], b[key]) for a, b in zip(one, other, strict=True) for key in a)
+    """Whether detections agree, up to the rounding of convs that a GPU chooses for each engine by timing them."""
+    pairs = [(a[key].double(), b[key].double()) for a, b in zip(one, other, strict=True) for key in a]
+    return all(x.shape == y.shape and torch.allclose(x, y, rtol=0, atol=1e-3 * x.is_cuda) for x, y in pairs)
 
 
 def test_it_takes_the_place_of_a_part(own):
@@ -104,10 +106,10 @@ def test_it_is_not_trained(own):
     assert len(own.eval()(BATCH)) == 2
 
 
-def test_it_moves_to_another_dtype(own):
+def test_it_moves_to_another_dtype(own, device):
     before = own(BATCH)
     own.report.difference = measured = Difference(1, 0.0, 0.0, 0.0)
-    assert own.to("cpu") is own
+    assert own.to(device) is own
     assert len(own.shapes()) == 1  # nothing has moved
     assert own.report.difference is measured
     own.to(torch.bfloat16)

@@ -22,6 +22,7 @@ from retina_fast.kernels import (
 )
 from retina_fast.kernels.arguments import check_devices, check_integers, check_shape, loss_normalizers
 from retina_fast.kernels.dispatch import runs_triton
+from retina_fast.kernels.greedy_nmm import greedy_nmm
 from tests.instruments.fake_gpu import launches_of
 
 DTYPES = [torch.float32, torch.int32, torch.int64, torch.float64, torch.bfloat16, torch.float16]
@@ -104,13 +105,16 @@ def call(name, keywords):
     return getattr(MODULES[name], name)(**keywords)
 
 
-def by_kernels(name, keywords):
+def by_kernels(name, keywords, device):
+    """What the kernels return for tensors moved to the device, on the CPU."""
+    moved = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), keywords)
     with mock.patch.object(MODULES[name], "runs_triton", return_value=True):
-        return call(name, keywords)
+        result = call(name, moved)
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), result)
 
 
 def leaves(result):
-    return [x.detach().cpu() for x in torch.utils._pytree.tree_leaves(result)]
+    return [x.detach() for x in torch.utils._pytree.tree_leaves(result)]
 
 
 @pytest.mark.parametrize(("name", "key"), TENSORS)
@@ -162,14 +166,33 @@ def test_anchors_of_another_number_are_refused(name, change):
         call(name, keywords)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "values", "message"),
+    [
+        ("anchor_matching", "offsets", [0, 3, 2], r"offsets must rise from 0 to at most the 3 boxes, got \[0, 3, 2\]"),
+        ("anchor_matching", "offsets", [0, 2, 4], r"offsets must rise from 0 to at most the 3 boxes, got \[0, 2, 4\]"),
+        ("atss_matching", "offsets", [-1, 2, 3], r"offsets must rise from 0 to at most the 3 boxes, got \[-1, 2, 3\]"),
+        ("batched_nms", "counts", [8, -1], "counts must be at least 0, got -1 for image 1"),
+        ("greedy_nmm", "counts", [-2, 5], "counts must be at least 0, got -2 for image 0"),
+        ("focal_loss", "labels", [[-1, 0, 3, -2, 1, 1, 1, 1]] * 2, "labels must be below num_classes = 3, got 3"),
+        ("soft_focal_loss", "labels", [[0] * 7 + [9]] * 2, "labels must be below num_classes = 3, got 9"),
+    ],
+)
+def test_values_that_cannot_be_are_named_on_a_cpu(name, key, values, message):
+    """Kernels clamp or mask what they can; looking at the values would make the host wait for a GPU."""
+    keywords = arguments()["batched_nms" if name == "greedy_nmm" else name] | {key: torch.tensor(values)}
+    with pytest.raises(ValueError, match=message):
+        greedy_nmm(**keywords) if name == "greedy_nmm" else call(name, keywords)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["focal_loss", "soft_focal_loss", "box_loss"])
-@pytest.mark.parametrize("path", [call, by_kernels])
-def test_normalizers_of_any_dtype(path, name, dtype):
+def test_normalizers_of_any_dtype(name, dtype, device):
     keywords = arguments()[name]
     expected = call(name, keywords)
     keywords["normalizers"] = keywords["normalizers"].to(dtype)
-    torch.testing.assert_close(path(name, keywords), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(call(name, keywords), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(by_kernels(name, keywords, device), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -192,7 +215,7 @@ def test_a_kernel_is_given_normalizers_in_float32(name, dtype):
      ("box_loss", ("anchors", "boxes")), ("box_quality", ("anchors", "boxes")), ("box_decode", ("anchors",)),
      ("take_kept", ("boxes",)), ("batched_nms", ("boxes",))],
 )  # fmt: skip
-def test_geometry_of_another_dtype_is_read_as_float32(name, keys, dtype):
+def test_geometry_of_another_dtype_is_read_as_float32(name, keys, dtype, device):
     keywords = arguments()[name]
     for key in keys:
         keywords[key] = keywords[key].round()
@@ -200,19 +223,19 @@ def test_geometry_of_another_dtype_is_read_as_float32(name, keys, dtype):
     for key in keys:
         keywords[key] = keywords[key].to(dtype)
     if name not in ("take_kept", "batched_nms") or dtype != torch.float64:  # which keep float64, by the reference
-        for ours, exact in zip(leaves(by_kernels(name, keywords)), expected, strict=True):
+        for ours, exact in zip(leaves(by_kernels(name, keywords, device)), expected, strict=True):
             assert ours.dtype == exact.dtype
             torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
     for ours, exact in zip(leaves(call(name, keywords)), expected, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 
-def test_a_default_dtype_of_bfloat16_changes_no_loss():
+def test_a_default_dtype_of_bfloat16_changes_no_loss(device):
     keywords = arguments()
     before = {name: call(name, keywords[name]) for name in ("focal_loss", "box_loss")}
     torch.set_default_dtype(torch.bfloat16)
     try:
-        after = {name: by_kernels(name, keywords[name]) for name in ("focal_loss", "box_loss")}
+        after = {name: by_kernels(name, keywords[name], device) for name in ("focal_loss", "box_loss")}
     finally:
         torch.set_default_dtype(torch.float32)
     for name, loss in before.items():

@@ -122,6 +122,15 @@ def test_anchors_that_are_none(anchors, message):
         generator_of(anchors)
 
 
+@pytest.mark.parametrize(
+    ("builder", "levels"), [("resnet18_fpn", 5), ("resnet18_fpn_v2", 5), ("resnet18_fpn_lite", 4), ("spinenet49s", 5)]
+)
+def test_builders_refuse_anchors_of_another_number_of_levels(builder, levels):
+    message = f"anchors must have sizes for the {levels} levels of the backbone, got 3"
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        MODELS[f"retinanet_{builder}"](weights_backbone=None, anchors={"sizes": [[8], [16], [32]], "ratios": [1.0]})
+
+
 def test_the_published_weights_have_their_own_anchors():
     with pytest.raises(ValueError, match="give weights or anchors, not both"):
         MODELS["retinanet_resnet50_fpn_v2"](weights="COCO_V1", anchors={"sizes": [[8]] * 5, "ratios": [1.0]})

@@ -168,6 +168,34 @@ def test_what_is_set_later_is_checked_at_the_next_step():
         model(*scene())
 
 
+def test_what_only_an_argument_would_set_is_refused():
+    model = tiny()
+    with pytest.raises(AttributeError, match=r"model\.matcher would change nothing: set model\.proposal_matcher"):
+        model.matcher = "atss"
+    with pytest.raises(AttributeError, match=r"set model\.head\.regression_head\._loss_type, to one of l1, .*ciou"):
+        model.box_loss = "giou"
+
+    class Own(tv.RetinaNet):
+        pass
+
+    backbone = torch.nn.Identity()
+    backbone.out_channels = 8  # type: ignore[assignment]
+    own: Any = from_torchvision(Own(backbone, K))
+    own.matcher = "the user's own"
+    assert own.matcher == "the user's own"
+
+
+@pytest.mark.parametrize("change", [{"classification_loss": "varifocal"}, {"focal_gamma": 1.5}])
+def test_torchvisions_copy_warns_that_it_is_trained_by_another_loss(change, recwarn):
+    model = tiny()
+    to_torchvision(model)
+    assert not recwarn.list
+    (name, value), *_ = change.items()
+    setattr(model, name, value)
+    with pytest.warns(UserWarning, match=f"torchvision's model has no .*{name} '?{value}.*its focal loss"):
+        to_torchvision(model)
+
+
 class OwnHeadLoss(tv.RetinaNetRegressionHead):
     def compute_loss(self, targets, head_outputs, anchors, matched_idxs):
         return 3 * super().compute_loss(targets, head_outputs, anchors, matched_idxs)

@@ -131,10 +131,29 @@ def test_new_weights_need_no_new_graph(graphs):
     uncaptured = step.uncaptured_steps
     model.load_state_dict({name: value.clone() for name, value in fresh_model().state_dict().items()})
     model.eval()
-    model(batch(0)[0])
+    model([image.to(next(model.parameters()).device) for image in batch(0)[0]])
     model.train()
     step(*batch(1))
     assert step.uncaptured_steps == uncaptured
+
+
+def test_weights_of_losses_are_those_of_what_is_minimised(graphs):
+    ours, plain = fresh_model(), fresh_model()
+    optimizers = sgd(ours), sgd(plain)
+    step = TrainingStep(ours, optimizers[0], loss_weights={"bbox_regression": 3.0})
+    device = next(plain.parameters()).device
+    for number in range(6):
+        losses = step(*batch(number))
+        images, targets = batch(number)
+        optimizers[1].zero_grad()
+        targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
+        expected = plain([image.to(device) for image in images], targets)
+        (expected["classification"] + 3 * expected["bbox_regression"]).backward()
+        optimizers[1].step()
+        for name, value in expected.items():
+            assert abs(losses[name] - value.detach()) <= 10 * TOLERANCE * value.detach()
+    assert step.replayed_steps == 3
+    assert_same_state(ours, plain)
 
 
 def _own_loss(model, optimizer):

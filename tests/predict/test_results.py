@@ -60,6 +60,12 @@ def test_slices_and_filters():
         results.filter(classes="Cat")
     with pytest.raises(IndexError, match="there are 3 objects, got the index 3"):
         results[3]
+    assert results[::-1].scores.tolist() == results.scores.flip(0).tolist()
+    assert results[5:].boxes.shape == (0, 4)
+    assert results[range(0, 3, 2)].labels.tolist() == [1, 1]
+    for which in (None, "a", 0.5, (0, 1)):
+        with pytest.raises(TypeError, match="objects are given by an index, slice, boolean mask or list of indices"):
+            results[which]
 
 
 def test_tables():

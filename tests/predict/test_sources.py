@@ -205,6 +205,11 @@ def test_rasters_that_pillow_cannot_read(model, photo, expected, tmp_path, monke
     (tmp_path / "cut.tif").write_bytes((tmp_path / "deep.tif").read_bytes()[:5000])
     with pytest.raises(ImageError, match=r"cut\.tif: not a readable image"):
         model.predict(tmp_path / "cut.tif")
+    for dtype in ("int16", "float32"):
+        with rasterio.open(tmp_path / "signed.tif", "w", **profile | {"dtype": dtype}, transform=place) as file:
+            file.write(photo.numpy().astype(dtype))
+        with pytest.raises(ImageError, match=rf"signed\.tif: its pixels must be uint8 or uint16, got {dtype}"):
+            model.predict(tmp_path / "signed.tif")
     monkeypatch.setitem(sys.modules, "rasterio", None)
     with pytest.raises(ImageError, match=r"deep\.tif: .*; rasterio may read it: pip install 'retina_fast\[geo\]'"):
         model.predict(tmp_path / "deep.tif")

@@ -1,5 +1,6 @@
 """Tiles: nothing is lost or doubled at a seam, whatever the order and the batches; and a killed run goes on."""
 
+import warnings
 import weakref
 from typing import Any
 from unittest import mock
@@ -191,6 +192,19 @@ def test_rows_of_another_run_are_refused(tmp_path):
     with pytest.raises(UserError, match="rows: holds no rows of tiles of this image"):
         detect_tiles(find, raster, TILE, OVERLAP, resume=file)
     assert file.read_text() == "important\n"
+
+
+def test_an_overlap_that_makes_very_many_tiles_is_warned_of():
+    raster = Pixels(torch.zeros(3, 60, 90, dtype=torch.uint8))
+
+    def none(tiles):
+        return [{"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0).long()} for _ in tiles]
+
+    with pytest.warns(UserWarning, match="an overlap of 0.9 cuts 90x60 pixels into 231 tiles, where 6 would cover"):
+        detect_tiles(none, raster, 30, 0.9, batch_size=2000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detect_tiles(none, raster, 30, 0.75, batch_size=2000)
 
 
 @pytest.mark.parametrize(
