@@ -6,8 +6,8 @@ table 1): windows of 3x3, stride 2, padding 1.
 Adding a constant, rounding and ReLU never change an order, so the pooled sum is the sum pooled, to the last bit, and
 the bias is added to a quarter of the elements. A NaN makes a NaN of every window that holds it, as in PyTorch.
 
-On a GPU PyTorch reads and writes x once for the bias, once more for the ReLU, and its pooling writes eight bytes of index
-beside each element of y. Here x is read once and y written once.
+On a GPU PyTorch reads and writes x once for the bias and once more for the ReLU, and its pooling writes eight bytes of
+index beside each element of y. Here x is read once and y written once.
 """
 
 import torch
@@ -115,8 +115,8 @@ def max_pool_relu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """ReLU of x and a bias, then max pooling over windows of 3x3 with stride 2 and padding 1.
 
     Args:
-        x: ``(B, C, H, W)`` of a floating-point dtype. The kernel takes channels_last memory on a GPU; the reference runs
-            for another layout or device, or where a gradient may be asked for.
+        x: ``(B, C, H, W)`` of a floating-point dtype. The kernel takes channels_last memory on a GPU; PyTorch's pooling
+            runs for another layout or device, or where a gradient may be asked for.
         bias: ``(C,)``, or None.
 
     Returns:

@@ -3,11 +3,12 @@ https://arxiv.org/abs/1512.03385, table 1), in half precision.
 
     y[b, n, i, j] = sum over c, r, s of x[b, c, 2i + r - 3, 2j + s - 3] w[n, c, r, s]
 
-cuDNN's kernels take channels in eights: they copy the image with five channels of zeros, and multiply as many zeros. In
-channels_last memory the 7 pixels below a row of the filter are 21 numbers that lie next to each other, whatever the
-number of channels. So y is one product of matrices, of all pixels' 7 rows of 21 numbers and the weights: 147 terms where
-cuDNN has 392. A window begins at an odd number; with the one before it, it is 11 aligned pairs, which the hardware copies
-into shared memory as such. 154 of 160 terms of the product are used.
+cuDNN's kernels take channels in eights: they copy the image with five channels of zeros, and multiply the zeros. In
+channels_last memory the 7 pixels under a row of the filter are 21 numbers that lie next to each other. So y is a
+product of matrices, of each pixel's window of 7 times 21 numbers and the weights: 147 terms where cuDNN has 392. A row
+of a window begins at an odd number. With the number before it, it is 11 aligned pairs, which the hardware copies into
+shared memory while the tiles before are multiplied. Of the product's 160 terms 154 are used. The number before a window
+is multiplied by 0: where it is infinite or NaN, that window gives NaN, too.
 """
 
 import torch
@@ -17,10 +18,10 @@ from torch import Tensor
 from retina_fast.kernels.arguments import check_devices, check_shape
 from retina_fast.kernels.dispatch import is_differentiated, runs_triton, tl, triton
 
-_TILE = 128  # pixels
+_TILE = 64  # pixels
 _WIDTH = 16  # of a tile
 _WARPS = 4
-_STAGES = 2  # tiles of the image in shared memory, one of them being read ahead
+_STAGES = 3  # tiles of windows in shared memory; all but one are being read ahead
 _PROGRAMS = 264  # two on each multiprocessor of an H200
 
 
@@ -40,8 +41,8 @@ def _weights(weight_ptr, k, n, channels, stride_n, stride_c, stride_r, stride_s)
 
 @triton.jit
 def _windows(x_ptr, row, first, k, height, row_size, M: tl.constexpr, W: tl.constexpr):
-    """The numbers k of the windows of a tile's pixels (M, K), zero outside of the image. The first pixel's window begins
-    at number ``first`` of ``row``; the image has ``height`` rows of ``row_size`` numbers."""
+    """The numbers k of the windows of a tile's pixels (M, K), zero outside of the image. The window of the first pixel
+    begins at number ``first`` of ``row``; the image has ``height`` rows of ``row_size`` numbers."""
     r, e = k // 22, k % 22
     m = tl.arange(0, M)
     i, j = (row + 2 * (m // W))[:, None] + r[None, :], (first + 6 * (m % W))[:, None] + e[None, :]
@@ -101,7 +102,7 @@ def _empty(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def serves_stem(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel runs on these: on a GPU, in half precision, x in channels_last memory, no gradient asked for."""
+    """Whether the kernel runs on these: on a GPU, in half precision, x channels_last, no gradient asked for."""
     suits = x.dtype in (torch.bfloat16, torch.float16) and x.is_contiguous(memory_format=torch.channels_last)
     fits = tuple(weight.shape[1:]) == (3, 7, 7) and 0 < weight.shape[0] <= 128 and weight.dtype == x.dtype
     return suits and fits and runs_triton(x, weight) and not is_differentiated(x, weight)
@@ -111,8 +112,8 @@ def stem_conv(x: Tensor, weight: Tensor) -> Tensor:
     """The conv of 7x7 with stride 2 and padding 3 by which a ResNet begins, without a bias.
 
     Args:
-        x: ``(B, 3, H, W)``. The kernel takes bfloat16 and float16 in channels_last memory on a GPU, and is fast where W is
-            a multiple of 16; PyTorch's conv runs for anything else, or where a gradient may be asked for.
+        x: ``(B, 3, H, W)``. The kernel takes bfloat16 and float16 in channels_last memory on a GPU, and is fast where W
+            is a multiple of 16; PyTorch's conv runs for anything else, or where a gradient may be asked for.
         weight: ``(C_out, 3, 7, 7)``, of x's dtype; the kernel takes up to 128 channels.
 
     Returns:
