@@ -41,6 +41,8 @@ BENCHMARKS = (
     "kernels.group_norm_relu",
     "kernels.conv_epilogue",
     "kernels.fused_conv",
+    "kernels.stem_conv",
+    "kernels.max_pool_relu",
     "kernels.sigmoid_focal_loss",
     "kernels.candidate_selection",
     "kernels.box_decode",

@@ -272,6 +272,7 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_focal_loss_kernel": _focal_loss,
     "_image_batch_kernel": _streamed,
     "_conv_epilogue_kernel": _conv_epilogue,
+    "_max_pool_relu_kernel": _streamed,
     "_score_keys_kernel": _streamed,
     "_scale_kernel": _scale,
     "_anchor_matching_kernel": _anchor_matching,

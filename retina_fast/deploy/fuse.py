@@ -25,6 +25,7 @@ from retina_fast.deploy.fused import (
     FusedPyramid,
     FusedResidual,
     FusedSpineNet,
+    FusedStem,
     convs_of,
 )
 from retina_fast.kernels.conv_winograd import Scratch
@@ -125,20 +126,35 @@ def _is_fused_chain(chain: Any) -> bool:
 
 
 def _fuse_chain(chain: Any, calls: _Calls) -> None:
-    """Activations that follow a conv, or a conv and its folded norm, move into the conv."""
+    """Activations that follow a conv, or a conv and its folded norm, move into the conv; so does the max pooling of a
+    ResNet after its ReLU."""
     returned = getattr(chain, "return_layers", ())  # what an IntermediateLayerGetter returns of its chain
     conv: Any = None
     for name, part in list(chain._modules.items()):
-        activation = _activation(part)
-        if conv is not None and activation and calls.only_by(chain, conv, part):
-            _become_fused(conv, activation)
+        activation, taken = _activation(part), False
+        if conv is not None and calls.only_by(chain, conv, part):
+            if is_plain_conv(conv) and activation:
+                _become_fused(conv, activation)
+                taken = True
+            elif is_stock(conv, FusedConv, "forward") and conv.activation == "relu" and _is_stem_pooling(part):
+                conv.__class__ = FusedStem
+                taken = True
+        if taken:
             setattr(chain, name, nn.Identity())
-        if is_plain_conv(part):
+        elif is_plain_conv(part):
             conv = part
         elif not _is_identity(part):
             conv = None
         if name in returned:
             conv = None
+
+
+def _is_stem_pooling(part: Any) -> bool:
+    """Whether it is the max pooling of a ResNet: windows of 3x3, stride 2, padding 1."""
+    if not is_stock(part, nn.MaxPool2d, "forward") or part.return_indices or part.ceil_mode:
+        return False
+    sizes = part.kernel_size, part.stride, part.padding, part.dilation
+    return all(size in (one, (one, one)) for size, one in zip(sizes, (3, 2, 1, 1), strict=True))
 
 
 def _fuse_block(block: Any, calls: _Calls) -> None:

@@ -23,6 +23,8 @@ from retina_fast.kernels.conv_winograd import (
     winograd_conv,
 )
 from retina_fast.kernels.fused_conv import output_shape
+from retina_fast.kernels.max_pool_relu import max_pool_relu
+from retina_fast.kernels.stem_conv import serves_stem, stem_conv
 
 
 def _activated(x: Tensor, activation: str) -> Tensor:
@@ -52,7 +54,7 @@ class FusedConv(nn.Conv2d):
         """``x`` (B, C_in, H, W); ``z`` of the output's shape (B, C_out, H_out, W_out), whose memory the output may take
         if nobody reads it afterwards."""
         if torch.compiler.is_compiling():  # the compiler fuses by itself
-            return self.run_eager(x, z)
+            return self.run("eager", x, z)
         way = self.ways.get(x.shape)
         if way is not None and way not in self.possible_ways(x, z):  # it was chosen in another dtype or precision
             way = None
@@ -160,6 +162,32 @@ class FusedConv(nn.Conv2d):
     def __getstate__(self) -> dict[str, Any]:
         """A copy prepares its own: packed weights can be neither copied nor pickled."""
         return {name: value for name, value in vars(self).items() if name != "_prepared"}
+
+
+class FusedStem(FusedConv):
+    """A conv followed by ReLU and max pooling over windows of 3x3 with stride 2 and padding 1: how a ResNet begins.
+
+    Two more of its ways add the bias and apply ReLU as they pool: ``pooled`` after PyTorch's conv, ``stem`` after ours.
+    """
+
+    def run(self, way: str, x: Tensor, z: Tensor | None, overwrite_z: bool = False) -> Tensor:
+        """Run in one of :meth:`possible_ways`."""
+        if way == "stem":
+            return max_pool_relu(stem_conv(x, self.weight), self.bias)
+        if way == "pooled":
+            return max_pool_relu(F.conv2d(x, self.weight, None, *self._geometry()), self.bias)
+        return F.max_pool2d(super().run(way, x, z, overwrite_z), 3, 2, 1)
+
+    def possible_ways(self, x: Tensor, z: Tensor | None) -> list[str]:
+        """The ways in which an input may run, the one that is right by definition first."""
+        geometry = tuple(self.weight.shape[2:]), *self._geometry()
+        is_stem = geometry == ((7, 7), (2, 2), (3, 3), (1, 1), 1) and serves_stem(x, self.weight)
+        ways = {"pooled": self.takes_epilogue(x), "stem": is_stem}
+        return [*super().possible_ways(x, z), *(way for way, possible in ways.items() if possible)]
+
+    def describe(self, x: Tensor, with_sum: bool) -> str:
+        """The work of a call in words, which are equal where the same way is the fastest."""
+        return f"{super().describe(x, with_sum)}, max pooling"
 
 
 def convs_of(block: BasicBlock | Bottleneck) -> list[Any]:

@@ -30,8 +30,10 @@ from retina_fast.kernels import (
     focal_loss,
     greedy_nmm,
     image_batch,
+    max_pool_relu,
     soft_focal_loss,
     soft_nms,
+    stem_conv,
     take_kept,
 )
 from retina_fast.kernels.group_norm_relu import group_norm_relu
@@ -198,6 +200,22 @@ def _epilogue_gradients(channels: int, with_relu: bool) -> None:
     conv_epilogue.epilogue_gradients(dy, y if with_relu else None, True)
 
 
+def _max_pool_relu(dtype: torch.dtype) -> None:
+    """Pools what the first conv of a ResNet gives of eight images of 800x800."""
+    x = torch.empty(8, 64, 400, 400, dtype=dtype, device="cuda", memory_format=torch.channels_last)
+    max_pool_relu.max_pool_relu(x, torch.empty(64, dtype=dtype, device="cuda"))
+
+
+def _stem_conv() -> None:
+    """The first conv of a ResNet on eight images of 800x800."""
+    layout = torch.channels_last
+    x, weight = (
+        torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=layout)
+        for shape in ((8, 3, 800, 800), (64, 3, 7, 7))
+    )
+    stem_conv.stem_conv(x, weight)
+
+
 def detect(dtype: torch.dtype, batch: int = 8) -> detections.Detections:
     """Calls the whole postprocess, from the heads' outputs at 800x800 to detections."""
     logits, deltas = ([level.detach() for level in levels_of(dtype, channels, batch)] for channels in (91, 4))
@@ -306,4 +324,7 @@ KERNEL_CALLS = {
     "conv_epilogue bf16 C=819": KernelCall(lambda: _conv_epilogue(819, "none", False), ("BLOCK",), 4),
     "epilogue_gradients bf16": KernelCall(lambda: _epilogue_gradients(256, True), ("ROWS", "CHANNELS"), 6),
     "epilogue_gradients bf16 C=819": KernelCall(lambda: _epilogue_gradients(819, False), ("ROWS", "CHANNELS"), 2),
+    "stem_conv bf16": KernelCall(_stem_conv),
+    "max_pool_relu bf16": KernelCall(lambda: _max_pool_relu(torch.bfloat16)),
+    "max_pool_relu fp32": KernelCall(lambda: _max_pool_relu(torch.float32)),
 }

@@ -246,21 +246,37 @@ class SharedMemory(Access):
         (target,) = self.targets(addresses[givers], givers, 16, site)
         return target
 
-    def load_matrix(self, addresses: Array, mask: Array | None, site: int, n: int) -> list[Array]:
-        """ldmatrix: lane l gets numbers 2 (l mod 4) and the next of row l / 4 of each matrix."""
+    def load_matrix(
+        self, addresses: Array, mask: Array | None, site: int, n: int, transposed: bool = False
+    ) -> list[Array]:
+        """ldmatrix: lane l gets numbers 2 (l mod 4) and the next of row l / 4 of each matrix, or of its transpose."""
         lanes = self._active(mask)
         target = self._rows(addresses, lanes, n, site)
         self.check_read(target, 16, site)
         row_of = np.zeros(self.machine.count, np.int64)
         row_of[target.lanes] = target.offsets
+        halves, pair, row = target.view(np.uint16), 2 * (lanes & 3), (lanes & 31) // 4
         out = []
         for matrix in range(n):
-            giver = (lanes & ~31) + 8 * matrix + (lanes & 31) // 4
+            first = (lanes & ~31) + 8 * matrix
+            low, high = (
+                halves[row_of[first + (pair + k if transposed else row)] // 2 + (row if transposed else pair + k)]
+                for k in (0, 1)
+            )
             values = np.zeros(self.machine.count, np.uint32)
-            values[lanes] = target.view(np.uint32)[row_of[giver] // 4 + (lanes & 3)]
+            values[lanes] = low | (high.astype(np.uint32) << np.uint32(16))
             out.append(values)
         self._counted(addresses[target.lanes], target.lanes, 16, site)
         return out
+
+    def read_pieces(self, addresses: Array, lanes: Array, site: int) -> Array:
+        """Pieces of 16 bytes at addresses (lanes, rows, pieces), which a lane of each warp stands for: (lanes, rows,
+        4 pieces) words of 32 bits."""
+        flat, each = addresses.reshape(-1), addresses[0].size
+        (target,) = self.targets(flat, np.repeat(lanes, each), 16, site)
+        self.check_read(target, 16, site)
+        words = target.view(np.uint32)[(target.offsets // 4)[:, None] + np.arange(4)]
+        return words.reshape(*addresses.shape[:2], -1)
 
     def store_matrix(self, addresses: Array, values: list[Array], mask: Array | None, site: int) -> None:
         """stmatrix: the reverse of :meth:`load_matrix`."""

@@ -72,6 +72,13 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "epilogue_gradients fp32 C=300 unaligned": partial(
         losses.epilogue_gradients, dtype=F32, channels=300, sides=(5, 3), shift=1
     ),
+    "max_pool_relu bf16 C=64": partial(losses.max_pool_relu, dtype=BF16, channels=64),
+    "max_pool_relu fp32 C=36": partial(losses.max_pool_relu, dtype=F32, channels=36, with_bias=False, sides=(6, 9)),
+    "max_pool_relu fp16 C=130 unaligned": partial(losses.max_pool_relu, dtype=F16, channels=130, sides=(3, 4), shift=1),
+    "stem_conv bf16 C=64": partial(losses.stem_conv, dtype=BF16, channels=64, sides=(12, 64)),
+    "stem_conv fp16 C=24 unaligned": partial(
+        losses.stem_conv, dtype=F16, channels=24, sides=(9, 35), layout=torch.contiguous_format, shift=1
+    ),
     "image_batch uint8 to bf16": partial(losses.image_batch, dtype=torch.uint8, out_dtype=BF16),
     "image_batch fp32 to fp32": partial(losses.image_batch, dtype=F32, out_dtype=F32),
     "anchor_matching": partial(detection.anchor_matching, low_quality=True),

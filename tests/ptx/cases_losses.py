@@ -2,6 +2,8 @@
 values are in float64."""
 
 from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Generator, Tensor
@@ -12,8 +14,10 @@ from retina_fast.kernels.conv_epilogue import conv_epilogue_reference, epilogue_
 from retina_fast.kernels.focal_loss import focal_loss_reference
 from retina_fast.kernels.group_norm_relu import group_norm_relu_reference
 from retina_fast.kernels.image_batch import batch_shape, image_batch_reference
+from retina_fast.kernels.max_pool_relu import max_pool_relu_reference
 from retina_fast.kernels.sigmoid_focal_loss import sigmoid_focal_loss_reference
 from retina_fast.kernels.soft_focal_loss import soft_focal_loss_reference
+from retina_fast.kernels.stem_conv import stem_conv_reference
 from tests.ptx.inputs import (
     SHAPES,
     Comparison,
@@ -228,6 +232,40 @@ def epilogue_gradients(
         if output is not None:
             yield equal("dz", [ours.double()], [dz])
         yield close("gradient of the bias", [sums], [expected], 1e-5)
+
+    return run
+
+
+def max_pool_relu(
+    generator: Generator, dtype: torch.dtype, channels: int, with_bias: bool = True, sides: tuple[int, int] = (9, 37),
+    shift: int = 0,
+) -> Run:  # fmt: skip
+    """Exact, rounding included; NaN and infinities stay where they are."""
+    x = torch.randn(2, channels, *sides, generator=generator) * 2
+    x[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    x = shifted(x.to(dtype).contiguous(memory_format=torch.channels_last), shift)
+    bias = shifted(torch.randn(channels, generator=generator).to(dtype), shift) if with_bias else None
+    expected = max_pool_relu_reference(x, bias)
+
+    def run() -> Iterator[Comparison]:
+        yield close("output", [ops.max_pool_relu(x, bias)], [expected], 0.0)
+
+    return run
+
+
+def stem_conv(
+    generator: Generator, dtype: torch.dtype, channels: int, sides: tuple[int, int], layout: Any = torch.channels_last,
+    shift: int = 0,
+) -> Run:  # fmt: skip
+    """Pixels and weights in memory of any alignment, and the weights in either layout; a program has several tiles."""
+    x = torch.randn(2, 3, *sides, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = (torch.randn(channels, 3, 7, 7, generator=generator) / 12).to(dtype).contiguous(memory_format=layout)
+    x, weight = (shifted(tensor, shift) for tensor in (x, weight))
+    expected = stem_conv_reference(x.double(), weight.double())
+
+    def run() -> Iterator[Comparison]:
+        with mock.patch("retina_fast.kernels.stem_conv._PROGRAMS", 2):
+            yield close("output", [ops.stem_conv(x, weight)], [expected], limit_of(dtype))
 
     return run
 

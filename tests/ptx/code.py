@@ -5,20 +5,24 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx import emit_memory, floats, integers
+from tests.ptx import emit_matrices, emit_memory, floats, integers
 from tests.ptx.emit_arithmetic import EMITTERS
+from tests.ptx.matrices import mma, wgmma
 from tests.ptx.program import WIDTH, Block, Instruction, Program, names_in, parse
 from tests.ptx.writer import NUMPY, Writer
 
-_STORES = ("st", "red", "stmatrix", "bra", "brx")  # which read their first operand
+_READ_ALL = ("st", "red", "stmatrix", "bra", "brx", "cp", "wgmma")  # which read their first operand
 _NUMPY_FUNCTIONS = ["where", "sqrt", "minimum", "maximum", "abs", "trunc", "rint", "floor", "ceil", "bitwise_count"]
 _NAMES: dict[str, Any] = {
     **{name: value for module in (integers, floats) for name, value in vars(module).items() if name[0] != "_"},
     **{name: getattr(np, name) for name in _NUMPY_FUNCTIONS},
+    "mma": mma,
+    "wgmma": wgmma,
 }
 """What the functions may call."""
 
-assert emit_memory  # whose import fills EMITTERS
+assert emit_memory  # whose import fills EMITTERS, as that of the next does
+assert emit_matrices
 
 
 class Code:
@@ -34,7 +38,7 @@ class Code:
         self._functions: dict[tuple[int, bool], Callable[..., Any]] = {}
         self._read: set[str] = set()
         for i in (i for block in self.program.blocks for i in block.instructions):
-            operands = i.operands if i.name in _STORES else i.operands[1:]
+            operands = i.operands if i.name in _READ_ALL else i.operands[1:]
             self._read |= {*names_in(" ".join([i.guard or "", *operands]))}
 
     def function(self, block: Block, masked: bool) -> Callable[..., Any]:

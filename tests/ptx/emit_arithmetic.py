@@ -59,17 +59,23 @@ def _binary(w: Writer, i: Instruction, symbol: str) -> None:
 
 
 def _binary_in_half(w: Writer, i: Instruction, symbol: str) -> None:
-    """16-bit floats, or pairs of them. float32 has more than twice their digits, so its own rounding does not show, but
-    for the smallest products of bfloat16."""
+    """float32 has more than twice the digits of a 16-bit float, so its own rounding does not show, but for the smallest
+    products of bfloat16."""
+    if (symbol, i.parts[-1].removesuffix("x2")) == ("*", "bf16"):
+        raise Unsupported(i.text)
+    _in_half(w, i, f"({{}} {symbol} {{}})")
+
+
+def _in_half(w: Writer, i: Instruction, template: str) -> None:
+    """The template of both sources as float32, which are 16-bit floats, or pairs of them."""
     (to, *sources), name = i.operands, i.parts[-1].removesuffix("x2")
-    if {"sat", "ftz"} & {*i.parts} or name not in ("f16", "bf16") or (symbol, name) == ("*", "bf16"):
+    if {"sat", "ftz", "xorsign"} & {*i.parts} or name not in ("f16", "bf16"):
         raise Unsupported(i.text)
     if name == i.parts[-1]:
-        a, b = (w.value(source, last_type(i)) for source in sources)
-        w.put(to, f"f32_to_{name}({a} {symbol} {b})", "u2")
+        w.put(to, f"f32_to_{name}({template.format(*(w.value(source, last_type(i)) for source in sources))})", "u2")
         return
     low, high = (
-        f" {symbol} ".join(f"half({w.value(source, 'u4')}, {shift}, {name == 'bf16'})" for source in sources)
+        template.format(*(f"half({w.value(source, 'u4')}, {shift}, {name == 'bf16'})" for source in sources))
         for shift in (0, 16)
     )
     upper = f"(f32_to_{name}({high}).astype(U4) << {w.constant(16, 'u4')})"
@@ -143,9 +149,13 @@ def _special_function(w: Writer, i: Instruction) -> None:
 
 @emits("min", "max")
 def _extreme(w: Writer, i: Instruction) -> None:
-    kind = last_type(i)
-    if kind == "f4" and not {"xorsign", "ftz"} & {*i.parts} and len(i.operands) == 3:
-        w.simple(i, kind, f"f{i.name}({{}}, {{}}, {'NaN' in i.parts})")
+    kind, of_floats = last_type(i), f"f{i.name}({{}}, {{}}, {'NaN' in i.parts})"
+    if len(i.operands) != 3:
+        raise Unsupported(i.text)
+    if kind == "f4" and not {"xorsign", "ftz"} & {*i.parts}:
+        w.simple(i, kind, of_floats)
+    elif i.parts[-1].removesuffix("x2") in ("f16", "bf16"):
+        _in_half(w, i, of_floats)
     elif kind not in _FLOATS and not i.parts[-1].endswith("x2"):
         w.simple(i, kind, f"{i.name}imum({{}}, {{}})")
     else:

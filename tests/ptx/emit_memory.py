@@ -28,7 +28,7 @@ def _base_and_offset(operand: str) -> tuple[str, int]:
     return found[1], int(found[2] or "0", 0)
 
 
-def _address(w: Writer, operand: str, space: str) -> str:
+def address_of(w: Writer, operand: str, space: str) -> str:
     """An array of addresses, of 64 bits in global memory, of 32 in shared, and of either in local memory."""
     base, offset = _base_and_offset(operand)
     unknown = base not in w.program.registers and base not in w.symbols
@@ -43,14 +43,14 @@ def _address(w: Writer, operand: str, space: str) -> str:
     return f"({expression} + {w.constant(offset, kind)})" if offset else expression
 
 
-def _listed(operand: str) -> list[str]:
+def listed(operand: str) -> list[str]:
     return split_operands(operand[1:-1]) if operand[0] == "{" else [operand]
 
 
 @emits("ld")
 def _load(w: Writer, i: Instruction) -> None:
     space, kind = space_of(i), last_type(i)
-    width, names = WIDTH[kind], _listed(i.operands[0])
+    width, names = WIDTH[kind], listed(i.operands[0])
     if space == "param":
         base, offset = _base_and_offset(i.operands[1])
         if base in w.program.registers:
@@ -60,7 +60,7 @@ def _load(w: Writer, i: Instruction) -> None:
             result = f"X.param({number}, {offset}, {width})"
         w.put(names[0], result if kind[0] == "u" else f"{result}.view({kind.upper()})", kind)
         return
-    address = _address(w, i.operands[1], space)
+    address = address_of(w, i.operands[1], space)
     loaded = w.temporary(f"X.{space}_memory.load({address}, {w.mask}, {w.site(i)}, {width}, {len(names)})")
     for n, name in enumerate(names):
         if kind[0] in "ub":
@@ -72,8 +72,8 @@ def _load(w: Writer, i: Instruction) -> None:
 @emits("st")
 def _store(w: Writer, i: Instruction) -> None:
     space, width = space_of(i), WIDTH[last_type(i)]
-    values = ", ".join(w.array(name, f"u{width}") for name in _listed(i.operands[1]))
-    address = _address(w, i.operands[0], space)
+    values = ", ".join(w.array(name, f"u{width}") for name in listed(i.operands[1]))
+    address = address_of(w, i.operands[0], space)
     w.lines.append(f"X.{space}_memory.store({address}, [{values}], {w.mask}, {w.site(i)}, {width})")
 
 
@@ -85,7 +85,7 @@ def _atomic(w: Writer, i: Instruction, to: str, operand: str, sources: list[str]
     values = ", ".join(w.array(source, kind) for source in sources)
     wanted = to in w.read
     old = w.temporary(
-        f"X.{space}_memory.atomic({_address(w, operand, space)}, [{values}], {w.mask}, {w.site(i)}, {WIDTH[kind]}, "
+        f"X.{space}_memory.atomic({address_of(w, operand, space)}, [{values}], {w.mask}, {w.site(i)}, {WIDTH[kind]}, "
         f"'{name}', {wanted})"
     )
     if wanted:
@@ -104,11 +104,11 @@ def _red(w: Writer, i: Instruction) -> None:
 
 @emits("ldmatrix")
 def _load_matrix(w: Writer, i: Instruction) -> None:
-    names = _listed(i.operands[0])
-    if "trans" in i.parts or i.parts[-1] != "b16":
+    names, transposed = listed(i.operands[0]), "trans" in i.parts
+    if i.parts[-1] != "b16":
         raise Unsupported(i.text)
-    address = _address(w, i.operands[1], "shared")
-    loaded = w.temporary(f"X.shared_memory.load_matrix({address}, {w.mask}, {w.site(i)}, {len(names)})")
+    address = address_of(w, i.operands[1], "shared")
+    loaded = w.temporary(f"X.shared_memory.load_matrix({address}, {w.mask}, {w.site(i)}, {len(names)}, {transposed})")
     for n, name in enumerate(names):
         w.put(name, f"{loaded}[{n}]", "u4")
 
@@ -117,8 +117,8 @@ def _load_matrix(w: Writer, i: Instruction) -> None:
 def _store_matrix(w: Writer, i: Instruction) -> None:
     if "trans" in i.parts or i.parts[-1] != "b16":
         raise Unsupported(i.text)
-    values = ", ".join(w.value(name, "u4") for name in _listed(i.operands[1]))
-    address = _address(w, i.operands[0], "shared")
+    values = ", ".join(w.value(name, "u4") for name in listed(i.operands[1]))
+    address = address_of(w, i.operands[0], "shared")
     w.lines.append(f"X.shared_memory.store_matrix({address}, [{values}], {w.mask}, {w.site(i)})")
 
 

@@ -61,6 +61,15 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
         "dtype": r.choice([BF16, F32, F16]), "channels": r.choice([1, 36, 64, 99]), "shift": r.choice([0, 1]),
         "with_relu": r.random() < 0.7,
     },
+    losses.max_pool_relu: lambda r: {
+        "dtype": r.choice([BF16, F32, F16]), "channels": r.choice([1, 36, 64, 130]), "shift": r.choice([0, 1]),
+        "with_bias": r.random() < 0.7, "sides": (r.randint(1, 20), r.randint(1, 40)),
+    },
+    losses.stem_conv: lambda r: {
+        "dtype": r.choice([BF16, F16]), "channels": r.choice([1, 24, 64, 100]), "shift": r.choice([0, 1, 2]),
+        "sides": (r.randint(1, 40), r.randint(1, 80)),
+        "layout": r.choice([torch.channels_last, torch.contiguous_format]),
+    },
     losses.image_batch: lambda r: dict(
         zip(("dtype", "out_dtype"), r.choice([(_UINT8, BF16), (F32, F32), (_UINT8, F32)]), strict=True)
     ),

@@ -14,6 +14,7 @@ import numpy as np
 from tests.ptx.accesses import GlobalMemory, LocalMemory, SharedMemory
 from tests.ptx.code import Code
 from tests.ptx.emit_memory import space_of
+from tests.ptx.matrices import AsyncCopies
 from tests.ptx.memory import Fault, Memory
 from tests.ptx.program import Block
 from tests.ptx.traffic import Result, Traffic
@@ -102,7 +103,7 @@ class Machine:
         self._barriers_passed = np.zeros(number, np.int32)
         self.epoch = np.zeros(self.count, np.int32)
         self.shared_memory = SharedMemory(self, number, self._shared)
-        self.local_memory = LocalMemory(self)
+        self.local_memory, self.async_copies = LocalMemory(self), AsyncCopies(self)
         garbage = {1: 0xEF, 2: 0xBEEF, 4: 0xDEADBEEF, 8: 0xDEADBEEFDEADBEEF}
         self._registers: list[Array] = [None] * len(self.program.registers)
         for index, kind in self.program.registers.values():

@@ -15,7 +15,7 @@ TYPES = {
 WIDTH = {"i1": 1, "u1": 1, "i2": 2, "u2": 2, "h2": 2, "bf": 2, "i4": 4, "u4": 4, "f4": 4, "i8": 8, "u8": 8, "f8": 8}
 """Bytes of a type."""
 
-_WARP_INSTRUCTIONS = ("shfl", "redux", "vote", "match", "ldmatrix", "stmatrix")
+_WARP_INSTRUCTIONS = ("shfl", "redux", "vote", "match", "ldmatrix", "stmatrix", "mma", "wgmma")
 _ENDS = ("bra", "brx", "ret", "exit")
 
 
