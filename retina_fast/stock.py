@@ -47,6 +47,14 @@ def is_plain_conv(module: object) -> bool:
     )
 
 
+def is_stem_pooling(part: Any) -> bool:
+    """Whether it is the max pooling of a ResNet: windows of 3x3, stride 2, padding 1."""
+    if not is_stock(part, nn.MaxPool2d, "forward") or part.return_indices or part.ceil_mode:
+        return False
+    sizes = part.kernel_size, part.stride, part.padding, part.dilation
+    return all(size in (one, (one, one)) for size, one in zip(sizes, (3, 2, 1, 1), strict=True))
+
+
 def has_own_code(model: nn.Module) -> bool:
     """Whether a part of the model is of a class of the user's own, or has hooks.
 

@@ -16,7 +16,9 @@ from torchvision.ops import FeaturePyramidNetwork, misc
 
 from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d
 from retina_fast.kernels.fused_conv import fused_conv, output_shape
-from retina_fast.stock import is_plain_conv, is_stock
+from retina_fast.kernels.max_pool_relu import max_pool_relu
+from retina_fast.kernels.stem_conv import stem_conv
+from retina_fast.stock import is_plain_conv, is_stem_pooling, is_stock
 
 _NORMS = (misc.FrozenBatchNorm2d, FrozenBatchNorm2d)
 _CHAINS = (nn.Sequential, IntermediateLayerGetter, misc.Conv2dNormActivation)
@@ -55,6 +57,12 @@ class _Conv:
         self._ready: Tensor | None = None
 
     def __call__(self, x: Tensor, z: Tensor | None = None, relu: bool = False) -> Tensor:
+        weight, bias = self.ready(x)
+        conv = self.conv
+        return fused_conv(x, weight, bias, z, relu, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def ready(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weights and bias for an input."""
         conv, kind = self.conv, x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else conv.weight.dtype
         if self._ready is None:
@@ -65,8 +73,7 @@ class _Conv:
         bias = conv.bias
         if self.scale is not None:
             bias = self.shift if bias is None else bias * self.scale + self.shift
-        geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-        return fused_conv(x, self._ready, bias, z, relu, *geometry)
+        return self._ready, bias
 
 
 def _scale_norms(convs: Sequence[_Conv]) -> None:
@@ -107,6 +114,14 @@ def _block(convs: list[_Conv], block: Any, x: Tensor) -> Tensor:
     for conv in convs:
         x = conv(x, relu=True)
     return last(x, identity, relu=True)
+
+
+def _stem(conv: _Conv, x: Tensor) -> Tensor:
+    """The conv, ReLU and pooling by which a ResNet begins, where no gradient flows through them."""
+    if not x.is_cuda or x.requires_grad:
+        return F.max_pool2d(conv(x, relu=True), 3, 2, 1)
+    weight, bias = conv.ready(x)
+    return max_pool_relu(stem_conv(x.to(weight.dtype), weight), bias)
 
 
 def _pyramid(convs: list[_Conv], pyramid: Any, x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -200,13 +215,14 @@ def _fuse_chain(chain: Any, places: Mapping[Any, int], forwards: dict[Any, Calla
     for i, (name, conv) in enumerate(parts):
         if not is_plain_conv(conv) or places[conv] > 1:
             continue
-        behind, taken = parts[i + 1 :], dict.fromkeys(("norm", "relu"))
-        for kind, fits in (("norm", partial(_is_pair, conv)), ("relu", _is_relu)):
+        behind, taken = parts[i + 1 :], dict.fromkeys(("norm", "relu", "pool"))
+        fitting = {"norm": partial(_is_pair, conv), "relu": _is_relu, "pool": partial(_ends_stem, conv, taken)}
+        for kind, fits in fitting.items():
             if behind and name not in returned and places[behind[0][1]] == 1 and fits(behind[0][1]):
                 (name, taken[kind]), *behind = behind
         if any(taken.values()):
             own = _Conv(conv, taken["norm"])
-            forwards[conv] = partial(own, relu=taken["relu"] is not None)
+            forwards[conv] = partial(_stem, own) if taken["pool"] else partial(own, relu=taken["relu"] is not None)
             forwards.update({part: _identity for part in taken.values() if part is not None})
             convs.append(own)
     return convs
@@ -214,6 +230,13 @@ def _fuse_chain(chain: Any, places: Mapping[Any, int], forwards: dict[Any, Calla
 
 def _is_relu(module: object) -> bool:
     return is_stock(module, nn.ReLU, "forward")
+
+
+def _ends_stem(conv: Any, taken: Mapping[str, Any], pool: Any) -> bool:
+    """Whether it is the pooling of a ResNet's frozen stem, whose conv has taken a ReLU."""
+    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.in_channels
+    is_stem = geometry == ((7, 7), (2, 2), (3, 3), (1, 1), 1, 3) and taken["relu"] is not None
+    return is_stem and is_stem_pooling(pool) and not any(p.requires_grad for p in conv.parameters())
 
 
 def _is_pair(conv: Any, norm: Any) -> bool:

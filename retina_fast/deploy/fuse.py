@@ -29,7 +29,7 @@ from retina_fast.deploy.fused import (
     convs_of,
 )
 from retina_fast.kernels.conv_winograd import Scratch
-from retina_fast.stock import has_hooks, is_plain_conv, is_stock
+from retina_fast.stock import has_hooks, is_plain_conv, is_stem_pooling, is_stock
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "swish"}
 
@@ -136,7 +136,7 @@ def _fuse_chain(chain: Any, calls: _Calls) -> None:
             if is_plain_conv(conv) and activation:
                 _become_fused(conv, activation)
                 taken = True
-            elif is_stock(conv, FusedConv, "forward") and conv.activation == "relu" and _is_stem_pooling(part):
+            elif is_stock(conv, FusedConv, "forward") and conv.activation == "relu" and is_stem_pooling(part):
                 conv.__class__ = FusedStem
                 taken = True
         if taken:
@@ -147,14 +147,6 @@ def _fuse_chain(chain: Any, calls: _Calls) -> None:
             conv = None
         if name in returned:
             conv = None
-
-
-def _is_stem_pooling(part: Any) -> bool:
-    """Whether it is the max pooling of a ResNet: windows of 3x3, stride 2, padding 1."""
-    if not is_stock(part, nn.MaxPool2d, "forward") or part.return_indices or part.ceil_mode:
-        return False
-    sizes = part.kernel_size, part.stride, part.padding, part.dilation
-    return all(size in (one, (one, one)) for size, one in zip(sizes, (3, 2, 1, 1), strict=True))
 
 
 def _fuse_block(block: Any, calls: _Calls) -> None:

@@ -107,10 +107,12 @@ def test_a_whole_detector(monkeypatch):
         assert (mine.double() - right).norm() <= 1e-5 * right.norm() + 1e-12
 
 
-def test_the_passes_of_a_step_on_a_gpu():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_passes_of_a_step_on_a_gpu(frozen):
     """Recorded on fake CUDA tensors in mixed precision: behind each conv stands one pass, and nothing else but weights
     that are made ready, pooling and the pyramid's upsampling."""
     model = detector()
+    model.backbone.body.conv1.requires_grad_(not frozen)
 
     def prepare():
         for module in model.modules():
@@ -135,8 +137,10 @@ def test_the_passes_of_a_step_on_a_gpu():
     work = gpu_work_of(forward, prepare)
     convs = [step for step in work if isinstance(step, TorchOp) and step.name == "convolution"]
     passes = [step for step in work if isinstance(step, Launch)]
-    assert {step.kernel.__name__ for step in passes} == {"_conv_epilogue_kernel"}
-    assert len(passes) == len(convs) == 20 + 8 + 50
+    names = [step.kernel.__name__ for step in passes]
+    stem = ["_stem_conv_kernel", "_max_pool_relu_kernel"] if frozen else []
+    assert names == [*stem, *["_conv_epilogue_kernel"] * len(convs)]
+    assert len(convs) == 20 + 8 + 50 - frozen
     others = {step.name for step in work if isinstance(step, TorchOp)} - {"convolution"}
     assert others <= {
         "mul",
