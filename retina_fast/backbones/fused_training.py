@@ -216,7 +216,11 @@ def _fuse_chain(chain: Any, places: Mapping[Any, int], forwards: dict[Any, Calla
         if not is_plain_conv(conv) or places[conv] > 1:
             continue
         behind, taken = parts[i + 1 :], dict.fromkeys(("norm", "relu", "pool"))
-        fitting = {"norm": partial(_is_pair, conv), "relu": _is_relu, "pool": partial(_ends_stem, conv, taken)}
+        fitting: dict[str, Callable[[Any], bool]] = {
+            "norm": partial(_is_pair, conv),
+            "relu": _is_relu,
+            "pool": partial(_ends_stem, conv, taken),
+        }
         for kind, fits in fitting.items():
             if behind and name not in returned and places[behind[0][1]] == 1 and fits(behind[0][1]):
                 (name, taken[kind]), *behind = behind
