@@ -41,6 +41,7 @@ BENCHMARKS = (
     "kernels.group_norm_relu",
     "kernels.conv_relu",
     "kernels.conv_epilogue",
+    "kernels.conv_pointwise",
     "kernels.sigmoid_focal_loss",
     "kernels.candidate_selection",
     "kernels.box_decode",
