@@ -12,15 +12,18 @@ A z of another height and width is read as ``F.interpolate(z, size, mode="neares
 feature pyramid adds (Lin et al., "Feature Pyramid Networks for Object Detection", 2017, section 3).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from retina_fast.kernels.arguments import at_least_float32, check_devices, check_shape
 from retina_fast.kernels.conv_epilogue import ACTIVATIONS, conv_epilogue_reference
-from retina_fast.kernels.dispatch import INTERPRETED, is_differentiated, runs_triton, tl, triton
+from retina_fast.kernels.dispatch import INTERPRETED, TensorDescriptor, is_differentiated, runs_triton, tl, triton
 
 _WIDEN = INTERPRETED  # then the product is float32's: the interpreter's reads bfloat16 as integers
+_DESCRIBES = True  # copies whole blocks by descriptors (TMA); the emulator knows none
 _HALVES = (torch.bfloat16, torch.float16)
 Shortcut = tuple[Tensor, Tensor, int]  # input, weight and stride of a second conv
 
@@ -57,73 +60,89 @@ def _source(pixel, high, wide, z_high, z_wide, high_scale, wide_scale):
 @triton.jit
 def _strided(pixel, high, wide, x_high, x_wide, STRIDE: tl.constexpr):
     """The pixel of x that a conv with a stride reads for each of y's, numbered over the batch."""
-    if STRIDE == 1:
-        return pixel
-    row = pixel // wide
-    return (row // high * x_high + row % high * STRIDE) * x_wide + pixel % wide * STRIDE
+    if STRIDE != 1:
+        row = pixel // wide
+        pixel = (row // high * x_high + row % high * STRIDE) * x_wide + pixel % wide * STRIDE
+    return pixel
+
+
+@triton.jit
+def _block(matrix, first, rows, kept, start, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DESCRIBED: tl.constexpr):
+    """COLUMNS columns from `start` on of a matrix WIDTH wide, 0 beyond its end: by a descriptor, of as many rows from
+    `first` on as its blocks have; by address, of those rows that are kept."""
+    if DESCRIBED:
+        block = matrix.load([first, start])
+    else:
+        column, kept = start + tl.arange(0, COLUMNS), kept[:, None]
+        if WIDTH % COLUMNS:
+            kept = kept & (column < WIDTH)[None, :]
+        block = tl.load(matrix + rows.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=kept, other=0.0)
+    return block
 
 
 @triton.jit
 def _add_product(
-    acc, x_ptr, w_ptr, pixel, inside, n, in_layer, K: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr
-):
-    """acc plus the rows `pixel` of x (., K) times the rows n of w (N, K)."""
-    k = tl.arange(0, BLOCK_K)
-    x_row = x_ptr + pixel.to(tl.int64)[:, None] * K + k[None, :]
-    w_row = w_ptr + n[:, None] * K + k[None, :]
+    acc, x, w, first, x_rows, inside, first_channel, channels, in_layer, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    X_DESCRIBED: tl.constexpr, DESCRIBED: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """acc plus rows of x (., K) times rows of w (N, K)."""
     for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            x = tl.load(x_row + start, mask=inside[:, None], other=0.0)
-            w = tl.load(w_row + start, mask=in_layer[:, None], other=0.0)
-        else:
-            x = tl.load(x_row + start, mask=inside[:, None] & (start + k < K)[None, :], other=0.0)
-            w = tl.load(w_row + start, mask=in_layer[:, None] & (start + k < K)[None, :], other=0.0)
+        a = _block(x, first, x_rows, inside, start, K, BLOCK_K, X_DESCRIBED)
+        b = _block(w, first_channel, channels, in_layer, start, K, BLOCK_K, DESCRIBED)
         if WIDEN:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b.T, acc, input_precision="ieee")
     return acc
 
 
 @triton.jit(do_not_specialize=["pixels", "high", "wide", "x_high", "x_wide", "x2_high", "x2_wide", "z_high", "z_wide"])
 def _conv_pointwise_kernel(
-    y_ptr, x_ptr, w_ptr, bias_ptr, z_ptr, x2_ptr, w2_ptr, pixels, high, wide, x_high, x_wide, x2_high, x2_wide,
-    z_high, z_wide, z_high_scale, z_wide_scale, N: tl.constexpr, K: tl.constexpr, K2: tl.constexpr,
-    STRIDE: tl.constexpr, STRIDE2: tl.constexpr, RESIZED: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr,
+    y, x, w, bias_ptr, z, x2, w2, pixels, high, wide, x_high, x_wide, x2_high, x2_wide, z_high, z_wide, z_high_scale,
+    z_wide_scale, N: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, STRIDE: tl.constexpr, STRIDE2: tl.constexpr,
+    RESIZED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, DESCRIBED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """A program computes BLOCK_M pixels by BLOCK_N channels. Those of the same pixels are neighbours."""
     tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    pixel = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside, in_layer = pixel < pixels, n < N
-    out = pixel.to(tl.int64)[:, None] * N + n[None, :]
-    written = inside[:, None] & in_layer[None, :]
-    if z_ptr is not None:  # before the product, so that it comes meanwhile
-        if RESIZED:
-            source = _source(pixel, high, wide, z_high, z_wide, z_high_scale, z_wide_scale)
-            z = tl.load(z_ptr + source.to(tl.int64)[:, None] * N + n[None, :], mask=written)
-        else:
-            z = tl.load(z_ptr + out, mask=written)
+    first, first_channel = tl.program_id(0) // tiles * BLOCK_M, tl.program_id(0) % tiles * BLOCK_N
+    pixel, channels = first + tl.arange(0, BLOCK_M), first_channel + tl.arange(0, BLOCK_N)
+    inside, in_layer = pixel < pixels, channels < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    x_pixel = _strided(pixel, high, wide, x_high, x_wide, STRIDE)
-    acc = _add_product(acc, x_ptr, w_ptr, x_pixel, inside, n, in_layer, K, BLOCK_K, WIDEN)
-    if x2_ptr is not None:
-        x_pixel = _strided(pixel, high, wide, x2_high, x2_wide, STRIDE2)
-        acc = _add_product(acc, x2_ptr, w2_ptr, x_pixel, inside, n, in_layer, K2, BLOCK_K, WIDEN)
+    rows = _strided(pixel, high, wide, x_high, x_wide, STRIDE)
+    acc = _add_product(
+        acc, x, w, first, rows, inside, first_channel, channels, in_layer, K, BLOCK_K, DESCRIBED and STRIDE == 1,
+        DESCRIBED, WIDEN,
+    )  # fmt: skip
+    if x2 is not None:
+        rows = _strided(pixel, high, wide, x2_high, x2_wide, STRIDE2)
+        acc = _add_product(
+            acc, x2, w2, first, rows, inside, first_channel, channels, in_layer, K2, BLOCK_K,
+            DESCRIBED and STRIDE2 == 1, DESCRIBED, WIDEN,
+        )  # fmt: skip
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, mask=in_layer).to(tl.float32)[None, :]
-    if z_ptr is not None:
-        acc += z.to(tl.float32)
+        acc += tl.load(bias_ptr + channels, mask=in_layer).to(tl.float32)[None, :]
+    if z is not None:
+        rows = pixel
+        if RESIZED:
+            rows = _source(pixel, high, wide, z_high, z_wide, z_high_scale, z_wide_scale)
+        acc += _block(z, first, rows, inside, first_channel, N, BLOCK_N, DESCRIBED and not RESIZED).to(tl.float32)
     if ACTIVATION == "relu":
         acc = tl.where(acc < 0, 0.0, acc)
     elif ACTIVATION == "swish":
         acc = acc / (1 + tl.exp(-acc))
-    tl.store(y_ptr + out, acc.to(y_ptr.dtype.element_ty), mask=written)
+    if DESCRIBED:
+        y.store([first, first_channel], acc.to(y.dtype))
+    else:
+        address = y + pixel.to(tl.int64)[:, None] * N + channels[None, :]
+        tl.store(address, acc.to(y.dtype.element_ty), mask=inside[:, None] & in_layer[None, :])
 
 
-def _tile(pixels: int, channels: int) -> tuple[int, int, int, int, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_K, warps and stages."""
-    return 128, 128, 64, 8, 3
+def _tile(channels_in: int) -> tuple[int, int, int, int, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_K, warps and stages.
+
+    Short products are bound by memory, and many small programs keep more bytes on their way.
+    """
+    return (64, 128, 64, 4, 3) if channels_in <= 256 else (128, 128, 64, 8, 3)
 
 
 @torch.library.custom_op("retina_fast::conv_pointwise", mutates_args=())
@@ -140,23 +159,34 @@ def _op(
 ) -> Tensor:
     """See :func:`conv_pointwise`; everything in channels_last memory."""
     y = _fake(x, weight, bias, z, activation, stride, x2, weight2, stride2)
-    _launch(y, x, weight, bias, z, activation, stride, x2, weight2, stride2, _tile(y.numel() // y.shape[1], y.shape[1]))
+    (batch, channels, high, wide), channels_in = y.shape, (x.shape[1], 0 if x2 is None else x2.shape[1])
+    block_m, block_n, block_k, warps, stages = _tile(sum(channels_in))
+    z_sides, x2_sides = ((high, wide) if t is None else tuple(t.shape[2:]) for t in (z, x2))
+    resized = z_sides != (high, wide)
+    described = _DESCRIBES and all(map(_may_be_described, (y, x, weight, z, x2, weight2)))
+
+    def block(tensor: Tensor | None, rows: int, columns: int, with_descriptor: bool = True) -> Any:
+        """The tensor as a matrix of pixels, with a descriptor of its blocks where one is asked for."""
+        if tensor is None or not (described and with_descriptor):
+            return tensor
+        return TensorDescriptor.from_tensor(tensor.permute(0, 2, 3, 1).flatten(0, 2), [rows, columns])
+
+    grid = (triton.cdiv(batch * high * wide, block_m) * triton.cdiv(channels, block_n),)
+    with torch.cuda.device_of(x):
+        _conv_pointwise_kernel[grid](
+            block(y, block_m, block_n), block(x, block_m, block_k, stride == 1), block(weight, block_n, block_k), bias,
+            block(z, block_m, block_n, not resized), block(x2, block_m, block_k, stride2 == 1),
+            block(weight2, block_n, block_k), batch * high * wide, high, wide, *x.shape[2:], *x2_sides, *z_sides,
+            z_sides[0] / high, z_sides[1] / wide, N=channels, K=channels_in[0], K2=channels_in[1], STRIDE=stride,
+            STRIDE2=stride2, RESIZED=resized, ACTIVATION=activation, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            DESCRIBED=described, WIDEN=_WIDEN, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+        )  # fmt: skip
     return y
 
 
-def _launch(y, x, weight, bias, z, activation, stride, x2, weight2, stride2, tile) -> None:
-    (_, channels, high, wide), (block_m, block_n, block_k, warps, stages) = y.shape, tile
-    pixels = y.shape[0] * high * wide
-    z_sides = (high, wide) if z is None else tuple(z.shape[2:])
-    x2_sides = (1, 1) if x2 is None else tuple(x2.shape[2:])
-    grid = (triton.cdiv(pixels, block_m) * triton.cdiv(channels, block_n),)
-    with torch.cuda.device_of(x):
-        _conv_pointwise_kernel[grid](
-            y, x, weight, bias, z, x2, weight2, pixels, high, wide, *x.shape[2:], *x2_sides, *z_sides,
-            z_sides[0] / high, z_sides[1] / wide, N=channels, K=x.shape[1], K2=0 if x2 is None else x2.shape[1],
-            STRIDE=stride, STRIDE2=stride2, RESIZED=z_sides != (high, wide), ACTIVATION=activation, BLOCK_M=block_m,
-            BLOCK_N=block_n, BLOCK_K=block_k, WIDEN=_WIDEN, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-        )  # fmt: skip
+def _may_be_described(tensor: Tensor | None) -> bool:
+    """Whether rows of channels start on a boundary of 16 bytes, which the GPU's copies of whole blocks ask for."""
+    return tensor is None or (tensor.shape[1] % 8 == 0 and tensor.data_ptr() % 16 == 0)
 
 
 @_op.register_fake

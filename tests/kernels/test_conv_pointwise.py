@@ -184,7 +184,7 @@ def test_opcheck_and_compiles_whole(device):
     torch.testing.assert_close(ours, expected)
 
 
-# As compiled code, where the product is float32's: the emulator knows no matrix instructions
+# As compiled code, by addresses and in float32: the emulator knows neither descriptors nor matrix instructions
 
 
 @pytest.mark.parametrize("name", names("conv_pointwise"))
