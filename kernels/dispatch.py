@@ -12,11 +12,13 @@ from torch.autograd.forward_ad import unpack_dual
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:
     triton = SimpleNamespace(jit=lambda fn=None, **_: fn if fn else (lambda fn: fn))
     tl = SimpleNamespace(constexpr=lambda value: value)
+    TensorDescriptor = None
     HAS_TRITON = False
 
 

@@ -43,6 +43,7 @@ BENCHMARKS = (
     "kernels.fused_conv",
     "kernels.stem_conv",
     "kernels.max_pool_relu",
+    "kernels.conv_pointwise",
     "kernels.sigmoid_focal_loss",
     "kernels.candidate_selection",
     "kernels.box_decode",

@@ -161,6 +161,8 @@ def _fuse_block(block: Any, calls: _Calls) -> None:
     if down is not None and calls.only_by(block, down) and down.bias is not None and last.bias is not None:
         last.bias = nn.Parameter(last.bias + down.bias, requires_grad=False)
         down.bias = None
+        block.merges_downsample = calls.only_by(block, block.downsample)
+        _become_fused(down)
     for conv in convs:
         _become_fused(conv, "relu")
     block.__class__ = FusedBottleneck if isinstance(block, Bottleneck) else FusedBasicBlock

@@ -15,6 +15,7 @@ from retina_fast.backbones.spinenet import Residual, ScalePermuted, SpineNet
 from retina_fast.backbones.spinenet_mobile import MobileSpineNet
 from retina_fast.kernels.conv_epilogue import conv_epilogue_, serves_epilogue
 from retina_fast.kernels.conv_onednn import onednn_conv, pack_weight, runs_onednn
+from retina_fast.kernels.conv_pointwise import conv_pointwise, serves_pointwise
 from retina_fast.kernels.conv_winograd import (
     Scratch,
     gains_from_winograd,
@@ -35,7 +36,8 @@ def _activated(x: Tensor, activation: str) -> Tensor:
 
 
 class FusedConv(nn.Conv2d):
-    """A conv followed by an activation: ``activation(conv(x) + z)``, where z may be left out.
+    """A conv followed by an activation: ``activation(conv(x) + z)``, where z may be left out, and may be the output of
+    another conv, the shortcut of a residual block.
 
     On a CPU its weights are packed into oneDNN's own memory format, or transformed for Winograd's algorithm, at the
     first call that reads them so, and again after they change.
@@ -45,26 +47,48 @@ class FusedConv(nn.Conv2d):
     """``none``, ``relu`` or ``swish``."""
     ways: Mapping[tuple[int, ...], str] = MappingProxyType({})
     """Of input shapes whose fastest way was chosen by timing: ``eager``, ``fused``,
-    ``epilogue``, ``product`` or ``winograd``."""
+    ``epilogue``, ``pointwise``, ``product`` or ``winograd``."""
     scratch: Scratch
     """What the convs of a model share for Winograd's algorithm; ``fuse_convs`` gives it."""
     _prepared: tuple[object, dict[str, Tensor]] | None = None  # what the weights were, and what was made of them
 
-    def forward(self, x: Tensor, z: Tensor | None = None, overwrite_z: bool = False) -> Tensor:
-        """``x`` (B, C_in, H, W); ``z`` of the output's shape (B, C_out, H_out, W_out), whose memory the output may take
-        if nobody reads it afterwards."""
+    def forward(
+        self, x: Tensor, z: Tensor | None = None, overwrite_z: bool = False, shortcut: "FusedConv | None" = None
+    ) -> Tensor:
+        """Run in the way that was found the fastest.
+
+        Args:
+            x: ``(B, C_in, H, W)``.
+            z: ``(B, C_out, H_z, W_z)``. Where its height and width are not the output's, it is resized by nearest
+                neighbours.
+            overwrite_z: whether the output may take the memory of z, since nobody reads z afterwards.
+            shortcut: a conv, whose output for z is added in z's place.
+        """
         if torch.compiler.is_compiling():  # the compiler fuses by itself
-            return self.run("eager", x, z)
+            return self.run("eager", x, z, overwrite_z, shortcut)
         way = self.ways.get(x.shape)
-        if way is not None and way not in self.possible_ways(x, z):  # it was chosen in another dtype or precision
+        if way is not None and way not in self.possible_ways(x, z, shortcut):  # chosen in another dtype or precision
             way = None
         if way is None:
             gains = self.takes_winograd(x, z) and gains_from_winograd(x, self.weight)
             way = "winograd" if gains else "fused"
-        return self.run(way, x, z, overwrite_z)
+        return self.run(way, x, z, overwrite_z, shortcut)
 
-    def run(self, way: str, x: Tensor, z: Tensor | None, overwrite_z: bool = False) -> Tensor:
+    def run(
+        self,
+        way: str,
+        x: Tensor,
+        z: Tensor | None,
+        overwrite_z: bool = False,
+        shortcut: "FusedConv | None" = None,
+    ) -> Tensor:
         """Run in one of :meth:`possible_ways`."""
+        if way == "pointwise":
+            return self.run_pointwise(x, z, shortcut)
+        if z is not None and shortcut is not None:
+            z, overwrite_z = shortcut.forward(z), True
+        elif z is not None and z.shape[2:] != (sides := self.output_shape(x)[2:]):
+            z, overwrite_z = F.interpolate(z, size=sides, mode="nearest"), True
         if way == "winograd":
             return self.run_winograd(x, z, overwrite_z)
         if way == "epilogue":
@@ -73,15 +97,34 @@ class FusedConv(nn.Conv2d):
             return self.run_product(x)
         return self.run_eager(x, z) if way == "eager" else self.run_fused(x, z, overwrite_z)
 
-    def possible_ways(self, x: Tensor, z: Tensor | None) -> list[str]:
+    def possible_ways(self, x: Tensor, z: Tensor | None, shortcut: "FusedConv | None" = None) -> list[str]:
         """The ways in which an input may run, the one that is right by definition first."""
         others = {
             "fused": self.takes_onednn(x, z),
             "epilogue": self.takes_epilogue(x),
+            "pointwise": self.takes_pointwise(x, z, shortcut),
             "product": self.takes_product(x, z),
             "winograd": self.takes_winograd(x, z),
         }
         return ["eager", *(way for way, possible in others.items() if possible)]
+
+    def takes_pointwise(self, x: Tensor, z: Tensor | None, shortcut: "FusedConv | None") -> bool:
+        """Whether a kernel of ours runs the conv and what follows it."""
+        served = self.is_pointwise() and serves_pointwise(x, self.weight, self.bias, z)
+        if shortcut is None or z is None or not served:
+            return served
+        return shortcut.is_pointwise() and shortcut.bias is None and serves_pointwise(z, shortcut.weight)
+
+    def is_pointwise(self) -> bool:
+        """Whether each pixel of the output comes from one pixel of the input."""
+        return self.kernel_size == (1, 1) and self.padding == (0, 0) and self.groups == 1 and len({*self.stride}) == 1
+
+    def run_pointwise(self, x: Tensor, z: Tensor | None, shortcut: "FusedConv | None") -> Tensor:
+        """As one product of matrices, or two in one sum."""
+        if z is None or shortcut is None:
+            return conv_pointwise(x, self.weight, self.bias, z, self.activation, self.stride[0])
+        other = z, shortcut.weight, shortcut.stride[0]
+        return conv_pointwise(x, self.weight, self.bias, None, self.activation, self.stride[0], other)
 
     def takes_epilogue(self, x: Tensor) -> bool:
         """Whether a kernel of ours runs what follows the conv."""
@@ -94,8 +137,13 @@ class FusedConv(nn.Conv2d):
 
     def takes_product(self, x: Tensor, z: Tensor | None) -> bool:
         """Whether this is a product of matrices with a bias and ReLU, which cuBLAS computes in one kernel."""
-        pointwise = (tuple(self.weight.shape[2:]), *self._geometry()) == ((1, 1), (1, 1), (0, 0), (1, 1), 1)
-        is_product = pointwise and z is None and self.bias is not None and self.activation == "relu"
+        is_product = (
+            self.is_pointwise()
+            and self.stride == (1, 1)
+            and z is None
+            and self.bias is not None
+            and self.activation == "relu"
+        )
         return is_product and self.takes_epilogue(x)
 
     def run_product(self, x: Tensor) -> Tensor:
@@ -135,12 +183,20 @@ class FusedConv(nn.Conv2d):
         y = super().forward(x)
         return _activated(y if z is None else y.add_(z), self.activation)
 
-    def describe(self, x: Tensor, with_sum: bool) -> str:
+    def describe(self, x: Tensor, z: Tensor | None, shortcut: "FusedConv | None" = None) -> str:
         """The work of a call in words, which are equal where the same way is the fastest."""
-        kernel, followed = "x".join(map(str, self.weight.shape)), f"{'sum + ' if with_sum else ''}{self.activation}"
+        kernel, summand = "x".join(map(str, self.weight.shape)), "sum + "
+        if z is None:
+            summand = ""
+        elif shortcut is not None:
+            more = "x".join(map(str, shortcut.weight.shape))
+            summand = f"sum with conv {more} stride {shortcut.stride} of {'x'.join(map(str, z.shape))} + "
+        elif z.shape[2:] != self.output_shape(x)[2:]:
+            summand = f"sum of {'x'.join(map(str, z.shape[2:]))} resized + "
         layout = "channels_last" if x.is_contiguous(memory_format=torch.channels_last) else "NCHW"
         sizes = "stride {} padding {} dilation {} groups {}".format(*self._geometry())
-        return f"conv {kernel} {sizes}, {followed}, of {'x'.join(map(str, x.shape))} {x.dtype} {layout}"
+        shape = "x".join(map(str, x.shape))
+        return f"conv {kernel} {sizes}, {summand}{self.activation}, of {shape} {x.dtype} {layout}"
 
     def output_shape(self, x: Tensor) -> tuple[int, ...]:
         """(B, C_out, H_out, W_out) for an input of x's shape."""
@@ -170,24 +226,31 @@ class FusedStem(FusedConv):
     Two more of its ways add the bias and apply ReLU as they pool: ``pooled`` after PyTorch's conv, ``stem`` after ours.
     """
 
-    def run(self, way: str, x: Tensor, z: Tensor | None, overwrite_z: bool = False) -> Tensor:
+    def run(
+        self,
+        way: str,
+        x: Tensor,
+        z: Tensor | None,
+        overwrite_z: bool = False,
+        shortcut: FusedConv | None = None,
+    ) -> Tensor:
         """Run in one of :meth:`possible_ways`."""
         if way == "stem":
             return max_pool_relu(stem_conv(x, self.weight), self.bias)
         if way == "pooled":
             return max_pool_relu(F.conv2d(x, self.weight, None, *self._geometry()), self.bias)
-        return F.max_pool2d(super().run(way, x, z, overwrite_z), 3, 2, 1)
+        return F.max_pool2d(super().run(way, x, z, overwrite_z, shortcut), 3, 2, 1)
 
-    def possible_ways(self, x: Tensor, z: Tensor | None) -> list[str]:
+    def possible_ways(self, x: Tensor, z: Tensor | None, shortcut: FusedConv | None = None) -> list[str]:
         """The ways in which an input may run, the one that is right by definition first."""
         geometry = tuple(self.weight.shape[2:]), *self._geometry()
         is_stem = geometry == ((7, 7), (2, 2), (3, 3), (1, 1), 1) and serves_stem(x, self.weight)
         ways = {"pooled": self.takes_epilogue(x), "stem": is_stem}
-        return [*super().possible_ways(x, z), *(way for way, possible in ways.items() if possible)]
+        return [*super().possible_ways(x, z, shortcut), *(way for way, possible in ways.items() if possible)]
 
-    def describe(self, x: Tensor, with_sum: bool) -> str:
+    def describe(self, x: Tensor, z: Tensor | None, shortcut: FusedConv | None = None) -> str:
         """The work of a call in words, which are equal where the same way is the fastest."""
-        return f"{super().describe(x, with_sum)}, max pooling"
+        return f"{super().describe(x, z, shortcut)}, max pooling"
 
 
 def convs_of(block: BasicBlock | Bottleneck) -> list[Any]:
@@ -197,11 +260,12 @@ def convs_of(block: BasicBlock | Bottleneck) -> list[Any]:
 
 
 def _run_block(block: Any, x: Tensor) -> Tensor:
-    identity = x if block.downsample is None else block.downsample(x)
+    merged = block.downsample[0] if block.merges_downsample else None
+    identity = x if merged or block.downsample is None else block.downsample(x)
     *convs, last = convs_of(block)
     for conv in convs:
         x = conv(x)
-    return last(x, identity, overwrite_z=block.may_overwrite)
+    return last(x, identity, overwrite_z=block.may_overwrite, shortcut=merged)
 
 
 class FusedBasicBlock(BasicBlock):
@@ -209,6 +273,8 @@ class FusedBasicBlock(BasicBlock):
 
     may_overwrite = False
     """Whether the identity's memory may be taken by the output."""
+    merges_downsample = False
+    """Whether the last conv runs the downsampling conv."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _run_block(self, x)
@@ -219,6 +285,8 @@ class FusedBottleneck(Bottleneck):
 
     may_overwrite = False
     """Whether the identity's memory may be taken by the output."""
+    merges_downsample = False
+    """Whether the last conv runs the downsampling conv."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _run_block(self, x)
@@ -275,8 +343,7 @@ class FusedPyramid(FeaturePyramidNetwork):
         above = convs[-1](maps[-1])
         results = [self.layer_blocks[-1](above)]
         for i in range(len(maps) - 2, -1, -1):
-            size = convs[i].output_shape(maps[i])[2:]
-            above = convs[i](maps[i], F.interpolate(above, size=size, mode="nearest"), overwrite_z=True)
+            above = convs[i](maps[i], above)
             results.insert(0, self.layer_blocks[i](above))
         if self.extra_blocks is not None:
             results, names = self.extra_blocks(results, maps, names)

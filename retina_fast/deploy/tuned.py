@@ -30,7 +30,7 @@ _CALLS = 4  # that are timed together on a GPU
 _IDLE_CYCLES = 4_000_000  # some 2 ms, in which the host gets ahead
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 """Relative norms; several times what one more or one less rounding of the result changes."""
-_FORMAT = 1
+_FORMAT = 2
 
 
 def user_cache_file() -> Path:
@@ -206,13 +206,13 @@ def _choose_way(
     chooser: Chooser, counts: Counter[str], conv: FusedConv, args: tuple[Any, ...], keywords: dict[str, Any]
 ) -> None:
     x, z = (*args, None)[:2]
-    overwrite = bool(keywords.get("overwrite_z"))
+    overwrite, shortcut = bool(keywords.get("overwrite_z")), keywords.get("shortcut")
     scratch = z.clone() if overwrite and z is not None else z
 
     def way(name: str) -> Way:
-        return lambda: conv.run(name, x, z if name == "eager" else scratch, overwrite)
+        return lambda: conv.run(name, x, z if name == "eager" else scratch, overwrite, shortcut)
 
-    ways = {name: way(name) for name in conv.possible_ways(x, z)}
-    choice = chooser.choose(conv.describe(x, z is not None), ways)
+    ways = {name: way(name) for name in conv.possible_ways(x, z, shortcut)}
+    choice = chooser.choose(conv.describe(x, z, shortcut), ways)
     conv.ways = {**conv.ways, tuple(x.shape): choice}
     counts[choice] += 1

@@ -113,6 +113,15 @@ def test_streaming_kernels_read_and_write_16_bytes_at_a_time(rows):
     )
 
 
+def test_pointwise_convs_use_matrix_instructions(rows):
+    """A warpgroup's on sm_90; the emulator, which runs the kernel without them, would not see them go."""
+    found = [row for row in rows if row.kernel == "_conv_pointwise_kernel" and row.target == "sm_90"]
+    assert found
+    check_limits(
+        f"{row.case} has no wgmma" for row in found if not any(name.startswith("wgmma.mma_async") for name in row.ptx)
+    )
+
+
 @pytest.mark.parametrize(
     "kernel",
     [

@@ -187,11 +187,11 @@ def test_a_choice_is_remembered(path, clock):
 @pytest.mark.parametrize(
     "content",
     [
-        "", "{", "[]", "7", '{"format": 1}', '{"format": 1, "choices": 3}', '{"format": 1, "choices": {"a": 3}}',
-        json.dumps({"format": 2, "choices": {machine(CPU): {"layer": "first"}}}),
-        json.dumps({"format": 1, "choices": {"torch 1.0 on another machine": {"layer": "first"}}}),
-        json.dumps({"format": 1, "choices": {machine(CPU): {"layer": "a way of another version"}}}),
-        json.dumps({"format": 1, "choices": {machine(CPU): {"layer": ["first"]}}}),
+        "", "{", "[]", "7", '{"format": 2}', '{"format": 2, "choices": 3}', '{"format": 2, "choices": {"a": 3}}',
+        json.dumps({"format": 1, "choices": {machine(CPU): {"layer": "first"}}}),
+        json.dumps({"format": 2, "choices": {"torch 1.0 on another machine": {"layer": "first"}}}),
+        json.dumps({"format": 2, "choices": {machine(CPU): {"layer": "a way of another version"}}}),
+        json.dumps({"format": 2, "choices": {machine(CPU): {"layer": ["first"]}}}),
         "[" * 100_000,
     ],
 )  # fmt: skip
@@ -204,7 +204,7 @@ def test_a_file_that_does_not_say_is_done_without(path, clock, content):
 
 def test_choices_of_other_machines_are_kept(path, clock):
     path.parent.mkdir()
-    path.write_text(json.dumps({"format": 1, "choices": {"another": {"layer": "first"}}}))
+    path.write_text(json.dumps({"format": 2, "choices": {"another": {"layer": "first"}}}))
     chosen(path, clock, first=clock.way(X, 2), second=clock.way(X, 1))
     assert json.loads(path.read_text())["choices"]["another"] == {"layer": "first"}
 
@@ -247,7 +247,7 @@ def test_two_processes_write_at_once(path):
         writer.start()
     while any(writer.is_alive() for writer in writers):
         if path.exists():
-            assert json.loads(path.read_text())["format"] == 1
+            assert json.loads(path.read_text())["format"] == 2
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0

@@ -27,6 +27,7 @@ from retina_fast.kernels import (
     box_voting,
     candidate_selection,
     conv_epilogue,
+    conv_pointwise,
     focal_loss,
     greedy_nmm,
     image_batch,
@@ -216,6 +217,22 @@ def _stem_conv() -> None:
     stem_conv.stem_conv(x, weight)
 
 
+def _conv_pointwise(second: bool) -> None:
+    """Ends of residual blocks, of ResNet-50's first stage and, with a shortcut of stride 2, of its second."""
+    layout = torch.channels_last
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, device="cuda", memory_format=layout)
+
+    bias = torch.empty(256, dtype=torch.bfloat16, device="cuda")
+    x, weight = made(8, 64, 100, 100), made(256, 64, 1, 1)
+    if second:
+        shortcut = made(8, 128, 200, 200), made(256, 128, 1, 1), 2
+        conv_pointwise.conv_pointwise(x, weight, bias, made(8, 256, 50, 50), "relu", shortcut=shortcut)
+    else:
+        conv_pointwise.conv_pointwise(x, weight, bias, made(8, 256, 100, 100), "relu")
+
+
 def detect(dtype: torch.dtype, batch: int = 8) -> detections.Detections:
     """Calls the whole postprocess, from the heads' outputs at 800x800 to detections."""
     logits, deltas = ([level.detach() for level in levels_of(dtype, channels, batch)] for channels in (91, 4))
@@ -321,6 +338,8 @@ KERNEL_CALLS = {
     "take_kept": KernelCall(_take_kept),
     "conv_epilogue bf16 sum": KernelCall(lambda: _conv_epilogue(256, "relu", True), ("BLOCK",), 6),
     "conv_epilogue bf16": KernelCall(lambda: _conv_epilogue(256, "relu", False), ("BLOCK",), 4),
+    "conv_pointwise bf16": KernelCall(lambda: _conv_pointwise(second=False)),
+    "conv_pointwise bf16 shortcut, few pixels above": KernelCall(lambda: _conv_pointwise(second=True)),
     "conv_epilogue bf16 C=819": KernelCall(lambda: _conv_epilogue(819, "none", False), ("BLOCK",), 4),
     "epilogue_gradients bf16": KernelCall(lambda: _epilogue_gradients(256, True), ("ROWS", "CHANNELS"), 6),
     "epilogue_gradients bf16 C=819": KernelCall(lambda: _epilogue_gradients(819, False), ("ROWS", "CHANNELS"), 2),

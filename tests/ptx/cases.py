@@ -79,6 +79,10 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "stem_conv fp16 C=24 unaligned": partial(
         losses.stem_conv, dtype=F16, channels=24, sides=(9, 35), layout=torch.contiguous_format, shift=1
     ),
+    "conv_pointwise bf16": partial(losses.conv_pointwise, dtype=BF16, channels=16, activation="relu"),
+    "conv_pointwise fp16 shortcut, resized unaligned": partial(
+        losses.conv_pointwise, dtype=F16, channels=20, activation="swish", stride=2, z_sides=(3, 3), second=8, shift=1
+    ),
     "image_batch uint8 to bf16": partial(losses.image_batch, dtype=torch.uint8, out_dtype=BF16),
     "image_batch fp32 to fp32": partial(losses.image_batch, dtype=F32, out_dtype=F32),
     "anchor_matching": partial(detection.anchor_matching, low_quality=True),

@@ -8,9 +8,11 @@ from unittest import mock
 import torch
 from torch import Generator, Tensor
 
+from retina_fast.kernels import conv_pointwise as pointwise
 from retina_fast.kernels.box_loss import box_loss_reference
 from retina_fast.kernels.box_quality import box_quality_reference
 from retina_fast.kernels.conv_epilogue import conv_epilogue_reference, epilogue_gradients_reference
+from retina_fast.kernels.conv_pointwise import conv_pointwise_reference
 from retina_fast.kernels.focal_loss import focal_loss_reference
 from retina_fast.kernels.group_norm_relu import group_norm_relu_reference
 from retina_fast.kernels.image_batch import batch_shape, image_batch_reference
@@ -266,6 +268,33 @@ def stem_conv(
     def run() -> Iterator[Comparison]:
         with mock.patch("retina_fast.kernels.stem_conv._PROGRAMS", 2):
             yield close("output", [ops.stem_conv(x, weight)], [expected], limit_of(dtype))
+
+    return run
+
+
+def conv_pointwise(
+    generator: Generator, dtype: torch.dtype, channels: int, activation: str, stride: int = 1,
+    z_sides: tuple[int, int] | None = None, second: int = 0, shift: int = 0,
+) -> Run:  # fmt: skip
+    """Products in float32, by address: the emulator knows neither matrix instructions nor descriptors."""
+
+    def made(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator).to(dtype)
+        return shifted(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x, shift)
+
+    sides = [(side - 1) // stride + 1 for side in (9, 7)]
+    x, weight, bias = made(2, 24, 9, 7), made(channels, 24, 1, 1), made(channels)
+    z = made(2, channels, *(z_sides or sides))
+    more = (made(2, second, *(2 * side for side in sides)), made(channels, second, 1, 1), 2) if second else None
+    exact = more and (more[0].double(), more[1].double(), 2)
+    expected = conv_pointwise_reference(
+        x.double(), weight.double(), bias.double(), z.double(), activation, stride, exact
+    )
+
+    def run() -> Iterator[Comparison]:
+        with mock.patch.multiple(pointwise, _tile=lambda channels: (16, 16, 16, 1, 1), _DESCRIBES=False):
+            y = ops.conv_pointwise(x, weight, bias, z, activation, stride, *(more or (None, None, 1)))
+        yield close("output", [y], [expected], limit_of(dtype))
 
     return run
 
