@@ -220,7 +220,7 @@ def conv_pointwise(
     Args:
         x: ``(B, C_in, H, W)`` of a floating-point dtype.
         weight: ``(C_out, C_in, 1, 1)``.
-        bias: ``(C_out,)``, or None.
+        bias: ``(C_out,)``, of any floating-point dtype, or None.
         z: ``(B, C_out, H_z, W_z)``, or None. Where its height and width are not the output's, it is resized by nearest
             neighbours, as by ``F.interpolate``.
         activation: "none", "relu" or "swish".
@@ -243,7 +243,8 @@ def conv_pointwise(
     """
     _check(x, weight, bias, z, activation, stride, shortcut)
     x2, weight2, stride2 = shortcut or (None, None, 1)
-    if not (serves_pointwise(x, weight, bias, z, x2, weight2) and x.numel() and weight.numel()):
+    served = serves_pointwise(x, weight, z, x2, weight2) and runs_triton(bias) and not is_differentiated(bias)
+    if not (served and x.numel() and weight.numel()):
         y = conv_pointwise_reference(x, weight, bias, z, activation, stride, shortcut)
         return y.contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.contiguous()
@@ -287,7 +288,7 @@ def _check(
         others |= {"the shortcut's x": x2, "the shortcut's weight": weight2}
     check_devices(x.device, **others)
     for name, tensor in others.items():
-        if tensor is not None and tensor.dtype != x.dtype:
+        if tensor is not None and tensor.dtype != x.dtype and name != "bias":
             raise ValueError(f"{name} must be {x.dtype} as x is, got {tensor.dtype}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")

@@ -4,8 +4,9 @@
     backward    dz = dy where y > 0, else 0, and dbias = the sum of dz by channel, in one pass; then dx and dW
 
 PyTorch makes a pass for the bias, one for the sum and one for the ReLU, and backward one for the ReLU and one for the
-bias. On CUDA the convs themselves are cuDNN's, here as there. On a CPU, where no gradient is asked for, oneDNN takes
-all along as it writes a conv's output; its ReLU makes 0 of NaN, which would hide from a training that it has diverged.
+bias. On CUDA the convs themselves are cuDNN's, here as there, except for 1x1 convs with a sum in half precision, which
+one kernel of ours computes. On a CPU, where no gradient is asked for, oneDNN takes all along as it writes a conv's
+output; its ReLU makes 0 of NaN, which would hide from a training that it has diverged.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 from retina_fast.kernels.arguments import check_devices, check_shape
 from retina_fast.kernels.conv_epilogue import conv_epilogue_, epilogue_gradients
 from retina_fast.kernels.conv_onednn import onednn_conv, runs_onednn
+from retina_fast.kernels.conv_pointwise import conv_pointwise, serves_pointwise
 from retina_fast.kernels.dispatch import is_transformed, runs_triton
 
 Pair = int | Sequence[int]
@@ -35,7 +37,7 @@ def fused_conv_reference(
 ) -> Tensor:
     """The definition, differentiable by autograd; see :func:`fused_conv`."""
     y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
-    y = y if z is None else y + z
+    y = y if z is None else y + _resized(z, y.shape)
     return F.relu(y) if relu else y
 
 
@@ -44,8 +46,13 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, rel
     if is_transformed(x, weight, bias, z):
         return fused_conv_reference(x, weight, bias, z, relu, *geometry)
     y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), *geometry)
-    y = y if z is None else y.add_(z)
+    y = y if z is None else y.add_(_resized(z, y.shape))
     return y.relu_() if relu else y
+
+
+def _resized(z: Tensor, shape: Sequence[int]) -> Tensor:
+    """z with the height and width of an output, by nearest neighbours."""
+    return z if z.shape[2:] == tuple(shape[2:]) else F.interpolate(z, size=list(shape[2:]), mode="nearest")
 
 
 def output_format(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -68,11 +75,14 @@ def _op(
     groups: int,
 ) -> Tensor:
     """y in channels_last memory."""
+    activation, others = "relu" if relu else "none", (*padding, *(size - 1 for size in dilation), groups - 1)
     with torch.no_grad():
+        if z is not None and stride[0] == stride[1] and not any(others) and serves_pointwise(x, weight, z):
+            return conv_pointwise(x, weight, bias, z, activation, stride[0])
         y = torch.convolution(x, weight, None, stride, padding, dilation, False, [0, 0], groups)
         if not y.is_contiguous(memory_format=torch.channels_last):
             y = y.contiguous(memory_format=torch.channels_last)
-        return conv_epilogue_(y, bias, z, "relu" if relu else "none")
+        return conv_epilogue_(y, bias, None if z is None else _resized(z, y.shape), activation)
 
 
 @_op.register_fake
@@ -85,7 +95,7 @@ def _setup_context(ctx, inputs, output):
     x, weight, bias, z, ctx.relu, *ctx.geometry = inputs
     ctx.bias_sizes = None if bias is None else list(bias.shape)
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.has_z = z is not None
+    ctx.z_shape = None if z is None else list(z.shape)
     ctx.save_for_backward(x, weight, output if ctx.relu else None)
 
 
@@ -100,7 +110,10 @@ def _backward(ctx, dy):
         wanted = [needs_x, needs_weight, False]
         dx, dw, _ = torch.ops.aten.convolution_backward(dz, x, weight, None, *geometry, False, [0, 0], groups, wanted)
     db = None if db is None else db.to(ctx.bias_dtype)
-    return dx, dw, db, dz if ctx.has_z else None, None, None, None, None, None
+    of_z = None if ctx.z_shape is None else dz
+    if of_z is not None and ctx.z_shape != list(dz.shape):
+        of_z = torch.ops.aten.upsample_nearest2d_backward(dz, list(dz.shape[2:]), ctx.z_shape)
+    return dx, dw, db, of_z, None, None, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -123,7 +136,8 @@ def fused_conv(
         x: ``(B, C_in, H, W)``. Under autocast, x, weight and z are brought into autocast's dtype.
         weight: ``(C_out, C_in / groups, kH, kW)``.
         bias: ``(C_out,)``, of x's dtype or float32.
-        z: added to the conv's output and of its shape ``(B, C_out, H_out, W_out)``, or None.
+        z: ``(B, C_out, H_z, W_z)``, which is added, or None. Where its height and width are not the output's, it is
+            resized by nearest neighbours.
         relu: whether ReLU follows.
         stride, padding, dilation: an int or a pair, as of ``F.conv2d``.
         groups: as of ``F.conv2d``.
@@ -178,7 +192,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, *ge
     if bias is not None:
         check_shape("bias", bias, "(C_out,)", (weight.shape[0],))
     if z is not None:
-        check_shape("z", z, "(B, C_out, H_out, W_out)", output_shape(x, weight, *sizes))
+        shape = output_shape(x, weight, *sizes)
+        given = (*shape[:2], *z.shape[2:]) if z.dim() == 4 else shape
+        check_shape("z", z, "(B, C_out, H_z, W_z)", given)
     check_devices(x.device, weight=weight, bias=bias, z=z)
     for name, tensor, others in (("weight", weight, ()), ("bias", bias, (torch.float32,)), ("z", z, ())):
         if tensor is not None and tensor.dtype not in (x.dtype, *others):

@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork, misc
 
 from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d
-from retina_fast.kernels.fused_conv import fused_conv, output_shape
+from retina_fast.kernels.fused_conv import fused_conv
 from retina_fast.kernels.max_pool_relu import max_pool_relu
 from retina_fast.kernels.stem_conv import stem_conv
 from retina_fast.stock import is_plain_conv, is_stem_pooling, is_stock
@@ -125,15 +125,11 @@ def _stem(conv: _Conv, x: Tensor) -> Tensor:
 
 
 def _pyramid(convs: list[_Conv], pyramid: Any, x: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A feature pyramid, whose sums autocast would have computed in float32."""
+    """A feature pyramid, whose convs add the level above; autocast would have them sum in float32."""
     names, maps = list(x), list(x.values())
     above = convs[-1](maps[-1])
     results = [pyramid.layer_blocks[-1](above)]
     for i in range(len(maps) - 2, -1, -1):
-        conv = convs[i].conv
-        size = output_shape(maps[i], conv.weight, conv.stride, conv.padding, conv.dilation)[2:]
-        with torch.autocast(above.device.type, enabled=False):
-            above = F.interpolate(above, size=size, mode="nearest")
         above = convs[i](maps[i], above)
         results.insert(0, pyramid.layer_blocks[i](above))
     if pyramid.extra_blocks is not None:

@@ -149,6 +149,20 @@ def test_gradients(name, way, with_z, device):
         assert error(found, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("way", ["op", "public"])
+def test_a_sum_of_another_size_is_resized(way, device):
+    (x, weight, bias, _), incoming, geometry = case("1x1", device=device)
+    z = torch.randn(2, 12, 6, 4, device=device).requires_grad_()
+    doubles: list[Any] = [t.detach().double().requires_grad_() for t in (x, weight, bias, z)]
+    resized = F.interpolate(doubles[3], size=(11, 7), mode="nearest")
+    theirs = F.relu(F.conv2d(*doubles[:3], *geometry) + resized)
+    ours = run(way, (x, weight, bias, z), geometry, True)
+    assert error(ours, theirs.cpu()) < 1e-5
+    gradients = torch.autograd.grad(ours, (x, weight, bias, z), incoming)
+    for found, right in zip(gradients, torch.autograd.grad(theirs, doubles, incoming.double()), strict=True):
+        assert error(found, right.cpu()) < 1e-5
+
+
 def test_the_op_saves_no_tensor_of_the_outputs_size_but_the_output(device):
     tensors, _, geometry = case("3x3", device=device)
     saved: list[torch.Tensor] = []
@@ -217,7 +231,7 @@ def test_arguments_that_do_not_fit_are_named():
     for arguments, message in (
         ((x, weight[:, 1:], bias, z), r"weight \(12, 15, 3, 3\) in 1 groups does not fit x \(2, 16, 11, 7\)"),
         ((x, weight, bias[1:], z), r"bias must be \(C_out,\) = \(12,\), got \(11,\)"),
-        ((x, weight, bias, z[:1]), r"z must be \(B, C_out, H_out, W_out\) = \(2, 12, 11, 7\)"),
+        ((x, weight, bias, z[:1]), r"z must be \(B, C_out, H_z, W_z\) = \(2, 12, 11, 7\)"),
         ((x, weight, bias, z.double()), r"z must be torch\.float32 as x is, got torch\.float64"),
         ((x, weight, bias.to("meta"), z), "bias must be on cpu"),
     ):
