@@ -76,6 +76,18 @@ def to_torchvision(model: RetinaNet) -> tv.RetinaNet:
     if model.classification_loss != "focal" or model.focal_gamma != 2:
         given = f"classification_loss {model.classification_loss!r} and focal_gamma {model.focal_gamma}"
         warnings.warn(f"torchvision's model has no {given}: it would train by its focal loss", stacklevel=2)
+    return torchvision_detector(model)
+
+
+def torchvision_detector(model: RetinaNet) -> tv.RetinaNet:
+    """The same for detection alone, which the losses do not matter to.
+
+    Example::
+
+        >>> from retina_fast import retinanet_resnet18_fpn
+        >>> type(torchvision_detector(retinanet_resnet18_fpn(weights_backbone=None))) is tv.RetinaNet
+        True
+    """
     twin: Any = copy.deepcopy(model)
     twin.__class__ = tv.RetinaNet
     as_torchvision(twin)

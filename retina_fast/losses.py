@@ -128,7 +128,7 @@ def _match(outputs: HeadOutputs, anchors: Tensor, truths: GroundTruths, matcher:
         raise ValueError(
             f"ATSS needs the heads' outputs level by level, (B, A*C, H, W), got {[tuple(x.shape) for x in levels]}"
         )
-    per_cell = max((size // max(count, 1) for size, count in zip(sizes, cells, strict=True)), default=1)
+    per_cell = max([1, *(size // max(count, 1) for size, count in zip(sizes, cells, strict=True))])
     return atss_matching(*arguments, sizes, matcher.top_k * per_cell)
 
 

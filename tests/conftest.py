@@ -56,6 +56,17 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_choices(tmp_path_factory):
+    """On a GPU, engines keep what they have timed in a file of this process: other processes would change it between
+    two engines that must agree."""
+    file = tmp_path_factory.mktemp("choices") / "choices.json"
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.cuda.is_available():
+            patch.setattr("retina_fast.deploy.engine.user_cache_file", lambda: file)
+        yield
+
+
 COLORS = {"red": (220, 30, 30), "blue": (30, 60, 220)}
 
 

@@ -23,7 +23,7 @@ from benchmarks.gpu.records import ROOT
 from benchmarks.gpu.run import BENCHMARKS
 
 _WHOLE = (
-    *("losses", "loss_choices", "training_step", "step_on_gpu", "frozen_norm", "detections", "model"),
+    *("losses", "loss_choices", "training_step", "step_on_gpu", "fused_training", "frozen_norm", "detections", "model"),
     *("engine", "engine_as_module", "engine_shapes", "tuned_engine"),
 )
 _KERNELS = [name for name in BENCHMARKS if name not in ("models.inference", "models.training_step", "models.spinenet")]

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from retina_fast.convert import to_torchvision
+from retina_fast.convert import torchvision_detector
 from retina_fast.data.errors import UserError
 from retina_fast.data.files import replacing
 from retina_fast.data.outputs import check_folder, save_plot
@@ -56,7 +56,7 @@ def contestants(model: Any, images: Sequence[Tensor]) -> tuple[dict[str, Callabl
     """
     engine = compile_inference(model, images)
     dtype = engine.report.dtype
-    theirs = to_torchvision(model)
+    theirs = torchvision_detector(model)
     device = next(model.parameters()).device
 
     def floats(images: list[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retina_fast.convert import to_torchvision
+from retina_fast.convert import torchvision_detector
 from retina_fast.deploy.export import export
 from retina_fast.deploy.export_onnx import OUTPUTS
 from retina_fast.deploy.exported import load_exported
@@ -88,7 +88,7 @@ def _openvino(model: Any, size: tuple[int, int]) -> Run:
 
 
 def _compiled(model: Any) -> Run:
-    theirs = to_torchvision(copy.deepcopy(model)).to(memory_format=torch.channels_last)
+    theirs = torchvision_detector(copy.deepcopy(model)).to(memory_format=torch.channels_last)
     for part in (theirs.backbone, theirs.head.classification_head, theirs.head.regression_head):
         part.compile(dynamic=False)
 

@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -97,8 +98,8 @@ def predict(
         <Results 96x64 pixels: nothing>
     """
     check_score(model, score)
-    if batch_size is not None and not within(1, batch_size):
-        raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+    if batch_size is not None and not (isinstance(batch_size, Integral) and batch_size >= 1):
+        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     opened = open_source(source, bgr)
     if opened.endless and not stream:
         raise ValueError("a camera or stream does not end: give stream=True, and leave the loop when it is enough")

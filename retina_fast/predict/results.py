@@ -86,7 +86,7 @@ class Results:
         """The pixels (3, H, W) uint8, read again if they come from a file.
 
         Raises:
-            ImageError: if they cannot be read.
+            ImageError: if they cannot be read, or the file has changed since.
             UserError: if these results have none.
         """
         if self.error:
