@@ -341,8 +341,12 @@ KERNEL_CALLS = {
     "conv_pointwise bf16": KernelCall(lambda: _conv_pointwise(second=False)),
     "conv_pointwise bf16 shortcut, few pixels above": KernelCall(lambda: _conv_pointwise(second=True)),
     "conv_epilogue bf16 C=819": KernelCall(lambda: _conv_epilogue(819, "none", False), ("BLOCK",), 4),
-    "epilogue_gradients bf16": KernelCall(lambda: _epilogue_gradients(256, True), ("ROWS", "CHANNELS"), 6),
-    "epilogue_gradients bf16 C=819": KernelCall(lambda: _epilogue_gradients(819, False), ("ROWS", "CHANNELS"), 2),
+    "epilogue_gradients bf16": KernelCall(
+        lambda: _epilogue_gradients(256, True), ("ROWS", "CHANNELS"), 6, kernel="_epilogue_gradients_kernel"
+    ),
+    "epilogue_gradients bf16 C=819": KernelCall(
+        lambda: _epilogue_gradients(819, False), ("ROWS", "CHANNELS"), 2, kernel="_epilogue_gradients_kernel"
+    ),
     "stem_conv bf16": KernelCall(_stem_conv),
     "max_pool_relu bf16": KernelCall(lambda: _max_pool_relu(torch.bfloat16)),
     "max_pool_relu fp32": KernelCall(lambda: _max_pool_relu(torch.float32)),
