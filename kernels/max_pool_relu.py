@@ -18,7 +18,7 @@ from retina_fast.kernels.arguments import at_least_float32, check_devices, check
 from retina_fast.kernels.dispatch import is_differentiated, runs_triton, tl, triton
 
 _TILE = 1024  # elements of a program's row: 8 a thread, 16 bytes in bf16
-_ROWS = 4  # rows of y that a program writes; between two of them a row of x is read once
+_ROWS = 2  # of y, that a program writes; the row of x between them is read once
 _WARPS = 4
 
 

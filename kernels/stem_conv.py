@@ -102,18 +102,28 @@ def _empty(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def serves_stem(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel runs on these: on a GPU, in half precision, x channels_last, no gradient asked for."""
+    """Whether the kernel runs on these: on an NVIDIA GPU from compute capability 8.0, in half precision, x
+    channels_last, no gradient asked for."""
     suits = x.dtype in (torch.bfloat16, torch.float16) and x.is_contiguous(memory_format=torch.channels_last)
     fits = tuple(weight.shape[1:]) == (3, 7, 7) and 0 < weight.shape[0] <= 128 and weight.dtype == x.dtype
-    return suits and fits and runs_triton(x, weight) and not is_differentiated(x, weight)
+    served = suits and fits and runs_triton(x, weight) and not is_differentiated(x, weight)
+    return served and _copies_asynchronously(x.device)
+
+
+def _copies_asynchronously(device: torch.device) -> bool:
+    """Whether the GPU copies into shared memory without waiting, as the kernel has it; true of a fake one."""
+    if torch.version.hip is not None:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def stem_conv(x: Tensor, weight: Tensor) -> Tensor:
     """The conv of 7x7 with stride 2 and padding 3 by which a ResNet begins, without a bias.
 
     Args:
-        x: ``(B, 3, H, W)``. The kernel takes bfloat16 and float16 in channels_last memory on a GPU, and is fast where W
-            is a multiple of 16; PyTorch's conv runs for anything else, or where a gradient may be asked for.
+        x: ``(B, 3, H, W)``. The kernel takes bfloat16 and float16 in channels_last memory on an NVIDIA GPU from compute
+            capability 8.0, and is fast where W is a multiple of 16; PyTorch's conv runs for anything else, or where a
+            gradient may be asked for.
         weight: ``(C_out, 3, 7, 7)``, of x's dtype; the kernel takes up to 128 channels.
 
     Returns:

@@ -268,10 +268,20 @@ def _conv_epilogue(launch: Launch, row: Row, scene: Scene) -> Work:
     return replace(work, bytes=work.bytes + launch.args[0].nbytes)
 
 
+def _stem_conv(launch: Launch, row: Row, scene: Scene) -> Work:
+    """A program reads the weights, and then goes through its share of the tiles."""
+    y, (programs,), loop = launch.args[2], launch.grid, max(row.loops)
+    tiles = y.numel() / y.shape[1] / launch.kwargs["M"]
+    before = row.path - loop
+    longest = ALONE * (before + math.ceil(tiles / programs) * loop) + DRAM + L2
+    return Work(nbytes(launch.args), programs * before + tiles * loop, 0, longest)
+
+
 WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_focal_loss_kernel": _focal_loss,
     "_image_batch_kernel": _streamed,
     "_conv_epilogue_kernel": _conv_epilogue,
+    "_stem_conv_kernel": _stem_conv,
     "_max_pool_relu_kernel": _streamed,
     "_score_keys_kernel": _streamed,
     "_scale_kernel": _scale,

@@ -223,18 +223,16 @@ class FusedConv(nn.Conv2d):
 class FusedStem(FusedConv):
     """A conv followed by ReLU and max pooling over windows of 3x3 with stride 2 and padding 1: how a ResNet begins.
 
-    Two more of its ways add the bias and apply ReLU as they pool: ``pooled`` after PyTorch's conv, ``stem`` after ours.
+    On a GPU the pooling adds the bias and applies ReLU, after PyTorch's conv (``pooled``) or our own (``stem``).
     """
 
     def run(
-        self,
-        way: str,
-        x: Tensor,
-        z: Tensor | None,
-        overwrite_z: bool = False,
-        shortcut: FusedConv | None = None,
+        self, way: str, x: Tensor, z: Tensor | None, overwrite_z: bool = False, shortcut: FusedConv | None = None
     ) -> Tensor:
         """Run in one of :meth:`possible_ways`."""
+        if way == "fused":
+            possible = self.possible_ways(x, z, shortcut)
+            way = next((own for own in ("stem", "pooled") if own in possible), way)
         if way == "stem":
             return max_pool_relu(stem_conv(x, self.weight), self.bias)
         if way == "pooled":
@@ -243,10 +241,10 @@ class FusedStem(FusedConv):
 
     def possible_ways(self, x: Tensor, z: Tensor | None, shortcut: FusedConv | None = None) -> list[str]:
         """The ways in which an input may run, the one that is right by definition first."""
+        pooled = self.takes_epilogue(x) and z is None
         geometry = tuple(self.weight.shape[2:]), *self._geometry()
-        is_stem = geometry == ((7, 7), (2, 2), (3, 3), (1, 1), 1) and serves_stem(x, self.weight)
-        ways = {"pooled": self.takes_epilogue(x), "stem": is_stem}
-        return [*super().possible_ways(x, z, shortcut), *(way for way, possible in ways.items() if possible)]
+        is_stem = pooled and geometry == ((7, 7), (2, 2), (3, 3), (1, 1), 1) and serves_stem(x, self.weight)
+        return [*super().possible_ways(x, z, shortcut), *["pooled"] * pooled, *["stem"] * is_stem]
 
     def describe(self, x: Tensor, z: Tensor | None, shortcut: FusedConv | None = None) -> str:
         """The work of a call in words, which are equal where the same way is the fastest."""

@@ -91,6 +91,7 @@ WIDE = {
     "_list_kernel": "candidate_selection",
     "_tile_sums_kernel": "group_norm_relu",
     "_group_norm_relu_kernel": "group_norm_relu",
+    "_max_pool_relu_kernel": "max_pool_relu",
 }
 STORES_LITTLE = ("_list_kernel", "_tile_sums_kernel")
 

@@ -56,6 +56,15 @@ def test_what_the_kernel_does_not_take(device):
     assert stem_conv(x[:0], weight).shape == (0, 64, 10, 15)
 
 
+def test_older_gpus_run_pytorchs_conv(monkeypatch):
+    x, weight = (tensor.to("meta") for tensor in case())
+    monkeypatch.setattr(module, "runs_triton", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, served in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, own=capability: own)
+        assert serves_stem(x, weight) == served
+
+
 def test_what_does_not_fit_is_named():
     x, weight = case()
     with pytest.raises(ValueError, match=r"x must be \(B, 3, H, W\) with at least one pixel, got \(2, 4, 3, 3\)"):

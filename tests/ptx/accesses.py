@@ -278,13 +278,20 @@ class SharedMemory(Access):
         words = target.view(np.uint32)[(target.offsets // 4)[:, None] + np.arange(4)]
         return words.reshape(*addresses.shape[:2], -1)
 
-    def store_matrix(self, addresses: Array, values: list[Array], mask: Array | None, site: int) -> None:
+    def store_matrix(
+        self, addresses: Array, values: list[Array], mask: Array | None, site: int, transposed: bool = False
+    ) -> None:
         """stmatrix: the reverse of :meth:`load_matrix`."""
         target = self._rows(addresses, self._active(mask), len(values), site)
         view, row = target.view(np.uint32), target.offsets // 4
         matrix, first = (target.lanes & 31) // 8, (target.lanes & ~31) + 4 * (target.lanes & 7)
         stacked = np.stack(values)
-        own = [stacked[matrix, first + q] for q in range(4)]
+        if transposed:  # number c of row r is half r mod 2 of lane 4 c + r / 2
+            halves, r = np.ascontiguousarray(stacked).view(np.uint16).reshape(*stacked.shape, 2), target.lanes & 7
+            numbers = [halves[matrix, (target.lanes & ~31) + 4 * c + r // 2, r % 2].astype(np.uint32) for c in range(8)]
+            own = [numbers[2 * q] | (numbers[2 * q + 1] << np.uint32(16)) for q in range(4)]
+        else:
+            own = [stacked[matrix, first + q] for q in range(4)]
         before = [view[row + q] for q in range(4)]
         for q in range(4):
             view[row + q] = own[q]

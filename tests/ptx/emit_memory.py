@@ -115,11 +115,11 @@ def _load_matrix(w: Writer, i: Instruction) -> None:
 
 @emits("stmatrix")
 def _store_matrix(w: Writer, i: Instruction) -> None:
-    if "trans" in i.parts or i.parts[-1] != "b16":
+    if i.parts[-1] != "b16":
         raise Unsupported(i.text)
     values = ", ".join(w.value(name, "u4") for name in listed(i.operands[1]))
-    address = address_of(w, i.operands[0], "shared")
-    w.lines.append(f"X.shared_memory.store_matrix({address}, [{values}], {w.mask}, {w.site(i)})")
+    address, transposed = address_of(w, i.operands[0], "shared"), "trans" in i.parts
+    w.lines.append(f"X.shared_memory.store_matrix({address}, [{values}], {w.mask}, {w.site(i)}, {transposed})")
 
 
 def _check_members(w: Writer, i: Instruction, operand: str) -> None:
