@@ -339,7 +339,7 @@ KERNEL_CALLS = {
     "conv_epilogue bf16 sum": KernelCall(lambda: _conv_epilogue(256, "relu", True), ("BLOCK",), 6),
     "conv_epilogue bf16": KernelCall(lambda: _conv_epilogue(256, "relu", False), ("BLOCK",), 4),
     "conv_pointwise bf16": KernelCall(lambda: _conv_pointwise(second=False)),
-    "conv_pointwise bf16 shortcut, few pixels above": KernelCall(lambda: _conv_pointwise(second=True)),
+    "conv_pointwise bf16 shortcut, resized": KernelCall(lambda: _conv_pointwise(second=True)),
     "conv_epilogue bf16 C=819": KernelCall(lambda: _conv_epilogue(819, "none", False), ("BLOCK",), 4),
     "epilogue_gradients bf16": KernelCall(
         lambda: _epilogue_gradients(256, True), ("ROWS", "CHANNELS"), 6, kernel="_epilogue_gradients_kernel"
