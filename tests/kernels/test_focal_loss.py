@@ -186,7 +186,7 @@ def test_offsets_beyond_two_to_the_31(device):
             ([x[image, : rows * k].view(1, rows, k)], labels[image : image + 1, :rows], torch.ones(1)), k
         )
         assert error(grad[image, :rows], expected_grads) < 2**-7
-        assert abs(partials[image, 0].cpu() - expected) < 0.02 * expected  # but for the tile's last, cut anchor
+        assert abs(partials[image, 0].cpu() - expected) < 0.04 * expected  # but for the tile's last, cut anchor
 
 
 def test_errors(loss_fn, device):

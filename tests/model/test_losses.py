@@ -251,4 +251,4 @@ def test_nothing_of_the_loss_path_waits_for_the_gpu():
         matcher = Matcher(0.5, 0.4, True)
         detection_losses(HeadOutputs(fakes, on_gpu(anchors[0]), K, {}), boxes, matcher, "l1")
 
-    assert len(launches_of(run)) == 4
+    assert len(launches_of(run)) == 6
