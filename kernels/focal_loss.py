@@ -68,9 +68,8 @@ _AHEAD = 2  # chunks that are read before they are needed: no compiler moves a l
 
 
 @triton.jit
-def _load_ahead(x_ptr, mask, TILE: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr):
-    """The tile's first chunks."""
-    chunks = ()
+def _load_ahead(chunks, x_ptr, mask, TILE: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr):
+    """``chunks``, which is (), and the tile's first."""
     for begin in tl.static_range(0, min(AHEAD * CHUNK, TILE), CHUNK):
         chunks += (tl.load(x_ptr + begin + tl.arange(0, CHUNK), mask=mask),)
     return chunks
@@ -164,7 +163,7 @@ def _focal_loss_kernel(
     if factor_ptr is not None:
         factor = tl.load(factor_ptr)
     is_whole = (begin >= 0) & (begin + TILE <= end)
-    chunks = _load_ahead(x_ptr + offset, is_whole, TILE, CHUNK, AHEAD)
+    chunks = _load_ahead((), x_ptr + offset, is_whole, TILE, CHUNK, AHEAD)
 
     first_anchor = tl.maximum(begin, 0) // K
     anchor = first_anchor + tl.arange(0, TILE_ANCHORS)
