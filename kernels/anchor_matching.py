@@ -12,9 +12,11 @@ A ground truth that touches no anchor has a highest IoU of 0. Every anchor ties 
 best ground truth. That is torchvision's rule, and it is kept.
 
 torchvision builds matrices of ground truths x anchors: 36 bytes a pair at its peak, 3.6 GB an image at 500 ground
-truths and 201,600 anchors. Here a tile of anchors stays in registers, and the ground truths are read one by one. This
-is done twice, to find the highest IoU of each ground truth, and then to match. Memory is O(anchors + ground truths), 8
-bytes an anchor. A tile skips the ground truths outside the rectangle around its anchors: their IoU with them is 0.
+truths and 201,600 anchors. Here a tile of anchors stays in registers, and the ground truths are read one by one, but
+for those outside the rectangle around its anchors: their IoU with them is 0. This gives the best ground truth of each
+anchor, and the highest IoU of each ground truth, in the tile and anywhere. A second launch applies the thresholds, and
+looks for ties only where these two are equal. Beside the results, memory is 8 bytes an anchor, or 32 where ground
+truths are many, and 4 bytes for each tile of 128 anchors and ground truth.
 """
 
 from itertools import pairwise
@@ -27,6 +29,7 @@ from retina_fast.kernels.arguments import check_devices, check_integers, offsets
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.labels import BACKGROUND, IGNORED, TL_BACKGROUND, TL_IGNORED
 from retina_fast.kernels.levels import load_rows
+from retina_fast.kernels.pair_iou import iou_with, pairwise_iou
 
 _TILE_ANCHORS = 1 << 14  # of a tile of the reference, at most
 _TILE_PAIRS = 1 << 17  # anchors times ground truths of a tile, at most: the IoUs of those that meet stay in the cache
@@ -41,22 +44,6 @@ class Matches(NamedTuple):
     """(B, N) int32: class of the matched ground truth, -1 background, -2 ignored."""
     num_foreground: Tensor
     """(B,) int32: the number of anchors of each image that matched a ground truth."""
-
-
-def box_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """IoU (...) of boxes (..., 4) and anchors (..., 4), xyxy, which are broadcast; rounds exactly as torchvision's
-    ``box_iou`` does."""
-    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-    anchor_area = (anchors[..., 2] - anchors[..., 0]) * (anchors[..., 3] - anchors[..., 1])
-    width = torch.minimum(boxes[..., 2], anchors[..., 2]).sub_(torch.maximum(boxes[..., 0], anchors[..., 0]))
-    height = torch.minimum(boxes[..., 3], anchors[..., 3]).sub_(torch.maximum(boxes[..., 1], anchors[..., 1]))
-    intersection = width.clamp_(min=0).mul_(height.clamp_(min=0))
-    return intersection.div_((area + anchor_area).sub_(intersection))
-
-
-def pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """IoU (G, n) of boxes (G, 4) and anchors (n, 4), xyxy."""
-    return box_iou(boxes[:, None], anchors)
 
 
 class _Tile(NamedTuple):
@@ -132,39 +119,41 @@ def anchor_matching_reference(
 # Triton. The results equal the reference's exactly, so divisions round to nearest, and no product is contracted with a
 # sum to an fma.
 
-_TILE = 512  # anchors of a program: by instruction counts, 128 costs twice as much at 16 ground truths
-_CHUNK = 32  # ground truths looked at together: one a lane
+_TILE = 128  # anchors of a program, which is one warp, so that no reduction over its anchors needs a barrier
+_CHUNK = 32  # ground truths looked at together: one a lane, and a bit of an int32
+_SHARE = 128  # ground truths of an image that one program sees: a tile of large anchors meets all of them
+_LAST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def tile_iou(x1, y1, x2, y2, area, box_x1, box_y1, box_x2, box_y2):
-    """The IoU of a tile of anchors and one ground truth, rounded as box_iou rounds, or -1 where they do not
-    intersect. Most pairs do not, and to divide 0 would take the slow path of div.rn, some 30 instructions."""
-    width = tl.maximum(tl.minimum(box_x2, x2) - tl.maximum(box_x1, x1), 0.0)
-    height = tl.maximum(tl.minimum(box_y2, y2) - tl.maximum(box_y1, y1), 0.0)
-    intersection = width * height
-    union = (box_x2 - box_x1) * (box_y2 - box_y1) + area - intersection
-    return tl.div_rn(tl.where(intersection > 0, intersection, -union), union)
+def _lowest(bits):
+    """The number of the lowest bit set in an int32 other than 0: the exponent of that bit as a float32."""
+    return ((bits & -bits).to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
 
-@triton.jit(do_not_specialize=["num_anchors", "anchors_stride"])
+@triton.jit(do_not_specialize=["num_anchors", "anchors_stride", "num_boxes", "batch", "shares"])
 def _anchor_matching_kernel(
-    anchors_ptr, anchors_stride, boxes_ptr, labels_ptr, offsets_ptr, peaks_ptr, indices_ptr, classes_ptr, counts_ptr,
-    num_anchors, fg_iou_thresh, bg_iou_thresh, FIND_PEAKS: tl.constexpr, LOW_QUALITY: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
+    anchors_ptr, anchors_stride, boxes_ptr, offsets_ptr, found_ptr, peaks_ptr, tops_ptr, num_anchors, num_boxes, batch,
+    shares, LOW_QUALITY: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): tile t of the anchors of image b.
+    """A program takes a tile of the anchors, and one of the shares of the ground truths of an image. Those of the last
+    tile come first, since its large anchors meet most ground truths.
 
-    With FIND_PEAKS it finds the highest IoU of every ground truth, and stores the bits of the float32 number as an
-    int32, since the integers order as the numbers do. Without, the peaks are given and the anchors are matched.
+    It writes the best ground truth of each anchor to found (S, B, N), as an int64 that orders as IoU and then index do:
+    the bits of the IoU, then 2^31 - 1 minus the index. With LOW_QUALITY it also writes the highest IoU of each ground
+    truth in the tile to tops (T, G), and anywhere to peaks (G,): bits again, which order as the numbers do.
     """
-    image = tl.program_id(1).to(tl.int64)
+    tile = tl.cdiv(num_anchors, TILE) - 1 - tl.program_id(0) // (batch * shares)
+    image = (tl.program_id(0) % batch).to(tl.int64)
+    share = tl.program_id(0) // batch % shares
     start = tl.load(offsets_ptr + image).to(tl.int32)
     stop = tl.load(offsets_ptr + image + 1).to(tl.int32)
-    anchor = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    size = tl.cdiv(tl.cdiv(stop - start, CHUNK), shares) * CHUNK
+    first = start + share * size
+    end = tl.minimum(first + size, stop)
+    anchor = tile * TILE + tl.arange(0, TILE)
     valid = anchor < num_anchors
     x1, y1, x2, y2 = load_rows(anchors_ptr + image * anchors_stride, anchor, valid)
-    area = (x2 - x1) * (y2 - y1)
     left = tl.min(tl.where(valid, x1, float("inf")), axis=0)
     top = tl.min(tl.where(valid, y1, float("inf")), axis=0)
     right = tl.max(tl.where(valid, x2, float("-inf")), axis=0)
@@ -172,43 +161,78 @@ def _anchor_matching_kernel(
 
     best = tl.zeros([TILE], tl.float32)
     best_box = tl.zeros([TILE], tl.int32) + start
-    ties = tl.zeros([TILE], tl.int1)
-    first = start
-    while first < stop:
-        g = first + tl.arange(0, CHUNK)
-        g_x1, g_y1, g_x2, g_y2 = load_rows(boxes_ptr, g, g < stop)
-        near = tl.where((g < stop) & (g_x1 < right) & (g_x2 > left) & (g_y1 < bottom) & (g_y2 > top), g, stop)
-        if LOW_QUALITY and not FIND_PEAKS:
-            peak = tl.load(peaks_ptr + g, mask=g < stop, other=1)
-            ties |= tl.min(peak, axis=0) == 0  # a ground truth that touches no anchor of the image: all anchors tie
-        box = tl.min(near, axis=0)
-        while box < stop:
-            ptr = boxes_ptr + box * 4
-            iou = tile_iou(x1, y1, x2, y2, area, tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3))
-            if FIND_PEAKS:
-                peak = tl.max(iou, axis=0)
-                tl.atomic_max(peaks_ptr + box, peak.to(tl.int32, bitcast=True), mask=peak > 0, sem="relaxed")
-            else:
-                best_box = tl.where(iou > best, box, best_box)
-                best = tl.maximum(iou, best)
-                if LOW_QUALITY:
-                    ties |= iou == tl.load(peaks_ptr + box).to(tl.float32, bitcast=True)
-            box = tl.min(tl.where(near > box, near, stop), axis=0)
+    lane = tl.arange(0, CHUNK)
+    while first < end:
+        g = first + lane
+        g_x1, g_y1, g_x2, g_y2 = load_rows(boxes_ptr, g, g < end)
+        near = (g < end) & (g_x1 < right) & (g_x2 > left) & (g_y1 < bottom) & (g_y2 > top)
+        bits = tl.sum(near.to(tl.int32) << lane, axis=0)
+        tops = tl.zeros([CHUNK], tl.int32)
+        while bits != 0:
+            this = _lowest(bits)
+            bits &= bits - 1
+            iou = iou_with(x1, y1, x2, y2, boxes_ptr, first + this)
+            best_box = tl.where(iou > best, first + this, best_box)
+            best = tl.maximum(iou, best)
+            if LOW_QUALITY:
+                tops = tl.where(lane == this, tl.max(tl.maximum(iou, 0.0).to(tl.int32, bitcast=True), axis=0), tops)
+        if LOW_QUALITY:
+            tl.store(tops_ptr + tile.to(tl.int64) * num_boxes + g, tops, mask=g < end)
+            tl.atomic_max(peaks_ptr + g, tops, mask=tops > 0, sem="relaxed")
         first += CHUNK
+    found = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (_LAST - (best_box - start))
+    row = (share * batch + image) * num_anchors + anchor
+    tl.store(found_ptr + row, found, mask=valid)
 
-    if not FIND_PEAKS:
-        index = best_box - start
-        matched = tl.where(best < fg_iou_thresh, TL_IGNORED, index)
-        matched = tl.where(best < bg_iou_thresh, TL_BACKGROUND, matched)
-        matched = tl.where(ties, index, matched)
-        matched = tl.where(start < stop, matched, TL_BACKGROUND)
-        foreground = valid & (matched >= 0)
-        label = tl.load(labels_ptr + best_box, mask=foreground, other=0).to(tl.int32)
-        row = image * num_anchors + anchor
-        tl.store(indices_ptr + row, matched, mask=valid)
-        tl.store(classes_ptr + row, tl.where(foreground, label, matched), mask=valid)
-        count = tl.sum(foreground.to(tl.int32), axis=0)
-        tl.atomic_add(counts_ptr + image, count, mask=count > 0, sem="relaxed")
+
+@triton.jit(do_not_specialize=["num_anchors", "anchors_stride", "num_boxes", "shares"])
+def _match_kernel(
+    anchors_ptr, anchors_stride, boxes_ptr, labels_ptr, offsets_ptr, found_ptr, peaks_ptr, tops_ptr, indices_ptr,
+    classes_ptr, counts_ptr, num_anchors, num_boxes, shares, fg_iou_thresh, bg_iou_thresh, LOW_QUALITY: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program (t, b): what tile t of the anchors of image b matches."""
+    tile = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    start = tl.load(offsets_ptr + image).to(tl.int32)
+    stop = tl.load(offsets_ptr + image + 1).to(tl.int32)
+    anchor = tile * TILE + tl.arange(0, TILE)
+    valid = anchor < num_anchors
+    row = image * num_anchors + anchor
+    found = tl.load(found_ptr + row, mask=valid, other=0)
+    size = tl.num_programs(1).to(tl.int64) * num_anchors
+    for s in range(1, shares):
+        found = tl.maximum(found, tl.load(found_ptr + s * size + row, mask=valid, other=0))
+    best = (found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    index = _LAST - found.to(tl.int32)
+    matched = tl.where(best < fg_iou_thresh, TL_IGNORED, index)
+    matched = tl.where(best < bg_iou_thresh, TL_BACKGROUND, matched)
+    if LOW_QUALITY:
+        above = tl.maximum(fg_iou_thresh, bg_iou_thresh)  # anchors of such an IoU are foreground already
+        first = start
+        lane = tl.arange(0, CHUNK)
+        while first < stop:
+            g = first + lane
+            peak = tl.load(peaks_ptr + g, mask=g < stop, other=1)
+            top = tl.load(tops_ptr + tile.to(tl.int64) * num_boxes + g, mask=g < stop, other=0)
+            if tl.min(peak, axis=0) == 0:  # a ground truth that touches no anchor of the image: all anchors tie
+                matched = index
+            reached = (top == peak) & (top > 0) & (peak.to(tl.float32, bitcast=True) < above)
+            bits = tl.sum(reached.to(tl.int32) << lane, axis=0)
+            while bits != 0:
+                box = first + _lowest(bits)
+                bits &= bits - 1
+                x1, y1, x2, y2 = load_rows(anchors_ptr + image * anchors_stride, anchor, valid)
+                peak_of_box = tl.load(peaks_ptr + box).to(tl.float32, bitcast=True)
+                matched = tl.where(iou_with(x1, y1, x2, y2, boxes_ptr, box) == peak_of_box, index, matched)
+            first += CHUNK
+    matched = tl.where(start < stop, matched, TL_BACKGROUND)
+    foreground = valid & (matched >= 0)
+    label = tl.load(labels_ptr + start + index, mask=foreground, other=0).to(tl.int32)
+    tl.store(indices_ptr + row, matched, mask=valid)
+    tl.store(classes_ptr + row, tl.where(foreground, label, matched), mask=valid)
+    count = tl.sum(foreground.to(tl.int32), axis=0)
+    tl.atomic_add(counts_ptr + image, count, mask=count > 0, sem="relaxed")
 
 
 def _anchor_matching_triton(
@@ -223,19 +247,25 @@ def _anchor_matching_triton(
     batch, num_anchors = len(offsets) - 1, anchors.shape[-2]
     indices = anchors.new_empty((batch, num_anchors), dtype=torch.int32)
     classes = torch.empty_like(indices)
-    peaks = anchors.new_zeros(len(boxes) if allow_low_quality_matches else 0, dtype=torch.int32)
-    counts = anchors.new_zeros(batch, dtype=torch.int32)
+    num_boxes = len(boxes) if allow_low_quality_matches else 0
+    counts, peaks = anchors.new_zeros(batch + num_boxes, dtype=torch.int32).split((batch, num_boxes))
     if not indices.numel():
         return indices, classes, counts
     anchors, boxes, labels, offsets = (x.contiguous() for x in (anchors, boxes, labels, offsets))
     stride = anchors.stride(0) if anchors.dim() == 3 else 0
+    tiles, shares = triton.cdiv(num_anchors, _TILE), max(1, min(4, triton.cdiv(len(boxes), batch * _SHARE)))
+    found = anchors.new_empty((shares, batch, num_anchors), dtype=torch.int64)
+    tops = anchors.new_empty((tiles, num_boxes), dtype=torch.int32)
+    constants = {"LOW_QUALITY": allow_low_quality_matches, "TILE": _TILE, "CHUNK": _CHUNK}
     with torch.cuda.device_of(anchors):
-        for find_peaks in (True, False) if allow_low_quality_matches else (False,):
-            _anchor_matching_kernel[(triton.cdiv(num_anchors, _TILE), batch)](
-                anchors, stride, boxes, labels, offsets, peaks, indices, classes, counts, num_anchors, fg_iou_thresh,
-                bg_iou_thresh, FIND_PEAKS=find_peaks, LOW_QUALITY=allow_low_quality_matches, TILE=_TILE, CHUNK=_CHUNK,
-                num_warps=4, enable_fp_fusion=False,
-            )  # fmt: skip
+        _anchor_matching_kernel[(tiles * batch * shares,)](
+            anchors, stride, boxes, offsets, found, peaks, tops, num_anchors, num_boxes, batch, shares, **constants,
+            num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+        _match_kernel[(tiles, batch)](
+            anchors, stride, boxes, labels, offsets, found, peaks, tops, indices, classes, counts, num_anchors,
+            num_boxes, shares, fg_iou_thresh, bg_iou_thresh, **constants, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
     return indices, classes, counts
 
 

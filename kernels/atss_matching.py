@@ -26,11 +26,12 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.anchor_matching import Matches, box_iou, checked_geometry, tile_iou
+from retina_fast.kernels.anchor_matching import Matches, checked_geometry
 from retina_fast.kernels.arguments import offsets_on_host
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.labels import BACKGROUND, TL_BACKGROUND
 from retina_fast.kernels.levels import encode_sizes, level_of, load_rows, pick_size
+from retina_fast.kernels.pair_iou import box_iou, tile_iou
 
 MAX_CANDIDATES = 2048
 """The most candidates of a ground truth. With more, the sums of squares might not fit into 64 bits."""

@@ -46,7 +46,7 @@ from retina_fast.kernels.levels import (
     pick_size,
     store_rows,
 )
-from retina_fast.kernels.one_pass import OnePass, grads_by_reference
+from retina_fast.kernels.one_pass import OnePass, grads_by_reference, sum_of
 
 _IOU_LOSSES = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}
 LOSS_TYPES = ("l1", "smooth_l1", *_IOU_LOSSES)
@@ -246,7 +246,7 @@ def _box_loss_op(
             boxes, offsets, normalizers, partials, factor, encode_sizes(starts), encode_sizes(first_tiles),
             indices.shape[1], LOSS=loss_type, TILE=_TILE, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return ([] if partials is None else [partials.sum()]) + grads
+    return ([] if partials is None else [sum_of(partials)]) + grads
 
 
 @_box_loss_op.register_fake

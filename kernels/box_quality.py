@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.anchor_matching import box_iou
 from retina_fast.kernels.arguments import (
     at_least_float32,
     check_anchors,
@@ -23,6 +22,7 @@ from retina_fast.kernels.arguments import (
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode
 from retina_fast.kernels.dispatch import HAS_TRITON, runs_triton, tl, triton
 from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, load_rows, pick, pick_size
+from retina_fast.kernels.pair_iou import box_iou
 
 
 def box_quality_reference(

@@ -49,6 +49,17 @@ def log2(x, PTX: tl.constexpr):
 
 
 @triton.jit
+def widen(x, PTX: tl.constexpr):
+    """x as float32. Two bfloat16 numbers are the halves of a word: one instruction each, where Triton takes three."""
+    if PTX and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def sigmoid(x, PTX: tl.constexpr):
     """p = sigmoid(x) and l = log(1 + exp(-|x|)), so that softplus(x) = max(x, 0) + l and log(p) = min(x, 0) - l.
 

@@ -30,11 +30,12 @@ from retina_fast.kernels.arguments import (
     loss_normalizers,
 )
 from retina_fast.kernels.dispatch import PTX, is_transformed, runs_triton, tl, triton
-from retina_fast.kernels.fast_math import LOG2E, exp2, log2, reciprocal, sigmoid
+from retina_fast.kernels.fast_math import reciprocal, widen
 from retina_fast.kernels.focal_loss_cpu import HardTerms, focal_loss_cpu, weights
+from retina_fast.kernels.focal_terms import loss_and_slope, soft_loss_and_slope
 from retina_fast.kernels.labels import IGNORED, TL_BACKGROUND, TL_IGNORED
 from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, pick, pick_size
-from retina_fast.kernels.one_pass import OnePass, grads_by_reference
+from retina_fast.kernels.one_pass import OnePass, grads_by_reference, sum_of
 
 
 def focal_loss_reference(
@@ -61,56 +62,34 @@ def focal_loss_reference(
 # background only: the kernel reads their anchors' labels once, and then needs no labels by element and no mask. Most
 # other tiles lie wholly inside their image and level, and need no mask either. Only tiles at its ends do.
 
-_TILE = 8192  # with 4096, the set-up of a tile costs 3 more instructions an element
-_CHUNK = 1024  # the elements that a program holds at once: 16 bytes a thread in bf16, and no register spills
+_TILE = 4096
+_CHUNK = 1024  # the elements that a program works on at once: 16 bytes a thread in bf16, and no register spills
+_AHEAD = 2  # chunks that are read before they are needed: no compiler moves a load up beyond a store of gradients
 
 
 @triton.jit
-def loss_and_slope(x, GAMMA: tl.constexpr, PTX: tl.constexpr):
-    """p^g s and its slope p^g (g (1-p) s + p) for p = sigmoid(x), s = softplus(x); NaN gives NaN."""
-    p, log1p = sigmoid(x, PTX)
-    s = tl.maximum(x, 0.0) + log1p
-    if GAMMA == 2:
-        modulation = p * p
-    elif GAMMA == 0:
-        modulation = 1.0
-    else:
-        modulation = exp2((tl.minimum(x, 0.0) - log1p) * (GAMMA * LOG2E), PTX)  # log(p) = min(x, 0) - log1p
-    return modulation * s, modulation * (GAMMA * ((1 - p) * s) + p)
-
-
-@triton.jit
-def soft_loss_and_slope(x, y, GAMMA: tl.constexpr, KIND: tl.constexpr, PTX: tl.constexpr):
-    """The loss of soft_focal_loss.py of an anchor's class with the target y > 0, and its slope; NaN gives NaN."""
-    p, log1p = sigmoid(x, PTX)
-    loss = log1p + (1 - y) * tl.maximum(x, 0.0) + y * tl.maximum(-x, 0.0)  # cross entropy, of terms with one sign
-    d = p - y
-    if KIND == "varifocal":
-        return y * loss, y * d
-    else:
-        distance = tl.abs(d)
-        if GAMMA == 2:
-            power = distance
-        elif GAMMA == 1:
-            power = tl.where(distance > 0, 1.0, distance)
-        else:
-            power = exp2((GAMMA - 1) * log2(distance, PTX), PTX)
-        slope = GAMMA * (tl.where(d < 0, -power, power) * (p * (1 - p))) * loss
-        return power * distance * loss, slope + power * distance * d
+def _load_ahead(chunks, x_ptr, mask, TILE: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr):
+    """``chunks``, which is (), and the tile's first."""
+    for begin in tl.static_range(0, min(AHEAD * CHUNK, TILE), CHUNK):
+        chunks += (tl.load(x_ptr + begin + tl.arange(0, CHUNK), mask=mask),)
+    return chunks
 
 
 @triton.jit
 def _background_tile(
-    x_ptr, grad_ptr, weight, factor, GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    x_ptr, grad_ptr, chunks, weight, factor, GAMMA: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     losses = tl.zeros([CHUNK], tl.float32)
     for begin in tl.static_range(0, TILE, CHUNK):
-        i = begin + tl.arange(0, CHUNK)
-        loss, slope = loss_and_slope(tl.load(x_ptr + i).to(tl.float32), GAMMA, PTX)
+        if begin + len(chunks) * CHUNK < TILE:
+            chunks += (tl.load(x_ptr + begin + len(chunks) * CHUNK + tl.arange(0, CHUNK)),)
+        loss, slope = loss_and_slope(widen(chunks[0], PTX), GAMMA, PTX)
+        chunks = chunks[1:]
         losses += loss
         if WITH_GRADS:
-            tl.store(grad_ptr + i, (slope * (weight * factor)).to(grad_ptr.dtype.element_ty))
+            grad = slope * (weight * factor)
+            tl.store(grad_ptr + begin + tl.arange(0, CHUNK), grad.to(grad_ptr.dtype.element_ty))
     return losses * weight
 
 
@@ -158,11 +137,12 @@ def _mixed_tile(
 def _focal_loss_kernel(
     levels, grads, labels_ptr, quality_ptr, normalizers_ptr, partials_ptr, factor_ptr, starts, first_tiles, num_anchors,
     background_weight, class_weight, K: tl.constexpr, GAMMA: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr, TILE_ANCHORS: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
+    CHUNK: tl.constexpr, TILE_ANCHORS: tl.constexpr, AHEAD: tl.constexpr, WITH_GRADS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b) handles tile t, counted through the levels, of image b. It writes the tile's share of the loss to
-    partials (B, T), and its gradients, times factor if there is one. Either output may be left out."""
-    tile = tl.program_id(0)
+    """Program (t, b) handles a tile, counted through the levels, of image b, the last one first: the ends of levels,
+    which take longest. It writes the tile's share of the loss to partials (B, T), and its gradients, times factor if
+    there is one. Either output may be left out."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     level = level_of(first_tiles, tile)
     x_ptr, grad_ptr = pick(levels, level), pick(grads, level)
@@ -176,21 +156,23 @@ def _focal_loss_kernel(
     if quality_ptr is not None:
         quality_ptr += image * num_anchors + start
 
-    first_anchor = tl.maximum(begin, 0) // K
-    anchor = first_anchor + tl.arange(0, TILE_ANCHORS)
-    label = tl.load(labels_ptr + anchor, mask=anchor * K < tl.minimum(begin + TILE, end), other=TL_BACKGROUND)
-    is_whole = (begin >= 0) & (begin + TILE <= end)
-    is_background = is_whole & (tl.max((label != TL_BACKGROUND).to(tl.int32), axis=0) == 0)
-
     scale = reciprocal(tl.load(normalizers_ptr + image), PTX)
     background_weight *= scale
     class_weight *= scale
     factor = 1.0
     if factor_ptr is not None:
         factor = tl.load(factor_ptr)
+    is_whole = (begin >= 0) & (begin + TILE <= end)
+    chunks = _load_ahead((), x_ptr + offset, is_whole, TILE, CHUNK, AHEAD)
+
+    first_anchor = tl.maximum(begin, 0) // K
+    anchor = first_anchor + tl.arange(0, TILE_ANCHORS)
+    label = tl.load(labels_ptr + anchor, mask=anchor * K < tl.minimum(begin + TILE, end), other=TL_BACKGROUND)
+    is_background = is_whole & (tl.max((label != TL_BACKGROUND).to(tl.int32), axis=0) == 0)
+
     if is_background:
         losses = _background_tile(
-            x_ptr + offset, grad_ptr + offset, background_weight, factor, GAMMA, TILE, CHUNK, WITH_GRADS, PTX
+            x_ptr + offset, grad_ptr + offset, chunks, background_weight, factor, GAMMA, TILE, CHUNK, WITH_GRADS, PTX
         )
     elif is_whole:
         losses = _mixed_tile(
@@ -237,10 +219,10 @@ def launch_focal_loss(
             tuple(levels), tuple(grads or levels), labels, quality, normalizers, partials, factor, encode_sizes(starts),
             encode_sizes(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes,
             GAMMA=float(gamma), KIND=kind, TILE=_TILE, CHUNK=_CHUNK,
-            TILE_ANCHORS=triton.next_power_of_2((_TILE - 2) // num_classes + 2), WITH_GRADS=with_grads, PTX=PTX,
-            num_warps=4, enable_fp_fusion=True,
+            TILE_ANCHORS=triton.next_power_of_2((_TILE - 2) // num_classes + 2), AHEAD=_AHEAD, WITH_GRADS=with_grads,
+            PTX=PTX, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return ([] if partials is None else [partials.sum()]) + grads
+    return ([] if partials is None else [sum_of(partials)]) + grads
 
 
 @torch.library.custom_op("retina_fast::focal_loss", mutates_args=())

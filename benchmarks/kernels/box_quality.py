@@ -11,9 +11,10 @@ from torchvision.models.detection._utils import BoxCoder
 
 from benchmarks.case import Built, Case, run_benchmark
 from benchmarks.models import scenes
-from retina_fast.kernels.anchor_matching import anchor_matching, box_iou
+from retina_fast.kernels.anchor_matching import anchor_matching
 from retina_fast.kernels.box_quality import box_quality
 from retina_fast.kernels.levels import flatten_all
+from retina_fast.kernels.pair_iou import box_iou
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torchvision.ops import sigmoid_focal_loss
 from benchmarks.case import Built, Case, run_benchmark
 from retina_fast.kernels.dispatch import PTX, tl, triton
 from retina_fast.kernels.fast_math import reciprocal
-from retina_fast.kernels.focal_loss import focal_loss, focal_loss_reference, loss_and_slope
+from retina_fast.kernels.focal_loss import focal_loss, focal_loss_reference
+from retina_fast.kernels.focal_terms import loss_and_slope
 from retina_fast.kernels.levels import flatten_all
 
 ANCHORS_PER_CELL = 9

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.predict.executed import mixed_over_background
+from benchmarks.predict.executed import instructions_an_element, mixed_over_background
 from benchmarks.predict.hardware import ALONE, DRAM, L2, REDUCTION
 from benchmarks.static.compiled import Row
 from tests.instruments.fake_gpu import Launch
@@ -72,19 +72,31 @@ def _focal_loss(launch: Launch, row: Row, scene: Scene) -> Work:
     return replace(work, instructions=work.instructions * (1 + scene.mixed * (more - 1)))
 
 
+def _image_batch(launch: Launch, row: Row, scene: Scene) -> Work:
+    """How often a row of the image is read depends on the scale: as often as for 480x640 pixels made 800."""
+    work, options = _streamed(launch, row, scene), launch.kwargs
+    each = instructions_an_element("image_batch uint8 to bf16", "_image_batch_kernel")
+    path = each * options["BLOCK"] * options["ROWS"] / (32 * row.warps)
+    return replace(work, instructions=math.prod(launch.grid) * path, longest=path * ALONE + options["ROWS"] * DRAM)
+
+
 def _anchor_matching(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Each program looks through chunks of 32 ground truths, and compares those that it meets with its anchors."""
-    programs, chunks = math.prod(launch.grid), math.ceil(scene.ground_truths / 32)
+    """Each program looks through its share of the chunks of 32 ground truths, and compares those that it meets with its
+    anchors."""
+    programs, *_, shares = math.prod(launch.grid), *launch.args
     chunk, pair = row.loops
-    anchors, _, boxes, labels, offsets, peaks, indices, classes, *_ = launch.args
-    read = nbytes((anchors, boxes, offsets, peaks))
-    written = 0 if launch.kwargs["FIND_PEAKS"] else nbytes((labels, indices, classes))
-    around = row.path + chunks * chunk
-    longest, usual = (
-        ALONE * (around + met * pair) + DRAM + chunks * L2 + met * REDUCTION for met in (scene.most_met, scene.met)
-    )
-    instructions, mufu = programs * (around + scene.met * pair), programs * scene.met * row.loops_mufu[1]
-    return Work(read + written, instructions, mufu, longest, usual)
+    around = row.path + math.ceil(scene.ground_truths / 32 / shares) * (chunk + L2 / ALONE)
+    longest, usual = (ALONE * (around + met / shares * pair) + DRAM for met in (scene.most_met, scene.met))
+    met = programs * scene.met / shares
+    return Work(nbytes(launch.args), programs * around + met * pair, met * row.loops_mufu[1], longest, usual)
+
+
+def _match(launch: Launch, row: Row, scene: Scene) -> Work:
+    """Each program looks through all chunks of 32 ground truths, and reads anchors again where there is a tie."""
+    ties, chunks = row.loops[-1], math.ceil(scene.ground_truths / 32)
+    path = row.path - ties + chunks * row.loops[1]
+    longest = ALONE * (path + ties) + DRAM + chunks * L2
+    return Work(nbytes(launch.args[3:]), math.prod(launch.grid) * path, 0, longest)
 
 
 def _scale(launch: Launch, row: Row, scene: Scene) -> Work:
@@ -279,13 +291,15 @@ def _stem_conv(launch: Launch, row: Row, scene: Scene) -> Work:
 
 WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_focal_loss_kernel": _focal_loss,
-    "_image_batch_kernel": _streamed,
+    "_image_batch_kernel": _image_batch,
     "_conv_epilogue_kernel": _conv_epilogue,
     "_stem_conv_kernel": _stem_conv,
     "_max_pool_relu_kernel": _streamed,
     "_score_keys_kernel": _streamed,
     "_scale_kernel": _scale,
+    "_sum_kernel": _streamed,
     "_anchor_matching_kernel": _anchor_matching,
+    "_match_kernel": _match,
     "_box_loss_kernel": _box_loss,
     "_list_kernel": _list,
     "_search_kernel": _search,

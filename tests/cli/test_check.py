@@ -17,7 +17,7 @@ from retina_fast.checkpoint import build
 from retina_fast.data.anchor_fit import AnchorFit, proposed_anchors
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.faults import twins
-from retina_fast.kernels.anchor_matching import pairwise_iou
+from retina_fast.kernels.pair_iou import pairwise_iou
 from tests.conftest import write_shapes
 from tests.data.test_voc import write_voc
 

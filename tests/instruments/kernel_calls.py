@@ -274,7 +274,7 @@ def _box_quality() -> None:
     box_quality.box_quality(levels_of(torch.bfloat16, channels=4), anchors, indices, boxes, offsets)
 
 
-_TILE, _IMAGE_TILE = ("TILE",), ("BLOCK", "ROWS")
+_TILE, _FOCAL = ("TILE",), "_focal_loss_kernel"
 
 KERNEL_CALLS = {
     "anchor_matching": KernelCall(lambda: call_anchor_matching(True)),
@@ -285,22 +285,24 @@ KERNEL_CALLS = {
         f"box_loss bf16 {name}": KernelCall(functools.partial(_box_loss, torch.bfloat16, name))
         for name in box_loss.LOSS_TYPES
     },
-    "focal_loss bf16": KernelCall(lambda: call_focal_loss(torch.bfloat16), _TILE, 4, 28, 3),
-    "focal_loss fp32": KernelCall(lambda: call_focal_loss(torch.float32), _TILE, 8, 28, 3),
-    "focal_loss fp16 forward": KernelCall(lambda: call_focal_loss(torch.float16), _TILE, 2, 28, 3),
-    "focal_loss fp16 backward": KernelCall(lambda: _focal_loss_backward(torch.float16), _TILE, 4, 28, 3),
-    "focal_loss bf16 K=1": KernelCall(lambda: call_focal_loss(torch.bfloat16, 1), _TILE, 4),
+    "focal_loss bf16": KernelCall(lambda: call_focal_loss(torch.bfloat16), _TILE, 4, 30, 3, _FOCAL),
+    "focal_loss fp32": KernelCall(lambda: call_focal_loss(torch.float32), _TILE, 8, 30, 3, _FOCAL),
+    "focal_loss fp16 forward": KernelCall(lambda: call_focal_loss(torch.float16), _TILE, 2, 30, 3, _FOCAL),
+    "focal_loss fp16 backward": KernelCall(lambda: _focal_loss_backward(torch.float16), _TILE, 4, 30, 3),
+    "focal_loss bf16 K=1": KernelCall(lambda: call_focal_loss(torch.bfloat16, 1), _TILE, 4, kernel=_FOCAL),
     "soft_focal_loss bf16 quality_focal": KernelCall(
-        lambda: _soft_focal_loss(torch.bfloat16, "quality_focal"), _TILE, 4
+        lambda: _soft_focal_loss(torch.bfloat16, "quality_focal"), _TILE, 4, kernel=_FOCAL
     ),
-    "soft_focal_loss bf16 varifocal": KernelCall(lambda: _soft_focal_loss(torch.bfloat16, "varifocal"), _TILE, 4),
+    "soft_focal_loss bf16 varifocal": KernelCall(
+        lambda: _soft_focal_loss(torch.bfloat16, "varifocal"), _TILE, 4, kernel=_FOCAL
+    ),
     "box_quality bf16": KernelCall(_box_quality),
     "one_pass scale bf16": KernelCall(lambda: call_scale(torch.bfloat16)),
     "sigmoid_focal_loss bf16 losses": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "losses"), _TILE, 6),
     "sigmoid_focal_loss bf16 sum": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "sums"), _TILE, 4),
     "sigmoid_focal_loss bf16 backward": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "gradients"), _TILE, 8),
-    "image_batch uint8 to bf16": KernelCall(lambda: call_image_batch(torch.uint8, torch.bfloat16), _IMAGE_TILE, 2),
-    "image_batch fp32": KernelCall(lambda: call_image_batch(torch.float32, torch.float32), _IMAGE_TILE, 4),
+    "image_batch uint8 to bf16": KernelCall(lambda: call_image_batch(torch.uint8, torch.bfloat16)),
+    "image_batch fp32": KernelCall(lambda: call_image_batch(torch.float32, torch.float32)),
     "group_norm_relu bf16": KernelCall(lambda: _group_norm_relu(torch.bfloat16)),
     "group_norm_relu fp32": KernelCall(lambda: _group_norm_relu(torch.float32)),
     "group_norm_relu bf16 backward": KernelCall(lambda: _group_norm_relu_backward(torch.bfloat16)),

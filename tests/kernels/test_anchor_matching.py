@@ -136,7 +136,8 @@ def test_nothing_at_all(path, anchors):
 
 @PATHS
 def test_ten_thousand_ground_truths(path, anchors, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 1024)  # few loops for the interpreter
+    monkeypatch.setattr(module, "_TILE", 4096)  # one tile, and chunks of 32: few loops for the interpreter
+    monkeypatch.setattr(module, "_CHUNK", 32)
     generator = torch.Generator().manual_seed(3)
     boxes = random_boxes(10_000, 50_000, generator) + 200  # beside the anchors, but for
     boxes[::1000] = random_boxes(10, 104, generator)
@@ -225,7 +226,8 @@ def test_memory_of_500_ground_truths_and_201600_anchors(path):
 
 def test_launches_do_not_grow_with_the_batch():
     launches = launches_of(KERNEL_CALLS["anchor_matching"].run)
-    assert [launch.kwargs["FIND_PEAKS"] for launch in launches] == [True, False]
+    assert [launch.kernel.__name__ for launch in launches] == ["_anchor_matching_kernel", "_match_kernel"]
+    assert [launch.grid for launch in launches] == [(470 * 8 * 4,), (470, 8)]
 
 
 # As compiled code

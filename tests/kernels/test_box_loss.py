@@ -221,10 +221,10 @@ def test_fullgraph_compile(device, monkeypatch):
     assert_close(torch.autograd.grad(loss, arguments[0]), torch.autograd.grad(expected, arguments[0]), 1e-7)
 
 
-def test_one_launch_forward_and_one_to_scale():
+def test_one_launch_forward_and_one_to_sum():
     assert [launch.kernel.__name__ for launch in launches_of(KERNEL_CALLS["box_loss bf16 giou"].run)] == [
-        "_box_loss_kernel"
-    ]
+        "_box_loss_kernel", "_sum_kernel",
+    ]  # fmt: skip
 
 
 # As compiled code

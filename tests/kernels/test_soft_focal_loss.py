@@ -248,9 +248,9 @@ def test_fullgraph_compile(device, monkeypatch):
     assert error(grads, expected_grads) < 1e-7
 
 
-def test_one_launch():
+def test_one_launch_and_one_to_sum():
     launches = launches_of(KERNEL_CALLS["soft_focal_loss bf16 varifocal"].run)
-    assert [launch.kernel.__name__ for launch in launches] == ["_focal_loss_kernel"]
+    assert [launch.kernel.__name__ for launch in launches] == ["_focal_loss_kernel", "_sum_kernel"]
 
 
 # As compiled code

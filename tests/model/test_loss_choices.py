@@ -106,7 +106,7 @@ def test_nothing_of_the_loss_path_waits_for_the_gpu():
 
     assert [launch.kernel.__name__ for launch in launches_of(run)] == [
         "_surround_kernel", "_nearest_kernel", "_choose_kernel", "_write_matches_kernel", "_box_quality_kernel",
-        "_focal_loss_kernel", "_box_loss_kernel",
+        "_focal_loss_kernel", "_sum_kernel", "_box_loss_kernel", "_sum_kernel",
     ]  # fmt: skip
 
 

@@ -68,7 +68,7 @@ FAULTS = {
         "never written",
     ),
     "another read of what nobody wrote": Planted(
-        "anchor_matching.py", "counts = anchors.new_zeros(", "counts = anchors.new_empty(", "anchor_matching",
+        "anchor_matching.py", "anchors.new_zeros(", "anchors.new_empty(", "anchor_matching",
         "never written",
     ),
     "a wrong rounding mode": Planted(
@@ -77,7 +77,8 @@ FAULTS = {
         "product: error",
     ),
     "a product contracted into a sum": Planted(
-        "anchor_matching.py", "num_warps=4, enable_fp_fusion=False", "num_warps=4, enable_fp_fusion=True",
+        "anchor_matching.py", "**constants,\n            num_warps=1, enable_fp_fusion=False",
+        "**constants,\n            num_warps=1, enable_fp_fusion=True",
         "anchor_matching without low quality", "matches: error",
     ),
 }  # fmt: skip
