@@ -294,6 +294,7 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_image_batch_kernel": _image_batch,
     "_conv_epilogue_kernel": _conv_epilogue,
     "_stem_conv_kernel": _stem_conv,
+    "_first_channels_kernel": _streamed,
     "_max_pool_relu_kernel": _streamed,
     "_score_keys_kernel": _streamed,
     "_scale_kernel": _scale,

@@ -15,6 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork, misc
 
 from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d
+from retina_fast.kernels.first_channels import first_channels, padded_weight, suits_padding
 from retina_fast.kernels.fused_conv import fused_conv
 from retina_fast.kernels.max_pool_relu import max_pool_relu
 from retina_fast.kernels.stem_conv import stem_conv
@@ -74,6 +75,21 @@ class _Conv:
         if self.scale is not None:
             bias = self.shift if bias is None else bias * self.scale + self.shift
         return self._ready, bias
+
+
+class _LastConv(_Conv):
+    """A conv that nothing but its bias follows."""
+
+    _padded: Tensor | None = None  # its weights with channels up to a multiple of 8
+
+    def __call__(self, x: Tensor, z: Tensor | None = None, relu: bool = False) -> Tensor:
+        weight, bias = self.ready(x)
+        conv = self.conv
+        if bias is None or not suits_padding(weight, bias, conv.groups):
+            return super().__call__(x)
+        if self._padded is None:
+            self._padded = padded_weight(weight)
+        return first_channels(F.conv2d(x, self._padded, None, conv.stride, conv.padding, conv.dilation), bias)
 
 
 def _scale_norms(convs: Sequence[_Conv]) -> None:
@@ -199,7 +215,7 @@ def _forwards(model: nn.Module) -> tuple[dict[Any, Callable[..., Any]], list[_Co
                 convs += own
     for part in model.modules():
         if is_plain_conv(part) and part not in forwards and part.bias is not None:
-            forwards[part] = _Conv(part)
+            forwards[part] = _LastConv(part)
     return forwards, convs
 
 

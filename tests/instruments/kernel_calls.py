@@ -28,6 +28,7 @@ from retina_fast.kernels import (
     candidate_selection,
     conv_epilogue,
     conv_pointwise,
+    first_channels,
     focal_loss,
     greedy_nmm,
     image_batch,
@@ -233,6 +234,13 @@ def _conv_pointwise(second: bool) -> None:
         conv_pointwise.conv_pointwise(x, weight, bias, made(8, 256, 100, 100), "relu")
 
 
+def _first_channels(channels: int, width: int) -> None:
+    """Forward and backward."""
+    x = torch.empty(8, width, 100, 100, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+    y = first_channels.first_channels(x, torch.empty(channels, dtype=torch.bfloat16, device="cuda"))
+    torch.ops.retina_fast.first_channels_backward(y, width)
+
+
 def detect(dtype: torch.dtype, batch: int = 8) -> detections.Detections:
     """Calls the whole postprocess, from the heads' outputs at 800x800 to detections."""
     logits, deltas = ([level.detach() for level in levels_of(dtype, channels, batch)] for channels in (91, 4))
@@ -352,4 +360,6 @@ KERNEL_CALLS = {
     "stem_conv bf16": KernelCall(_stem_conv),
     "max_pool_relu bf16": KernelCall(lambda: _max_pool_relu(torch.bfloat16)),
     "max_pool_relu fp32": KernelCall(lambda: _max_pool_relu(torch.float32)),
+    "first_channels bf16 C=819": KernelCall(lambda: _first_channels(819, 824)),
+    "first_channels bf16 C=36": KernelCall(lambda: _first_channels(36, 40)),
 }

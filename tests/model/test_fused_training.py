@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections import Counter
 from typing import Any
 from unittest import mock
 
@@ -12,11 +13,13 @@ from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 import retina_fast
+from retina_fast.backbones import fused_training
 from retina_fast.backbones.frozen_norm import FrozenBatchNorm2d
 from retina_fast.backbones.fused_training import convs_fused, lay_out_weights
 from retina_fast.backbones.resnet_fpn import resnet_fpn
 from retina_fast.forward import run_convs
 from retina_fast.kernels import fused_conv as operation
+from retina_fast.kernels.first_channels import padded_weight
 from tests.instruments.fake_gpu import Launch, TorchOp, gpu_work_of
 
 
@@ -142,11 +145,11 @@ def test_the_passes_of_a_step_on_a_gpu(frozen):
     work = gpu_work_of(forward, prepare)
     convs = [step for step in work if isinstance(step, TorchOp) and step.name == "convolution"]
     passes = [step for step in work if isinstance(step, Launch)]
-    names = [step.kernel.__name__ for step in passes]
-    stem = ["_stem_conv_kernel", "_max_pool_relu_kernel"] if frozen else []
-    assert names[: len(stem)] == stem
-    assert names.count("_conv_pointwise_kernel") == 2  # of the pyramid, whose sum is with a smaller map
-    assert names.count("_conv_epilogue_kernel") == len(convs) == len(names) - len(stem) - 2
+    names = Counter(step.kernel.__name__ for step in passes)
+    stem = {"_stem_conv_kernel": 1, "_max_pool_relu_kernel": 1} if frozen else {}
+    pyramid = {"_conv_pointwise_kernel": 2}  # whose sum is with a smaller map
+    last = {"_first_channels_kernel": 10}  # of two heads at five levels
+    assert names == {**stem, **pyramid, **last, "_conv_epilogue_kernel": len(convs) - 10}
     assert len(convs) == 20 + 8 + 50 - 2 - frozen
     others = {step.name for step in work if isinstance(step, TorchOp)} - {"convolution"}
     assert others <= {
@@ -159,7 +162,28 @@ def test_the_passes_of_a_step_on_a_gpu(frozen):
         "max_pool2d_with_indices",
         "upsample_nearest2d",
         "relu",
+        "constant_pad_nd",
     }
+
+
+def test_channels_of_a_last_conv_may_be_padded(monkeypatch):
+    """As on a GPU in half precision; the weights once for all calls of a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 9, 3, padding=1), nn.ReLU(), nn.Conv2d(9, 5, 3, stride=2))
+    x, made = torch.rand(2, 3, 9, 8), mock.Mock(side_effect=padded_weight)
+    monkeypatch.setattr(fused_training, "suits_padding", lambda *_: True)
+    monkeypatch.setattr(fused_training, "padded_weight", made)
+
+    def run() -> list[torch.Tensor]:
+        outputs = [model(x), model(x + 1)]
+        return [*outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), [*model.parameters()])]
+
+    expected = run()
+    with convs_fused(model):
+        found = run()
+    made.assert_called_once()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_weights_in_channels_last():

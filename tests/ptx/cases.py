@@ -83,6 +83,10 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "conv_pointwise fp16 shortcut, resized unaligned": partial(
         losses.conv_pointwise, dtype=F16, channels=20, activation="swish", stride=2, z_sides=(3, 3), second=8, shift=1
     ),
+    "first_channels bf16 C=36": partial(losses.first_channels, dtype=BF16, channels=36, width=40),
+    "first_channels fp16 C=819 unaligned": partial(
+        losses.first_channels, dtype=F16, channels=819, width=824, bias_dtype=F16, sides=(3, 4), shift=1
+    ),
     "image_batch uint8 to bf16": partial(losses.image_batch, dtype=torch.uint8, out_dtype=BF16),
     "image_batch fp32 to fp32": partial(losses.image_batch, dtype=F32, out_dtype=F32),
     "anchor_matching": partial(detection.anchor_matching, low_quality=True),

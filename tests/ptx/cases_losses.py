@@ -13,6 +13,7 @@ from retina_fast.kernels.box_loss import box_loss_reference
 from retina_fast.kernels.box_quality import box_quality_reference
 from retina_fast.kernels.conv_epilogue import conv_epilogue_reference, epilogue_gradients_reference
 from retina_fast.kernels.conv_pointwise import conv_pointwise_reference
+from retina_fast.kernels.first_channels import first_channels_reference
 from retina_fast.kernels.focal_loss import focal_loss_reference
 from retina_fast.kernels.group_norm_relu import group_norm_relu_reference
 from retina_fast.kernels.image_batch import batch_shape, image_batch_reference
@@ -296,6 +297,29 @@ def conv_pointwise(
         with mock.patch.multiple(pointwise, _tile=lambda channels: (16, 16, 16, 1, 1), _DESCRIBES=False):
             y = ops.conv_pointwise(x, weight, bias, z, activation, stride, *(more or (None, None, 1)))
         yield close("output", [y], [expected], limit_of(dtype))
+
+    return run
+
+
+def first_channels(
+    generator: Generator, dtype: torch.dtype, channels: int, width: int, bias_dtype: torch.dtype = torch.float32,
+    sides: tuple[int, int] = (9, 7), shift: int = 0,
+) -> Run:  # fmt: skip
+    """What is behind the channels is NaN, which shows nowhere; the gradients are those of any values."""
+    x = torch.randn(2, width, *sides, generator=generator)
+    x[:, channels:] = torch.nan
+    dy = torch.randn(2, channels, *sides, generator=generator)
+    x, dy = (shifted(t.to(dtype).contiguous(memory_format=torch.channels_last), shift) for t in (x, dy))
+    bias = shifted(torch.randn(channels, generator=generator).to(bias_dtype), shift)
+    expected = first_channels_reference(x.double(), bias.double())
+    padded = torch.nn.functional.pad(dy.double(), (0, 0, 0, 0, 0, width - channels))
+    sums = dy.double().sum(dim=(0, 2, 3))
+
+    def run() -> Iterator[Comparison]:
+        yield close("output", [ops.first_channels(x, bias)], [expected], limit_of(dtype))
+        dx, dbias = ops.first_channels_backward(dy, width)
+        yield close("gradient", [dx], [padded], 0)
+        yield close("gradient of bias", [dbias], [sums], 1e-6)
 
     return run
 

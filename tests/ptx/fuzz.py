@@ -70,6 +70,10 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
         "sides": (r.randint(1, 40), r.randint(1, 80)),
         "layout": r.choice([torch.channels_last, torch.contiguous_format]),
     },
+    losses.first_channels: lambda r: {
+        "dtype": r.choice([BF16, F32, F16]), "shift": r.choice([0, 1]),
+        **dict(zip(("channels", "width"), r.choice([(1, 8), (36, 40), (819, 824), (16, 16)]), strict=True)),
+    },
     losses.image_batch: lambda r: dict(
         zip(("dtype", "out_dtype"), r.choice([(_UINT8, BF16), (F32, F32), (_UINT8, F32)]), strict=True)
     ),
