@@ -175,17 +175,24 @@ def level_norm_head(
     return head
 
 
+HEAD_PARTS = {"cls_logits": "classification_head", "bbox_regression": "regression_head"}
+"""A head's outputs, and which part gives each."""
+
+
 def run_head(head: Any, features: Sequence[Tensor]) -> Mapping[str, Any]:
     """``cls_logits`` and ``bbox_regression`` of a head: lists of levels as its convs write them, ``(B, A*C, H, W)``.
 
     If the head or a part of it is the user's own, the head is called, and its result is returned unchanged.
     """
-    parts = {"cls_logits": "classification_head", "bbox_regression": "regression_head"}
-    if not is_stock(head, tv.RetinaNetHead, "forward"):
+    if not head_runs_by_level(head):
         return head(features)
-    if not all(runs_by_level(getattr(head, part)) for part in parts.values()):
-        return head(features)
-    return {name: level_outputs(getattr(head, part), features) for name, part in parts.items()}
+    return {name: level_outputs(getattr(head, part), features) for name, part in HEAD_PARTS.items()}
+
+
+def head_runs_by_level(head: Any) -> bool:
+    """Whether neither the head nor a part of it is the user's own."""
+    stock = is_stock(head, tv.RetinaNetHead, "forward")
+    return stock and all(runs_by_level(getattr(head, part)) for part in HEAD_PARTS.values())
 
 
 def runs_by_level(part: Any) -> bool:

@@ -9,12 +9,10 @@ from a table that one small upload replaces. At most `max_shapes` are kept; the 
 
 import copy
 import math
-import statistics
-import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,43 +23,21 @@ from torchvision.models.detection import retinanet as tv
 
 from retina_fast.convert import from_torchvision
 from retina_fast.cuda_graph import CaptureStream
+from retina_fast.deploy.branches import MOST_PIXELS, STREAMS, Branches
 from retina_fast.deploy.detector_module import DetectorModule, refuse_own_parts
 from retina_fast.deploy.fold import conv_outputs, count_norms, fold_batch_norm
 from retina_fast.deploy.fuse import count_convs, fuse_convs
-from retina_fast.deploy.onnx_network import Network
 from retina_fast.deploy.other_runtime import choose_network, compare_with
+from retina_fast.deploy.plan import EngineSettings, Plan, seconds_of
 from retina_fast.deploy.report import Report, difference
 from retina_fast.deploy.tuned import Chooser, choose_ways, timed_convs, user_cache_file
-from retina_fast.detections import Detections, Thresholds, detect
+from retina_fast.detections import Detections, Thresholds
 from retina_fast.device import Uploads, best_dtype
-from retina_fast.forward import Convs, Sizes, run_convs, run_network
+from retina_fast.forward import Convs, Sizes, run_convs
 from retina_fast.kernels.dispatch import HAS_TRITON
-from retina_fast.kernels.image_batch import batch_shape, image_batch, image_table, launch_image_batch
+from retina_fast.kernels.image_batch import batch_shape
 from retina_fast.model import RetinaNet
 from retina_fast.transform import check_images, resized_sizes
-
-Run = Callable[[], Detections]
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """The settings of an engine.
-
-    Attributes:
-        dtype: of images, weights and activations; anchors, boxes and scores are float32 always.
-        graphs: whether each batch shape becomes a CUDA graph.
-        max_shapes: how many batch shapes are kept ready.
-        try_compile: whether torch.compile's convs are timed against the eager ones at each new shape.
-        choices: the file that remembers which way each conv is the fastest; None does not time the ways.
-        network: what runs trunk and heads in place of PyTorch.
-    """
-
-    dtype: torch.dtype
-    graphs: bool
-    max_shapes: int = 8
-    try_compile: bool = False
-    choices: Path | None = None
-    network: Network | None = None
 
 
 class Engine(DetectorModule):
@@ -73,7 +49,7 @@ class Engine(DetectorModule):
     All calls share its buffers: threads take turns, and only one CUDA stream may use it.
     """
 
-    of_the_device = ("_device", "_place", "_convs", "_thresholds", "_plans", "_captures", "_uploads")
+    of_the_device = ("_device", "_place", "_convs", "_thresholds", "_plans", "_captures", "_sides", "_uploads")
 
     def __init__(self, model: RetinaNet, settings: EngineSettings, report: Report) -> None:
         super().__init__(model)
@@ -91,6 +67,7 @@ class Engine(DetectorModule):
         self._thresholds = Thresholds.of(self.model)  # those of the plans, whose graphs hold them as constants
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
         self._captures = CaptureStream(self._device, share_memory=True) if self.settings.graphs else None
+        self._sides: list[Any] = []  # streams beside that of the captures
         self._uploads = Uploads(self._device)
 
     def moved(self) -> None:
@@ -103,7 +80,7 @@ class Engine(DetectorModule):
             raise TypeError(f"what {network.runtime} runs stays in float32 on the CPU: compile the model anew")
         way = {"dtype": weight.dtype, "graphs": _takes_graphs(weight.device, self.settings.max_shapes)}
         self.settings = replace(self.settings, **way)
-        none: Any = {"difference": None, "ways": {}, "compiled": {}, "not_compiled": {}}
+        none: Any = {"difference": None, "ways": {}, "streams": {}, "compiled": {}, "not_compiled": {}}
         self.report = replace(self.report, device=str(weight.device), **way, **none)
 
     def forward(
@@ -144,7 +121,7 @@ class Engine(DetectorModule):
         """The batch shapes that are kept ready, each with the images' dtype; the one used longest ago first."""
         return list(self._plans)
 
-    def _plan(self, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> "Plan":
+    def _plan(self, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> Plan:
         if self._thresholds != Thresholds.of(self.model):
             self._thresholds = Thresholds.of(self.model)
             self._plans.clear()
@@ -169,17 +146,43 @@ class Engine(DetectorModule):
             chooser = Chooser(self.settings.choices, self._device)
             self.report.ways[shape] = choose_ways(self.model, lambda: run_convs(self.model, pixels), chooser)
 
-    def _candidates(self, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> list["Plan"]:
+    def _with_branches(self, plan: Plan, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> Plan:
+        """The plan, whose work runs on one stream, or one with branches on side streams where that is faster."""
+        batch, _, height, width = shape
+        if not self.settings.graphs or self.settings.choices is None or batch * height * width > MOST_PIXELS:
+            return plan
+        while len(self._sides) < STREAMS - 1:
+            self._sides.append(torch.cuda.Stream(self._device))
+        plans = {1: plan}
+
+        def run(count: int) -> Tensor:
+            if count not in plans:
+                plans[count] = Plan(self.model, Branches(self._sides), shape, images[0].dtype, self.settings)
+                plans[count].make(images, sizes, self._captures)
+            return plans[count](images, sizes).scores
+
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        name = f"graph, {weights} weights, of {'x'.join(map(str, shape))} {self.settings.dtype}"
+        chooser = Chooser(self.settings.choices, self._device)
+        ways = {f"{count} streams": partial(run, count) for count in (1, STREAMS)}
+        count = int(chooser.choose(name, ways).split()[0])
+        chooser.save()
+        run(count)
+        self.report.streams[shape] = count
+        return plans[count]
+
+    def _candidates(self, shape: tuple[int, ...], images: list[Tensor], sizes: Sizes) -> list[Plan]:
         """A plan for each way to run the convs, timed where there are several."""
-        eager, *compiled = (Plan(self.model, convs, shape, images[0].dtype, self.settings) for convs in self._convs)
-        eager.make(images, sizes, self._captures)
+        first, *compiled = (Plan(self.model, convs, shape, images[0].dtype, self.settings) for convs in self._convs)
+        first.make(images, sizes, self._captures)
+        eager = self._with_branches(first, shape, images, sizes)
         if not compiled:
             return [eager]
-        eager.seconds = _seconds(eager, images, sizes)
+        eager.seconds = seconds_of(eager, images, sizes)
         try:
             for plan in compiled:
                 plan.make(images, sizes, self._captures)
-                plan.seconds = _seconds(plan, images, sizes)
+                plan.seconds = seconds_of(plan, images, sizes)
                 self.report.compiled[shape] = plan.seconds / eager.seconds
         except Exception as error:  # whatever the compiler raises, the eager plan is there
             reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
@@ -189,73 +192,9 @@ class Engine(DetectorModule):
         return [eager, *compiled]
 
 
-class Plan:
-    """What the engine keeps for one batch shape: the batch, the table of its images, the anchors and any CUDA graph."""
-
-    seconds = 0.0
-
-    def __init__(
-        self, model: RetinaNet, convs: Convs, shape: tuple[int, ...], image_dtype: torch.dtype, settings: EngineSettings
-    ) -> None:
-        device = next(model.parameters()).device
-        self.model, self.convs, self.image_dtype, self.graphs = model, convs, image_dtype, settings.graphs
-        self.batch = torch.empty(shape, dtype=settings.dtype, device=device, memory_format=torch.channels_last)
-        self.table = torch.empty((shape[0], 8), dtype=torch.int64, device=device)
-        self.anchors: Tensor | None = None  # held, since a graph reads them where they lie and the cache may drop them
-
-    def make(self, images: list[Tensor], sizes: Sizes, captures: CaptureStream | None) -> None:
-        """Capture the graph, if there is to be one; ``images`` serve to warm up."""
-        if self.graphs:
-            self.table.copy_(image_table(images, sizes), non_blocking=True)
-            self.replay = captured(self.run, captures)
-
-    def __call__(self, images: list[Tensor], sizes: Sizes) -> Detections:
-        self.table.copy_(image_table(images, sizes), non_blocking=True)
-        if self.graphs:
-            return Detections(*(tensor.clone() for tensor in self.replay()))  # the next replay writes over the graph's
-        constants = self.model.transform.image_mean, self.model.transform.image_std
-        image_batch(images, sizes, *constants, self.model.transform.size_divisible, self.batch)
-        return self.detect_in_batch()
-
-    def run(self) -> Detections:
-        """From the images of the table to detections, every address the same at each call."""
-        transform = self.model.transform
-        launch_image_batch(self.table, self.batch, self.image_dtype, transform.image_mean, transform.image_std)
-        return self.detect_in_batch()
-
-    def detect_in_batch(self) -> Detections:
-        """From the batch to detections."""
-        outputs = run_network(self.model, self.batch, convs=self.convs)
-        self.anchors = outputs.anchors
-        return detect(outputs, self.table[:, 3:5], self.table[:, 1:3], Thresholds.of(self.model))
-
-
-def captured(run: Run, stream: Any) -> Run:
-    """Capture ``run`` as a CUDA graph, after three runs on the same stream that compile kernels and choose convs."""
-    with timed_convs():
-        for _ in range(3):
-            stream.run(run)
-        graph, outputs = stream.capture(run)
-
-    def replay() -> Detections:
-        graph.replay()
-        return outputs
-
-    return replay
-
-
 def _takes_graphs(device: torch.device, max_shapes: int) -> bool:
     """Whether batch shapes become CUDA graphs."""
     return device.type == "cuda" and HAS_TRITON and max_shapes > 0
-
-
-def _seconds(plan: Plan, images: list[Tensor], sizes: Sizes) -> float:
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        plan(images, sizes).counts.tolist()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])
 
 
 def _of_one_dtype(images: list[Tensor]) -> list[Tensor]:

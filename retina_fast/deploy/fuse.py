@@ -13,19 +13,19 @@ from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork, StochasticDepth
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.misc import Conv2dNormActivation
 
 from retina_fast.backbones.spinenet import Residual, SpineNet
 from retina_fast.backbones.spinenet_mobile import MobileSpineNet
-from retina_fast.deploy.fused import (
+from retina_fast.deploy.fused import FusedConv, FusedStem
+from retina_fast.deploy.fused_parts import (
     FusedBasicBlock,
     FusedBottleneck,
-    FusedConv,
     FusedMobileSpineNet,
     FusedPyramid,
     FusedResidual,
     FusedSpineNet,
-    FusedStem,
     convs_of,
 )
 from retina_fast.kernels.conv_winograd import Scratch
@@ -216,6 +216,7 @@ def _fuse_pyramid(pyramid: Any, calls: _Calls) -> None:
         for conv in convs:
             _become_fused(conv)
         pyramid.__class__ = FusedPyramid
+        pyramid.extends_last_level = is_stock(pyramid.extra_blocks, LastLevelP6P7, "forward")
 
 
 _FUSERS: dict[type[nn.Module], Callable[[Any, _Calls], None]] = {

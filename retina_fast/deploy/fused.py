@@ -1,18 +1,13 @@
-"""Modules that run a conv together with what follows it; ``fuse.py`` puts them into a model."""
+"""A conv that runs together with what follows it; ``fuse.py`` puts it into a model."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import FeaturePyramidNetwork
 
-from retina_fast.backbones.spinenet import Residual, ScalePermuted, SpineNet
-from retina_fast.backbones.spinenet_mobile import MobileSpineNet
 from retina_fast.kernels.conv_epilogue import conv_epilogue_, serves_epilogue
 from retina_fast.kernels.conv_onednn import onednn_conv, pack_weight, runs_onednn
 from retina_fast.kernels.conv_pointwise import conv_pointwise, serves_pointwise
@@ -23,6 +18,7 @@ from retina_fast.kernels.conv_winograd import (
     transform_weight,
     winograd_conv,
 )
+from retina_fast.kernels.first_channels import first_channels, padded_weight, suits_padding
 from retina_fast.kernels.fused_conv import output_shape
 from retina_fast.kernels.max_pool_relu import max_pool_relu
 from retina_fast.kernels.stem_conv import serves_stem, stem_conv
@@ -47,7 +43,7 @@ class FusedConv(nn.Conv2d):
     """``none``, ``relu`` or ``swish``."""
     ways: Mapping[tuple[int, ...], str] = MappingProxyType({})
     """Of input shapes whose fastest way was chosen by timing: ``eager``, ``fused``,
-    ``epilogue``, ``pointwise``, ``product`` or ``winograd``."""
+    ``epilogue``, ``padded``, ``pointwise``, ``product`` or ``winograd``."""
     scratch: Scratch
     """What the convs of a model share for Winograd's algorithm; ``fuse_convs`` gives it."""
     _prepared: tuple[object, dict[str, Tensor]] | None = None  # what the weights were, and what was made of them
@@ -93,6 +89,8 @@ class FusedConv(nn.Conv2d):
             return self.run_winograd(x, z, overwrite_z)
         if way == "epilogue":
             return self.run_with_epilogue(x, z)
+        if way == "padded":
+            return self.run_padded(x)
         if way == "product":
             return self.run_product(x)
         return self.run_eager(x, z) if way == "eager" else self.run_fused(x, z, overwrite_z)
@@ -102,6 +100,7 @@ class FusedConv(nn.Conv2d):
         others = {
             "fused": self.takes_onednn(x, z),
             "epilogue": self.takes_epilogue(x),
+            "padded": self.takes_padding(x, z),
             "pointwise": self.takes_pointwise(x, z, shortcut),
             "product": self.takes_product(x, z),
             "winograd": self.takes_winograd(x, z),
@@ -134,6 +133,17 @@ class FusedConv(nn.Conv2d):
         """The conv alone, then bias, sum and activation in one pass."""
         y = F.conv2d(x, self.weight, None, *self._geometry())
         return conv_epilogue_(y.contiguous(memory_format=torch.channels_last), self.bias, z, self.activation)
+
+    def takes_padding(self, x: Tensor, z: Tensor | None) -> bool:
+        """Whether nothing but a bias follows, and cuDNN would pad the output's channels."""
+        alone = z is None and self.activation == "none" and self.takes_epilogue(x)
+        return alone and suits_padding(self.weight, self.bias, self.groups)
+
+    def run_padded(self, x: Tensor) -> Tensor:
+        """The conv with more channels than asked for, then the first of them and the bias in one pass."""
+        assert self.bias is not None
+        weight = self._prepared_weight("padded", lambda: padded_weight(self.weight))
+        return first_channels(F.conv2d(x, weight, None, *self._geometry()), self.bias)
 
     def takes_product(self, x: Tensor, z: Tensor | None) -> bool:
         """Whether this is a product of matrices with a bias and ReLU, which cuBLAS computes in one kernel."""
@@ -249,100 +259,3 @@ class FusedStem(FusedConv):
     def describe(self, x: Tensor, z: Tensor | None, shortcut: FusedConv | None = None) -> str:
         """The work of a call in words, which are equal where the same way is the fastest."""
         return f"{super().describe(x, z, shortcut)}, max pooling"
-
-
-def convs_of(block: BasicBlock | Bottleneck) -> list[Any]:
-    """The convs of a block's branch, in order."""
-    names = ("conv1", "conv2", "conv3") if isinstance(block, Bottleneck) else ("conv1", "conv2")
-    return [getattr(block, name) for name in names]
-
-
-def _run_block(block: Any, x: Tensor) -> Tensor:
-    merged = block.downsample[0] if block.merges_downsample else None
-    identity = x if merged or block.downsample is None else block.downsample(x)
-    *convs, last = convs_of(block)
-    for conv in convs:
-        x = conv(x)
-    return last(x, identity, overwrite_z=block.may_overwrite, shortcut=merged)
-
-
-class FusedBasicBlock(BasicBlock):
-    """torchvision's block, whose last conv adds the identity."""
-
-    may_overwrite = False
-    """Whether the identity's memory may be taken by the output."""
-    merges_downsample = False
-    """Whether the last conv runs the downsampling conv."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _run_block(self, x)
-
-
-class FusedBottleneck(Bottleneck):
-    """torchvision's block, whose last conv adds the identity."""
-
-    may_overwrite = False
-    """Whether the identity's memory may be taken by the output."""
-    merges_downsample = False
-    """Whether the last conv runs the downsampling conv."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _run_block(self, x)
-
-
-class FusedResidual(Residual):
-    """SpineNet's block, whose last conv adds the shortcut and applies the activation."""
-
-    may_overwrite = False
-    """Whether the shortcut's memory may be taken by the output."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.shortcut(x)
-        branch: Any = self.branch
-        *convs, last, _ = branch
-        for conv in convs:
-            x = conv(x)
-        return last[0](x, shortcut, overwrite_z=self.may_overwrite)
-
-
-class FusedJoin(ScalePermuted):
-    """A scale-permuted network, whose links end in a conv that adds the other link's output."""
-
-    fused_rows: Collection[int] = ()
-    """The rows of the specification at which it does."""
-
-    def join(self, row: int, parents: Sequence[Tensor]) -> Tensor:
-        """The sum of a row's two parents, each resampled by its link."""
-        if row not in self.fused_rows:
-            return super().join(row, parents)
-        links: Any = self.links[row]
-        *steps, last = links[1]
-        x = parents[1]
-        for step in steps:
-            x = step(x)
-        return last[0](x, links[0](parents[0]), overwrite_z=True)
-
-
-class FusedSpineNet(FusedJoin, SpineNet):
-    """SpineNet with fused joins."""
-
-
-class FusedMobileSpineNet(FusedJoin, MobileSpineNet):
-    """Mobile SpineNet with fused joins."""
-
-
-class FusedPyramid(FeaturePyramidNetwork):
-    """torchvision's pyramid, whose inner convs add the level above."""
-
-    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        names, maps = list(x), list(x.values())
-        inner: Any = self.inner_blocks
-        convs: list[FusedConv] = [block[0] for block in inner]
-        above = convs[-1](maps[-1])
-        results = [self.layer_blocks[-1](above)]
-        for i in range(len(maps) - 2, -1, -1):
-            above = convs[i](maps[i], above)
-            results.insert(0, self.layer_blocks[i](above))
-        if self.extra_blocks is not None:
-            results, names = self.extra_blocks(results, maps, names)
-        return OrderedDict(zip(names, results, strict=True))

@@ -84,6 +84,8 @@ class Report:
     """Of an engine whose runtime was chosen by timing."""
     ways: dict[tuple[int, ...], Mapping[str, int]] = field(default_factory=dict)
     """Of each batch shape at which the ways of the convs were timed: how many calls of convs run in which way."""
+    streams: dict[tuple[int, ...], int] = field(default_factory=dict)
+    """Of each batch shape at which that was timed: on how many CUDA streams its graph runs trunk and heads."""
     compiled: dict[tuple[int, ...], float] = field(default_factory=dict)
     """For each batch shape at which torch.compile was tried: its time divided by eager's. Below 1 it is kept."""
     not_compiled: dict[tuple[int, ...], str] = field(default_factory=dict)
@@ -102,6 +104,10 @@ class Report:
             f"fastest ways of the convs at {'x'.join(map(str, shape))}: "
             + ", ".join(f"{count} {way}" for way, count in sorted(counts.items()))
             for shape, counts in self.ways.items()
+        ]
+        lines += [
+            f"{count} CUDA stream{'s' * (count > 1)} at {'x'.join(map(str, shape))}"
+            for shape, count in self.streams.items()
         ]
         lines += [
             f"torch.compile at {'x'.join(map(str, shape))}: {ratio:.2f} of eager's time, "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from retina_fast import RetinaNet
-from retina_fast.deploy import engine
+from retina_fast.deploy import engine, plan
 from retina_fast.deploy.engine import Engine, compile_inference
 from retina_fast.detections import Detections
 from retina_fast.kernels.image_batch import image_batch
@@ -75,7 +75,7 @@ def _launch(table: Tensor, out: Tensor, dtype: torch.dtype, mean: Sequence[float
     image_batch(images, [(row[3], row[4]) for row in rows], mean, std, 32, out)
 
 
-def _capture(run: engine.Run, stream: Any) -> engine.Run:
+def _capture(run: plan.Run, stream: Any) -> plan.Run:
     outputs = run()
 
     def replay() -> Detections:
@@ -92,8 +92,8 @@ def graphs_or_stand_ins() -> Iterator[None]:
         yield
         return
     with (
-        mock.patch.object(engine, "captured", _capture),
-        mock.patch.object(engine, "launch_image_batch", _launch),
+        mock.patch.object(plan, "captured", _capture),
+        mock.patch.object(plan, "launch_image_batch", _launch),
         mock.patch.object(engine, "CaptureStream"),
     ):
         yield

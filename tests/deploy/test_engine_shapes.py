@@ -8,7 +8,9 @@ import torch
 
 from retina_fast import compile_inference, retinanet_resnet18_fpn_v2
 from retina_fast.deploy import engine
+from retina_fast.deploy import plan as plans
 from retina_fast.deploy.engine import Engine
+from retina_fast.deploy.plan import Plan
 from retina_fast.forward import run_convs
 from tests.deploy.engine_soak import graphs_or_stand_ins, small_model, soak
 from tests.deploy.pictures import floats, images
@@ -39,11 +41,11 @@ def test_the_shape_used_longest_ago_goes(with_graphs):
 
 def test_shapes_that_went_are_freed(with_graphs):
     gc.collect()
-    before = sum(type(thing) is engine.Plan for thing in gc.get_objects())
+    before = sum(type(thing) is Plan for thing in gc.get_objects())
     for n in range(1, 8):
         with_graphs(images((30, 32 * n)))
     gc.collect()
-    assert sum(type(thing) is engine.Plan for thing in gc.get_objects()) - before == 3
+    assert sum(type(thing) is Plan for thing in gc.get_objects()) - before == 3
 
 
 def test_a_capture_that_fails_keeps_nothing_half_made(with_graphs, monkeypatch):
@@ -52,7 +54,7 @@ def test_a_capture_that_fails_keeps_nothing_half_made(with_graphs, monkeypatch):
 
     with_graphs(images((30, 30)))
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "captured", fail)
+        patch.setattr(plans, "captured", fail)
         with pytest.raises(torch.OutOfMemoryError):
             with_graphs(images((90, 90)))
     assert shapes(with_graphs) == [(32, 32)]
@@ -70,7 +72,7 @@ def test_the_graph_reads_images_by_the_kernel(with_graphs, monkeypatch, device):
     """The kernel itself in place of its stand-in."""
     from retina_fast.kernels import image_batch
 
-    monkeypatch.setattr(engine, "launch_image_batch", image_batch.launch_image_batch)
+    monkeypatch.setattr(plans, "launch_image_batch", image_batch.launch_image_batch)
     monkeypatch.setattr(image_batch, "_ROWS", 32)
     for batch in (images((20, 30), (32, 17)), images((9, 32), (30, 30))):
         expected = with_graphs.model(floats([image.to(device) for image in batch]))
@@ -148,7 +150,7 @@ def test_torch_compile_is_kept_where_it_is_faster(monkeypatch):
     monkeypatch.setattr(engine, "HAS_TRITON", False)  # no graphs, whose replay calls nothing
     for faster in ("eager", "compiled"):
         monkeypatch.setattr(
-            engine, "_seconds", lambda plan, *_, f=faster: 1.0 if (plan.convs is slower) == (f == "compiled") else 2.0
+            engine, "seconds_of", lambda plan, *_, f=faster: 1.0 if (plan.convs is slower) == (f == "compiled") else 2.0
         )
         own = compile_inference(small_model(), dtype=torch.float32, try_compile=True)
         own(images((30, 30)))

@@ -18,7 +18,8 @@ from retina_fast.backbones.spinenet import Residual, SpineNet
 from retina_fast.deploy import fused
 from retina_fast.deploy.fold import fold_batch_norm
 from retina_fast.deploy.fuse import count_convs, fuse_convs
-from retina_fast.deploy.fused import FusedConv, FusedSpineNet
+from retina_fast.deploy.fused import FusedConv
+from retina_fast.deploy.fused_parts import FusedSpineNet
 from retina_fast.forward import run_convs
 from retina_fast.kernels.conv_onednn import serves_dtype
 from tests.deploy.engine_soak import small_model

@@ -7,7 +7,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FeaturePyramidNetwork
 
 from retina_fast.deploy.fuse import fuse_convs
-from retina_fast.deploy.fused import FusedBottleneck, FusedConv
+from retina_fast.deploy.fused import FusedConv
+from retina_fast.deploy.fused_parts import FusedBottleneck
 from retina_fast.deploy.tuned import Chooser, choose_ways
 from tests.deploy.fusing import error
 from tests.instruments.fake_gpu import TorchOp, gpu_work_of

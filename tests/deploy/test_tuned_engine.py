@@ -161,3 +161,51 @@ def test_a_pointwise_conv_with_relu_may_be_a_product():
     assert ways == [["eager", "epilogue", "product"], *[["eager", "epilogue"]] * 2]
     names = [step.name if isinstance(step, TorchOp) else "epilogue" for step in work]
     assert names == ["_addmm_activation", *["convolution", "epilogue"] * 2]
+
+
+@pytest.mark.parametrize(
+    ("channels", "activation", "dtype", "served"),
+    [
+        (36, "none", torch.bfloat16, True),
+        (819, "none", torch.float16, True),
+        (40, "none", torch.bfloat16, False),
+        (36, "relu", torch.bfloat16, False),
+        (36, "none", torch.float32, False),
+    ],
+)
+def test_a_conv_whose_channels_no_tensor_core_takes_may_be_padded(channels, activation, dtype, served):
+    """On fake CUDA tensors: one conv of a multiple of 8 channels, then one pass of ours."""
+    ways, shapes = [], []
+
+    def prepare():
+        with torch.device("cuda"):
+            model: Any = torch.nn.Sequential(torch.nn.Conv2d(8, channels, 3, padding=1, dtype=dtype))
+            x = torch.ones(2, 8, 5, 7, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            fuse_convs(model, lambda: model(x))
+            return model[0], x
+
+    @torch.no_grad()
+    def call(prepared):
+        conv, x = prepared
+        conv.activation = activation
+        ways.extend(conv.possible_ways(x, None))
+        shapes.append(conv.run(ways[-1], x, None).shape)
+
+    *_, before, last = gpu_work_of(call, prepare)
+    assert ("padded" in ways) == served
+    assert shapes == [(2, channels, 5, 7)]
+    assert isinstance(before, TorchOp)
+    assert before.name == "convolution"
+    assert before.shape == (2, channels + -channels % 8 if served else channels, 5, 7)
+    assert not isinstance(last, TorchOp)
+    assert last.kernel.__name__ == ("_first_channels_kernel" if served else "_conv_epilogue_kernel")
+
+
+def test_a_padded_conv_is_right():
+    conv: Any = torch.nn.Sequential(torch.nn.Conv2d(8, 9, 3, padding=1)).requires_grad_(False)
+    x = torch.randn(2, 8, 5, 7)
+    fuse_convs(conv, lambda: conv(x))
+    found = conv[0].run("padded", x, None)
+    torch.testing.assert_close(found, conv[0].run("eager", x, None))
+    conv[0].weight.mul_(2)  # the padded weights are made anew
+    torch.testing.assert_close(conv[0].run("padded", x, None), conv[0].run("eager", x, None))

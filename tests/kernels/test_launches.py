@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from retina_fast import retinanet_resnet18_fpn_v2
-from retina_fast.deploy import engine
-from retina_fast.deploy.engine import EngineSettings
+from retina_fast.deploy import plan as plans
+from retina_fast.deploy.plan import EngineSettings, Plan
 from retina_fast.forward import run_convs
 from tests.instruments.fake_gpu import kernels, launches_of
 from tests.instruments.kernel_calls import KERNEL_CALLS
@@ -78,11 +78,11 @@ def test_the_engine_never_waits_for_the_device():
         cells = model.anchor_generator.cell_anchors
         model.anchor_generator.cell_anchors = [on_gpu(cell.shape) for cell in cells]
         images = [on_gpu(3, 80, 100), on_gpu(3, 90, 70)]
-        plan = engine.Plan(model, run_convs, (2, 3, 96, 128), torch.float32, settings)
+        plan = Plan(model, run_convs, (2, 3, 96, 128), torch.float32, settings)
         plan.make(images, [(80, 100), (90, 70)], None)
         detections = plan(images, [(80, 100), (90, 70)])
         assert detections.boxes.shape == (2, 300, 4)
 
-    with mock.patch.object(engine, "captured", lambda run, stream: run), torch.no_grad():
+    with mock.patch.object(plans, "captured", lambda run, stream: run), torch.no_grad():
         launched = {launch.kernel.__name__ for launch in launches_of(run)}
     assert {"_image_batch_kernel", "_group_norm_relu_kernel"} < launched
