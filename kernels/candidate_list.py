@@ -2,27 +2,35 @@
 
 The logits are read once. The survivors of each image and level are listed, each as one integer key that orders it, and
 counted in a histogram of 512 bins. A list has room for 3% of the logits; where more survive, the list is of no use.
+
+Once the bins from one on hold topk survivors, no lower one can become a candidate. This bin is the floor of its level
+and image: programs that start later leave out what lies below it. So of 80,000 survivors a few thousand are listed.
 """
 
+import math
 import struct
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.dispatch import tl, triton
+from retina_fast.kernels.dispatch import INTERPRETED, tl, triton
 from retina_fast.kernels.key_sort import pack
 from retina_fast.kernels.levels import encode_sizes, level_of, pick, pick_size
+from retina_fast.kernels.nms_overlap import count_bits
 
 # A segment is one level of one image. A tile is a run of logits of one segment that starts on a 16-byte
 # boundary. A thread looks at 16 bytes of a tile at a time, and notes as bits which of these logits survive.
 
-_TILE_BYTES = 32768  # by instruction counts: at half of that a tile's set-up costs 1 more an element
+_TILE_BYTES = 16384
 _LISTED = 32  # the list of a segment has room for one in 32 of its logits
-_RUNS = 256  # with a survivor, up to which those of a tile are listed by as many lanes
-_ONE_RUN = tl.constexpr(1 << 17)  # more than a tile has logits
-_LANES = 128  # threads of a program
+_LANES = 64  # threads of a program
+_CHUNK, _WIDE = 128, 1024  # keys, or logits, that go into a histogram in one go
+_AT_ONCE = 2048  # programs, about as many as an H200 holds: floors help those that come after them
+_FEW, _FEW_BELOW_A_FLOOR = tl.constexpr(16), tl.constexpr(64)  # survivors of a tile that are counted one by one
+_COMPILED = tl.constexpr(not INTERPRETED)
 BINS = tl.constexpr(512)
 
 # A value's code is the upper half of its float32 number, as bfloat16 has it, but one code for all below 2^-4. A bin has
@@ -37,10 +45,10 @@ class Survivors(NamedTuple):
     lists: Tensor
     """(B, sum of the rooms) int64 keys."""
     found: Tensor
-    """(B * levels,) int32: how many survivors each segment has; with more than its list has room for, the list is of no
-    use."""
+    """(B * levels,) int32: how many survivors of each segment were found, at least topk if it has so many. With more
+    than its list has room for, the list is of no use."""
     histograms: Tensor
-    """(B * levels * BINS,) int32: how many each bin has."""
+    """(B * levels * BINS,) int32: how many each bin has, from the floor's on all."""
     list_starts: tuple[int, ...]
     """Encoded: where each level's list begins in a row, and the length of the row."""
     first_bin: int
@@ -74,87 +82,98 @@ def lowest_key(bin, first_bin, index_bits, DROP: tl.constexpr, BINS: tl.constexp
 
 
 @triton.jit
-def _survivors(x_ptr, begin, end, threshold, TILE: tl.constexpr, RUN: tl.constexpr, MASKED: tl.constexpr):
-    """For each run of RUN logits, (TILE // RUN,): bits of those that exceed the threshold, plus 2^16 times their
-    number."""
-    place = tl.arange(0, RUN)[None, :]
-    i = tl.arange(0, TILE // RUN)[:, None] * RUN + place
+def _survivors(x_ptr, begin, end, at_least, TILE: tl.constexpr, RUN: tl.constexpr, LANES: tl.constexpr,
+               DROP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """(LANES, WORDS) int32: bits of the logits that survive, 32 // RUN runs of a lane to a word."""
+    lane = tl.arange(0, LANES)[:, None, None, None]  # first, so that the compiler deals the threads along it
+    word = tl.arange(0, TILE // (32 * LANES))[None, :, None, None]
+    run = tl.arange(0, 32 // RUN)[None, None, :, None]
+    place = tl.arange(0, RUN)[None, None, None, :]
+    i = ((word * (32 // RUN) + run) * LANES + lane) * RUN + place
     if MASKED:
         x = tl.load(x_ptr + i, mask=(begin + i >= 0) & (begin + i < end), other=float("-inf"))
     else:
         x = tl.load(x_ptr + i)
-    return tl.sum(tl.where(x.to(tl.float32) > threshold, (1 << place) + 65536, 0), axis=1)
+    if DROP != 16 or not _COMPILED:  # an instruction compares two bfloat16; the interpreter would compare their bits
+        x = x.to(tl.float32)
+    bits = tl.where(x >= at_least.to(x.dtype), 1 << (run * RUN + place), 0)
+    return tl.sum(tl.sum(bits, axis=3), axis=2)
 
 
 @triton.jit
-def _write_keys(x_ptr, start, bits, slots, begin, first_index, list_ptr, index_bits, DROP: tl.constexpr):
-    """Writes the keys of the survivors that the bits of runs tell of, of each run one at a time."""
-    while tl.max(bits, axis=0) > 0:
-        lowest = (bits & -bits).to(tl.float32).to(tl.int32, bitcast=True)
-        i = start + (lowest >> 23) - 127  # the exponent of a power of two
-        x = tl.load(x_ptr + i, mask=bits > 0, other=0.0).to(tl.float32)
-        tl.store(list_ptr + slots, pack(x, first_index + begin + i, index_bits, DROP), mask=bits > 0)
-        slots += 1
-        bits &= bits - 1
-
-
-@triton.jit
-def _list(x_ptr, begin, end, first_index, threshold, found, list_ptr, found_ptr, bins_ptr, capacity, first_bin,
-          index_bits, DROP: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr,
-          BINS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """Counts a tile's survivors, in all and in each bin, and appends their keys to the list if it has room for them."""
-    counts = found >> 16
-    bits = found & 65535
-    own = counts + tl.where(bits > 0, _ONE_RUN, 0)  # survivors, and whether there are any
-    # A thread has every LANES-th run, and adds up its own before the threads add up theirs.
-    own = tl.reshape(own, [TILE // RUN // LANES, LANES])
-    of_lane = tl.sum(own, axis=0)
-    whole = tl.sum(of_lane, axis=0)
-    total = whole & (_ONE_RUN - 1)
+def _list(x_ptr, begin, end, first_index, at_least, words, few, list_ptr, found_ptr, bins_ptr, capacity, first_bin,
+          index_bits, DROP: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, CHUNK: tl.constexpr,
+          WIDE: tl.constexpr, BINS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """Counts a tile's survivors, in all and in each bin, and appends their keys to the list if it has room for them.
+    Returns how many the segment had before, and has now."""
+    counts = tl.reshape(count_bits(words), [TILE // 32])
+    total, slot = tl.sum(counts, axis=0), 0
     if total > 0:
-        before = (tl.cumsum(of_lane, axis=0) - of_lane)[None, :] + tl.cumsum(own, axis=0) - own
-        before = tl.reshape(before, [TILE // RUN])
         slot = tl.atomic_add(found_ptr, total, sem="relaxed")
+        most = tl.max(counts, axis=0)
+        slots = tl.reshape(slot + tl.cumsum(counts, axis=0) - counts, [LANES, TILE // (32 * LANES)])
         histogram = tl.zeros([BINS], tl.int32)
-        fits = slot + total <= capacity
-        list_ptr += slot
-        if fits & (whole // _ONE_RUN <= RUNS):
-            # The runs that have survivors move together, to be seen to by fewer lanes.
-            run = tl.arange(0, TILE // RUN)
-            entry = ((before & (_ONE_RUN - 1)) << 19) | (run << 8) | bits  # 12, 11 and 8 bits
-            tl.store(list_ptr + before // _ONE_RUN, entry.to(tl.int64), mask=bits > 0)
+        if slot + total <= capacity:
+            word = tl.arange(0, TILE // (32 * LANES))[None, :]
+            lane = tl.arange(0, LANES)[:, None]
+            for _ in range(0, most):
+                lowest = (words & -words).to(tl.float32).to(tl.int32, bitcast=True)
+                bit = ((lowest >> 23) & 255) - 127  # the exponent of a power of two
+                i = word * (32 * LANES) + lane * RUN + (bit & (RUN - 1)) + (bit & (32 - RUN)) * LANES
+                tl.store(list_ptr + slots, i.to(tl.int64), mask=words != 0)
+                slots += 1
+                words &= words - 1
+            list_ptr += slot
             tl.debug_barrier()
-            lane = tl.arange(0, RUNS)
-            entry = tl.load(list_ptr + lane, mask=lane < whole // _ONE_RUN, other=0).to(tl.int32)
-            tl.debug_barrier()
-            start = ((entry >> 8) & 2047) * RUN
-            _write_keys(x_ptr, start, entry & 255, entry >> 19, begin, first_index, list_ptr, index_bits, DROP)
-            tl.debug_barrier()
-            for first in range(0, total, RUNS):
-                keys = tl.load(list_ptr + first + lane, mask=first + lane < total, other=0)
+            for first in range(0, total, CHUNK):
+                place = first + tl.arange(0, CHUNK)
+                i = tl.load(list_ptr + place, mask=place < total, other=0).to(tl.int32)
+                x = tl.load(x_ptr + i, mask=place < total, other=0.0).to(tl.float32)
+                keys = pack(x, first_index + begin + i, index_bits, DROP)
+                tl.store(list_ptr + place, keys, mask=place < total)
                 bin = _bin_of(keys, first_bin, index_bits, DROP, BINS)
-                histogram += tl.histogram(bin, BINS, mask=first + lane < total)
+                if total <= few:
+                    tl.atomic_add(bins_ptr + bin, 1, mask=place < total, sem="relaxed")
+                else:
+                    histogram += tl.histogram(bin, BINS, mask=place < total)
         else:
-            if fits:
-                start = tl.arange(0, TILE // RUN) * RUN
-                _write_keys(x_ptr, start, bits, before & (_ONE_RUN - 1), begin, first_index, list_ptr, index_bits, DROP)
-            for first in range(0, TILE, TILE // RUN):
-                i = first + tl.arange(0, TILE // RUN)
+            for first in range(0, TILE, WIDE):
+                i = first + tl.arange(0, WIDE)
                 x = tl.load(x_ptr + i, mask=(begin + i >= 0) & (begin + i < end), other=float("-inf")).to(tl.float32)
                 bin = _bin_of(pack(x, i, index_bits, DROP), first_bin, index_bits, DROP, BINS)
-                histogram += tl.histogram(bin, BINS, mask=x > threshold)
-        tl.atomic_add(bins_ptr + tl.arange(0, BINS), histogram, mask=histogram > 0, sem="relaxed")
+                histogram += tl.histogram(bin, BINS, mask=x >= at_least)
+        if (total > few) | (slot + total > capacity):
+            tl.atomic_add(bins_ptr + tl.arange(0, BINS), histogram, mask=histogram > 0, sem="relaxed")
+    return slot, slot + total
 
 
-@triton.jit(do_not_specialize=["list_width", "first_bin", "index_bits"])
+@triton.jit
+def _raise_floor(bins_ptr, floor_ptr, topk, BINS: tl.constexpr):
+    """Raises the floor to the last bin from which on there are topk survivors, of those counted by now."""
+    counts = tl.load(bins_ptr + BINS - 1 - tl.arange(0, BINS), volatile=True)
+    bin = BINS - 1 - tl.sum((tl.cumsum(counts, axis=0) < topk).to(tl.int32), axis=0)
+    tl.atomic_max(floor_ptr, bin, sem="relaxed")
+
+
+@triton.jit
+def _lowest_value(bin, first_bin):
+    """The lowest float32 number of a bin above the first."""
+    code = (bin + first_bin) * 4
+    rising16 = tl.where(code >= 8, code + _NEAR_ZERO - 7, tl.where(code > 0, 1, code + 3 - _NEAR_ZERO))
+    rising = tl.where(code == 0, 0, rising16) << 16
+    return (rising ^ ((rising >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["images", "list_width", "first_bin", "index_bits", "topk", "renewed"])
 def _list_kernel(
-    levels, starts, first_tiles, list_starts, lists_ptr, found_ptr, bins_ptr, list_width, first_bin, index_bits,
-    threshold, DROP: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, BINS: tl.constexpr,
-    LANES: tl.constexpr,
+    levels, starts, first_tiles, list_starts, lists_ptr, found_ptr, bins_ptr, floors_ptr, images, list_width,
+    first_bin, index_bits, at_least, topk, renewed, DROP: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
+    CHUNK: tl.constexpr, WIDE: tl.constexpr, BINS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b) lists the survivors of tile t, counted through the levels, of image b."""
-    tile = tl.program_id(0)
-    image = tl.program_id(1).to(tl.int64)
+    """Program t * images + b lists the survivors of tile t, counted through the levels, of image b. The floor is raised
+    whenever another 2^renewed survivors were found."""
+    tile = tl.program_id(0) // images
+    image = (tl.program_id(0) % images).to(tl.int64)
     level = level_of(first_tiles, tile)
     start, list_start = pick_size(starts, level), pick_size(list_starts, level)
     end = pick_size(starts[1:], level) - start  # logits of an image in this level
@@ -162,15 +181,23 @@ def _list_kernel(
     tile -= pick_size(first_tiles, level)
     begin = tile * TILE - shift
     x_ptr = pick(levels, level) + tl.multiple_of(image * end - shift, 16) + tile * TILE
+    segment = image * len(levels) + level
+    found_ptr, bins_ptr, floor_ptr = found_ptr + segment, bins_ptr + segment * BINS, floors_ptr + segment
+    floor = tl.load(floor_ptr, volatile=True)
+    at_least = tl.full([], at_least, tl.float32)
+    if floor > 0:
+        at_least = _lowest_value(floor, first_bin)
     if (begin >= 0) & (begin + TILE <= end):
-        found = _survivors(x_ptr, begin, end, threshold, TILE, RUN, False)
+        words = _survivors(x_ptr, begin, end, at_least, TILE, RUN, LANES, DROP, False)
     else:
-        found = _survivors(x_ptr, begin, end, threshold, TILE, RUN, True)
+        words = _survivors(x_ptr, begin, end, at_least, TILE, RUN, LANES, DROP, True)
     capacity = pick_size(list_starts[1:], level) - list_start
     list_ptr = lists_ptr + image * list_width + list_start
-    segment = image * len(levels) + level
-    _list(x_ptr, begin, end, start, threshold, found, list_ptr, found_ptr + segment, bins_ptr + segment * BINS,
-          capacity, first_bin, index_bits, DROP, TILE, RUN, RUNS, BINS, LANES)  # fmt: skip
+    few = tl.where(floor > 0, _FEW_BELOW_A_FLOOR, _FEW)
+    before, now = _list(x_ptr, begin, end, start, at_least, words, few, list_ptr, found_ptr, bins_ptr, capacity,
+                        first_bin, index_bits, DROP, TILE, RUN, CHUNK, WIDE, BINS, LANES)  # fmt: skip
+    if (before ^ now) >> renewed != 0:
+        _raise_floor(bins_ptr, floor_ptr, topk, BINS)
 
 
 def _first_bin(threshold: float) -> int:
@@ -182,14 +209,29 @@ def _first_bin(threshold: float) -> int:
     return 0 if rising16 == 0 else code >> 2
 
 
+def _at_least(threshold: float, drop: int) -> float:
+    """The lowest number above the threshold: in float32, or in bfloat16 if so many bits are dropped."""
+    near = np.nextafter(np.float32(threshold), np.float32(np.inf))
+    if drop == 16:
+        bits = int(near.view(np.int32)) + (0xFFFF if near > 0 else 0)
+        near = np.int32(bits & ~0xFFFF).view(np.float32)
+    return math.nan if threshold == math.inf else float(near)
+
+
 def list_survivors(
-    levels: list[Tensor], starts: tuple[int, ...], threshold: float, drop: int, index_bits: int, zeros: Tensor
+    levels: list[Tensor],
+    starts: tuple[int, ...],
+    threshold: float,
+    topk: int,
+    drop: int,
+    index_bits: int,
+    zeros: Tensor,
 ) -> Survivors:
     """One launch; the arguments are those of ``search_keys``, and
 
     Args:
         starts: encoded, where each level begins among the logits of an image.
-        zeros: int32, (1 + BINS) for each segment.
+        zeros: int32, (2 + BINS) for each segment.
     """
     first, segments = levels[0], len(levels[0]) * len(levels)
     tile, run = _TILE_BYTES // first.element_size(), 16 // first.element_size()
@@ -197,12 +239,16 @@ def list_survivors(
     first_tiles = [0, *accumulate(triton.cdiv(count + 15, tile) for count in logits)]
     list_starts = [0, *accumulate(count // _LISTED + 1 for count in logits)]
     lists = first.new_empty(len(first), list_starts[-1], dtype=torch.int64)
-    survivors = Survivors(lists, zeros[:segments], zeros[segments:], encode_sizes(list_starts), _first_bin(threshold))
+    floors, found, histograms = zeros[:segments], zeros[segments : 2 * segments], zeros[2 * segments :]
+    programs, topk = first_tiles[-1] * len(first), max(1, topk)
+    renewed = (topk // 2).bit_length() if programs > _AT_ONCE else 31
+    survivors = Survivors(lists, found, histograms, encode_sizes(list_starts), _first_bin(threshold))
+    lanes = min(_LANES, tile // 32)
     with torch.cuda.device_of(first):
-        _list_kernel[(first_tiles[-1], len(first))](
-            tuple(levels), starts, encode_sizes(first_tiles), survivors.list_starts, lists, survivors.found,
-            survivors.histograms, list_starts[-1], survivors.first_bin, index_bits, threshold, DROP=drop, TILE=tile,
-            RUN=run, RUNS=min(_RUNS, tile // run), BINS=BINS.value, LANES=min(_LANES, tile // run),
-            enable_fp_fusion=False,
+        _list_kernel[(programs,)](
+            tuple(levels), starts, encode_sizes(first_tiles), survivors.list_starts, lists, found, histograms, floors,
+            len(first), list_starts[-1], survivors.first_bin, index_bits, _at_least(threshold, drop), topk, renewed,
+            DROP=drop, TILE=tile, RUN=run, CHUNK=min(_CHUNK, tile), WIDE=min(_WIDE, tile), BINS=BINS.value, LANES=lanes,
+            num_warps=triton.cdiv(lanes, 32), enable_fp_fusion=False,
         )  # fmt: skip
     return survivors

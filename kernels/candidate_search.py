@@ -21,8 +21,8 @@ from retina_fast.kernels.key_sort import PADDING, RUN, pack, sorts_by_kernels
 from retina_fast.kernels.levels import encode_sizes, level_of, pick, pick_size
 
 _SLACK = 128  # how many keys more than topk have room at least
-_SEARCH_TILE = 2048
-_SEARCH_PROGRAMS = 2048  # of all images together: about what an H200 holds at once
+_SEARCH_TILE = 1024
+_SEARCH_PROGRAMS = 512  # of all images together
 _ONE_PROGRAM = 15  # bits of a range of keys that one program may search alone
 
 
@@ -61,10 +61,10 @@ def _pick_bin(counts, needed, BINS: tl.constexpr):
 
 
 @triton.jit
-def _interval(state_ptr, histogram_ptr, found, room, topk, first_bin, index_bits, digit, DROP: tl.constexpr,
+def _interval(state_ptr, histogram_ptr, found, capacity, room, topk, first_bin, index_bits, digit, DROP: tl.constexpr,
               BINS: tl.constexpr):  # fmt: skip
     """The range of keys that holds the topk-th greatest, how many are above it and within it, and whether the launch
-    before had to leave the keys to this one."""
+    before had to leave the keys to this one. Where the list is too short, the logits hold more keys than were found."""
     lowest = tl.full([], 0, tl.int64)
     end = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
     above, within = tl.full([], 0, tl.int32), found
@@ -72,7 +72,7 @@ def _interval(state_ptr, histogram_ptr, found, room, topk, first_bin, index_bits
         lowest, end = tl.load(state_ptr), tl.load(state_ptr + 1)
         above, within = tl.load(state_ptr + 2).to(tl.int32), tl.load(state_ptr + 3).to(tl.int32)
     is_open = (digit == 0) | (above + within > room)
-    if above + within > room:
+    if above + within > tl.where(digit == 0, tl.minimum(room, capacity), room):
         counts = tl.load(histogram_ptr + BINS - 1 - tl.arange(0, BINS))
         bin, more, within = _pick_bin(counts, tl.maximum(topk - above, 1), BINS)
         above += more
@@ -149,10 +149,10 @@ def _search_kernel(
         pick_size(part_starts, level),
     )
     room = pick_size(part_starts[1:], level) - part_start
-    found = tl.load(found_ptr + segment)
+    found, capacity = tl.load(found_ptr + segment), pick_size(list_starts[1:], level) - list_start
     lowest, end, above, within, is_open = _interval(
         states_ptr + ((digit - 1) * segments + segment) * 4, histograms_ptr + (digit * segments + segment) * BINS,
-        found, room, topk, first_bin, index_bits, digit, DROP, BINS,
+        found, capacity, room, topk, first_bin, index_bits, digit, DROP, BINS,
     )  # fmt: skip
     if not LAST and share == 0:
         state_ptr = states_ptr + (digit * segments + segment) * 4
@@ -163,7 +163,7 @@ def _search_kernel(
     if is_open:
         known = above + within <= room
         in_level = pick_size(starts[1:], level) - start
-        listed = found <= pick_size(list_starts[1:], level) - list_start
+        listed = found <= capacity
         list_ptr = lists_ptr + image * list_width + list_start
         x_ptr = pick(levels, level) + image * in_level
         row_ptr, count_ptr = rows_ptr + image * width + part_start, counts_ptr + segment
@@ -221,9 +221,9 @@ def search_keys(levels: list[Tensor], threshold: float, topk: int) -> FoundKeys:
         max(1, min(triton.cdiv(count, 8 * _SEARCH_TILE), programs * count // max(1, starts[-1]))) for count in logits
     )]  # fmt: skip
     launches, segments, bins = _launches(drop, index_bits), batch * len(levels), BINS.value
-    zeros = first.new_zeros(segments * (2 + launches * bins), dtype=torch.int32)
+    zeros = first.new_zeros(segments * (3 + launches * bins), dtype=torch.int32)
     counts, rest = zeros[:segments], zeros[segments:]
-    survivors = list_survivors(levels, encode_sizes(starts), threshold, drop, index_bits, rest)
+    survivors = list_survivors(levels, encode_sizes(starts), threshold, most, drop, index_bits, rest)
     states = first.new_empty(launches, segments, 4, dtype=torch.int64)
     shape = batch, part_starts[-1]
     rows = states.new_empty(shape) if sorts_by_kernels(shape[1]) else states.new_full(shape, PADDING)

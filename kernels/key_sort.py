@@ -22,8 +22,9 @@ from retina_fast.kernels.levels import decode_size, encode_sizes, level_of, pick
 PADDING = -1
 
 RUN = 256  # keys that are sorted together at first
+LOG_RUN = tl.constexpr(8)
 MAX_RUNS = 32
-MERGED = 64  # keys whose places one program finds in runs
+MERGED = 32  # keys whose places one program finds in runs
 COUNTED = 16  # keys whose places one program finds by comparing them with all
 CHUNK = 512  # keys that they are compared with in one go
 _PAIRS = 10**8  # of keys in a batch, up to which all are compared: by prediction as fast as runs
@@ -66,16 +67,19 @@ def _is_less(keys, others):
     return ((keys - others).to(tl.uint64, bitcast=True) >> 63).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["width"])
-def _sort_runs_kernel(keys_ptr, runs_ptr, counts_ptr, part_starts, width, RUN: tl.constexpr, CHUNK: tl.constexpr):
-    """Program (r, b) sorts run r of row b: the place of a key is the number of greater keys in the run."""
+@triton.jit(do_not_specialize=["width", "runs_width"])
+def _sort_runs_kernel(
+    keys_ptr, runs_ptr, counts_ptr, part_starts, width, runs_width, RUN: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Program (r, b) sorts run r of row b, and pads it: the place of a key is the number of greater keys in the run."""
     image = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * RUN
     part = level_of(part_starts, start)
     count = tl.load(counts_ptr + image * (len(part_starts) - 1) + part).to(tl.int32) + pick_size(part_starts, part)
+    runs_ptr += image * runs_width + start
+    i = tl.arange(0, RUN)
     if start < count:
         keys_ptr += image * width + start
-        i = tl.arange(0, RUN)
         keys = tl.load(keys_ptr + i, mask=start + i < count, other=-1)
         greater = tl.zeros([RUN, CHUNK], tl.int32)
         for chunk in range(0, RUN, CHUNK):
@@ -83,26 +87,28 @@ def _sort_runs_kernel(keys_ptr, runs_ptr, counts_ptr, part_starts, width, RUN: t
             others = tl.load(keys_ptr + j, mask=start + j < count, other=0)
             greater += _is_less(keys[:, None], others[None, :])
         place = tl.sum(greater, axis=1)
-        tl.store(runs_ptr + image * width + start + place, keys, mask=start + i < count)
+        tl.store(runs_ptr + place, keys, mask=start + i < count)
+    tl.store(runs_ptr + i, tl.full([RUN], -1, tl.int64), mask=start + i >= count)
 
 
 @triton.jit
-def _place_in_runs(row_ptr, counts_ptr, part_starts, keys, part, most, RUN: tl.constexpr, MAX_RUNS: tl.constexpr,
-                   KEYS: tl.constexpr):  # fmt: skip
-    """Places of keys of one part, and how many greater keys their part has; the row consists of sorted runs."""
+def _place_in_runs(row_ptr, counts_ptr, part_starts, keys, part, most, RUN: tl.constexpr, LOG_RUN: tl.constexpr,
+                   MAX_RUNS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+    """Places of keys of one part, and how many greater keys their part has; the row consists of sorted, padded runs."""
     PARTS: tl.constexpr = len(part_starts) - 1
     run = tl.arange(0, MAX_RUNS) * RUN
-    stop = tl.zeros([MAX_RUNS], tl.int32)
+    filled = tl.zeros([MAX_RUNS], tl.int32)  # whether a run has keys
     for p in tl.static_range(PARTS):
         first = decode_size(part_starts[p])
-        stop = tl.where(run >= first, first + tl.load(counts_ptr + p).to(tl.int32), stop)
+        stop = first + tl.load(counts_ptr + p).to(tl.int32)
+        filled = tl.where(run >= first, (run < stop).to(tl.int32), filled)
+    filled = (filled > 0)[None, :]
     greater = tl.zeros([KEYS, MAX_RUNS], tl.int32)
-    step = RUN
-    while step > 0:
-        probe = run[None, :] + tl.minimum(greater + step, RUN) - 1
-        other = tl.load(row_ptr + probe, mask=probe < stop[None, :], other=-1)
-        greater = tl.where((greater + step <= RUN) & (other > keys[:, None]), greater + step, greater)
-        step //= 2
+    for n in tl.static_range(1, LOG_RUN + 1):
+        other = tl.load(row_ptr + run[None, :] + greater + ((RUN >> n) - 1), mask=filled, other=-1)
+        greater += tl.where(other > keys[:, None], RUN >> n, 0)
+    other = tl.load(row_ptr + run[None, :] + greater, mask=filled, other=-1)
+    greater += (other > keys[:, None]).to(tl.int32)
     place, before = tl.zeros([KEYS], tl.int32), tl.zeros([KEYS], tl.int32)
     for p in tl.static_range(PARTS):
         here = (run >= decode_size(part_starts[p])) & (run < decode_size(part_starts[p + 1]))
@@ -144,7 +150,9 @@ def places(row_ptr, counts_ptr, part_starts, tile, most, KEYS: tl.constexpr, COU
         if COUNTED:
             place, before = _place_by_counting(row_ptr, counts_ptr, part_starts, keys, part, most, KEYS, CHUNK)
         else:
-            place, before = _place_in_runs(row_ptr, counts_ptr, part_starts, keys, part, most, RUN, MAX_RUNS, KEYS)
+            place, before = _place_in_runs(
+                row_ptr, counts_ptr, part_starts, keys, part, most, RUN, LOG_RUN, MAX_RUNS, KEYS
+            )
     return keys, place, (i < count) & (before < most)
 
 
@@ -157,16 +165,25 @@ def count_of_row(counts_ptr, part_starts, most):
     return count
 
 
-@triton.jit(do_not_specialize=["width", "most"])
+@triton.jit(do_not_specialize=["row_width", "width", "most"])
 def _sort_kernel(
-    rows_ptr, counts_ptr, part_starts, out_ptr, width, most, KEYS: tl.constexpr, COUNTED: tl.constexpr,
+    rows_ptr, counts_ptr, part_starts, out_ptr, row_width, width, most, KEYS: tl.constexpr, COUNTED: tl.constexpr,
     CHUNK: tl.constexpr, RUN: tl.constexpr, MAX_RUNS: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b) writes KEYS keys of row b to their places, and its share of the padding."""
     image = tl.program_id(1).to(tl.int64)
     counts_ptr += image * (len(part_starts) - 1)
     keys, place, belongs = places(
-        rows_ptr + image * width, counts_ptr, part_starts, tl.program_id(0), most, KEYS, COUNTED, CHUNK, RUN, MAX_RUNS
+        rows_ptr + image * row_width,
+        counts_ptr,
+        part_starts,
+        tl.program_id(0),
+        most,
+        KEYS,
+        COUNTED,
+        CHUNK,
+        RUN,
+        MAX_RUNS,
     )
     out_ptr += image * width
     tl.store(out_ptr + place, keys, mask=belongs)
@@ -186,13 +203,16 @@ def counts_pairs(batch: int, width: int) -> bool:
 
 
 def sort_runs(keys: Tensor, counts: Tensor, part_starts: tuple[int, ...]) -> Tensor:
-    """Each run of 256 keys of a row (B, M) in falling order, if its part has as many. ``counts`` (B, parts) says how
-    many keys each part has, and ``part_starts``, encoded, where each begins: at multiples of 256."""
+    """Each run of 256 keys of a row (B, M) in falling order, and padded with -1; the rows grow to whole runs.
+
+    ``counts`` (B, parts) says how many keys each part has, and ``part_starts``, encoded, where each begins: at
+    multiples of 256.
+    """
     batch, width = keys.shape
-    runs = torch.empty_like(keys)
+    runs = keys.new_empty(batch, RUN * triton.cdiv(width, RUN))
     with torch.cuda.device_of(keys):
         _sort_runs_kernel[(triton.cdiv(width, RUN), batch)](
-            keys, runs, counts, part_starts, width, RUN=RUN, CHUNK=32, enable_fp_fusion=False
+            keys, runs, counts, part_starts, width, runs.shape[1], RUN=RUN, CHUNK=32, enable_fp_fusion=False
         )
     return runs
 
@@ -221,6 +241,6 @@ def sort_keys(keys: Tensor, counts: Tensor) -> Tensor:
     out = torch.empty_like(keys)
     with torch.cuda.device_of(keys):
         _sort_kernel[(triton.cdiv(width, constants["KEYS"]), batch)](
-            rows, counts, part_starts, out, width, width, **constants, enable_fp_fusion=False
+            rows, counts, part_starts, out, rows.shape[1], width, width, **constants, enable_fp_fusion=False
         )
     return out

@@ -13,8 +13,8 @@ from retina_fast.kernels.nms_overlap import WORD, before, count_of, load_box, ov
 
 _PROGRAMS = 512  # of all images together, as far as that leaves an image no fewer and no more groups than these
 _FEWEST_GROUPS, _MOST_GROUPS = 16, 128
-_SCAN = 512  # boxes whose class a program looks at in one go
-_FLAGS = 2048  # flags that a program looks at in one go
+_SCAN = 1024  # boxes whose class a program looks at in one go
+_FLAGS = 1024  # flags that a program looks at in one go
 _LANES = 32  # kept boxes that a tile is compared with in one go
 
 
@@ -23,34 +23,39 @@ def _deal(
     labels_ptr, keys_ptr, members_ptr, flags_ptr, scanned, tail, count, group, GROUPS: tl.constexpr,
     SCAN: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """Appends to the members those of the next SCAN boxes that belong to the program's classes, and lowers their flags;
-    returns how many."""
+    """Appends to the members those of the next SCAN boxes that belong to the program's classes, with their positions if
+    there are keys, and lowers their flags; returns how many."""
     i = scanned + tl.arange(0, SCAN)
     mine = i < count
+    position = position_of(keys_ptr, i, mine)
     if labels_ptr is not None:
-        label = tl.load(labels_ptr + position_of(keys_ptr, i, mine), mask=mine, other=0)
+        label = tl.load(labels_ptr + position, mask=mine, other=0)
         mine &= (label & (GROUPS - 1)) == group
     slots = tail + tl.cumsum(mine.to(tl.int32), axis=0) - 1
     tl.store(members_ptr + slots % RING, i, mask=mine)
+    if keys_ptr is not None:
+        tl.store(members_ptr + RING + slots % RING, position, mask=mine)
     tl.store(flags_ptr + i, tl.zeros([SCAN], tl.int8), mask=mine)
     return tl.sum(mine.to(tl.int32), axis=0)
 
 
 @triton.jit
 def _keep(
-    boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, flags_ptr, head, tail, kept, max_kept, iou_thresh,
-    above_thresh, RING: tl.constexpr, WORD: tl.constexpr, LANES: tl.constexpr,
+    boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, kept_labels_ptr, flags_ptr, head, tail, kept, max_kept,
+    iou_thresh, above_thresh, RING: tl.constexpr, WORD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Decides which of the next WORD members are kept; returns how many."""
+    """Decides which of the next WORD members are kept, and notes their boxes; returns how many."""
     t, lanes = tl.arange(0, WORD), tl.arange(0, LANES)
     waiting = head + t < tail
     i = tl.load(members_ptr + (head + t) % RING, mask=waiting, other=0)
-    position = position_of(keys_ptr, i, waiting)
+    position = i
+    if keys_ptr is not None:
+        position = tl.load(members_ptr + RING + (head + t) % RING, mask=waiting, other=0)
     box = load_box(boxes_ptr, labels_ptr, position[:, None])
     most = tl.full([WORD, LANES], -1.0, tl.float32)
     for first in range(0, kept, LANES):
-        above = tl.load(kept_ptr + tl.minimum(first + lanes, kept - 1))
-        better = load_box(boxes_ptr, labels_ptr, above[None, :])
+        above = tl.minimum(first + lanes, kept - 1)
+        better = load_box(kept_ptr, kept_labels_ptr, above[None, :])
         most = tl.maximum(most, overlap(better, box, iou_thresh, above_thresh))
     alive = waiting & (tl.max(most, axis=1) <= 0)
     better = load_box(boxes_ptr, labels_ptr, position[None, :])
@@ -62,15 +67,19 @@ def _keep(
     chosen = ((staying >> t) & 1) == 1
     slots = kept + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     chosen &= slots < max_kept
-    tl.store(kept_ptr + slots, position, mask=chosen)
+    into = kept_ptr + slots[:, None] * 4
+    for side in tl.static_range(4):
+        tl.store(into + side, box[side], mask=chosen[:, None])
+    if labels_ptr is not None:
+        tl.store(kept_labels_ptr + slots[:, None], box[5], mask=chosen[:, None])
     tl.store(flags_ptr + i, tl.full([WORD], 1, tl.int8), mask=chosen)
     return tl.sum(chosen.to(tl.int32), axis=0)
 
 
 @triton.jit(do_not_specialize=["width", "max_kept"])
 def _suppress_kernel(
-    boxes_ptr, labels_ptr, keys_ptr, counts_ptr, members_ptr, kept_ptr, flags_ptr, width, max_kept, iou_thresh,
-    above_thresh, GROUPS: tl.constexpr, SCAN: tl.constexpr, WORD: tl.constexpr, LANES: tl.constexpr,
+    boxes_ptr, labels_ptr, keys_ptr, counts_ptr, members_ptr, kept_ptr, kept_labels_ptr, flags_ptr, width, max_kept,
+    iou_thresh, above_thresh, GROUPS: tl.constexpr, SCAN: tl.constexpr, WORD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Program (g, b) handles the classes of image b whose low bits are g. It sets the flags of its boxes, by falling
     score, as far down as it walks: 1 where it keeps the box, which it does at most max_kept times. Boxes not yet
@@ -82,11 +91,12 @@ def _suppress_kernel(
     flags_ptr += image * width
     if labels_ptr is not None:
         labels_ptr += image * width
+        kept_labels_ptr += (image * GROUPS + group) * max_kept
     if keys_ptr is not None:
         keys_ptr += image * width
     RING: tl.constexpr = SCAN + WORD
-    members_ptr += (image * GROUPS + group) * RING
-    kept_ptr += (image * GROUPS + group) * max_kept
+    members_ptr += (image * GROUPS + group) * 2 * RING
+    kept_ptr += (image * GROUPS + group) * 4 * max_kept
     scanned, head, tail, kept = 0, 0, 0, 0
     while (kept < max_kept) & ((head < tail) | (scanned < count)):
         if (tail - head < WORD) & (scanned < count):
@@ -94,8 +104,8 @@ def _suppress_kernel(
             scanned += SCAN
         else:
             kept += _keep(
-                boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, flags_ptr, head, tail, kept, max_kept,
-                iou_thresh, above_thresh, RING, WORD, LANES,
+                boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, kept_labels_ptr, flags_ptr, head, tail, kept,
+                max_kept, iou_thresh, above_thresh, RING, WORD, LANES,
             )  # fmt: skip
             head = tl.minimum(head + WORD, tail)
         tl.debug_barrier()  # members, kept and flags are used by other threads than wrote them
@@ -144,12 +154,14 @@ def flag_by_walks(
     groups = 1 if labels is None else 1 << (most.bit_length() - 1)  # a power of two
     max_kept = min(max_detections, width)
     flags = boxes.new_empty(batch, width, dtype=torch.int8)
-    members = boxes.new_empty(batch, groups, _SCAN + WORD.value, dtype=torch.int32)
-    lists = boxes.new_empty(batch, groups, max_kept, dtype=torch.int32)
+    members = boxes.new_empty(batch, groups, 2, _SCAN + WORD.value, dtype=torch.int32)
+    lists = boxes.new_empty(batch, groups, max_kept, 4)
+    kept_labels = None if labels is None else labels.new_empty(batch, groups, max_kept)
     with torch.cuda.device_of(boxes):
         _suppress_kernel[(groups, batch)](
-            boxes, labels, keys, counts, members, lists, flags, width, max_kept, *thresholds, GROUPS=groups,
-            SCAN=_SCAN, WORD=WORD.value, LANES=_LANES, enable_fp_fusion=False,
+            boxes, labels, keys, counts, members, lists, kept_labels, flags, width, max_kept, *thresholds,
+            GROUPS=groups, SCAN=_SCAN, WORD=WORD.value, LANES=_LANES, num_warps=8 if groups == _MOST_GROUPS else 4,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return flags
 
@@ -162,7 +174,7 @@ def first_flagged(flags: Tensor, keys: Tensor | None, counts: Tensor, max_detect
     kept_counts = flags.new_empty(batch, dtype=torch.int64)
     with torch.cuda.device_of(flags):
         _first_kernel[(batch,)](
-            flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_FLAGS, num_warps=16,
+            flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_FLAGS, num_warps=8,
             enable_fp_fusion=False,
         )  # fmt: skip
     return positions, kept_counts

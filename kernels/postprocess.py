@@ -48,7 +48,7 @@ def postprocess_by_steps(
     return *take_kept(boxes, *chosen, image_sizes, original_sizes), kept.counts
 
 
-_SCAN = 2048
+_SCAN = 1024
 
 
 @triton.jit(do_not_specialize=["width", "max_detections"])
@@ -121,7 +121,7 @@ def _op(
     with torch.cuda.device_of(boxes):
         _write_kept_kernel[(len(boxes),)](
             flags, counts, boxes, scores, labels, image_sizes, original_sizes, *out, width, max_detections,
-            SCAN=_SCAN, num_warps=16, enable_fp_fusion=False,
+            SCAN=_SCAN, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

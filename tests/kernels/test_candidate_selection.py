@@ -37,6 +37,7 @@ def place(path, device):
 def small_tiles(monkeypatch):
     """Many tiles of both kinds in few logits, images off the 16-byte boundaries, several programs a segment."""
     monkeypatch.setattr(candidate_list, "_TILE_BYTES", 256)
+    monkeypatch.setattr(candidate_list, "_AT_ONCE", 0)  # with floors
     monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 32)
     monkeypatch.setattr(candidate_search, "_SEARCH_PROGRAMS", 16)
     monkeypatch.setattr(candidate_search, "_SLACK", 1)

@@ -61,6 +61,11 @@ def _load(w: Writer, i: Instruction) -> None:
         w.put(names[0], result if kind[0] == "u" else f"{result}.view({kind.upper()})", kind)
         return
     address = address_of(w, i.operands[1], space)
+    if "volatile" in i.parts and len(names) == 1 and kind[0] in "ub":  # as a relaxed atomic, it races with none
+        nothing = f"X.full({w.constant(0, f'u{width}')})"
+        where = f"{address}, [{nothing}], {w.mask}, {w.site(i)}, {width}"
+        w.put(names[0], w.temporary(f"X.{space}_memory.atomic({where}, 'or', True)"), f"u{width}")
+        return
     loaded = w.temporary(f"X.{space}_memory.load({address}, {w.mask}, {w.site(i)}, {width}, {len(names)})")
     for n, name in enumerate(names):
         if kind[0] in "ub":

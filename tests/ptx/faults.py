@@ -47,7 +47,7 @@ FAULTS = {
         "candidate_selection bf16 K=91", "misaligned",
     ),
     "a barrier removed": Planted(
-        "candidate_list.py", "mask=bits > 0)\n            tl.debug_barrier()", "mask=bits > 0)",
+        "candidate_list.py", "list_ptr += slot\n            tl.debug_barrier()", "list_ptr += slot",
         "candidate_selection bf16 K=7 mixed",
         "race on",
     ),
