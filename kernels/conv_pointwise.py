@@ -137,12 +137,14 @@ def _conv_pointwise_kernel(
         tl.store(address, acc.to(y.dtype.element_ty), mask=inside[:, None] & in_layer[None, :])
 
 
-def _tile(channels_in: int) -> tuple[int, int, int, int, int]:
+def _tile(pixels: int, channels: int, channels_in: int) -> tuple[int, int, int, int, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K, warps and stages.
 
-    Short products are bound by memory, and many small programs keep more bytes on their way.
+    Short products are bound by memory, and many small programs keep more bytes on their way. Of few pixels large
+    programs would leave most of a GPU idle.
     """
-    return (64, 128, 64, 4, 3) if channels_in <= 256 else (128, 128, 64, 8, 3)
+    few = triton.cdiv(pixels, 128) * triton.cdiv(channels, 128) < 64
+    return (64, 128, 64, 4, 3) if few or channels_in <= 256 else (128, 128, 64, 8, 3)
 
 
 @torch.library.custom_op("retina_fast::conv_pointwise", mutates_args=())
@@ -160,7 +162,7 @@ def _op(
     """See :func:`conv_pointwise`; everything in channels_last memory."""
     y = _fake(x, weight, bias, z, activation, stride, x2, weight2, stride2)
     (batch, channels, high, wide), channels_in = y.shape, (x.shape[1], 0 if x2 is None else x2.shape[1])
-    block_m, block_n, block_k, warps, stages = _tile(sum(channels_in))
+    block_m, block_n, block_k, warps, stages = _tile(batch * high * wide, channels, sum(channels_in))
     z_sides, x2_sides = ((high, wide) if t is None else tuple(t.shape[2:]) for t in (z, x2))
     resized = z_sides != (high, wide)
     described = _DESCRIBES and all(map(_may_be_described, (y, x, weight, z, x2, weight2)))

@@ -130,9 +130,10 @@ class FusedConv(nn.Conv2d):
         return serves_epilogue(x) and self.weight.dtype == x.dtype and not torch.is_grad_enabled()
 
     def run_with_epilogue(self, x: Tensor, z: Tensor | None) -> Tensor:
-        """The conv alone, then bias, sum and activation in one pass."""
-        y = F.conv2d(x, self.weight, None, *self._geometry())
-        return conv_epilogue_(y.contiguous(memory_format=torch.channels_last), self.bias, z, self.activation)
+        """The conv alone, then bias, sum and activation in one pass, if there are any."""
+        y = F.conv2d(x, self.weight, None, *self._geometry()).contiguous(memory_format=torch.channels_last)
+        followed = self.bias is not None or z is not None or self.activation != "none"
+        return conv_epilogue_(y, self.bias, z, self.activation) if followed else y
 
     def takes_padding(self, x: Tensor, z: Tensor | None) -> bool:
         """Whether nothing but a bias follows, and cuDNN would pad the output's channels."""

@@ -107,7 +107,7 @@ def test_choices_are_of_the_whole_sum(tmp_path, pointwise, monkeypatch):
 
     monkeypatch.setattr(Chooser, "choose", last_way)
     counts = choose_ways(model, lambda: model(x), Chooser(tmp_path / "choices.json", torch.device("cpu")))
-    assert counts == {"pointwise": 4, "fused": 2}
+    assert counts == {"pointwise": 4, "eager": 2}
     assert "sum with conv 32x16x1x1 stride (2, 2) of 1x16x6x6 + relu" in layers[2]
     assert len(set(layers)) == len(layers) == 6
     assert error(model(x), before) < 1e-12
@@ -144,3 +144,18 @@ def test_the_launches_of_blocks_and_a_pyramid_on_a_gpu(monkeypatch):
     names = [step.name if isinstance(step, TorchOp) else step.kernel.__name__ for step in work]
     one, three = "_conv_pointwise_kernel", ["convolution", "_conv_epilogue_kernel"]
     assert names == [*[one, *three, one] * 2, one, *three, one, *three]
+
+
+@torch.no_grad()
+def test_a_shortcut_that_is_not_merged_is_a_conv_and_no_more():
+    """On fake CUDA tensors of float32: its bias is the last conv's, and nothing passes over its output."""
+
+    def prepare():
+        with torch.device("cuda"):
+            chain, x = blocks(), channels_last(torch.ones(1, 16, 8, 8))
+            fuse_convs(chain, lambda: chain(x))
+            return chain[0], x
+
+    work = gpu_work_of(lambda prepared: prepared[0](prepared[1]), prepare)
+    names = [step.name if isinstance(step, TorchOp) else step.kernel.__name__ for step in work]
+    assert names == ["convolution", "_conv_epilogue_kernel"] * 2 + ["convolution"] * 2 + ["_conv_epilogue_kernel"]

@@ -294,7 +294,7 @@ def conv_pointwise(
     )
 
     def run() -> Iterator[Comparison]:
-        with mock.patch.multiple(pointwise, _tile=lambda channels: (16, 16, 16, 1, 1), _DESCRIBES=False):
+        with mock.patch.multiple(pointwise, _tile=lambda *sizes: (16, 16, 16, 1, 1), _DESCRIBES=False):
             y = ops.conv_pointwise(x, weight, bias, z, activation, stride, *(more or (None, None, 1)))
         yield close("output", [y], [expected], limit_of(dtype))
 
