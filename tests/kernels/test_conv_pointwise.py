@@ -72,6 +72,13 @@ def test_the_kernel_gives_its_definition(shape, channels, dtype, activation, dev
         assert torch.equal(conv_pointwise(x, weight, bias, z, activation), kernel(x, weight, bias, z, activation))
 
 
+def test_large_programs(device):
+    """Which long products of many pixels take."""
+    assert module._tile(53 * 54, 264, 272) != module._tile(53 * 54, 264, 256) == module._tile(53 * 40, 264, 272)
+    x, weight, bias, z, _ = case((1, 272, 53, 54), 264, device=device)
+    close(kernel(x, weight, bias, z, "relu"), in_float64((x, weight, bias, z), "relu"))
+
+
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("second", [None, (24, 1), (72, 2)])
 def test_strides_and_a_second_conv(stride, second, device):
