@@ -62,9 +62,9 @@ def focal_loss_reference(
 # background only: the kernel reads their anchors' labels once, and then needs no labels by element and no mask. Most
 # other tiles lie wholly inside their image and level, and need no mask either. Only tiles at its ends do.
 
-_TILE = 4096
+_TILE_BYTES = 1 << 14  # of logits
 _CHUNK = 1024  # the elements that a program works on at once: 16 bytes a thread in bf16, and no register spills
-_AHEAD = 2  # chunks that are read before they are needed: no compiler moves a load up beyond a store of gradients
+_AHEAD_BYTES = 1 << 13  # read before they are needed: no compiler moves a load up beyond a store of gradients
 
 
 @triton.jit
@@ -207,10 +207,12 @@ def launch_focal_loss(
     All levels take one launch: at batch 1 the whole work is 10 us, the time of two launches. ``weights_of`` are those
     of background and class; ``kind`` is "focal", or one of soft_focal_loss.py, which reads quality (B, N).
     """
+    size = levels[0].element_size()
+    tile, ahead = _TILE_BYTES // size, _AHEAD_BYTES // (size * _CHUNK)
     starts, first_tiles = [0], [0]
     for level in levels:
         starts.append(starts[-1] + level.shape[1])
-        first_tiles.append(first_tiles[-1] + triton.cdiv(level.shape[1] * num_classes + 15, _TILE))
+        first_tiles.append(first_tiles[-1] + triton.cdiv(level.shape[1] * num_classes + 15, tile))
     partials = labels.new_empty(len(labels), first_tiles[-1], dtype=torch.float32) if with_loss else None
     grads = [torch.empty_like(level) for level in levels] if with_grads else []
     background_weight, class_weight = weights_of
@@ -218,8 +220,8 @@ def launch_focal_loss(
         _focal_loss_kernel[(first_tiles[-1], len(labels))](
             tuple(levels), tuple(grads or levels), labels, quality, normalizers, partials, factor, encode_sizes(starts),
             encode_sizes(first_tiles), labels.shape[1], background_weight, class_weight, K=num_classes,
-            GAMMA=float(gamma), KIND=kind, TILE=_TILE, CHUNK=_CHUNK,
-            TILE_ANCHORS=triton.next_power_of_2((_TILE - 2) // num_classes + 2), AHEAD=_AHEAD, WITH_GRADS=with_grads,
+            GAMMA=float(gamma), KIND=kind, TILE=tile, CHUNK=_CHUNK,
+            TILE_ANCHORS=triton.next_power_of_2((tile - 2) // num_classes + 2), AHEAD=ahead, WITH_GRADS=with_grads,
             PTX=PTX, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return ([] if partials is None else [sum_of(partials)]) + grads

@@ -66,7 +66,7 @@ def encode_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
 @triton.jit
 def decode_size(code):
     """The size that ``encode_sizes`` made this code of."""
-    return (-1 - code) // 2
+    return ~code >> 1
 
 
 @triton.jit

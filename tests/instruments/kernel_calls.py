@@ -293,10 +293,10 @@ KERNEL_CALLS = {
         f"box_loss bf16 {name}": KernelCall(functools.partial(_box_loss, torch.bfloat16, name))
         for name in box_loss.LOSS_TYPES
     },
-    "focal_loss bf16": KernelCall(lambda: call_focal_loss(torch.bfloat16), _TILE, 4, 30, 3, _FOCAL),
+    "focal_loss bf16": KernelCall(lambda: call_focal_loss(torch.bfloat16), _TILE, 4, 28, 3, _FOCAL),
     "focal_loss fp32": KernelCall(lambda: call_focal_loss(torch.float32), _TILE, 8, 30, 3, _FOCAL),
-    "focal_loss fp16 forward": KernelCall(lambda: call_focal_loss(torch.float16), _TILE, 2, 30, 3, _FOCAL),
-    "focal_loss fp16 backward": KernelCall(lambda: _focal_loss_backward(torch.float16), _TILE, 4, 30, 3),
+    "focal_loss fp16 forward": KernelCall(lambda: call_focal_loss(torch.float16), _TILE, 2, 28, 3, _FOCAL),
+    "focal_loss fp16 backward": KernelCall(lambda: _focal_loss_backward(torch.float16), _TILE, 4, 28, 3),
     "focal_loss bf16 K=1": KernelCall(lambda: call_focal_loss(torch.bfloat16, 1), _TILE, 4, kernel=_FOCAL),
     "soft_focal_loss bf16 quality_focal": KernelCall(
         lambda: _soft_focal_loss(torch.bfloat16, "quality_focal"), _TILE, 4, kernel=_FOCAL

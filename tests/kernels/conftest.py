@@ -27,8 +27,9 @@ def place(path, device):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles of both kinds in few logits, and images that do not start on a 16-byte boundary."""
-    monkeypatch.setattr(module, "_TILE", 256)
+    monkeypatch.setattr(module, "_TILE_BYTES", 1024)
     monkeypatch.setattr(module, "_CHUNK", 128)
+    monkeypatch.setattr(module, "_AHEAD_BYTES", 512)
     monkeypatch.setattr(focal_loss_cpu, "_TILE", 100)
     monkeypatch.setattr(one_pass, "_TILE", 512)
     monkeypatch.setattr(one_pass, "_PROGRAMS", 3)

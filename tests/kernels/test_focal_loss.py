@@ -165,7 +165,7 @@ def test_every_gradient_is_written_and_the_sum_is_deterministic(device, small_ti
 
 def test_offsets_beyond_two_to_the_31(device):
     """Tile 0 of three images of 2^30 logits and more: only the pages that it touches exist on a CPU."""
-    k, tile, anchors = 91, module._TILE, 2**30 // 91 + 1
+    k, tile, anchors = 91, module._TILE_BYTES // 2, 2**30 // 91 + 1
     level, grad = (torch.empty(3, anchors, k, dtype=torch.bfloat16, device=device) for _ in range(2))
     labels = torch.empty(3, anchors, dtype=torch.int32, device=device)
     x = torch.randn(3, tile, dtype=torch.bfloat16, device=device)
@@ -177,7 +177,7 @@ def test_offsets_beyond_two_to_the_31(device):
     module._focal_loss_kernel[(1, 3)](
         (level,), (grad,), labels, None, torch.ones(3, device=device), partials, None, starts, first_tiles,
         anchors, 0.75, 0.25, K=k, GAMMA=2.0, KIND="focal", TILE=tile, CHUNK=module._CHUNK,
-        TILE_ANCHORS=128, AHEAD=module._AHEAD, WITH_GRADS=True, PTX=module.PTX,
+        TILE_ANCHORS=128, AHEAD=4, WITH_GRADS=True, PTX=module.PTX,
     )  # fmt: skip
     for image in range(3):
         shift = image * anchors * k & 15  # image 2 starts beyond 2^31; its tile at the boundary before
@@ -186,7 +186,7 @@ def test_offsets_beyond_two_to_the_31(device):
             ([x[image, : rows * k].view(1, rows, k)], labels[image : image + 1, :rows], torch.ones(1)), k
         )
         assert error(grad[image, :rows], expected_grads) < 2**-7
-        assert abs(partials[image, 0].cpu() - expected) < 0.04 * expected  # but for the tile's last, cut anchor
+        assert abs(partials[image, 0].cpu() - expected) < 0.02 * expected  # but for the tile's last, cut anchor
 
 
 def test_errors(loss_fn, device):
