@@ -114,18 +114,21 @@ def _box_loss(launch: Launch, row: Row, scene: Scene) -> Work:
 
 
 def _list(launch: Launch, row: Row, scene: Scene) -> Work:
-    """The runs of a tile that hold survivors move together, if they are few. Then each lists a survivor a turn, for as
-    many turns as the fullest needs, and the survivors are counted in bins."""
-    levels, programs, run = launch.args[0], math.prod(launch.grid), launch.kwargs["RUN"]
-    runs, lanes = launch.kwargs["TILE"] // run, launch.kwargs["RUNS"]
-    turns = _fullest(runs, run, scene.survivors)
-    path, counted = float(row.path), 0
-    if turns:
-        sparse = runs * (1 - (1 - scene.survivors) ** run) <= lanes
-        at, counted = (0, math.ceil(scene.survivors * launch.kwargs["TILE"] / lanes)) if sparse else (2, run)
-        path = row.through[at] + (turns - 1) * row.loops[at] + counted * row.loops[at + 1]
-    written = 8 * scene.survivors * sum(level.numel() for level in levels)
-    waits = DRAM + L2 + turns * 2 * L2 + counted * (L2 + REDUCTION)
+    """Each thread lists a survivor of each of its words a turn, for as many turns as the fullest word needs. Then keys
+    are made of them, and counted in bins. Floors, which spare later programs survivors, are left out. A tile whose
+    survivors the list has no room for is counted in wider steps."""
+    levels, programs, tile = launch.args[0], math.prod(launch.grid), launch.kwargs["TILE"]
+    path, waits = float(row.path), DRAM + L2
+    if scene.survivors > 1 / 32:
+        counted = tile // launch.kwargs["WIDE"]
+        path = row.through[-1] + (counted - 1) * row.loops[-1]
+        waits += counted * (L2 + REDUCTION)
+    elif scene.survivors:
+        turns = _fullest(tile // 32, 32, scene.survivors)
+        counted = math.ceil(scene.survivors * tile / launch.kwargs["CHUNK"])
+        path = row.through[0] + (turns - 1) * row.loops[0] + counted * row.loops[1]
+        waits += 2 * L2 + counted * (2 * L2 + REDUCTION)
+    written = 8 * min(1 / 32, scene.survivors) * sum(level.numel() for level in levels)
     return Work(nbytes(levels) + written, programs * path, 0, ALONE * path + waits)
 
 
@@ -172,8 +175,7 @@ def _places(launch: Launch, row: Row, scene: Scene) -> Work:
         path = row.through[-1] + (turns - 1) * row.loops[-1] + (parts - 1) * sum(row.loops[:-1])
         waits = (turns + 3) * L2 + parts * REDUCTION
     else:
-        turns = launch.kwargs["RUN"].bit_length()
-        path, waits = row.through[0] + (turns - 1) * row.loops[0], (turns + 3) * L2
+        path, waits = row.code, (launch.kwargs["RUN"].bit_length() + 3) * L2  # the search is unrolled
     return Work(16 * batch * scene.candidates, programs * path, 0, ALONE * path + waits)
 
 
