@@ -183,7 +183,7 @@ def _list_kernel(
     x_ptr = pick(levels, level) + tl.multiple_of(image * end - shift, 16) + tile * TILE
     segment = image * len(levels) + level
     found_ptr, bins_ptr, floor_ptr = found_ptr + segment, bins_ptr + segment * BINS, floors_ptr + segment
-    floor = tl.load(floor_ptr, volatile=True)
+    floor = tl.atomic_max(floor_ptr, 0, sem="relaxed")  # by a load each warp might see another floor
     at_least = tl.full([], at_least, tl.float32)
     if floor > 0:
         at_least = _lowest_value(floor, first_bin)
