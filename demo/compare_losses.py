@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "thresholds, quality focal, GIoU": {"classification_loss": "quality_focal", "box_loss": "giou"},
     "ATSS, quality focal, GIoU": {"matcher": "atss", "classification_loss": "quality_focal", "box_loss": "giou"},
     "ATSS, varifocal, GIoU": {"matcher": "atss", "classification_loss": "varifocal", "box_loss": "giou"},
+    "ATSS, quality focal, distributions": {"matcher": "atss", "classification_loss": "quality_focal", "reg_max": 16},
 }
 METRICS = ("AP50", "AP")
 _SPLITS = ("heldout", "OSBS_029", "SOAP_061")

@@ -28,6 +28,7 @@ from retina_fast.kernels import (
     candidate_selection,
     conv_epilogue,
     conv_pointwise,
+    distribution_loss,
     first_channels,
     focal_loss,
     greedy_nmm,
@@ -152,11 +153,11 @@ def call_batched_nms(by_class: bool, best_first: bool, batch: int = 8, count: in
     batched_nms.batched_nms(boxes, scores, labels, counts, max_detections=most)
 
 
-def _box_decode(dtype: torch.dtype) -> None:
-    levels = [level.detach() for level in levels_of(dtype, 4)]
+def _box_decode(dtype: torch.dtype, reg_max: int = 0) -> None:
+    levels = [level.detach() for level in levels_of(dtype, 4 * (reg_max + 1))]
     index = torch.empty(8, 5000, dtype=torch.int64, device="cuda")
     sizes = torch.empty(8, 2, dtype=torch.int64, device="cuda")
-    box_decode.box_decode(levels, torch.empty(120087, 4, device="cuda"), index, sizes)
+    box_decode.box_decode(levels, torch.empty(120087, 4, device="cuda"), index, sizes, reg_max)
 
 
 def _soft_nms() -> None:
@@ -241,12 +242,13 @@ def _first_channels(channels: int, width: int) -> None:
     torch.ops.retina_fast.first_channels_backward(y, width)
 
 
-def detect(dtype: torch.dtype, batch: int = 8) -> detections.Detections:
+def detect(dtype: torch.dtype, batch: int = 8, reg_max: int = 0) -> detections.Detections:
     """Calls the whole postprocess, from the heads' outputs at 800x800 to detections."""
-    logits, deltas = ([level.detach() for level in levels_of(dtype, channels, batch)] for channels in (91, 4))
+    widths = 91, 4 * (reg_max + 1)
+    logits, deltas = ([level.detach() for level in levels_of(dtype, channels, batch)] for channels in widths)
     anchors = torch.empty(120087, 4, device="cuda")
     sizes = torch.empty(2, batch, 2, dtype=torch.int64, device="cuda")
-    outputs = HeadOutputs({LOGITS: logits, DELTAS: deltas}, anchors, 91, {})
+    outputs = HeadOutputs({LOGITS: logits, DELTAS: deltas}, anchors, 91, {}, reg_max=reg_max)
     return detections.detect(outputs, sizes[0], sizes[1], Thresholds(0.05, 1000, 0.5, 300))
 
 
@@ -275,11 +277,20 @@ def _box_loss(dtype: torch.dtype, loss_type: str) -> None:
     box_loss.box_loss(levels_of(dtype, channels=4), anchors, indices, boxes, offsets, normalizers, loss_type)
 
 
-def _box_quality() -> None:
+def _distribution_loss(dtype: torch.dtype, loss_type: str) -> None:
     boxes, _, offsets = ground_truths(4000)
     anchors = torch.empty(120087, 4, device="cuda")
     indices = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
-    box_quality.box_quality(levels_of(torch.bfloat16, channels=4), anchors, indices, boxes, offsets)
+    arguments = anchors, indices, boxes, offsets, torch.empty(8, device="cuda"), 16, loss_type
+    distribution_loss.distribution_loss(levels_of(dtype, channels=4 * 17), *arguments)
+
+
+def _box_quality(reg_max: int = 0) -> None:
+    boxes, _, offsets = ground_truths(4000)
+    anchors = torch.empty(120087, 4, device="cuda")
+    indices = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
+    levels = levels_of(torch.bfloat16, channels=4 * (reg_max + 1))
+    box_quality.box_quality(levels, anchors, indices, boxes, offsets, reg_max)
 
 
 _TILE, _FOCAL = ("TILE",), "_focal_loss_kernel"
@@ -305,6 +316,8 @@ KERNEL_CALLS = {
         lambda: _soft_focal_loss(torch.bfloat16, "varifocal"), _TILE, 4, kernel=_FOCAL
     ),
     "box_quality bf16": KernelCall(_box_quality),
+    "box_quality bf16 n=16": KernelCall(lambda: _box_quality(16)),
+    "distribution_loss bf16 giou": KernelCall(lambda: _distribution_loss(torch.bfloat16, "giou")),
     "one_pass scale bf16": KernelCall(lambda: call_scale(torch.bfloat16)),
     "sigmoid_focal_loss bf16 losses": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "losses"), _TILE, 6),
     "sigmoid_focal_loss bf16 sum": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "sums"), _TILE, 4),
@@ -326,9 +339,11 @@ KERNEL_CALLS = {
     "candidate_selection bf16 topk=5000": KernelCall(lambda: _candidate_selection(torch.bfloat16, 5000)),
     "candidate_selection bf16 one image": KernelCall(lambda: _candidate_selection(torch.bfloat16, batch=1)),
     "postprocess bf16": KernelCall(lambda: detect(torch.bfloat16)),
+    "postprocess bf16 n=16": KernelCall(lambda: detect(torch.bfloat16, 1, 16)),
     "postprocess bf16 one image": KernelCall(lambda: detect(torch.bfloat16, 1)),
     "postprocess bf16 32 images": KernelCall(lambda: detect(torch.bfloat16, 32)),
     "box_decode bf16": KernelCall(lambda: _box_decode(torch.bfloat16)),
+    "box_decode bf16 n=16": KernelCall(lambda: _box_decode(torch.bfloat16, 16)),
     "batched_nms": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False)),
     "batched_nms best first": KernelCall(lambda: call_batched_nms(by_class=True, best_first=True)),
     "batched_nms one image": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False, batch=1)),
