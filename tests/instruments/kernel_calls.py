@@ -317,7 +317,7 @@ KERNEL_CALLS = {
     ),
     "box_quality bf16": KernelCall(_box_quality),
     "box_quality bf16 n=16": KernelCall(lambda: _box_quality(16)),
-    "distribution_loss bf16 giou": KernelCall(lambda: _distribution_loss(torch.bfloat16, "giou")),
+    "distribution_loss bf16": KernelCall(lambda: _distribution_loss(torch.bfloat16, "giou")),
     "one_pass scale bf16": KernelCall(lambda: call_scale(torch.bfloat16)),
     "sigmoid_focal_loss bf16 losses": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "losses"), _TILE, 6),
     "sigmoid_focal_loss bf16 sum": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "sums"), _TILE, 4),
