@@ -22,6 +22,7 @@ from retina_fast.kernels.arguments import (
     check_integers,
     check_shape,
     loss_normalizers,
+    loss_weights,
 )
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode
 from retina_fast.kernels.dispatch import HAS_TRITON, runs_triton, tl, triton
@@ -56,6 +57,7 @@ def box_loss_reference(
     offsets: Tensor,
     normalizers: Tensor,
     loss_type: str = "l1",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The definition, differentiable by autograd; see :func:`box_loss`."""
     image, anchor = (indices >= 0).nonzero(as_tuple=True)  # (F,) each, F the foreground anchors
@@ -68,6 +70,8 @@ def box_loss_reference(
     else:
         difference = F.l1_loss if loss_type == "l1" else F.smooth_l1_loss
         loss = difference(flat, encode(matched, anchors), reduction="none").sum(dim=1)
+    if weights is not None:
+        loss = loss * weights[image, anchor].to(loss.dtype)
     return (loss / normalizers[image]).sum()
 
 
@@ -93,7 +97,8 @@ def _l1(delta, target, SMOOTH: tl.constexpr):
 @triton.jit(do_not_specialize=["num_anchors", "anchors_stride"])
 def _box_loss_kernel(
     levels, grads, anchors_ptr, anchors_stride, indices_ptr, boxes_ptr, offsets_ptr, normalizers_ptr, partials_ptr,
-    factor_ptr, starts, first_tiles, num_anchors, LOSS: tl.constexpr, TILE: tl.constexpr, WITH_GRADS: tl.constexpr,
+    factor_ptr, weights_ptr, starts, first_tiles, num_anchors, LOSS: tl.constexpr, TILE: tl.constexpr,
+    WITH_GRADS: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b) handles tile t, counted through the levels, of image b. It writes the tile's share of the loss to
     partials (B, T), and its gradients, times factor if there is one. Either output may be left out."""
@@ -138,6 +143,8 @@ def _box_loss_kernel(
             grad_w = tl.where(dw <= _MAX_LOG_SCALE, grad_w * half_w, 0.0)
             grad_h = tl.where(dh <= _MAX_LOG_SCALE, grad_h * half_h, 0.0)
         scale = 1 / tl.load(normalizers_ptr + image)
+        if weights_ptr is not None:
+            scale *= tl.load(weights_ptr + image * num_anchors + start + row, mask=foreground, other=0.0)
         loss = tl.where(foreground, loss * scale, 0.0)
         if WITH_GRADS:
             if factor_ptr is not None:
@@ -161,6 +168,7 @@ def _box_loss_op(
     loss_type: str,
     with_loss: bool,
     with_grads: bool,
+    weights: Tensor | None = None,
 ) -> list[Tensor]:
     """The loss (), if wanted, and the gradients of all contiguous levels (B, N_l, 4), times factor (), if wanted."""
     starts, first_tiles = [0], [0]
@@ -172,14 +180,14 @@ def _box_loss_op(
     with torch.cuda.device_of(indices):
         _box_loss_kernel[(first_tiles[-1], len(indices))](
             tuple(levels), tuple(grads or levels), anchors, anchors.stride(0) if anchors.dim() == 3 else 0, indices,
-            boxes, offsets, normalizers, partials, factor, encode_sizes(starts), encode_sizes(first_tiles),
+            boxes, offsets, normalizers, partials, factor, weights, encode_sizes(starts), encode_sizes(first_tiles),
             indices.shape[1], LOSS=loss_type, TILE=_TILE, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return ([] if partials is None else [sum_of(partials)]) + grads
 
 
 @_box_loss_op.register_fake
-def _(levels, anchors, indices, boxes, offsets, normalizers, factor, loss_type, with_loss, with_grads):
+def _(levels, anchors, indices, boxes, offsets, normalizers, factor, loss_type, with_loss, with_grads, weights=None):
     loss = [indices.new_empty((), dtype=torch.float32)] if with_loss else []
     return loss + ([torch.empty_like(level) for level in levels] if with_grads else [])
 
@@ -189,17 +197,18 @@ def _reference_of_levels(arguments, *levels):
 
 
 def _setup_context(ctx, inputs, output):
-    levels, *tensors, _, ctx.loss_type, with_loss, _ = inputs
+    levels, *tensors, _, ctx.loss_type, with_loss, _, weights = inputs
     ctx.mark_non_differentiable(*output[int(with_loss) :])
-    ctx.save_for_backward(*tensors, *levels)
+    ctx.save_for_backward(*tensors, weights, *levels)
 
 
 def _backward(ctx, grad_outputs):
-    tensors, levels = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
+    *tensors, weights = ctx.saved_tensors[:6]
+    levels, nothing = list(ctx.saved_tensors[6:]), [None] * 10
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        reference = functools.partial(_reference_of_levels, (*tensors, ctx.loss_type))
-        return grads_by_reference("box_loss", reference, levels, grad_outputs[0]), *[None] * 9
-    return _box_loss_op(levels, *tensors, grad_outputs[0], ctx.loss_type, False, True), *[None] * 9
+        reference = functools.partial(_reference_of_levels, (*tensors, ctx.loss_type, weights))
+        return grads_by_reference("box_loss", reference, levels, grad_outputs[0]), *nothing
+    return _box_loss_op(levels, *tensors, grad_outputs[0], ctx.loss_type, False, True, weights), *nothing
 
 
 _box_loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -213,18 +222,20 @@ def _box_loss_triton(
     offsets: Tensor,
     normalizers: Tensor,
     loss_type: str,
+    weights: Tensor | None = None,
 ) -> Tensor:
     levels = [level.contiguous() for level in levels]
     tensors = [x.contiguous() for x in (anchors, indices, boxes, offsets, normalizers)]
+    weights = None if weights is None else weights.contiguous()
     wanted = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
     if wanted and levels[0].dtype != torch.float16 and not torch.compiler.is_compiling():
         return OnePass.apply(
             "box_loss",
-            lambda levels: _box_loss_op(levels, *tensors, None, loss_type, True, True),
-            functools.partial(_reference_of_levels, (*tensors, loss_type)),
+            lambda levels: _box_loss_op(levels, *tensors, None, loss_type, True, True, weights),
+            functools.partial(_reference_of_levels, (*tensors, loss_type, weights)),
             *levels,
         )
-    return _box_loss_op(levels, *tensors, None, loss_type, True, False)[0]
+    return _box_loss_op(levels, *tensors, None, loss_type, True, False, weights)[0]
 
 
 def box_loss(
@@ -235,6 +246,7 @@ def box_loss(
     offsets: Tensor,
     normalizers: Tensor,
     loss_type: str = "l1",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Box loss of a batch: the sum over images b of (the summed loss of b's foreground) / normalizers[b], a scalar.
 
@@ -248,6 +260,8 @@ def box_loss(
         normalizers: ``(B,)`` of any dtype: the foreground counts (at least 1) times B for torchvision's mean over
             images.
         loss_type: one of l1, smooth_l1, giou, diou, ciou.
+        weights: ``(B, N)``, the weight of each foreground anchor's loss, such as its quality; others are not read. No
+            gradient flows into it. None weighs all alike.
 
     Raises:
         AssertionError: for an unknown ``loss_type``, as torchvision's.
@@ -274,6 +288,9 @@ def box_loss(
     normalizers = loss_normalizers(normalizers, batch, first)
     if first.dtype != torch.float64:
         anchors, boxes = anchors.float(), boxes.float()
+    weights = loss_weights(weights, normalizers, (batch, count))
     if runs_triton(*deltas):
-        return _box_loss_triton(flatten_all(deltas, 4), anchors, indices, boxes, offsets, normalizers, loss_type)
-    return box_loss_reference(deltas, anchors, indices, boxes, offsets, normalizers, loss_type)
+        return _box_loss_triton(
+            flatten_all(deltas, 4), anchors, indices, boxes, offsets, normalizers, loss_type, weights
+        )
+    return box_loss_reference(deltas, anchors, indices, boxes, offsets, normalizers, loss_type, weights)

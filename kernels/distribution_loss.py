@@ -31,6 +31,7 @@ from retina_fast.kernels.arguments import (
     check_integers,
     check_shape,
     loss_normalizers,
+    loss_weights,
 )
 from retina_fast.kernels.box_decode import decode
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
@@ -52,6 +53,7 @@ def distribution_loss_reference(
     normalizers: Tensor,
     reg_max: int = 16,
     loss_type: str = "giou",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The definition, differentiable by autograd; see :func:`distribution_loss`."""
     image, anchor = (indices >= 0).nonzero(as_tuple=True)  # (F,) each, F the foreground anchors
@@ -67,7 +69,10 @@ def distribution_loss_reference(
     entropy, upper = functools.partial(F.cross_entropy, logits, reduction="none"), target - below
     dfl = (1 - upper) * entropy(below.long()) + upper * entropy(below.long() + 1)  # (F, 4)
     loss = IOU_LOSSES[loss_type](decode(flat, anchors), matched, reduction="none", eps=1e-7)
-    return ((loss + DFL_WEIGHT * dfl.mean(dim=1)) / normalizers[image]).sum()
+    loss = loss + DFL_WEIGHT * dfl.mean(dim=1)
+    if weights is not None:
+        loss = loss * weights[image, anchor].to(loss.dtype)
+    return (loss / normalizers[image]).sum()
 
 
 # Triton. A program handles a tile of anchors of one image and level; nearly all tiles hold no foreground.
@@ -98,16 +103,16 @@ def _store_side(ptr, side: tl.constexpr, p, e, target, slope, scale, foreground,
     """Writes the gradient of a side, whose softmax is p and whose expectation e; slope is that of the loss in e."""
     bins = tl.arange(0, BINS)[None, :]
     grad = slope[:, None] * p * (bins - e[:, None]) + (p - target) * _TL_WEIGHT
-    grad = tl.where(foreground[:, None], grad * scale, 0.0).to(ptr.dtype.element_ty)
+    grad = tl.where(foreground[:, None], grad * scale[:, None], 0.0).to(ptr.dtype.element_ty)
     tl.store(ptr[:, None] + (side * COUNT + bins), grad, mask=mask[:, None] & (bins < COUNT))
 
 
 @triton.jit
 def _rows(
-    level_ptr, grad_ptr, anchors_ptr, index, boxes_ptr, row, anchor, valid, normalizer, factor, LOSS: tl.constexpr,
+    level_ptr, grad_ptr, anchors_ptr, index, boxes_ptr, row, anchor, valid, weight, factor, LOSS: tl.constexpr,
     COUNT: tl.constexpr, BINS: tl.constexpr, WITH_GRADS: tl.constexpr,
 ):  # fmt: skip
-    """The losses of some rows of a level, 0 for background, and their gradients, which it writes."""
+    """The losses of some rows of a level, times weight [N], 0 for background; it writes their gradients."""
     foreground = index >= 0
     x1, y1, x2, y2 = load_rows(anchors_ptr, anchor, foreground)
     bx1, by1, bx2, by2 = load_rows(boxes_ptr, index, foreground)
@@ -127,19 +132,19 @@ def _rows(
     loss += (dfl + of_top + of_right + of_bottom) * _TL_WEIGHT
     if WITH_GRADS:
         # Centre and half size move by half of what a side moves.
-        scale, half_x, half_y, ptr = factor / normalizer, 0.5 * unit_x, 0.5 * unit_y, grad_ptr + row * (4 * COUNT)
+        scale, half_x, half_y, ptr = factor * weight, 0.5 * unit_x, 0.5 * unit_y, grad_ptr + row * (4 * COUNT)
         _store_side(ptr, 0, left, left_e, left_y, half_x * (by_w - by_x), scale, foreground, valid, COUNT, BINS)
         _store_side(ptr, 1, top, top_e, top_y, half_y * (by_h - by_y), scale, foreground, valid, COUNT, BINS)
         _store_side(ptr, 2, right, right_e, right_y, half_x * (by_w + by_x), scale, foreground, valid, COUNT, BINS)
         _store_side(ptr, 3, bottom, bottom_e, bottom_y, half_y * (by_h + by_y), scale, foreground, valid, COUNT, BINS)
-    return tl.where(foreground, loss / normalizer, 0.0)
+    return tl.where(foreground, loss * weight, 0.0)
 
 
 @triton.jit(do_not_specialize=["num_anchors", "anchors_stride"])
 def _distribution_loss_kernel(
     levels, grads, anchors_ptr, anchors_stride, indices_ptr, boxes_ptr, offsets_ptr, normalizers_ptr, partials_ptr,
-    factor_ptr, starts, first_tiles, num_anchors, LOSS: tl.constexpr, COUNT: tl.constexpr, BINS: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, ZEROS: tl.constexpr, WITH_GRADS: tl.constexpr,
+    factor_ptr, weights_ptr, starts, first_tiles, num_anchors, LOSS: tl.constexpr, COUNT: tl.constexpr,
+    BINS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, ZEROS: tl.constexpr, WITH_GRADS: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b) handles tile t, counted through the levels, of image b. It writes the tile's share of the loss to
     partials (B, T), and its gradients, times factor if there is one. Either output may be left out."""
@@ -163,16 +168,19 @@ def _distribution_loss_kernel(
                 tl.store(grad_ptr + begin * (4 * COUNT) + i, zeros, mask=inside)
     else:
         boxes_ptr += tl.load(offsets_ptr + image) * 4
-        normalizer, factor = tl.load(normalizers_ptr + image), 1.0
+        scale, factor = 1 / tl.load(normalizers_ptr + image), 1.0
         if factor_ptr is not None:
             factor = tl.load(factor_ptr)
         for first in range(begin, min(begin + TILE, num_rows), ROWS):
             some = first + tl.arange(0, ROWS)
             valid = some < num_rows
             index = tl.load(indices_ptr + some, mask=valid, other=-1)
+            weight = tl.zeros([ROWS], tl.float32) + scale
+            if weights_ptr is not None:
+                weight *= tl.load(weights_ptr + image * num_anchors + start + some, mask=index >= 0, other=0.0)
             loss += _rows(
                 level_ptr, grad_ptr, anchors_ptr + image * anchors_stride, index, boxes_ptr, some, start + some, valid,
-                normalizer, factor, LOSS, COUNT, BINS, WITH_GRADS,
+                weight, factor, LOSS, COUNT, BINS, WITH_GRADS,
             )  # fmt: skip
     if partials_ptr is not None:
         tl.store(partials_ptr + image * tl.num_programs(0) + tile, tl.sum(loss, axis=0))
@@ -191,6 +199,7 @@ def _distribution_loss_op(
     loss_type: str,
     with_loss: bool,
     with_grads: bool,
+    weights: Tensor | None = None,
 ) -> list[Tensor]:
     """The loss (), if wanted, and the gradients of all contiguous levels (B, N_l, C), times factor (), if wanted."""
     starts, first_tiles = [0], [0]
@@ -202,7 +211,7 @@ def _distribution_loss_op(
     with torch.cuda.device_of(indices):
         _distribution_loss_kernel[(first_tiles[-1], len(indices))](
             tuple(levels), tuple(grads or levels), anchors, anchors.stride(0) if anchors.dim() == 3 else 0, indices,
-            boxes, offsets, normalizers, partials, factor, encode_sizes(starts), encode_sizes(first_tiles),
+            boxes, offsets, normalizers, partials, factor, weights, encode_sizes(starts), encode_sizes(first_tiles),
             indices.shape[1], LOSS=loss_type, COUNT=reg_max + 1, BINS=triton.next_power_of_2(reg_max + 1), TILE=_TILE,
             ROWS=_ROWS, ZEROS=_ZEROS, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
@@ -210,7 +219,9 @@ def _distribution_loss_op(
 
 
 @_distribution_loss_op.register_fake
-def _(levels, anchors, indices, boxes, offsets, normalizers, factor, reg_max, loss_type, with_loss, with_grads):
+def _(
+    levels, anchors, indices, boxes, offsets, normalizers, factor, reg_max, loss, with_loss, with_grads, weights=None
+):
     loss = [indices.new_empty((), dtype=torch.float32)] if with_loss else []
     return loss + ([torch.empty_like(level) for level in levels] if with_grads else [])
 
@@ -220,35 +231,39 @@ def _reference_of_levels(arguments, *levels):
 
 
 def _setup_context(ctx, inputs, output):
-    levels, *tensors, _, reg_max, loss_type, with_loss, _ = inputs
+    levels, *tensors, _, reg_max, loss_type, with_loss, _, weights = inputs
     ctx.constants = reg_max, loss_type
     ctx.mark_non_differentiable(*output[int(with_loss) :])
-    ctx.save_for_backward(*tensors, *levels)
+    ctx.save_for_backward(*tensors, weights, *levels)
 
 
 def _backward(ctx, grad_outputs):
-    tensors, levels, nothing = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:]), [None] * 10
+    *tensors, weights = ctx.saved_tensors[:6]
+    levels, nothing = list(ctx.saved_tensors[6:]), [None] * 11
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        reference = functools.partial(_reference_of_levels, (*tensors, *ctx.constants))
+        reference = functools.partial(_reference_of_levels, (*tensors, *ctx.constants, weights))
         return grads_by_reference("distribution_loss", reference, levels, grad_outputs[0]), *nothing
-    return _distribution_loss_op(levels, *tensors, grad_outputs[0], *ctx.constants, False, True), *nothing
+    return _distribution_loss_op(levels, *tensors, grad_outputs[0], *ctx.constants, False, True, weights), *nothing
 
 
 _distribution_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _distribution_loss_triton(levels: Sequence[Tensor], tensors: Sequence[Tensor], reg_max: int, loss: str) -> Tensor:
+def _distribution_loss_triton(
+    levels: Sequence[Tensor], tensors: Sequence[Tensor], reg_max: int, loss: str, weights: Tensor | None
+) -> Tensor:
     levels = [level.contiguous() for level in levels]
     tensors = [x.contiguous() for x in tensors]
+    weights = None if weights is None else weights.contiguous()
     wanted = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
     if wanted and levels[0].dtype != torch.float16 and not torch.compiler.is_compiling():
         return OnePass.apply(
             "distribution_loss",
-            lambda levels: _distribution_loss_op(levels, *tensors, None, reg_max, loss, True, True),
-            functools.partial(_reference_of_levels, (*tensors, reg_max, loss)),
+            lambda levels: _distribution_loss_op(levels, *tensors, None, reg_max, loss, True, True, weights),
+            functools.partial(_reference_of_levels, (*tensors, reg_max, loss, weights)),
             *levels,
         )
-    return _distribution_loss_op(levels, *tensors, None, reg_max, loss, True, False)[0]
+    return _distribution_loss_op(levels, *tensors, None, reg_max, loss, True, False, weights)[0]
 
 
 def distribution_loss(
@@ -260,6 +275,7 @@ def distribution_loss(
     normalizers: Tensor,
     reg_max: int = 16,
     loss_type: str = "giou",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Box loss of a batch whose boxes are distributions: the sum over images b of (the summed IoU loss and distribution
     focal loss of b's foreground) / normalizers[b], a scalar.
@@ -276,6 +292,8 @@ def distribution_loss(
         reg_max: n, at least 1: the farthest distance of a side from the anchor's centre, in eighths of the anchor's
             size. A ground truth that reaches farther, or does not reach the centre, has the nearest distance as target.
         loss_type: of the decoded box: giou, diou or ciou.
+        weights: ``(B, N)``, the weight of each foreground anchor's loss, such as its quality; others are not read. No
+            gradient flows into it. None weighs all alike.
 
     Raises:
         ValueError: if the shapes do not fit, indices or offsets are not integers, the levels differ in dtype, the
@@ -307,7 +325,8 @@ def distribution_loss(
     if first.dtype != torch.float64:
         anchors, boxes = anchors.float(), boxes.float()
     tensors = anchors, indices, boxes, offsets, normalizers
+    weights = loss_weights(weights, normalizers, (batch, count))
     if runs_triton(*distributions):
         levels = flatten_all(distributions, box_channels(reg_max))
-        return _distribution_loss_triton(levels, tensors, reg_max, loss_type)
-    return distribution_loss_reference(distributions, *tensors, reg_max, loss_type)
+        return _distribution_loss_triton(levels, tensors, reg_max, loss_type, weights)
+    return distribution_loss_reference(distributions, *tensors, reg_max, loss_type, weights)

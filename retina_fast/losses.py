@@ -69,6 +69,9 @@ MATCHERS = {"atss": AtssMatcher}
 CLASSIFICATION_LOSSES = ("focal", *WEIGHTS)
 """What a model's argument ``classification_loss`` may be."""
 
+BOX_WEIGHTS = ("quality",)
+"""What a model's argument ``box_weights`` may be."""
+
 
 _SET_BY = {
     "matcher": "proposal_matcher, such as to AtssMatcher()",
@@ -137,14 +140,17 @@ def _match(outputs: HeadOutputs, anchors: Tensor, truths: GroundTruths, matcher:
     return atss_matching(*arguments, sizes, matcher.top_k * per_cell)
 
 
-def check_losses(classification_loss: str | None, box_loss: str | None, reg_max: int | None = None) -> None:
-    """Raises ValueError for a name that is no loss, or a box loss that the distributions of a ``reg_max`` cannot have.
-    None passes."""
+def check_losses(
+    classification_loss: str | None, box_loss: str | None, reg_max: int | None = None, box_weights: str | None = None
+) -> None:
+    """Raises ValueError for a name that is no loss or no weight, or a box loss that the distributions of a ``reg_max``
+    cannot have. None passes."""
     if reg_max is not None and (type(reg_max) is not int or reg_max < 1):
         raise ValueError(f"reg_max must be a whole number of at least 1, got {reg_max!r}")
     for name, chosen, known in (
         ("classification_loss", classification_loss, CLASSIFICATION_LOSSES),
         ("box_loss", box_loss, LOSS_TYPES),
+        ("box_weights", box_weights, BOX_WEIGHTS),
     ):
         if chosen is not None and chosen not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {chosen!r}")
@@ -170,6 +176,7 @@ def detection_losses(
     loss_type: str,
     gamma: float = 2.0,
     classification_loss: str = "focal",
+    box_weights: str | None = None,
 ) -> dict[str, Tensor]:
     """The two losses of a batch, averaged as torchvision's: per image, sum / max(1, foreground anchors); then the mean.
 
@@ -181,6 +188,8 @@ def detection_losses(
             last three, to which distribution focal loss is added.
         gamma: focusing exponent of the classification loss.
         classification_loss: one of :data:`CLASSIFICATION_LOSSES`.
+        box_weights: quality, where a foreground anchor's box loss is weighed by the IoU of its predicted box with the
+            ground truth, and an image's is divided by the sum of these, at least 1, in place of their number.
 
     Returns:
         ``classification`` and ``bbox_regression``, scalars.
@@ -195,13 +204,19 @@ def detection_losses(
     normalizers = matches.num_foreground.clamp(min=1) * batch  # (B,) float32
     logits, deltas, labels, k = outputs.levels[LOGITS], outputs.levels[DELTAS], matches.labels, outputs.num_classes
     geometry = anchors, matches.indices, truths.boxes, truths.offsets
+    quality = None
+    if classification_loss != "focal" or box_weights:
+        quality = box_quality(deltas, *geometry, outputs.reg_max)
     if classification_loss == "focal":
         classification = focal_loss(logits, labels, normalizers, k, gamma=gamma)
     else:
-        quality = box_quality(deltas, *geometry, outputs.reg_max)
+        assert quality is not None
         classification = soft_focal_loss(logits, labels, quality, normalizers, k, classification_loss, gamma)
+    weights = quality if box_weights else None
+    if weights is not None:
+        normalizers = weights.sum(dim=1).clamp(min=1) * batch
     if outputs.reg_max:
-        box = distribution_loss(deltas, *geometry, normalizers, outputs.reg_max, loss_type)
+        box = distribution_loss(deltas, *geometry, normalizers, outputs.reg_max, loss_type, weights)
     else:
-        box = box_loss(deltas, *geometry, normalizers, loss_type)
+        box = box_loss(deltas, *geometry, normalizers, loss_type, weights)
     return {"classification": classification, "bbox_regression": box}

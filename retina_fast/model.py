@@ -54,7 +54,8 @@ class RetinaNet(Predicts, tv.RetinaNet):
             ``classification_loss``: "focal" as torchvision's, "quality_focal" or "varifocal"; ``box_loss``: "l1",
             "smooth_l1", "giou", "diou" or "ciou", that of the head by default; ``reg_max``: each side of a box becomes
             a distribution over 0, 1, ..., ``reg_max`` eighths of the anchor, 16 in its paper, and distribution focal
-            loss is added to one of the last three box losses, GIoU by default;
+            loss is added to one of the last three box losses, GIoU by default; ``box_weights``: "quality" weighs box
+            losses by the IoU of the predicted box;
             ``size_divisible`` (that of the backbone if it has one, else 32), ``fixed_size``, ``_skip_resize`` (in
             training) of torchvision's transform, and ``image_scale``, 1 by default; others are warned of.
 
@@ -76,6 +77,7 @@ class RetinaNet(Predicts, tv.RetinaNet):
     check_targets = True
     focal_gamma = 2.0
     classification_loss = "focal"
+    box_weights: str | None = None
 
     def __init__(
         self,
@@ -103,7 +105,8 @@ class RetinaNet(Predicts, tv.RetinaNet):
         box_loss = kwargs.pop("box_loss", None)
         classification_loss = kwargs.pop("classification_loss", None)
         reg_max = kwargs.pop("reg_max", None)
-        check_losses(classification_loss, box_loss, reg_max)
+        box_weights = kwargs.pop("box_weights", None)
+        check_losses(classification_loss, box_loss, reg_max, box_weights)
         kwargs.setdefault("size_divisible", getattr(backbone, "size_divisible", 32))
         super().__init__(
             backbone,
@@ -141,6 +144,8 @@ class RetinaNet(Predicts, tv.RetinaNet):
         )
         if classification_loss is not None:
             self.classification_loss = classification_loss
+        if box_weights is not None:
+            self.box_weights = box_weights
         if reg_max is not None:
             give_distributions(self, reg_max)
         if box_loss is not None:
@@ -314,17 +319,19 @@ class RetinaNet(Predicts, tv.RetinaNet):
         return check
 
     def _losses_of(self, targets: Targets, truths: GroundTruths, outputs: HeadOutputs) -> dict[str, Tensor]:
-        check_losses(self.classification_loss, None)  # it may have been set since the model was made
+        check_losses(
+            self.classification_loss, None, None, self.box_weights
+        )  # it may have been set since the model was made
         if isinstance(self.proposal_matcher, str):
             raise TypeError(f"proposal_matcher must be a matcher, such as AtssMatcher(), got {self.proposal_matcher!r}")
         if has_stock_losses(self.head, self.proposal_matcher):
             loss_type = self.head.regression_head._loss_type
             matcher, gamma, chosen = self.proposal_matcher, self.focal_gamma, self.classification_loss
-            return detection_losses(outputs, truths, matcher, loss_type, gamma, chosen)
-        if self.classification_loss != "focal":
+            return detection_losses(outputs, truths, matcher, loss_type, gamma, chosen, self.box_weights)
+        if self.classification_loss != "focal" or self.box_weights:
             raise NotImplementedError(
-                f"classification_loss {self.classification_loss!r} needs this package's losses, but a part of the "
-                "model that computes losses is the user's own"
+                f"classification_loss {self.classification_loss!r} with box_weights {self.box_weights!r} needs this "
+                "package's losses, but a part of the model that computes losses is the user's own"
             )
         anchors = list(outputs.anchors.expand(len(targets), -1, -1))
         return super().compute_loss(with_truths(targets, truths), outputs.joined(), anchors)

@@ -103,6 +103,9 @@ def train(
     box_loss: Annotated[
         str | None, typer.Option(help="l1, smooth_l1, giou, diou or ciou; by default the model's own.")
     ] = None,
+    box_weights: Annotated[
+        str | None, typer.Option(help="quality: box losses are weighed by the IoU of the predicted box.")
+    ] = None,
     reg_max: Annotated[
         int | None,
         typer.Option(min=1, help="Sides of boxes are distributions over so many eighths of the anchor; 16 is usual."),
@@ -142,6 +145,7 @@ def train(
             matcher=matcher,
             classification_loss=classification_loss,
             box_loss=box_loss,
+            box_weights=box_weights,
             reg_max=reg_max,
             anchors=anchors,
         )

@@ -74,6 +74,7 @@ def _builder_arguments(settings: ResolvedSettings, given: dict[str, Any]) -> dic
         kwargs |= {"min_size": None, "image_scale": settings.image_scale, "_skip_resize": settings.crop > 0}
     if settings.weights_backbone != RANDOM:
         kwargs |= {"weights_backbone": settings.weights_backbone}
-    chosen = {name: getattr(settings, name) for name in ("matcher", "classification_loss", "box_loss", "reg_max")}
+    names = "matcher", "classification_loss", "box_loss", "box_weights", "reg_max"
+    chosen = {name: getattr(settings, name) for name in names}
     kwargs |= {name: value for name, value in chosen.items() if value is not None}
     return kwargs

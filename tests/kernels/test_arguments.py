@@ -56,11 +56,12 @@ def arguments(device="cpu"):
         "focal_loss": {"logits": logits, "labels": indices, "normalizers": normalizers, "num_classes": 3},
         "box_loss": {
             "deltas": deltas, "anchors": anchors, "indices": indices, "boxes": boxes, "offsets": offsets,
-            "normalizers": normalizers,
+            "normalizers": normalizers, "weights": torch.rand(2, 8, generator=generator),
         },
         "distribution_loss": {
             "distributions": [torch.randn(2, 2 * 4 * 3, n, 1, generator=generator) for n in (3, 1)], "anchors": anchors,
             "indices": indices, "boxes": boxes, "offsets": offsets, "normalizers": normalizers, "reg_max": 2,
+            "weights": torch.rand(2, 8, generator=generator),
         },
         "soft_focal_loss": {
             "logits": logits, "labels": indices, "quality": torch.rand(2, 8, generator=generator),

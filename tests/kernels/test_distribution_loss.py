@@ -140,6 +140,27 @@ def test_nan_is_not_hidden(loss_fn, place, side):
     assert loss_fn([x.to(place)], anchors.to(place), *[r.to(place) for r in rest], N).isnan()
 
 
+def test_weights_of_the_anchors(loss_fn, place):
+    """Losses and gradients add up to those without weights where the weights add up to 1; those of the other anchors
+    are not read."""
+    levels, anchors, indices, *rest = case(device=place)
+    drawn = torch.rand(indices.shape, generator=torch.Generator().manual_seed(4)).to(place)
+    drawn = torch.where(indices >= 0, drawn, torch.nan)
+    losses = [loss_fn(levels, anchors, indices, *rest, "giou", weights) for weights in (drawn, 1 - drawn, None)]
+    first, second, whole = [torch.autograd.grad(loss, levels) for loss in losses]
+    losses = [loss.detach() for loss in losses]
+    torch.testing.assert_close(losses[0] + losses[1], losses[2], rtol=1e-6, atol=0)
+    assert_close([a + b for a, b in zip(first, second, strict=True)], whole, 1e-6)
+    alone = torch.where((indices >= 0) & (drawn == drawn[indices >= 0][0]), 1.0, 0.0)  # all but one anchor have none
+    assert (
+        sum(
+            int(grad.any(dim=1).sum())
+            for grad in torch.autograd.grad(loss_fn(levels, anchors, indices, *rest, "giou", alone), levels)
+        )
+        == 1
+    )
+
+
 def test_images_may_have_their_own_anchors(loss_fn, place):
     levels, anchors, *rest = case(device=place)
     stacked = torch.stack((anchors, anchors + 2))

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from torchvision.models.detection._utils import Matcher
 from retina_fast import AtssMatcher, RetinaNet, TrainingStep, checkpoint, from_torchvision, retinanet_resnet18_fpn_lite
 from retina_fast.convert import to_torchvision
 from retina_fast.forward import HeadOutputs
+from retina_fast.kernels import distribution_loss as distribution_module
 from retina_fast.kernels.atss_matching import atss_matching
 from retina_fast.kernels.box_loss import box_loss
 from retina_fast.kernels.box_quality import box_quality
+from retina_fast.kernels.distribution_loss import distribution_loss
 from retina_fast.kernels.soft_focal_loss import soft_focal_loss
 from retina_fast.losses import detection_losses
 from retina_fast.targets import gather_targets
@@ -110,6 +113,35 @@ def test_nothing_of_the_loss_path_waits_for_the_gpu():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "options", [{"box_loss": "giou"}, {"reg_max": 3, "classification_loss": "quality_focal"}], ids=str
+)
+def test_box_losses_weighed_by_quality(device, options):
+    """Each foreground anchor's loss times its IoU, over the sum of these in its image, at least 1."""
+    outputs, targets, anchors = case((3, 0, 1), device)
+    n = options.get("reg_max", 0)
+    if n:
+        drawn = [torch.randn(3, 9 * 4 * (n + 1), s, s, generator=torch.Generator().manual_seed(s)) for s in GRIDS]
+        outputs["bbox_regression"] = [level.to(device).requires_grad_() for level in drawn]
+    _, model = models("giou", matcher="atss", box_weights="quality", **options)
+    deltas, truths = outputs["bbox_regression"], gather_targets(targets, 3, anchors[0].device)
+    matches = atss_matching(anchors[0], truths.boxes, truths.labels, truths.offsets, SIZES, 81)
+    geometry = anchors[0], matches.indices, truths.boxes, truths.offsets
+    quality = box_quality(deltas, *geometry, n)
+    totals = quality.sum(dim=1)
+    assert totals.max() > 1 > totals.min()
+    constants = totals.clamp(min=1) * 3, *((n, "giou") if n else ("giou",)), quality
+    expected = (distribution_loss if n else box_loss)(deltas, *geometry, *constants)
+    grads = torch.autograd.grad(expected, deltas)
+    for context in (kernels_everywhere(), contextlib.nullcontext()):
+        kernels = not isinstance(context, contextlib.nullcontext)
+        with context, mock.patch.object(distribution_module, "runs_triton", return_value=kernels):
+            ours = model.compute_loss(targets, outputs, anchors)["bbox_regression"]
+        assert abs(ours - expected) <= 1e-5 * expected
+        found = torch.autograd.grad(ours, deltas)
+        assert all(relative(x, y) <= 1e-5 for x, y in zip(found, grads, strict=True))
+
+
 def test_live_changes_and_torchvisions_model(device):
     outputs, targets, anchors = case((2, 1), device)
     plain, model = models("l1")
@@ -124,11 +156,13 @@ def test_live_changes_and_torchvisions_model(device):
 
 def test_a_model_file_keeps_the_choices(tmp_path):
     kwargs: dict[str, Any] = {"matcher": "atss", "classification_loss": "varifocal", "box_loss": "giou"}
+    kwargs["box_weights"] = "quality"
     model = checkpoint.build("retinanet_resnet18_fpn_lite", 1, **kwargs)
     about = checkpoint.Checkpoint("retinanet_resnet18_fpn_lite", kwargs, ["Tree"], [1], model.state_dict())
     checkpoint.save(about, tmp_path / "model.pt")
     again = checkpoint.load(tmp_path / "model.pt").build()
     assert again.proposal_matcher == AtssMatcher(9)
+    assert again.box_weights == "quality"
     assert (again.classification_loss, again.head.regression_head._loss_type) == ("varifocal", "giou")
 
 
@@ -150,6 +184,7 @@ def test_what_the_model_refuses():
             {"classification_loss": "qfl"},
             "classification_loss must be one of focal, quality_focal, varifocal, got 'qfl'",
         ),
+        ({"box_weights": "iou"}, "box_weights must be one of quality, got 'iou'"),
         ({"box_loss": "l2"}, "box_loss must be one of l1, smooth_l1, giou, diou, ciou, got 'l2'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -209,5 +244,5 @@ def test_a_part_of_ones_own_cannot_be_combined_with_them():
     with pytest.raises(NotImplementedError, match="ATSS needs the anchors' centres"):
         model(*scene())
     model.proposal_matcher, model.classification_loss = Matcher(0.5, 0.4), "varifocal"
-    with pytest.raises(NotImplementedError, match="'varifocal' needs"):
+    with pytest.raises(NotImplementedError, match="'varifocal' with box_weights None needs"):
         model(*scene())

@@ -95,6 +95,7 @@ CHANGES = {
     "threshold": lambda model, optimizer: setattr(model.proposal_matcher, "low_threshold", 0.3),
     "matcher": lambda model, optimizer: setattr(model, "proposal_matcher", AtssMatcher()),
     "classification loss": lambda model, optimizer: setattr(model, "classification_loss", "varifocal"),
+    "box weights": lambda model, optimizer: setattr(model, "box_weights", "quality"),
     "a frozen norm": lambda model, optimizer: model.backbone.norm.eval(),
     "a frozen weight": lambda model, optimizer: model.backbone.stem.requires_grad_(False),
     "another last layer": lambda model, optimizer: model.set_num_classes(K),

@@ -51,13 +51,13 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "box_loss fp32 l1": partial(losses.box_loss, dtype=F32, loss_type="l1"),
     "box_loss bf16 smooth_l1": partial(losses.box_loss, dtype=BF16, loss_type="smooth_l1"),
     "box_loss fp32 giou": partial(losses.box_loss, dtype=F32, loss_type="giou"),
-    "box_loss bf16 giou unaligned": partial(losses.box_loss, dtype=BF16, loss_type="giou", shift=3),
+    "box_loss bf16 giou unaligned": partial(losses.box_loss, dtype=BF16, loss_type="giou", shift=3, weighted=True),
     "box_loss fp32 diou": partial(losses.box_loss, dtype=F32, loss_type="diou"),
     "box_loss fp32 ciou": partial(losses.box_loss, dtype=F32, loss_type="ciou"),
     "box_loss bf16 ciou": partial(losses.box_loss, dtype=BF16, loss_type="ciou"),
     "distribution_loss bf16 giou": partial(losses.distribution_loss, dtype=BF16, loss_type="giou", shapes=_TINY),
     "distribution_loss fp32 ciou n=7 unaligned": partial(
-        losses.distribution_loss, dtype=F32, loss_type="ciou", reg_max=7, shapes=_TINY, shift=1
+        losses.distribution_loss, dtype=F32, loss_type="ciou", reg_max=7, shapes=_TINY, shift=1, weighted=True
     ),
     "one_pass bf16": partial(losses.scale, dtype=BF16),
     "one_pass fp32": partial(losses.scale, dtype=F32),

@@ -47,7 +47,7 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
     },
     losses.distribution_loss: lambda r: {
         "dtype": r.choice([BF16, F32]), "loss_type": r.choice([*IOU_LOSSES]), "reg_max": r.choice([1, 3, 7, 16]),
-        "shapes": _shapes(r), "shift": r.choice([0, 1, 3]),
+        "shapes": _shapes(r), "shift": r.choice([0, 1, 3]), "weighted": r.random() < 0.5,
     },
     losses.sigmoid_focal_loss: lambda r: {
         "dtype": r.choice([BF16, F32]), "soft": r.random() < 0.5, "gamma": r.choice([2.0, 0.0, 0.7]),
@@ -55,7 +55,7 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
     },
     losses.box_loss: lambda r: {
         "dtype": r.choice([BF16, F32]), "loss_type": r.choice(LOSS_TYPES), "shapes": _shapes(r),
-        "shift": r.choice([0, 1, 3]),
+        "shift": r.choice([0, 1, 3]), "weighted": r.random() < 0.5,
     },
     losses.scale: lambda r: {"dtype": r.choice([BF16, F32]), "shift": r.choice([0, 1, 3])},
     losses.group_norm_relu: lambda r: {"dtype": r.choice([BF16, F32]), "shift": r.choice([0, 1]), **_group_norm(r)},

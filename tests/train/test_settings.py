@@ -64,6 +64,7 @@ def test_a_backbones_weights_and_a_model_file_exclude_each_other(data):
 
 def test_matchers_and_losses_reach_the_builder(data):
     chosen = {"matcher": "atss", "classification_loss": "varifocal", "box_loss": "giou", "reg_max": 5}
+    chosen["box_weights"] = "quality"
     settings = TrainSettings(LITE, **chosen).resolve(data)  # type: ignore[arg-type]
     network, about = starting_network(settings, data)
     assert network.head.regression_head.bbox_reg.out_channels == 9 * 4 * 6
