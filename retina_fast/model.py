@@ -52,12 +52,12 @@ class RetinaNet(Predicts, tv.RetinaNet):
         topk_candidates: the most candidates of an image and level.
         **kwargs: ``matcher``, in place of ``proposal_matcher``: "atss", or an object such as :class:`AtssMatcher`;
             ``classification_loss``: "focal" as torchvision's, "quality_focal" or "varifocal"; ``box_loss``: "l1",
-            "smooth_l1", "giou", "diou" or "ciou", that of the head by default; ``reg_max``: each side of a box becomes
-            a distribution over 0, 1, ..., ``reg_max`` eighths of the anchor, 16 in its paper, and distribution focal
-            loss is added to one of the last three box losses, GIoU by default; ``box_weights``: "quality" weighs box
-            losses by the IoU of the predicted box;
-            ``size_divisible`` (that of the backbone if it has one, else 32), ``fixed_size``, ``_skip_resize`` (in
-            training) of torchvision's transform, and ``image_scale``, 1 by default; others are warned of.
+            "smooth_l1", "giou", "diou" or "ciou", that of the head by default; ``box_weights``: "quality" weighs box
+            losses by the IoU of the predicted box; ``reg_max``: each side of a box becomes a distribution over 0, 1,
+            ..., ``reg_max`` eighths of the anchor, 16 in its paper, and distribution focal loss is added to one of the
+            last three box losses, GIoU by default; ``size_divisible`` (that of the backbone if it has one, else 32),
+            ``fixed_size``, ``_skip_resize`` (in training) of torchvision's transform, and ``image_scale``, 1 by
+            default; others are warned of.
 
     Input, output and errors are torchvision's: in training, ``model(images, targets)`` returns
     ``{"classification", "bbox_regression"}``; in evaluation a list of ``{"boxes", "scores", "labels"}``, boxes xyxy in
@@ -144,8 +144,7 @@ class RetinaNet(Predicts, tv.RetinaNet):
         )
         if classification_loss is not None:
             self.classification_loss = classification_loss
-        if box_weights is not None:
-            self.box_weights = box_weights
+        self.box_weights = box_weights
         if reg_max is not None:
             give_distributions(self, reg_max)
         if box_loss is not None:
@@ -319,9 +318,7 @@ class RetinaNet(Predicts, tv.RetinaNet):
         return check
 
     def _losses_of(self, targets: Targets, truths: GroundTruths, outputs: HeadOutputs) -> dict[str, Tensor]:
-        check_losses(
-            self.classification_loss, None, None, self.box_weights
-        )  # it may have been set since the model was made
+        check_losses(self.classification_loss, None, None, self.box_weights)  # they may have been set since
         if isinstance(self.proposal_matcher, str):
             raise TypeError(f"proposal_matcher must be a matcher, such as AtssMatcher(), got {self.proposal_matcher!r}")
         if has_stock_losses(self.head, self.proposal_matcher):
