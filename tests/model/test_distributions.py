@@ -105,9 +105,9 @@ def test_nothing_of_the_loss_path_waits_for_the_gpu():
         made = HeadOutputs(fakes, on_gpu(anchors[0]), K, {}, reg_max=N)
         detection_losses(made, boxes, AtssMatcher(), "giou", 2.0, "quality_focal")
 
-    assert [launch.kernel.__name__ for launch in launches_of(run)][-3:] == [
-        "_box_quality_kernel", "_focal_loss_kernel", "_distribution_loss_kernel",
-    ]  # fmt: skip
+    names = [launch.kernel.__name__ for launch in launches_of(run)]
+    assert names[-1] == "_distribution_loss_kernel"
+    assert {"_box_quality_kernel", "_focal_loss_kernel"} < {*names}
 
 
 def test_it_learns_and_a_model_file_keeps_it(tmp_path):
