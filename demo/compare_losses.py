@@ -33,6 +33,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "thresholds, quality focal, GIoU": {"classification_loss": "quality_focal", "box_loss": "giou"},
     "ATSS, quality focal, GIoU": {"matcher": "atss", "classification_loss": "quality_focal", "box_loss": "giou"},
     "ATSS, varifocal, GIoU": {"matcher": "atss", "classification_loss": "varifocal", "box_loss": "giou"},
+    "ATSS, quality focal, distributions": {"matcher": "atss", "classification_loss": "quality_focal", "reg_max": 16},
+    "ATSS, quality focal, distributions, by quality": {
+        "matcher": "atss",
+        "classification_loss": "quality_focal",
+        "reg_max": 16,
+        "box_weights": "quality",
+    },
 }
 METRICS = ("AP50", "AP")
 _SPLITS = ("heldout", "OSBS_029", "SOAP_061")

@@ -95,3 +95,16 @@ def loss_normalizers(normalizers: Tensor, batch: int, like: Tensor) -> Tensor:
     """
     check_shape("normalizers", normalizers, "(B,)", (batch,))
     return normalizers.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def loss_weights(weights: Tensor | None, normalizers: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """Weights (B, N) of anchors as a loss multiplies by them: of the dtype of the normalizers, without history.
+
+    Raises:
+        ValueError: for another shape or device.
+    """
+    if weights is None:
+        return None
+    check_shape("weights", weights, "(B, N)", shape)
+    check_devices(normalizers.device, weights=weights)
+    return weights.detach().to(normalizers.dtype)

@@ -2,16 +2,7 @@
 
     l1, smooth_l1 (beta 1)   on the deltas that would turn the anchor into its ground truth
                              (Girshick et al. 2014, https://arxiv.org/abs/1311.2524, appendix C)
-    giou                     on the decoded box (Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630)
-    diou, ciou               on the decoded box (Zheng et al. 2020, https://arxiv.org/abs/1911.08287)
-
-On the decoded box, per axis, with the overlap o of two intervals and the predicted size p = 2 h around the centre c:
-
-    enclosure e = p + (size of the ground truth) - o
-    do/dc = [p2 < b2] - [p1 > b1]     do/dh = [p2 < b2] + [p1 > b1]     de/dc = -do/dc     de/dh = 2 - do/dh
-
-where [.] is 1/2 on a tie, as autograd has it, and every gradient follows by the chain rule. The kernel works relative
-to the anchor's centre, where float32 keeps more digits of a small box.
+    giou, diou, ciou         on the decoded box, see iou_losses.py
 
 Only the deltas of foreground anchors are read, a few hundred rows an image, which torchvision gathers image by image.
 The finished gradient, 0 for all others, is written in the same pass: 8 bytes an anchor in bfloat16.
@@ -23,7 +14,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
 from retina_fast.kernels.arguments import (
     at_least_float32,
@@ -32,10 +22,11 @@ from retina_fast.kernels.arguments import (
     check_integers,
     check_shape,
     loss_normalizers,
+    loss_weights,
 )
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode
 from retina_fast.kernels.dispatch import HAS_TRITON, runs_triton, tl, triton
-from retina_fast.kernels.fast_math import atan
+from retina_fast.kernels.iou_losses import IOU_LOSSES, iou_loss_and_slopes
 from retina_fast.kernels.levels import (
     check_levels,
     encode_sizes,
@@ -48,8 +39,7 @@ from retina_fast.kernels.levels import (
 )
 from retina_fast.kernels.one_pass import OnePass, grads_by_reference, sum_of
 
-_IOU_LOSSES = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}
-LOSS_TYPES = ("l1", "smooth_l1", *_IOU_LOSSES)
+LOSS_TYPES = ("l1", "smooth_l1", *IOU_LOSSES)
 
 
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
@@ -67,6 +57,7 @@ def box_loss_reference(
     offsets: Tensor,
     normalizers: Tensor,
     loss_type: str = "l1",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The definition, differentiable by autograd; see :func:`box_loss`."""
     image, anchor = (indices >= 0).nonzero(as_tuple=True)  # (F,) each, F the foreground anchors
@@ -74,26 +65,21 @@ def box_loss_reference(
     flat = at_least_float32(flat)
     anchors = anchors[anchor] if anchors.dim() == 2 else anchors[image, anchor]  # (F, 4)
     matched = boxes[indices[image, anchor] + offsets[image]]  # (F, 4)
-    if loss_type in _IOU_LOSSES:
-        loss = _IOU_LOSSES[loss_type](decode(flat, anchors), matched, reduction="none", eps=1e-7)
+    if loss_type in IOU_LOSSES:
+        loss = IOU_LOSSES[loss_type](decode(flat, anchors), matched, reduction="none", eps=1e-7)
     else:
         difference = F.l1_loss if loss_type == "l1" else F.smooth_l1_loss
         loss = difference(flat, encode(matched, anchors), reduction="none").sum(dim=1)
+    if weights is not None:
+        loss = loss * weights[image, anchor].to(loss.dtype)
     return (loss / normalizers[image]).sum()
 
 
 # Triton. A program handles a tile of anchors of one image and level; nearly all tiles hold no foreground.
 
 _TILE = 512
-_EPS = tl.constexpr(1e-7)  # torchvision's, in every quotient of the IoU losses
 _MAX_LOG_SCALE = tl.constexpr(MAX_LOG_SCALE)
 _NAN = tl.constexpr(tl.PropagateNan.ALL if HAS_TRITON else None)  # otherwise a minimum would hide a NaN
-
-
-@triton.jit
-def _less(a, b):
-    """[a < b], 1/2 on a tie."""
-    return tl.where(a < b, 1.0, tl.where(a == b, 0.5, 0.0))
 
 
 @triton.jit
@@ -108,65 +94,11 @@ def _l1(delta, target, SMOOTH: tl.constexpr):
         return tl.abs(d), slope
 
 
-@triton.jit
-def _overlap(c, h, b1, b2):
-    """The overlap of the intervals [c - h, c + h] and [b1, b2], negative where they are apart, and its slopes in c and
-    h."""
-    above, below = _less(c + h, b2), _less(b1, c - h)
-    overlap = tl.minimum(c + h, b2, _NAN) - tl.maximum(c - h, b1, _NAN)
-    return overlap, above - below, above + below
-
-
-@triton.jit
-def _iou_loss(cx, cy, hx, hy, bx1, by1, bx2, by2, LOSS: tl.constexpr):
-    """The loss of boxes with centre (cx, cy) and half sizes (hx, hy), and its slopes in these four numbers."""
-    bw, bh = bx2 - bx1, by2 - by1
-    ox, ox_c, ox_h = _overlap(cx, hx, bx1, bx2)
-    oy, oy_c, oy_h = _overlap(cy, hy, by1, by2)
-    ex, ey = 2 * hx + bw - ox, 2 * hy + bh - oy
-    meet = (ox > 0) & (oy > 0)
-    inter = tl.where(meet, ox * oy, 0.0)
-    area = 4 * hx * hy
-    union = area + bw * bh - inter + _EPS
-    loss = 1 - inter / union
-    by_inter = -(union + inter) / (union * union)
-    by_area = inter / (union * union)
-    if LOSS == "giou":
-        hull = ex * ey + _EPS
-        loss += (hull - union) / hull
-        by_inter += 1 / hull
-        by_area -= 1 / hull
-        by_ex = union / (hull * hull) * ey
-        by_ey = union / (hull * hull) * ex
-    else:
-        diagonal = ex * ex + ey * ey + _EPS
-        dx, dy = cx - 0.5 * (bx1 + bx2), cy - 0.5 * (by1 + by2)
-        distance = (dx * dx + dy * dy) / diagonal
-        loss += distance
-        by_ex = -2 * distance * ex / diagonal
-        by_ey = -2 * distance * ey / diagonal
-    by_ox = tl.where(meet, by_inter * oy, 0.0) - by_ex
-    by_oy = tl.where(meet, by_inter * ox, 0.0) - by_ey
-    grad_cx, grad_hx = by_ox * ox_c, by_ox * ox_h + 4 * by_area * hy + 2 * by_ex
-    grad_cy, grad_hy = by_oy * oy_c, by_oy * oy_h + 4 * by_area * hx + 2 * by_ey
-    if LOSS != "giou":
-        grad_cx += 2 * dx / diagonal
-        grad_cy += 2 * dy / diagonal
-    if LOSS == "ciou":  # its weight alpha counts as a constant
-        difference = atan(bw / bh) - atan(hx / hy)
-        v = 0.4052847345693511 * difference * difference  # 4 / pi^2
-        alpha = v / (1 - inter / union + v + _EPS)
-        loss += alpha * v
-        by_angle = -0.8105694691387022 * alpha * difference / (hx * hx + hy * hy)
-        grad_hx += by_angle * hy
-        grad_hy -= by_angle * hx
-    return loss, grad_cx, grad_cy, grad_hx, grad_hy
-
-
 @triton.jit(do_not_specialize=["num_anchors", "anchors_stride"])
 def _box_loss_kernel(
     levels, grads, anchors_ptr, anchors_stride, indices_ptr, boxes_ptr, offsets_ptr, normalizers_ptr, partials_ptr,
-    factor_ptr, starts, first_tiles, num_anchors, LOSS: tl.constexpr, TILE: tl.constexpr, WITH_GRADS: tl.constexpr,
+    factor_ptr, weights_ptr, starts, first_tiles, num_anchors, LOSS: tl.constexpr, TILE: tl.constexpr,
+    WITH_GRADS: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b) handles tile t, counted through the levels, of image b. It writes the tile's share of the loss to
     partials (B, T), and its gradients, times factor if there is one. Either output may be left out."""
@@ -204,11 +136,15 @@ def _box_loss_kernel(
         else:
             half_w = 0.5 * w * tl.exp(tl.minimum(dw, _MAX_LOG_SCALE, _NAN))
             half_h = 0.5 * h * tl.exp(tl.minimum(dh, _MAX_LOG_SCALE, _NAN))
-            loss, grad_x, grad_y, grad_w, grad_h = _iou_loss(dx * w, dy * h, half_w, half_h, bx1, by1, bx2, by2, LOSS)
+            loss, grad_x, grad_y, grad_w, grad_h = iou_loss_and_slopes(
+                dx * w, dy * h, half_w, half_h, bx1, by1, bx2, by2, LOSS
+            )
             grad_x, grad_y = grad_x * w, grad_y * h
             grad_w = tl.where(dw <= _MAX_LOG_SCALE, grad_w * half_w, 0.0)
             grad_h = tl.where(dh <= _MAX_LOG_SCALE, grad_h * half_h, 0.0)
         scale = 1 / tl.load(normalizers_ptr + image)
+        if weights_ptr is not None:
+            scale *= tl.load(weights_ptr + image * num_anchors + start + row, mask=foreground, other=0.0)
         loss = tl.where(foreground, loss * scale, 0.0)
         if WITH_GRADS:
             if factor_ptr is not None:
@@ -232,6 +168,7 @@ def _box_loss_op(
     loss_type: str,
     with_loss: bool,
     with_grads: bool,
+    weights: Tensor | None = None,
 ) -> list[Tensor]:
     """The loss (), if wanted, and the gradients of all contiguous levels (B, N_l, 4), times factor (), if wanted."""
     starts, first_tiles = [0], [0]
@@ -243,14 +180,14 @@ def _box_loss_op(
     with torch.cuda.device_of(indices):
         _box_loss_kernel[(first_tiles[-1], len(indices))](
             tuple(levels), tuple(grads or levels), anchors, anchors.stride(0) if anchors.dim() == 3 else 0, indices,
-            boxes, offsets, normalizers, partials, factor, encode_sizes(starts), encode_sizes(first_tiles),
+            boxes, offsets, normalizers, partials, factor, weights, encode_sizes(starts), encode_sizes(first_tiles),
             indices.shape[1], LOSS=loss_type, TILE=_TILE, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return ([] if partials is None else [sum_of(partials)]) + grads
 
 
 @_box_loss_op.register_fake
-def _(levels, anchors, indices, boxes, offsets, normalizers, factor, loss_type, with_loss, with_grads):
+def _(levels, anchors, indices, boxes, offsets, normalizers, factor, loss_type, with_loss, with_grads, weights=None):
     loss = [indices.new_empty((), dtype=torch.float32)] if with_loss else []
     return loss + ([torch.empty_like(level) for level in levels] if with_grads else [])
 
@@ -260,17 +197,18 @@ def _reference_of_levels(arguments, *levels):
 
 
 def _setup_context(ctx, inputs, output):
-    levels, *tensors, _, ctx.loss_type, with_loss, _ = inputs
+    levels, *tensors, _, ctx.loss_type, with_loss, _, weights = inputs
     ctx.mark_non_differentiable(*output[int(with_loss) :])
-    ctx.save_for_backward(*tensors, *levels)
+    ctx.save_for_backward(*tensors, weights, *levels)
 
 
 def _backward(ctx, grad_outputs):
-    tensors, levels = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
+    *tensors, weights = ctx.saved_tensors[:6]
+    levels, nothing = list(ctx.saved_tensors[6:]), [None] * 10
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        reference = functools.partial(_reference_of_levels, (*tensors, ctx.loss_type))
-        return grads_by_reference("box_loss", reference, levels, grad_outputs[0]), *[None] * 9
-    return _box_loss_op(levels, *tensors, grad_outputs[0], ctx.loss_type, False, True), *[None] * 9
+        reference = functools.partial(_reference_of_levels, (*tensors, ctx.loss_type, weights))
+        return grads_by_reference("box_loss", reference, levels, grad_outputs[0]), *nothing
+    return _box_loss_op(levels, *tensors, grad_outputs[0], ctx.loss_type, False, True, weights), *nothing
 
 
 _box_loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -284,18 +222,20 @@ def _box_loss_triton(
     offsets: Tensor,
     normalizers: Tensor,
     loss_type: str,
+    weights: Tensor | None = None,
 ) -> Tensor:
     levels = [level.contiguous() for level in levels]
     tensors = [x.contiguous() for x in (anchors, indices, boxes, offsets, normalizers)]
+    weights = None if weights is None else weights.contiguous()
     wanted = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
     if wanted and levels[0].dtype != torch.float16 and not torch.compiler.is_compiling():
         return OnePass.apply(
             "box_loss",
-            lambda levels: _box_loss_op(levels, *tensors, None, loss_type, True, True),
-            functools.partial(_reference_of_levels, (*tensors, loss_type)),
+            lambda levels: _box_loss_op(levels, *tensors, None, loss_type, True, True, weights),
+            functools.partial(_reference_of_levels, (*tensors, loss_type, weights)),
             *levels,
         )
-    return _box_loss_op(levels, *tensors, None, loss_type, True, False)[0]
+    return _box_loss_op(levels, *tensors, None, loss_type, True, False, weights)[0]
 
 
 def box_loss(
@@ -306,6 +246,7 @@ def box_loss(
     offsets: Tensor,
     normalizers: Tensor,
     loss_type: str = "l1",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Box loss of a batch: the sum over images b of (the summed loss of b's foreground) / normalizers[b], a scalar.
 
@@ -319,6 +260,8 @@ def box_loss(
         normalizers: ``(B,)`` of any dtype: the foreground counts (at least 1) times B for torchvision's mean over
             images.
         loss_type: one of l1, smooth_l1, giou, diou, ciou.
+        weights: ``(B, N)``, the weight of each foreground anchor's loss, such as its quality; others are not read. No
+            gradient flows into it. None weighs all alike.
 
     Raises:
         AssertionError: for an unknown ``loss_type``, as torchvision's.
@@ -345,6 +288,9 @@ def box_loss(
     normalizers = loss_normalizers(normalizers, batch, first)
     if first.dtype != torch.float64:
         anchors, boxes = anchors.float(), boxes.float()
+    weights = loss_weights(weights, normalizers, (batch, count))
     if runs_triton(*deltas):
-        return _box_loss_triton(flatten_all(deltas, 4), anchors, indices, boxes, offsets, normalizers, loss_type)
-    return box_loss_reference(deltas, anchors, indices, boxes, offsets, normalizers, loss_type)
+        return _box_loss_triton(
+            flatten_all(deltas, 4), anchors, indices, boxes, offsets, normalizers, loss_type, weights
+        )
+    return box_loss_reference(deltas, anchors, indices, boxes, offsets, normalizers, loss_type, weights)

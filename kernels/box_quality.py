@@ -2,9 +2,9 @@
 of the classification in quality focal loss (Li et al. 2020, https://arxiv.org/abs/2006.04388, section 3.2) and in
 varifocal loss (Zhang et al. 2021, https://arxiv.org/abs/2008.13367, section 3.1). No gradient flows through it.
 
-Only the deltas of foreground anchors are read, a few hundred rows an image, which eager PyTorch gathers image by image.
-One launch serves the batch and writes 4 bytes an anchor. As in box_loss.py, the kernel works relative to the anchor's
-centre, where float32 keeps more digits of a small box.
+Only the deltas, or distributions, of foreground anchors are read, a few hundred rows an image, which eager PyTorch
+gathers image by image. One launch serves the batch and writes 4 bytes an anchor. As in box_loss.py, the kernel works
+relative to the anchor's centre, where float32 keeps more digits of a small box.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,16 @@ from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode
 from retina_fast.kernels.dispatch import HAS_TRITON, runs_triton, tl, triton
 from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, load_rows, pick, pick_size
 from retina_fast.kernels.pair_iou import box_iou
+from retina_fast.kernels.side_distributions import box_channels, box_of_sides, expected_side, load_side
 
 
 def box_quality_reference(
-    deltas: Sequence[Tensor], anchors: Tensor, indices: Tensor, boxes: Tensor, offsets: Tensor
+    deltas: Sequence[Tensor], anchors: Tensor, indices: Tensor, boxes: Tensor, offsets: Tensor, reg_max: int = 0
 ) -> Tensor:
     """The definition; see :func:`box_quality`."""
     image, anchor = (indices >= 0).nonzero(as_tuple=True)  # (F,) each, F the foreground anchors
-    flat = at_least_float32(torch.cat(flatten_all(deltas, 4), dim=1).detach()[image, anchor])  # (F, 4)
+    levels = flatten_all(deltas, box_channels(reg_max))
+    flat = at_least_float32(torch.cat(levels, dim=1).detach()[image, anchor])  # (F, C)
     own = anchors[anchor] if anchors.dim() == 2 else anchors[image, anchor]  # (F, 4)
     matched = boxes[indices[image, anchor] + offsets[image]]  # (F, 4)
     quality = flat.new_zeros(indices.shape)
@@ -39,6 +41,7 @@ def box_quality_reference(
 
 
 _TILE = 512
+_DISTRIBUTIONS_TILE = 64
 _MAX_LOG_SCALE = tl.constexpr(MAX_LOG_SCALE)
 _NAN = tl.constexpr(tl.PropagateNan.ALL if HAS_TRITON else None)  # otherwise a minimum would hide a NaN
 
@@ -46,7 +49,7 @@ _NAN = tl.constexpr(tl.PropagateNan.ALL if HAS_TRITON else None)  # otherwise a 
 @triton.jit(do_not_specialize=["num_anchors", "anchors_stride"])
 def _box_quality_kernel(
     levels, anchors_ptr, anchors_stride, indices_ptr, boxes_ptr, offsets_ptr, quality_ptr, starts, first_tiles,
-    num_anchors, TILE: tl.constexpr,
+    num_anchors, COUNT: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b) handles tile t, counted through the levels, of image b. Nearly all tiles hold no foreground."""
     tile = tl.program_id(0)
@@ -60,14 +63,24 @@ def _box_quality_kernel(
     foreground = index >= 0
     quality = tl.zeros([TILE], tl.float32)
     if tl.max(index, axis=0) >= 0:
-        dx, dy, dw, dh = load_rows(pick(levels, level) + image * num_rows * 4, row, foreground)
+        level_ptr = pick(levels, level) + image * num_rows * (4 * COUNT)
+        if COUNT == 1:
+            dx, dy, dw, dh = load_rows(level_ptr, row, foreground)
+            scale_w = tl.exp(tl.minimum(dw, _MAX_LOG_SCALE, _NAN))
+            scale_h = tl.exp(tl.minimum(dh, _MAX_LOG_SCALE, _NAN))
+        else:
+            ptr = level_ptr + row * (4 * COUNT)
+            left = expected_side(load_side(ptr, 0, foreground, COUNT, BINS), COUNT, BINS)
+            top = expected_side(load_side(ptr, 1, foreground, COUNT, BINS), COUNT, BINS)
+            right = expected_side(load_side(ptr, 2, foreground, COUNT, BINS), COUNT, BINS)
+            bottom = expected_side(load_side(ptr, 3, foreground, COUNT, BINS), COUNT, BINS)
+            dx, dy, scale_w, scale_h = box_of_sides(left, top, right, bottom)
         x1, y1, x2, y2 = load_rows(anchors_ptr + image * anchors_stride, start + row, foreground)
         bx1, by1, bx2, by2 = load_rows(boxes_ptr, tl.load(offsets_ptr + image) + index, foreground)
         w, h = x2 - x1, y2 - y1
         cx, cy = x1 + 0.5 * w, y1 + 0.5 * h
         area = (bx2 - bx1) * (by2 - by1)
-        half_w = 0.5 * w * tl.exp(tl.minimum(dw, _MAX_LOG_SCALE, _NAN))
-        half_h = 0.5 * h * tl.exp(tl.minimum(dh, _MAX_LOG_SCALE, _NAN))
+        half_w, half_h = 0.5 * w * scale_w, 0.5 * h * scale_h
         width = tl.minimum(dx * w + half_w, bx2 - cx, _NAN) - tl.maximum(dx * w - half_w, bx1 - cx, _NAN)
         height = tl.minimum(dy * h + half_h, by2 - cy, _NAN) - tl.maximum(dy * h - half_h, by1 - cy, _NAN)
         intersection = tl.maximum(width, 0.0, _NAN) * tl.maximum(height, 0.0, _NAN)
@@ -77,36 +90,42 @@ def _box_quality_kernel(
 
 
 @torch.library.custom_op("retina_fast::box_quality", mutates_args=())
-def _op(levels: list[Tensor], anchors: Tensor, indices: Tensor, boxes: Tensor, offsets: Tensor) -> Tensor:
-    """Qualities (B, N) for contiguous levels (B, N_l, 4); all arguments contiguous."""
-    starts, first_tiles = [0], [0]
+def _op(
+    levels: list[Tensor], anchors: Tensor, indices: Tensor, boxes: Tensor, offsets: Tensor, reg_max: int = 0
+) -> Tensor:
+    """Qualities (B, N) for contiguous levels (B, N_l, C); all arguments contiguous."""
+    tile, starts, first_tiles = _DISTRIBUTIONS_TILE if reg_max else _TILE, [0], [0]
     for level in levels:
         starts.append(starts[-1] + level.shape[1])
-        first_tiles.append(first_tiles[-1] + triton.cdiv(level.shape[1], _TILE))
+        first_tiles.append(first_tiles[-1] + triton.cdiv(level.shape[1], tile))
     quality = torch.empty_like(indices, dtype=torch.float32)
     with torch.cuda.device_of(indices):
         _box_quality_kernel[(first_tiles[-1], len(indices))](
             tuple(levels), anchors, anchors.stride(0) if anchors.dim() == 3 else 0, indices, boxes, offsets, quality,
-            encode_sizes(starts), encode_sizes(first_tiles), indices.shape[1], TILE=_TILE, num_warps=4,
-            enable_fp_fusion=True,
+            encode_sizes(starts), encode_sizes(first_tiles), indices.shape[1], COUNT=reg_max + 1,
+            BINS=triton.next_power_of_2(reg_max + 1), TILE=tile, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return quality
 
 
 @_op.register_fake
-def _(levels, anchors, indices, boxes, offsets):
+def _(levels, anchors, indices, boxes, offsets, reg_max=0):
     return torch.empty_like(indices, dtype=torch.float32)
 
 
-def box_quality(deltas: Sequence[Tensor], anchors: Tensor, indices: Tensor, boxes: Tensor, offsets: Tensor) -> Tensor:
+def box_quality(
+    deltas: Sequence[Tensor], anchors: Tensor, indices: Tensor, boxes: Tensor, offsets: Tensor, reg_max: int = 0
+) -> Tensor:
     """IoU of the predicted box of each foreground anchor with its ground truth, ``(B, N)``; 0 for all other anchors.
 
     Args:
-        deltas: the levels as the heads wrote them, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``; any float dtype.
+        deltas: the levels as the heads wrote them, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``; any float dtype. With
+            ``reg_max``, they have 4 (reg_max + 1) numbers an anchor in place of 4.
         anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``.
         indices: ``(B, N)`` integers: row of the matched ground truth within its image; negative is not foreground.
         boxes: ``(G, 4)`` ground truths of all images, concatenated.
         offsets: ``(B + 1,)`` integers: image b owns rows offsets[b] to offsets[b + 1] of boxes.
+        reg_max: n where each side is a distribution over 0, 1, ..., n units, and 0 for deltas.
 
     Returns:
         float32, or float64 for float64 deltas.
@@ -122,7 +141,7 @@ def box_quality(deltas: Sequence[Tensor], anchors: Tensor, indices: Tensor, boxe
         >>> box_quality([torch.zeros(1, 2, 4)], anchors, torch.tensor([[0, -1]]), truth, torch.tensor([0, 1]))
         tensor([[0.5000, 0.0000]])
     """
-    first, count = deltas[0], check_levels(deltas, 4)
+    first, count = deltas[0], check_levels(deltas, box_channels(reg_max))
     batch = first.shape[0]
     check_anchors(anchors, batch, count)
     check_shape("indices", indices, "(B, N)", (batch, count))
@@ -134,6 +153,6 @@ def box_quality(deltas: Sequence[Tensor], anchors: Tensor, indices: Tensor, boxe
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     anchors, boxes = anchors.to(dtype), boxes.to(dtype)
     if runs_triton(*deltas):
-        levels = [level.contiguous() for level in flatten_all(deltas, 4)]
-        return _op(levels, *(x.contiguous() for x in (anchors, indices, boxes, offsets)))
-    return box_quality_reference(deltas, anchors, indices, boxes, offsets)
+        levels = [level.contiguous() for level in flatten_all(deltas, box_channels(reg_max))]
+        return _op(levels, *(x.contiguous() for x in (anchors, indices, boxes, offsets)), reg_max)
+    return box_quality_reference(deltas, anchors, indices, boxes, offsets, reg_max)

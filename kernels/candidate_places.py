@@ -27,11 +27,13 @@ class Decoding(NamedTuple):
     """What the boxes of candidates are decoded from."""
 
     deltas: list[Tensor]
-    """The levels, each contiguous ``(B, N_l, 4)``."""
+    """The levels, each contiguous ``(B, N_l, C)``."""
     anchors: Tensor
     """``(N, 4)`` or ``(B, N, 4)`` float32, contiguous."""
     image_sizes: Tensor
     """``(B, 2)`` contiguous."""
+    reg_max: int = 0
+    """n where each side is a distribution over 0, 1, ..., n units, and 0 for deltas."""
 
 
 @triton.jit(do_not_specialize=["row_width", "width", "most", "index_bits", "anchors_stride"])
@@ -39,7 +41,7 @@ def _place_kernel(
     rows_ptr, found_ptr, part_starts, anchors_ptr, scores_ptr, labels_ptr, boxes_ptr, counts_ptr, deltas, delta_starts,
     anchor_boxes_ptr, sizes_ptr, row_width, width, most, index_bits, anchors_stride, max_log_scale, K: tl.constexpr,
     DROP: tl.constexpr, SORTED: tl.constexpr, KEYS: tl.constexpr, COUNTED: tl.constexpr, CHUNK: tl.constexpr,
-    RUN: tl.constexpr, MAX_RUNS: tl.constexpr,
+    RUN: tl.constexpr, MAX_RUNS: tl.constexpr, COUNT: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b) writes what KEYS keys of image b stand for to their places, and its share of the padding."""
     tile = tl.program_id(0)
@@ -64,7 +66,7 @@ def _place_kernel(
     if boxes_ptr is not None:
         x1, y1, x2, y2 = decode_boxes(
             deltas, delta_starts, anchor_boxes_ptr + image * anchors_stride, sizes_ptr, image, anchor, belongs,
-            max_log_scale,
+            max_log_scale, COUNT, BINS,
         )  # fmt: skip
         store_boxes(boxes_ptr + out * 4, x1, y1, x2, y2, belongs)
 
@@ -93,12 +95,12 @@ def write_candidates(
     scores, labels = keys.new_empty(batch, width, dtype=torch.float32), keys.new_empty(batch, width)
     counts = keys.new_empty(batch)
     anchors = boxes = deltas = delta_starts = anchor_boxes = sizes = None
-    stride = 0
+    stride, places = 0, 1
     if decoding is None:
         anchors = keys.new_empty(batch, width)
     else:
         boxes, anchor_boxes, sizes = scores.new_empty(batch, width, 4), decoding.anchors, decoding.image_sizes
-        deltas, starts = tuple(decoding.deltas), [0]
+        deltas, starts, places = tuple(decoding.deltas), [0], decoding.reg_max + 1
         for level in deltas:
             starts.append(starts[-1] + level.shape[1])
         delta_starts, stride = encode_sizes(starts), 0 if anchor_boxes.dim() == 2 else 4 * starts[-1]
@@ -112,7 +114,8 @@ def write_candidates(
         _place_kernel[(triton.cdiv(max(keys.shape[1], width), constants["KEYS"]), batch)](
             keys, found.counts, part_starts, anchors, scores, labels, boxes, counts, deltas, delta_starts,
             anchor_boxes, sizes, keys.shape[1], width, most, found.index_bits, stride, MAX_LOG_SCALE, K=num_classes,
-            DROP=found.drop, SORTED=not by_kernels, **constants, enable_fp_fusion=False,
+            DROP=found.drop, SORTED=not by_kernels, COUNT=places, BINS=triton.next_power_of_2(places), **constants,
+            enable_fp_fusion=False,
         )  # fmt: skip
     written = anchors if boxes is None else boxes
     assert written is not None

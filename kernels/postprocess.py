@@ -20,6 +20,7 @@ from retina_fast.kernels.dispatch import is_differentiated, runs_triton, tl, tri
 from retina_fast.kernels.levels import check_levels, flatten_all
 from retina_fast.kernels.nms_blocks import suppress_by_blocks
 from retina_fast.kernels.nms_walk import flag_by_walks
+from retina_fast.kernels.side_distributions import box_channels
 from retina_fast.kernels.take_kept import take_kept
 
 Fields = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -37,10 +38,11 @@ def postprocess_by_steps(
     topk: int,
     iou_thresh: float,
     max_detections: int,
+    reg_max: int = 0,
 ) -> Fields:
     """The definition; see :func:`postprocess`. Each step runs by its own kernels or reference."""
     candidates = candidate_selection(logits, num_classes, score_thresh, topk)
-    boxes = box_decode(deltas, anchors, candidates.anchors, image_sizes)  # (B, M, 4)
+    boxes = box_decode(deltas, anchors, candidates.anchors, image_sizes, reg_max)  # (B, M, 4)
     most = min(max_detections, boxes.shape[1])
     # The candidates lie best first, so that the suppression needs no scores.
     kept = batched_nms(boxes, None, candidates.labels, candidates.counts, iou_thresh, most)
@@ -106,10 +108,11 @@ def _op(
     topk: int,
     iou_thresh: float,
     max_detections: int,
+    reg_max: int = 0,
 ) -> Fields:
-    """See :func:`postprocess`; the levels are ``(B, N_l, K)`` and ``(B, N_l, 4)``, and D is at most their width."""
+    """See :func:`postprocess`; the levels are ``(B, N_l, K)`` and ``(B, N_l, C)``, and D is at most their width."""
     width = candidates_width(logits, topk)
-    decoding = Decoding([level.contiguous() for level in deltas], anchors, image_sizes)
+    decoding = Decoding([level.contiguous() for level in deltas], anchors, image_sizes, reg_max)
     found = search_keys(logits, logit(score_thresh), topk)
     boxes, scores, labels, counts = write_candidates(found, width, num_classes, decoding)
     if not is_walked(width, max_detections, True):
@@ -127,7 +130,7 @@ def _op(
 
 
 @_op.register_fake
-def _(logits, deltas, anchors, image_sizes, original_sizes, num_classes, score_thresh, topk, iou_thresh, most):
+def _(logits, deltas, anchors, image_sizes, original_sizes, classes, score_thresh, topk, iou_thresh, most, reg_max=0):
     shape = logits[0].shape[0], most
     scores = anchors.new_empty(shape)
     labels = anchors.new_empty(shape, dtype=torch.int64)
@@ -145,12 +148,13 @@ def postprocess(
     topk: int = 1000,
     iou_thresh: float = 0.5,
     max_detections: int = 300,
+    reg_max: int = 0,
 ) -> Fields:
     """Boxes ``(B, D, 4)``, scores and labels ``(B, D)``, best first with 0, 0 and -1 as padding, and counts ``(B,)``.
 
     Args:
         logits: the levels as the heads wrote them, each ``(B, A*K, H, W)`` or ``(B, N_l, K)``; any float dtype.
-        deltas: likewise with 4 numbers an anchor.
+        deltas: likewise with 4 numbers an anchor, or 4 (reg_max + 1).
         anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``; read as float32.
         image_sizes: ``(B, 2)`` height and width of each image in the batch, to which boxes are clipped.
         original_sizes: ``(B, 2)`` height and width as it was given, to which boxes are scaled.
@@ -159,6 +163,7 @@ def postprocess(
         topk: the most candidates of one image and level.
         iou_thresh: a box goes when its IoU with a better kept one of its class is strictly above.
         max_detections: D, the most detections of an image; lowered to the most candidates that one can have.
+        reg_max: n where each side is a distribution over 0, 1, ..., n units, and 0 for deltas.
 
     Raises:
         ValueError: as :func:`candidate_selection`, :func:`box_decode` and :func:`batched_nms` do.
@@ -170,15 +175,16 @@ def postprocess(
         >>> postprocess(logits, deltas, anchors, sizes, 2 * sizes, num_classes=1, max_detections=1)[0]
         tensor([[[ 0.,  0., 18., 16.]]])
     """
-    rest = num_classes, score_thresh, topk, iou_thresh, max_detections
+    rest = num_classes, score_thresh, topk, iou_thresh, max_detections, reg_max
     tensors = *logits, *deltas
     served = runs_triton(*tensors) and not is_differentiated(*tensors) and topk >= 0 and max_detections >= 0
     count = check_levels(logits, num_classes)
     if not served or count * num_classes >= 2**30 - 2**15:  # the steps say what is wrong
         return postprocess_by_steps(logits, deltas, anchors, image_sizes, original_sizes, *rest)
     batch = logits[0].shape[0]
-    check_anchors(anchors, batch, check_levels(deltas, 4))
-    if check_levels(deltas, 4) != count or deltas[0].shape[0] != batch:
+    channels = box_channels(reg_max)
+    check_anchors(anchors, batch, check_levels(deltas, channels))
+    if check_levels(deltas, channels) != count or deltas[0].shape[0] != batch:
         raise ValueError(f"deltas must be of {count} anchors in {batch} images, as the logits are")
     check_shape("image_sizes", image_sizes, "(B, 2)", (batch, 2))
     check_shape("original_sizes", original_sizes, "(B, 2)", (batch, 2))
@@ -189,6 +195,6 @@ def postprocess(
     most = min(max_detections, candidates_width(levels, topk))
     given = anchors.float().contiguous(), image_sizes.contiguous(), original_sizes.contiguous()
     return _op(
-        [level.detach() for level in levels], flatten_all(deltas, 4), *given, num_classes, score_thresh, topk,
-        iou_thresh, most,
+        [level.detach() for level in levels], flatten_all(deltas, channels), *given, num_classes, score_thresh, topk,
+        iou_thresh, most, reg_max,
     )  # fmt: skip

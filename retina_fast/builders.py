@@ -56,7 +56,7 @@ def _v1(
     **kwargs: Any,
 ) -> RetinaNet:
     """The paper's model as torchvision trains it: P6 from P5, heads without norm, L1 box loss."""
-    num_classes, weights_backbone = _resolve(weights, num_classes, weights_backbone)
+    num_classes, weights_backbone = _resolve(weights, num_classes, weights_backbone, kwargs)
     pretrained = weights is not None or weights_backbone is not None
     layers = _validate_trainable_layers(pretrained, trainable_backbone_layers, 5, 3)
     norm_layer = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
@@ -84,7 +84,7 @@ def _v2(
     **kwargs: Any,
 ) -> RetinaNet:
     """torchvision's improved model: P6 from C5, GroupNorm in the heads, GIoU box loss."""
-    num_classes, weights_backbone = _resolve(weights, num_classes, weights_backbone)
+    num_classes, weights_backbone = _resolve(weights, num_classes, weights_backbone, kwargs)
     pretrained = weights is not None or weights_backbone is not None
     layers = _validate_trainable_layers(pretrained, trainable_backbone_layers, 5, 3)
     resnet = trunk()
@@ -101,10 +101,12 @@ def _v2(
 
 
 def _resolve(
-    weights: WeightsEnum | None, num_classes: int | None, weights_backbone: WeightsEnum | None
+    weights: WeightsEnum | None, num_classes: int | None, weights_backbone: WeightsEnum | None, kwargs: dict[str, Any]
 ) -> tuple[int, WeightsEnum | None]:
     """The class count, and the backbone's weights: none when the whole model's are given."""
     if weights is not None:
+        if kwargs.get("reg_max") is not None:
+            raise ValueError("the COCO weights are for boxes of four deltas: give weights or reg_max, not both")
         return _ovewrite_value_param("num_classes", num_classes, len(weights.meta["categories"])), None
     return 91 if num_classes is None else num_classes, weights_backbone
 

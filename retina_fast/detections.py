@@ -77,6 +77,6 @@ def detect(outputs: HeadOutputs, image_sizes: Tensor, original_sizes: Tensor, th
         original_sizes: ``(B, 2)`` height and width as the image was given, to which boxes are scaled back.
         thresholds: D is lowered to the width of the candidates if that is less.
     """
-    levels, anchors = outputs.levels, outputs.anchors.float()
-    sizes = image_sizes, original_sizes
-    return Detections(*postprocess(levels[LOGITS], levels[DELTAS], anchors, *sizes, outputs.num_classes, *thresholds))
+    logits, deltas, anchors = outputs.levels[LOGITS], outputs.levels[DELTAS], outputs.anchors.float()
+    constants = outputs.num_classes, *thresholds, outputs.reg_max
+    return Detections(*postprocess(logits, deltas, anchors, image_sizes, original_sizes, *constants))

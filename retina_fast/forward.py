@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torchvision.models.detection import retinanet as tv
 
 from retina_fast.anchors import batch_anchors
-from retina_fast.heads import run_head
+from retina_fast.heads import reg_max_of, run_head
 from retina_fast.kernels.levels import flatten_all
+from retina_fast.kernels.side_distributions import box_channels
 from retina_fast.stock import overrides
 from retina_fast.targets import GroundTruths, TargetCheck, gather_targets
 from retina_fast.transform import batch_images, check_images, is_stock_transform, padded, resize_targets, resized_sizes
@@ -62,10 +63,13 @@ class HeadOutputs(NamedTuple):
     """What a user's own head returned, for the user's own loss or postprocessing; empty for torchvision's heads."""
     cells: Sequence[int] = ()
     """How many cells the grid of each level has; empty where nobody knows, as for outputs that a user has joined."""
+    reg_max: int = 0
+    """n where a side of a box is a distribution over n + 1 places; ``bbox_regression`` has 4 (n + 1) channels an anchor
+    then in place of 4. 0 for deltas."""
 
     def joined(self) -> Mapping[str, Any]:
         """torchvision's form, ``(B, N, K)`` and ``(B, N, 4)``; for a user's own head it is what that head returned."""
-        channels = {LOGITS: self.num_classes, DELTAS: 4}
+        channels = {LOGITS: self.num_classes, DELTAS: box_channels(self.reg_max)}
         return self.returned or {
             name: torch.cat(flatten_all(levels, channels[name]), dim=1) for name, levels in self.levels.items()
         }
@@ -170,7 +174,8 @@ def head_outputs(
         name: _as_levels(returned[name], anchors.shape[-2], cells) for name in (LOGITS, DELTAS) if name in returned
     }
     own = not isinstance(head, tv.RetinaNetHead) or overrides(head, tv.RetinaNetHead, "forward")
-    return HeadOutputs(levels, anchors, _num_classes(head, levels), returned if own else {}, tuple(cells or ()))
+    returned = returned if own else {}
+    return HeadOutputs(levels, anchors, _num_classes(head, levels), returned, tuple(cells or ()), reg_max_of(head))
 
 
 def _as_levels(output: Any, num_anchors: int, cells: Sequence[int] | None) -> list[Tensor]:
@@ -187,3 +192,12 @@ def _num_classes(head: Any, levels: Mapping[str, list[Tensor]]) -> int:
     if not logits:
         return 0
     return logits[0].shape[2] if logits[0].dim() == 3 else head.classification_head.num_classes
+
+
+def refuse_tracing() -> None:
+    """Refuse torch.jit.trace and torch.onnx.export(dynamo=False): a trace would fix the number of detections."""
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "retina_fast.RetinaNet cannot be traced by torch.jit.trace or torch.onnx.export(dynamo=False): "
+            "retina_fast.export writes ONNX, torch.export and AOTInductor files"
+        )

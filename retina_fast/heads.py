@@ -1,7 +1,8 @@
-"""Heads whose tower convs are shared by the levels while each level has norms of its own, as SpineNet's detectors have.
+"""Heads that torchvision does not have: those whose tower convs are shared by the levels while each level has norms of
+its own, as SpineNet's detectors have; and those that predict a distribution for each side of a box.
 
-Only the convs differ from torchvision's heads, so losses, ``set_num_classes`` and all attributes work as on those.
-``level_outputs`` runs both kinds of heads, level by level.
+Losses, ``set_num_classes`` and all attributes work as on torchvision's. ``level_outputs`` runs all kinds of heads, by
+levels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import retinanet as tv
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops.misc import Conv2dNormActivation
 
+from retina_fast.kernels.arguments import at_least_float32
+from retina_fast.kernels.box_decode import decode
+from retina_fast.kernels.distribution_loss import distribution_loss
 from retina_fast.kernels.group_norm_relu import group_norm_relu
+from retina_fast.kernels.iou_losses import IOU_LOSSES
 from retina_fast.kernels.levels import flatten_all
-from retina_fast.stock import is_stock
+from retina_fast.kernels.side_distributions import box_channels
+from retina_fast.stock import is_stock, is_stock_coder
 
 batch_norm = partial(nn.BatchNorm2d, momentum=0.01, eps=1e-3)  # the paper's momentum
 
@@ -102,6 +109,91 @@ class LevelNormRegressionHead(tv.RetinaNetRegressionHead):
 
     def forward(self, x: list[Tensor]) -> Tensor:
         return torch.cat(flatten_all(level_outputs(self, x), 4), dim=1)
+
+
+class DistributionCoder(BoxCoder):
+    """Decodes distributions as boxes, and deltas as torchvision's coder does, where torchvision's own postprocessing
+    runs."""
+
+    def __init__(self) -> None:
+        super().__init__((1.0, 1.0, 1.0, 1.0))
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        codes = at_least_float32(rel_codes)
+        return decode(codes, boxes.to(codes.dtype))
+
+
+class DistributionRegressionHead(tv.RetinaNetRegressionHead):
+    """A regression head that predicts a distribution for each side of a box, see
+    :mod:`retina_fast.kernels.side_distributions`.
+
+    Args:
+        head: the regression head whose tower and kind of last layer it takes over.
+        reg_max: n, at least 1, of the distributions over 0, 1, ..., n units.
+
+    Raises:
+        ValueError: for a ``reg_max`` that is no whole number of at least 1.
+    """
+
+    def __init__(self, head: tv.RetinaNetRegressionHead, reg_max: int) -> None:
+        nn.Module.__init__(self)
+        if type(reg_max) is not int or reg_max < 1:
+            raise ValueError(f"reg_max must be a whole number of at least 1, got {reg_max!r}")
+        old: Any = head.bbox_reg
+        self.reg_max, self.conv = reg_max, head.conv
+        channels = old.out_channels // 4 * box_channels(reg_max)
+        self.bbox_reg = nn.Conv2d(old.in_channels, channels, 3, padding=1)
+        nn.init.zeros_(self.bbox_reg.bias)  # type: ignore[arg-type]
+        if isinstance(old, SeparableConv2d):
+            self.bbox_reg = as_separable(self.bbox_reg)
+        nn.init.normal_(self.bbox_reg.weight, std=1e-5 if isinstance(self.conv, LevelNormTower) else 0.01)
+        self.bbox_reg.to(old.weight.device, old.weight.dtype)
+        self.box_coder = DistributionCoder()
+        self._loss_type = head._loss_type if head._loss_type in IOU_LOSSES else "giou"
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        return torch.cat(flatten_all(level_outputs(self, x), box_channels(self.reg_max)), dim=1)
+
+    def compute_loss(
+        self,
+        targets: Sequence[Mapping[str, Tensor]],
+        head_outputs: Mapping[str, Tensor],
+        anchors: Sequence[Tensor],
+        matched_idxs: Sequence[Tensor],
+    ) -> Tensor:
+        """The box loss where torchvision's own loss path runs; the arguments are as there."""
+        indices = torch.stack(list(matched_idxs))  # (B, N)
+        boxes = torch.cat([target["boxes"] for target in targets])
+        offsets = torch.tensor([0, *(len(target["boxes"]) for target in targets)]).cumsum(0).to(indices.device)
+        normalizers = (indices >= 0).sum(dim=1).clamp(min=1) * len(indices)
+        geometry = torch.stack(list(anchors)), indices, boxes, offsets
+        return distribution_loss(
+            [head_outputs["bbox_regression"]], *geometry, normalizers, self.reg_max, self._loss_type
+        )
+
+
+def give_distributions(model: tv.RetinaNet, reg_max: int) -> None:
+    """Gives a model's boxes distributions, by a last layer of the regression head with random weights.
+
+    Raises:
+        TypeError: if the regression head is not torchvision's.
+        ValueError: for a ``reg_max`` that is no whole number of at least 1.
+    """
+    head = getattr(model.head, "regression_head", None)
+    if not isinstance(head, tv.RetinaNetRegressionHead):
+        raise TypeError(f"reg_max needs torchvision's regression head, the model has {type(head)}")
+    model.head.regression_head = DistributionRegressionHead(head, reg_max)
+    model.box_coder = DistributionCoder()
+
+
+def reg_max_of(head: Any) -> int:
+    """n of a head whose boxes are distributions, 0 for one whose boxes are deltas."""
+    return getattr(getattr(head, "regression_head", None), "reg_max", 0)
+
+
+def is_known_coder(coder: object) -> bool:
+    """Whether boxes are coded as the operations code them: by torchvision's own coder, or by that of distributions."""
+    return is_stock_coder(coder) or is_stock(coder, DistributionCoder, "encode_single", "decode_single")
 
 
 def as_separable(conv: Any) -> Any:
@@ -202,6 +294,7 @@ def runs_by_level(part: Any) -> bool:
         tv.RetinaNetRegressionHead,
         LevelNormClassificationHead,
         LevelNormRegressionHead,
+        DistributionRegressionHead,
     )
     return any(is_stock(part, cls, "forward") for cls in known)
 

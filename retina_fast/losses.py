@@ -13,14 +13,17 @@ from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection._utils import Matcher
 
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
+from retina_fast.heads import DistributionRegressionHead, is_known_coder
 from retina_fast.kernels.anchor_matching import Matches, anchor_matching
 from retina_fast.kernels.atss_matching import atss_matching
 from retina_fast.kernels.box_loss import LOSS_TYPES, box_loss
 from retina_fast.kernels.box_quality import box_quality
+from retina_fast.kernels.distribution_loss import distribution_loss
 from retina_fast.kernels.focal_loss import focal_loss
+from retina_fast.kernels.iou_losses import IOU_LOSSES
 from retina_fast.kernels.levels import count_anchors
 from retina_fast.kernels.soft_focal_loss import WEIGHTS, soft_focal_loss
-from retina_fast.stock import has_stock_loss_functions, is_stock, is_stock_coder, overrides
+from retina_fast.stock import has_stock_loss_functions, is_stock, overrides
 from retina_fast.targets import GroundTruths
 
 
@@ -66,6 +69,9 @@ MATCHERS = {"atss": AtssMatcher}
 CLASSIFICATION_LOSSES = ("focal", *WEIGHTS)
 """What a model's argument ``classification_loss`` may be."""
 
+BOX_WEIGHTS = ("quality",)
+"""What a model's argument ``box_weights`` may be."""
+
 
 _SET_BY = {
     "matcher": "proposal_matcher, such as to AtssMatcher()",
@@ -102,12 +108,14 @@ def has_stock_losses(head: Any, matcher: Any) -> bool:
     ):
         return False
     classification, regression = head.classification_head, head.regression_head
+    distributed = isinstance(regression, DistributionRegressionHead)
+    of_boxes = DistributionRegressionHead if distributed else tv.RetinaNetRegressionHead
     return (
         isinstance(classification, tv.RetinaNetClassificationHead)
         and not overrides(classification, tv.RetinaNetClassificationHead, "compute_loss")
         and isinstance(regression, tv.RetinaNetRegressionHead)
-        and not overrides(regression, tv.RetinaNetRegressionHead, "compute_loss")
-        and is_stock_coder(regression.box_coder)
+        and not overrides(regression, of_boxes, "compute_loss")
+        and is_known_coder(regression.box_coder)
         and (
             is_stock(matcher, Matcher, "__call__", "set_low_quality_matches_")
             or any(is_stock(matcher, cls, "__call__") for cls in MATCHERS.values())
@@ -132,14 +140,22 @@ def _match(outputs: HeadOutputs, anchors: Tensor, truths: GroundTruths, matcher:
     return atss_matching(*arguments, sizes, matcher.top_k * per_cell)
 
 
-def check_losses(classification_loss: str | None, box_loss: str | None) -> None:
-    """Raises ValueError for a name that is no loss. None passes."""
+def check_losses(
+    classification_loss: str | None, box_loss: str | None, reg_max: int | None = None, box_weights: str | None = None
+) -> None:
+    """Raises ValueError for a name that is no loss or no weight, or a box loss that the distributions of a ``reg_max``
+    cannot have. None passes."""
+    if reg_max is not None and (type(reg_max) is not int or reg_max < 1):
+        raise ValueError(f"reg_max must be a whole number of at least 1, got {reg_max!r}")
     for name, chosen, known in (
         ("classification_loss", classification_loss, CLASSIFICATION_LOSSES),
         ("box_loss", box_loss, LOSS_TYPES),
+        ("box_weights", box_weights, BOX_WEIGHTS),
     ):
         if chosen is not None and chosen not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {chosen!r}")
+    if reg_max is not None and box_loss is not None and box_loss not in IOU_LOSSES:
+        raise ValueError(f"box_loss must be one of {', '.join(IOU_LOSSES)} with reg_max, got {box_loss!r}")
 
 
 def refuse_arguments(name: str) -> None:
@@ -160,6 +176,7 @@ def detection_losses(
     loss_type: str,
     gamma: float = 2.0,
     classification_loss: str = "focal",
+    box_weights: str | None = None,
 ) -> dict[str, Tensor]:
     """The two losses of a batch, averaged as torchvision's: per image, sum / max(1, foreground anchors); then the mean.
 
@@ -167,15 +184,19 @@ def detection_losses(
         outputs: of the heads, for B images.
         truths: the ground truths of the B images, in the pixels of the anchors.
         matcher: torchvision's, whose two thresholds and low-quality rule are used, or one of :data:`MATCHERS`.
-        loss_type: of the box loss, one of l1, smooth_l1, giou, diou, ciou.
+        loss_type: of the box loss, one of l1, smooth_l1, giou, diou, ciou; where sides are distributions, one of the
+            last three, to which distribution focal loss is added.
         gamma: focusing exponent of the classification loss.
         classification_loss: one of :data:`CLASSIFICATION_LOSSES`.
+        box_weights: quality, where a foreground anchor's box loss is weighed by the IoU of its predicted box with the
+            ground truth, and an image's is divided by the sum of these, at least 1, in place of their number.
 
     Returns:
         ``classification`` and ``bbox_regression``, scalars.
 
     Raises:
-        ValueError: if the matcher has to know the levels, and the outputs were joined.
+        ValueError: if the matcher has to know the levels, and the outputs were joined; or for l1 or smooth_l1 where
+            sides are distributions.
     """
     anchors = outputs.anchors.float()
     matches = _match(outputs, anchors, truths, matcher)
@@ -183,12 +204,19 @@ def detection_losses(
     normalizers = matches.num_foreground.clamp(min=1) * batch  # (B,) float32
     logits, deltas, labels, k = outputs.levels[LOGITS], outputs.levels[DELTAS], matches.labels, outputs.num_classes
     geometry = anchors, matches.indices, truths.boxes, truths.offsets
+    quality = None
+    if classification_loss != "focal" or box_weights:
+        quality = box_quality(deltas, *geometry, outputs.reg_max)
     if classification_loss == "focal":
         classification = focal_loss(logits, labels, normalizers, k, gamma=gamma)
     else:
-        quality = box_quality(deltas, *geometry)
+        assert quality is not None
         classification = soft_focal_loss(logits, labels, quality, normalizers, k, classification_loss, gamma)
-    return {
-        "classification": classification,
-        "bbox_regression": box_loss(deltas, *geometry, normalizers, loss_type),
-    }
+    weights = quality if box_weights else None
+    if weights is not None:
+        normalizers = weights.sum(dim=1).clamp(min=1) * batch
+    if outputs.reg_max:
+        box = distribution_loss(deltas, *geometry, normalizers, outputs.reg_max, loss_type, weights)
+    else:
+        box = box_loss(deltas, *geometry, normalizers, loss_type, weights)
+    return {"classification": classification, "bbox_regression": box}

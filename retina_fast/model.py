@@ -21,11 +21,11 @@ from retina_fast.anchors import is_stock_generator
 from retina_fast.detections import Detections, Thresholds, detect
 from retina_fast.device import lay_out, to_device
 from retina_fast.forward import Batch, HeadOutputs, Images, Sizes, Targets
-from retina_fast.heads import fresh_logits
+from retina_fast.heads import fresh_logits, give_distributions, is_known_coder
 from retina_fast.kernels.levels import count_anchors
 from retina_fast.losses import check_losses, detection_losses, has_stock_losses, matcher_of, refuse_arguments
 from retina_fast.predict.method import Predicts
-from retina_fast.stock import has_stock_detection_functions, is_stock_coder, overrides
+from retina_fast.stock import has_stock_detection_functions, overrides
 from retina_fast.targets import GroundTruths, TargetCheck, gather_targets, target_check, unlabelled, with_truths
 from retina_fast.transform import RetinaNetTransform, check_images, is_stock_transform, resize_batch, size_rows
 
@@ -52,9 +52,12 @@ class RetinaNet(Predicts, tv.RetinaNet):
         topk_candidates: the most candidates of an image and level.
         **kwargs: ``matcher``, in place of ``proposal_matcher``: "atss", or an object such as :class:`AtssMatcher`;
             ``classification_loss``: "focal" as torchvision's, "quality_focal" or "varifocal"; ``box_loss``: "l1",
-            "smooth_l1", "giou", "diou" or "ciou", that of the head by default;
-            ``size_divisible`` (that of the backbone if it has one, else 32), ``fixed_size``, ``_skip_resize`` (in
-            training) of torchvision's transform, and ``image_scale``, 1 by default; others are warned of.
+            "smooth_l1", "giou", "diou" or "ciou", that of the head by default; ``box_weights``: "quality" weighs box
+            losses by the IoU of the predicted box; ``reg_max``: each side of a box becomes a distribution over 0, 1,
+            ..., ``reg_max`` eighths of the anchor, 16 in its paper, and distribution focal loss is added to one of the
+            last three box losses, GIoU by default; ``size_divisible`` (that of the backbone if it has one, else 32),
+            ``fixed_size``, ``_skip_resize`` (in training) of torchvision's transform, and ``image_scale``, 1 by
+            default; others are warned of.
 
     Input, output and errors are torchvision's: in training, ``model(images, targets)`` returns
     ``{"classification", "bbox_regression"}``; in evaluation a list of ``{"boxes", "scores", "labels"}``, boxes xyxy in
@@ -74,6 +77,7 @@ class RetinaNet(Predicts, tv.RetinaNet):
     check_targets = True
     focal_gamma = 2.0
     classification_loss = "focal"
+    box_weights: str | None = None
 
     def __init__(
         self,
@@ -100,7 +104,9 @@ class RetinaNet(Predicts, tv.RetinaNet):
         proposal_matcher = proposal_matcher if chosen is None else chosen
         box_loss = kwargs.pop("box_loss", None)
         classification_loss = kwargs.pop("classification_loss", None)
-        check_losses(classification_loss, box_loss)
+        reg_max = kwargs.pop("reg_max", None)
+        box_weights = kwargs.pop("box_weights", None)
+        check_losses(classification_loss, box_loss, reg_max, box_weights)
         kwargs.setdefault("size_divisible", getattr(backbone, "size_divisible", 32))
         super().__init__(
             backbone,
@@ -138,6 +144,9 @@ class RetinaNet(Predicts, tv.RetinaNet):
         )
         if classification_loss is not None:
             self.classification_loss = classification_loss
+        self.box_weights = box_weights
+        if reg_max is not None:
+            give_distributions(self, reg_max)
         if box_loss is not None:
             self.head.regression_head._loss_type = box_loss
         lay_out(self)
@@ -160,7 +169,7 @@ class RetinaNet(Predicts, tv.RetinaNet):
             targets: in training, B dicts with ``boxes`` (N, 4) xyxy pixels and ``labels`` (N,) integers in [0, K). In
                 evaluation they are not needed; only the boxes are then checked.
         """
-        _refuse_tracing()
+        network.refuse_tracing()
         if self.training and targets is None:
             raise AssertionError("targets should not be none when in training mode")
         if targets is not None and not self.training:
@@ -190,7 +199,7 @@ class RetinaNet(Predicts, tv.RetinaNet):
             TypeError, ValueError: if the batch is no tensor, or not 4-D.
             RuntimeError: in training mode, where a forward pass would move the BatchNorm statistics.
         """
-        _refuse_tracing()
+        network.refuse_tracing()
         if not isinstance(batch, Tensor):
             raise TypeError(f"batch must be a Tensor (B, C, H, W), got {type(batch)}: a list is for the model itself")
         if batch.dim() != 4:
@@ -309,24 +318,24 @@ class RetinaNet(Predicts, tv.RetinaNet):
         return check
 
     def _losses_of(self, targets: Targets, truths: GroundTruths, outputs: HeadOutputs) -> dict[str, Tensor]:
-        check_losses(self.classification_loss, None)  # it may have been set since the model was made
+        check_losses(self.classification_loss, None, None, self.box_weights)  # they may have been set since
         if isinstance(self.proposal_matcher, str):
             raise TypeError(f"proposal_matcher must be a matcher, such as AtssMatcher(), got {self.proposal_matcher!r}")
         if has_stock_losses(self.head, self.proposal_matcher):
             loss_type = self.head.regression_head._loss_type
             matcher, gamma, chosen = self.proposal_matcher, self.focal_gamma, self.classification_loss
-            return detection_losses(outputs, truths, matcher, loss_type, gamma, chosen)
-        if self.classification_loss != "focal":
+            return detection_losses(outputs, truths, matcher, loss_type, gamma, chosen, self.box_weights)
+        if self.classification_loss != "focal" or self.box_weights:
             raise NotImplementedError(
-                f"classification_loss {self.classification_loss!r} needs this package's losses, but a part of the "
-                "model that computes losses is the user's own"
+                f"classification_loss {self.classification_loss!r} with box_weights {self.box_weights!r} needs this "
+                "package's losses, but a part of the model that computes losses is the user's own"
             )
         anchors = list(outputs.anchors.expand(len(targets), -1, -1))
         return super().compute_loss(with_truths(targets, truths), outputs.joined(), anchors)
 
     def _has_stock_postprocessing(self) -> bool:
         """Whether the box coder, and what the postprocessing calls, are torchvision's own."""
-        return is_stock_coder(self.box_coder) and has_stock_detection_functions()
+        return is_known_coder(self.box_coder) and has_stock_detection_functions()
 
     def _padded_detections(self, batch: Batch, outputs: HeadOutputs) -> Detections:
         device = outputs.anchors.device
@@ -339,12 +348,3 @@ class RetinaNet(Predicts, tv.RetinaNet):
         pixels, image_sizes = resize_batch(self.transform, images)
         outputs = network.run_network(self, pixels)
         return detect(outputs, image_sizes, size_rows(images, *images.shape[2:]), Thresholds.of(self))
-
-
-def _refuse_tracing() -> None:
-    """Refuse torch.jit.trace and torch.onnx.export(dynamo=False): a trace would fix the number of detections."""
-    if torch.jit.is_tracing():
-        raise NotImplementedError(
-            "retina_fast.RetinaNet cannot be traced by torch.jit.trace or torch.onnx.export(dynamo=False): "
-            "retina_fast.export writes ONNX, torch.export and AOTInductor files"
-        )

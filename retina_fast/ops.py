@@ -22,6 +22,7 @@ from retina_fast.kernels.box_loss import box_loss
 from retina_fast.kernels.box_quality import box_quality
 from retina_fast.kernels.box_voting import box_voting
 from retina_fast.kernels.candidate_selection import Candidates, candidate_selection
+from retina_fast.kernels.distribution_loss import distribution_loss
 from retina_fast.kernels.focal_loss import focal_loss
 from retina_fast.kernels.greedy_nmm import Merged, greedy_nmm
 from retina_fast.kernels.image_batch import image_batch
@@ -43,6 +44,7 @@ __all__ = [
     "box_quality",
     "box_voting",
     "candidate_selection",
+    "distribution_loss",
     "focal_loss",
     "greedy_nmm",
     "image_batch",

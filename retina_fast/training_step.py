@@ -305,7 +305,7 @@ class TrainingStep:
             (self.max_boxes, self.max_grad_norm, self.dtype, image_dtype, tuple(self.loss_weights.items())),
             (type(model.proposal_matcher), *vars(model.proposal_matcher).items()),
             (model.head.regression_head._loss_type, model.head.classification_head.num_classes),
-            (model.focal_gamma, model.classification_loss),
+            (model.focal_gamma, model.classification_loss, model.box_weights),
             cell_versions(model.anchor_generator),
         ]
         for module in model.modules():

@@ -38,6 +38,7 @@ BENCHMARKS = (
     "kernels.soft_focal_loss",
     "kernels.box_loss",
     "kernels.box_quality",
+    "kernels.distribution_loss",
     "kernels.group_norm_relu",
     "kernels.conv_epilogue",
     "kernels.fused_conv",

@@ -103,6 +103,13 @@ def train(
     box_loss: Annotated[
         str | None, typer.Option(help="l1, smooth_l1, giou, diou or ciou; by default the model's own.")
     ] = None,
+    box_weights: Annotated[
+        str | None, typer.Option(help="quality: box losses are weighed by the IoU of the predicted box.")
+    ] = None,
+    reg_max: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sides of boxes are distributions over so many eighths of the anchor; 16 is usual."),
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A model file to start from, in place of the backbone's weights.")
     ] = None,
@@ -138,6 +145,8 @@ def train(
             matcher=matcher,
             classification_loss=classification_loss,
             box_loss=box_loss,
+            box_weights=box_weights,
+            reg_max=reg_max,
             anchors=anchors,
         )
         if val_images and not val_json:

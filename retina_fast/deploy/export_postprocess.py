@@ -10,10 +10,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from retina_fast.heads import reg_max_of
 from retina_fast.kernels.batched_nms import rounded_down
 from retina_fast.kernels.box_decode import decode
 from retina_fast.kernels.candidate_selection import logit
 from retina_fast.kernels.levels import flatten_all
+from retina_fast.kernels.side_distributions import box_channels
 from retina_fast.model import RetinaNet
 
 MASK = 0x7FFFFFFF
@@ -117,7 +119,7 @@ class Postprocess(nn.Module):
         inside: tuple[int, int],
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.box_channels = num_classes, box_channels(reg_max_of(model.head))
         self.score_thresh, self.topk, self.most = model.score_thresh, model.topk_candidates, model.detections_per_img
         self.register_buffer("anchors", anchors.clone())
         height, width = inside
@@ -157,8 +159,8 @@ class Postprocess(nn.Module):
         logits, order = self.best(torch.cat(values, dim=1), count)  # (B, M), best first
         chosen = torch.cat(indices, dim=1).gather(1, order)
         anchors, labels = chosen // self.num_classes, chosen % self.num_classes
-        deltas = torch.cat(flatten_all(bbox_regression, 4), dim=1)
-        deltas = deltas.gather(1, anchors[..., None].expand(-1, -1, 4)).float()
+        deltas = torch.cat(flatten_all(bbox_regression, self.box_channels), dim=1)
+        deltas = deltas.gather(1, anchors[..., None].expand(-1, -1, self.box_channels)).float()
         boxes = torch.minimum(decode(deltas, self.anchors[anchors]).clamp(min=0), self.limits)
 
         most = min(self.most, count)

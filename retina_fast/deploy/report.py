@@ -11,6 +11,7 @@ from retina_fast.forward import DELTAS, LOGITS, Convs, run_convs, run_network
 from retina_fast.kernels.box_decode import decode
 from retina_fast.kernels.image_batch import image_batch
 from retina_fast.kernels.levels import flatten_all
+from retina_fast.kernels.side_distributions import box_channels
 from retina_fast.model import RetinaNet
 from retina_fast.transform import check_images, resized_sizes
 
@@ -145,7 +146,7 @@ def _scores_and_boxes(
     pixels = pixels_of(model, image).to(next(model.parameters()).dtype, memory_format=layout)
     outputs = run_network(model, pixels, convs=convs)
     logits = torch.cat(flatten_all(outputs.levels[LOGITS], outputs.num_classes), dim=1)[0]
-    deltas = torch.cat(flatten_all(outputs.levels[DELTAS], 4), dim=1)[0]
+    deltas = torch.cat(flatten_all(outputs.levels[DELTAS], box_channels(outputs.reg_max)), dim=1)[0]
     return logits.float().sigmoid(), decode(deltas.float(), outputs.anchors)
 
 

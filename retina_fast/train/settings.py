@@ -48,7 +48,8 @@ class TrainSettings:
         matcher: "atss" in place of the thresholds by which anchors are matched to objects.
         classification_loss: "quality_focal" or "varifocal" in place of the focal loss.
         box_loss: "l1", "smooth_l1", "giou", "diou" or "ciou" in place of the model's.
-
+        box_weights: "quality" weighs box losses by the IoU of the predicted box.
+        reg_max: the sides of boxes become distributions over 0, 1, ..., so many eighths of the anchor.
         anchors: "auto" for one anchor a cell, of sides and a ratio that fit the data, in place of the model's.
 
     Raises:
@@ -78,6 +79,8 @@ class TrainSettings:
     matcher: str | None = None
     classification_loss: str | None = None
     box_loss: str | None = None
+    box_weights: str | None = None
+    reg_max: int | None = None
     anchors: str | None = None
 
     def __post_init__(self) -> None:
@@ -86,7 +89,7 @@ class TrainSettings:
             raise UserError(f"the recipe {self.recipe} is for models {pattern}, not {self.model}")
         try:
             matcher_of(self.matcher)
-            check_losses(self.classification_loss, self.box_loss)
+            check_losses(self.classification_loss, self.box_loss, self.reg_max, self.box_weights)
         except ValueError as error:
             raise UserError(str(error)) from error
         if self.anchors not in (None, FITTED):

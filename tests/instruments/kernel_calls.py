@@ -26,20 +26,24 @@ from retina_fast.kernels import (
     box_quality,
     box_voting,
     candidate_selection,
-    conv_epilogue,
-    conv_pointwise,
-    first_channels,
+    distribution_loss,
     focal_loss,
     greedy_nmm,
     image_batch,
-    max_pool_relu,
     soft_focal_loss,
     soft_nms,
-    stem_conv,
     take_kept,
 )
 from retina_fast.kernels.group_norm_relu import group_norm_relu
 from retina_fast.kernels.levels import flatten_all
+from tests.instruments.conv_calls import (
+    call_conv_epilogue,
+    call_conv_pointwise,
+    call_epilogue_gradients,
+    call_first_channels,
+    call_max_pool_relu,
+    call_stem_conv,
+)
 from tests.instruments.fake_gpu import Launch
 
 LIMITS_HOLD_FOR = ("3.6", "3.8", "3.9")  # the versions of Triton whose machine code chose the limits below
@@ -152,11 +156,11 @@ def call_batched_nms(by_class: bool, best_first: bool, batch: int = 8, count: in
     batched_nms.batched_nms(boxes, scores, labels, counts, max_detections=most)
 
 
-def _box_decode(dtype: torch.dtype) -> None:
-    levels = [level.detach() for level in levels_of(dtype, 4)]
+def _box_decode(dtype: torch.dtype, reg_max: int = 0) -> None:
+    levels = [level.detach() for level in levels_of(dtype, 4 * (reg_max + 1))]
     index = torch.empty(8, 5000, dtype=torch.int64, device="cuda")
     sizes = torch.empty(8, 2, dtype=torch.int64, device="cuda")
-    box_decode.box_decode(levels, torch.empty(120087, 4, device="cuda"), index, sizes)
+    box_decode.box_decode(levels, torch.empty(120087, 4, device="cuda"), index, sizes, reg_max)
 
 
 def _soft_nms() -> None:
@@ -185,68 +189,13 @@ def _take_kept() -> None:
     take_kept.take_kept(boxes, scores, labels, positions, counts, sizes, sizes)
 
 
-def _conv_epilogue(channels: int, activation: str, with_z: bool) -> None:
-    layout = torch.channels_last
-    y, z = (
-        torch.empty(8, channels, 100, 100, dtype=torch.bfloat16, device="cuda", memory_format=layout) for _ in range(2)
-    )
-    bias = torch.empty(channels, dtype=torch.bfloat16, device="cuda")
-    conv_epilogue.conv_epilogue_(y, bias, z if with_z else None, activation)
-
-
-def _epilogue_gradients(channels: int, with_relu: bool) -> None:
-    layout = torch.channels_last
-    dy, y = (
-        torch.empty(16, channels, 100, 100, dtype=torch.bfloat16, device="cuda", memory_format=layout) for _ in range(2)
-    )
-    conv_epilogue.epilogue_gradients(dy, y if with_relu else None, True)
-
-
-def _max_pool_relu(dtype: torch.dtype) -> None:
-    """Pools what the first conv of a ResNet gives of eight images of 800x800."""
-    x = torch.empty(8, 64, 400, 400, dtype=dtype, device="cuda", memory_format=torch.channels_last)
-    max_pool_relu.max_pool_relu(x, torch.empty(64, dtype=dtype, device="cuda"))
-
-
-def _stem_conv() -> None:
-    """The first conv of a ResNet on eight images of 800x800."""
-    layout = torch.channels_last
-    x, weight = (
-        torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=layout)
-        for shape in ((8, 3, 800, 800), (64, 3, 7, 7))
-    )
-    stem_conv.stem_conv(x, weight)
-
-
-def _conv_pointwise(second: bool) -> None:
-    """Ends of residual blocks, of ResNet-50's first stage and, with a shortcut of stride 2, of its second."""
-    layout = torch.channels_last
-
-    def made(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, dtype=torch.bfloat16, device="cuda", memory_format=layout)
-
-    bias = torch.empty(256, dtype=torch.bfloat16, device="cuda")
-    x, weight = made(8, 64, 100, 100), made(256, 64, 1, 1)
-    if second:
-        shortcut = made(8, 128, 200, 200), made(256, 128, 1, 1), 2
-        conv_pointwise.conv_pointwise(x, weight, bias, made(8, 256, 50, 50), "relu", shortcut=shortcut)
-    else:
-        conv_pointwise.conv_pointwise(x, weight, bias, made(8, 256, 100, 100), "relu")
-
-
-def _first_channels(channels: int, width: int) -> None:
-    """Forward and backward."""
-    x = torch.empty(8, width, 100, 100, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
-    y = first_channels.first_channels(x, torch.empty(channels, dtype=torch.bfloat16, device="cuda"))
-    torch.ops.retina_fast.first_channels_backward(y, width)
-
-
-def detect(dtype: torch.dtype, batch: int = 8) -> detections.Detections:
+def detect(dtype: torch.dtype, batch: int = 8, reg_max: int = 0) -> detections.Detections:
     """Calls the whole postprocess, from the heads' outputs at 800x800 to detections."""
-    logits, deltas = ([level.detach() for level in levels_of(dtype, channels, batch)] for channels in (91, 4))
+    widths = 91, 4 * (reg_max + 1)
+    logits, deltas = ([level.detach() for level in levels_of(dtype, channels, batch)] for channels in widths)
     anchors = torch.empty(120087, 4, device="cuda")
     sizes = torch.empty(2, batch, 2, dtype=torch.int64, device="cuda")
-    outputs = HeadOutputs({LOGITS: logits, DELTAS: deltas}, anchors, 91, {})
+    outputs = HeadOutputs({LOGITS: logits, DELTAS: deltas}, anchors, 91, {}, reg_max=reg_max)
     return detections.detect(outputs, sizes[0], sizes[1], Thresholds(0.05, 1000, 0.5, 300))
 
 
@@ -275,11 +224,20 @@ def _box_loss(dtype: torch.dtype, loss_type: str) -> None:
     box_loss.box_loss(levels_of(dtype, channels=4), anchors, indices, boxes, offsets, normalizers, loss_type)
 
 
-def _box_quality() -> None:
+def _distribution_loss(dtype: torch.dtype, loss_type: str) -> None:
     boxes, _, offsets = ground_truths(4000)
     anchors = torch.empty(120087, 4, device="cuda")
     indices = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
-    box_quality.box_quality(levels_of(torch.bfloat16, channels=4), anchors, indices, boxes, offsets)
+    arguments = anchors, indices, boxes, offsets, torch.empty(8, device="cuda"), 16, loss_type
+    distribution_loss.distribution_loss(levels_of(dtype, channels=4 * 17), *arguments)
+
+
+def _box_quality(reg_max: int = 0) -> None:
+    boxes, _, offsets = ground_truths(4000)
+    anchors = torch.empty(120087, 4, device="cuda")
+    indices = torch.empty(8, 120087, dtype=torch.int32, device="cuda")
+    levels = levels_of(torch.bfloat16, channels=4 * (reg_max + 1))
+    box_quality.box_quality(levels, anchors, indices, boxes, offsets, reg_max)
 
 
 _TILE, _FOCAL = ("TILE",), "_focal_loss_kernel"
@@ -305,6 +263,8 @@ KERNEL_CALLS = {
         lambda: _soft_focal_loss(torch.bfloat16, "varifocal"), _TILE, 4, kernel=_FOCAL
     ),
     "box_quality bf16": KernelCall(_box_quality),
+    "box_quality bf16 n=16": KernelCall(lambda: _box_quality(16)),
+    "distribution_loss bf16": KernelCall(lambda: _distribution_loss(torch.bfloat16, "giou")),
     "one_pass scale bf16": KernelCall(lambda: call_scale(torch.bfloat16)),
     "sigmoid_focal_loss bf16 losses": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "losses"), _TILE, 6),
     "sigmoid_focal_loss bf16 sum": KernelCall(lambda: _sigmoid_focal_loss(torch.bfloat16, "sums"), _TILE, 4),
@@ -326,9 +286,11 @@ KERNEL_CALLS = {
     "candidate_selection bf16 topk=5000": KernelCall(lambda: _candidate_selection(torch.bfloat16, 5000)),
     "candidate_selection bf16 one image": KernelCall(lambda: _candidate_selection(torch.bfloat16, batch=1)),
     "postprocess bf16": KernelCall(lambda: detect(torch.bfloat16)),
+    "postprocess bf16 n=16": KernelCall(lambda: detect(torch.bfloat16, 1, 16)),
     "postprocess bf16 one image": KernelCall(lambda: detect(torch.bfloat16, 1)),
     "postprocess bf16 32 images": KernelCall(lambda: detect(torch.bfloat16, 32)),
     "box_decode bf16": KernelCall(lambda: _box_decode(torch.bfloat16)),
+    "box_decode bf16 n=16": KernelCall(lambda: _box_decode(torch.bfloat16, 16)),
     "batched_nms": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False)),
     "batched_nms best first": KernelCall(lambda: call_batched_nms(by_class=True, best_first=True)),
     "batched_nms one image": KernelCall(lambda: call_batched_nms(by_class=True, best_first=False, batch=1)),
@@ -346,20 +308,20 @@ KERNEL_CALLS = {
     "greedy_nmm IOU": KernelCall(lambda: _greedy_nmm("IOU")),
     "greedy_nmm IOS": KernelCall(lambda: _greedy_nmm("IOS")),
     "take_kept": KernelCall(_take_kept),
-    "conv_epilogue bf16 sum": KernelCall(lambda: _conv_epilogue(256, "relu", True), ("BLOCK",), 6),
-    "conv_epilogue bf16": KernelCall(lambda: _conv_epilogue(256, "relu", False), ("BLOCK",), 4),
-    "conv_pointwise bf16": KernelCall(lambda: _conv_pointwise(second=False)),
-    "conv_pointwise bf16 shortcut, resized": KernelCall(lambda: _conv_pointwise(second=True)),
-    "conv_epilogue bf16 C=819": KernelCall(lambda: _conv_epilogue(819, "none", False), ("BLOCK",), 4),
+    "conv_epilogue bf16 sum": KernelCall(lambda: call_conv_epilogue(256, "relu", True), ("BLOCK",), 6),
+    "conv_epilogue bf16": KernelCall(lambda: call_conv_epilogue(256, "relu", False), ("BLOCK",), 4),
+    "conv_pointwise bf16": KernelCall(lambda: call_conv_pointwise(second=False)),
+    "conv_pointwise bf16 shortcut, resized": KernelCall(lambda: call_conv_pointwise(second=True)),
+    "conv_epilogue bf16 C=819": KernelCall(lambda: call_conv_epilogue(819, "none", False), ("BLOCK",), 4),
     "epilogue_gradients bf16": KernelCall(
-        lambda: _epilogue_gradients(256, True), ("ROWS", "CHANNELS"), 6, kernel="_epilogue_gradients_kernel"
+        lambda: call_epilogue_gradients(256, True), ("ROWS", "CHANNELS"), 6, kernel="_epilogue_gradients_kernel"
     ),
     "epilogue_gradients bf16 C=819": KernelCall(
-        lambda: _epilogue_gradients(819, False), ("ROWS", "CHANNELS"), 2, kernel="_epilogue_gradients_kernel"
+        lambda: call_epilogue_gradients(819, False), ("ROWS", "CHANNELS"), 2, kernel="_epilogue_gradients_kernel"
     ),
-    "stem_conv bf16": KernelCall(_stem_conv),
-    "max_pool_relu bf16": KernelCall(lambda: _max_pool_relu(torch.bfloat16)),
-    "max_pool_relu fp32": KernelCall(lambda: _max_pool_relu(torch.float32)),
-    "first_channels bf16 C=819": KernelCall(lambda: _first_channels(819, 824)),
-    "first_channels bf16 C=36": KernelCall(lambda: _first_channels(36, 40)),
+    "stem_conv bf16": KernelCall(call_stem_conv),
+    "max_pool_relu bf16": KernelCall(lambda: call_max_pool_relu(torch.bfloat16)),
+    "max_pool_relu fp32": KernelCall(lambda: call_max_pool_relu(torch.float32)),
+    "first_channels bf16 C=819": KernelCall(lambda: call_first_channels(819, 824)),
+    "first_channels bf16 C=36": KernelCall(lambda: call_first_channels(36, 40)),
 }

@@ -13,6 +13,7 @@ from retina_fast.kernels import (
     box_loss,
     box_quality,
     candidate_selection,
+    distribution_loss,
     focal_loss,
     group_norm_relu,
     image_batch,
@@ -55,7 +56,12 @@ def arguments(device="cpu"):
         "focal_loss": {"logits": logits, "labels": indices, "normalizers": normalizers, "num_classes": 3},
         "box_loss": {
             "deltas": deltas, "anchors": anchors, "indices": indices, "boxes": boxes, "offsets": offsets,
-            "normalizers": normalizers,
+            "normalizers": normalizers, "weights": torch.rand(2, 8, generator=generator),
+        },
+        "distribution_loss": {
+            "distributions": [torch.randn(2, 2 * 4 * 3, n, 1, generator=generator) for n in (3, 1)], "anchors": anchors,
+            "indices": indices, "boxes": boxes, "offsets": offsets, "normalizers": normalizers, "reg_max": 2,
+            "weights": torch.rand(2, 8, generator=generator),
         },
         "soft_focal_loss": {
             "logits": logits, "labels": indices, "quality": torch.rand(2, 8, generator=generator),
@@ -87,7 +93,7 @@ MODULES = {
     "anchor_matching": anchor_matching, "atss_matching": atss_matching, "focal_loss": focal_loss,
     "soft_focal_loss": soft_focal_loss, "box_loss": box_loss, "box_quality": box_quality, "box_decode": box_decode,
     "candidate_selection": candidate_selection, "batched_nms": batched_nms, "take_kept": take_kept,
-    "group_norm_relu": group_norm_relu,
+    "group_norm_relu": group_norm_relu, "distribution_loss": distribution_loss,
 }  # fmt: skip
 TENSORS = [
     (name, key)
@@ -155,7 +161,7 @@ def test_a_shape_that_does_not_fit_is_named(name, key):
         call(name, keywords)
 
 
-@pytest.mark.parametrize("name", ["box_loss", "box_decode", "box_quality"])
+@pytest.mark.parametrize("name", ["box_loss", "box_decode", "box_quality", "distribution_loss"])
 @pytest.mark.parametrize("change", ["shorter", "one of two images"])
 def test_anchors_of_another_number_are_refused(name, change):
     keywords = arguments()[name]
@@ -186,7 +192,7 @@ def test_values_that_cannot_be_are_named_on_a_cpu(name, key, values, message):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["focal_loss", "soft_focal_loss", "box_loss"])
+@pytest.mark.parametrize("name", ["focal_loss", "soft_focal_loss", "box_loss", "distribution_loss"])
 def test_normalizers_of_any_dtype(name, dtype, device):
     keywords = arguments()[name]
     expected = call(name, keywords)
@@ -196,16 +202,15 @@ def test_normalizers_of_any_dtype(name, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["focal_loss", "soft_focal_loss", "box_loss"])
+@pytest.mark.parametrize("name", ["focal_loss", "soft_focal_loss", "box_loss", "distribution_loss"])
 def test_a_kernel_is_given_normalizers_in_float32(name, dtype):
     """Inline PTX would take the bits of an int32 as a float32, a number near 0. The interpreter does not."""
 
     def run(made):
         call(name, {**made[name], "normalizers": torch.empty(2, dtype=dtype, device="cuda")})
 
-    (launch,) = launches_of(run, lambda: arguments("cuda"))
-    of_images = [arg.dtype for arg in launch.args if isinstance(arg, torch.Tensor) and arg.shape == (2,)]
-    assert of_images == [torch.float32]
+    given = [arg for launch in launches_of(run, lambda: arguments("cuda")) for arg in launch.args]
+    assert {arg.dtype for arg in given if isinstance(arg, torch.Tensor) and arg.shape == (2,)} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
@@ -213,6 +218,7 @@ def test_a_kernel_is_given_normalizers_in_float32(name, dtype):
     ("name", "keys"),
     [("anchor_matching", ("anchors", "boxes")), ("atss_matching", ("anchors", "boxes")),
      ("box_loss", ("anchors", "boxes")), ("box_quality", ("anchors", "boxes")), ("box_decode", ("anchors",)),
+     ("distribution_loss", ("anchors", "boxes")),
      ("take_kept", ("boxes",)), ("batched_nms", ("boxes",))],
 )  # fmt: skip
 def test_geometry_of_another_dtype_is_read_as_float32(name, keys, dtype, device):

@@ -54,6 +54,28 @@ def test_kernel_matches_the_reference(dtype, anchors_per_image, device):
                                equal_nan=True)  # fmt: skip
 
 
+@pytest.mark.parametrize("anchors_per_image", [False, True])
+def test_boxes_of_distributions(anchors_per_image, device):
+    """A side that is certain lies at its distance; one that is not, at the expectation."""
+    _, anchors, index, sizes = case()
+    places = torch.randint(0, 8, (2, 123, 4), generator=torch.Generator().manual_seed(2))
+    logits = torch.nn.functional.one_hot(places, 8) * 60.0  # (2, 123, 4, 8): the others have e^-60
+    logits[:, :, 3] = torch.tensor([0.0, 0, 0, 0, 0, 0, 0, float("-inf")])  # 3 units
+    places[:, :, 3] = 3
+    levels = [level.to(device) for level in logits.flatten(2).split([105, 18], dim=1)]
+    anchors = torch.stack((anchors, anchors + 2)) if anchors_per_image else anchors
+    ours = module._box_decode_triton(levels, anchors.to(device), index.to(device), sizes.to(device), 7)
+    size = anchors[..., 2:] - anchors[..., :2]
+    centre, distances = anchors[..., :2] + size / 2, places * torch.cat((size, size), dim=-1) / 8
+    boxes = torch.cat((centre - distances[..., :2], centre + distances[..., 2:]), dim=-1)
+    for b, (height, width) in enumerate(sizes.tolist()):
+        expected = clip_boxes_to_image(boxes[b, index[b]], (height, width))
+        torch.testing.assert_close(ours[b].cpu(), expected, rtol=0, atol=64e-6)
+    torch.testing.assert_close(
+        ours.cpu(), box_decode([x.cpu() for x in levels], anchors, index, sizes, 7), rtol=0, atol=64e-6
+    )
+
+
 def test_deltas_are_differentiable():
     deltas, anchors, index, sizes = case()
     deltas = [level.requires_grad_() for level in deltas]
@@ -77,6 +99,10 @@ def test_errors():
     deltas, anchors, index, sizes = case()
     with pytest.raises(ValueError, match="anchors"):
         box_decode(deltas, anchors[:-1], index, sizes)
+    with pytest.raises(ValueError, match=r"a level must be \(B, A\*68, H, W\)"):
+        box_decode(deltas, anchors, index, sizes, 16)
+    with pytest.raises(ValueError, match="reg_max must be a whole number of at least 0, got -1"):
+        box_decode(deltas, anchors, index, sizes, -1)
 
 
 def test_opcheck(device):

@@ -125,6 +125,20 @@ def test_nan_is_not_hidden(loss_fn, place, loss_type, place_of_nan):
     assert loss_fn([deltas], *[x.to(place) for x in rest], loss_type).isnan()
 
 
+def test_weights_of_the_anchors(loss_fn, place):
+    """Each foreground anchor's gradient takes its weight, and losses add up as the weights do. The weights of the other
+    anchors are not read."""
+    levels, anchors, indices, *rest = case(torch.float32, device=place)
+    drawn = torch.rand(indices.shape, generator=torch.Generator().manual_seed(4)).to(place)
+    weights = torch.where(indices >= 0, drawn, torch.nan)
+    loss, whole = (loss_fn(levels, anchors, indices, *rest, "giou", w) for w in (weights, None))
+    with torch.no_grad():
+        others = loss_fn(levels, anchors, indices, *rest, "giou", 1 - weights)
+    torch.testing.assert_close(loss.detach() + others, whole.detach(), rtol=1e-6, atol=0)
+    ours, plain = (torch.cat(flatten_all(torch.autograd.grad(x, levels), 4), dim=1) for x in (loss, whole))
+    assert_close([ours], [plain * drawn[..., None]], 1e-6)
+
+
 def test_images_may_have_their_own_anchors(loss_fn, place):
     deltas, anchors, *rest = case(torch.float32, device=place)
     stacked = torch.stack((anchors, anchors + 2, anchors - 1))

@@ -1,6 +1,7 @@
 """The IoU of predicted boxes with their ground truths, by the reference and by the kernel, against torchvision's coder
 and IoU in float64."""
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -50,6 +51,25 @@ def case(dtype=torch.float32, device="cpu"):
     return arguments
 
 
+def test_of_distributions(quality_of, place, monkeypatch):
+    """The box from each anchor's centre, by 4 expectations in float64."""
+    monkeypatch.setattr(module, "_DISTRIBUTIONS_TILE", 16)
+    _, anchors, indices, boxes, offsets = case(device=place)
+    generator = torch.Generator().manual_seed(1)
+    levels = [(2 * torch.randn(3, n, 4 * 6, generator=generator)).to(place) for n in (105, 18)]
+    sides = torch.cat(levels, dim=1).cpu().double().view(3, 123, 4, 6).softmax(dim=3) @ torch.arange(6.0).double()
+    own, size = anchors.cpu().double(), (anchors[:, 2:] - anchors[:, :2]).cpu().double()
+    centre = own[:, :2] + size / 2
+    predicted = torch.cat((centre - sides[..., :2] * size / 8, centre + sides[..., 2:] * size / 8), dim=2)
+    expected = torch.zeros(3, 123, dtype=torch.float64)
+    for b, n in (indices >= 0).nonzero().tolist():
+        truth = boxes[offsets[b] + indices[b, n]].cpu().double()
+        expected[b, n] = box_iou(predicted[b, n][None], truth[None])
+    ours = quality_of(levels, anchors, indices, boxes, offsets, 5)
+    torch.testing.assert_close(ours.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+    assert (ours > 0.1).any()
+
+
 def exact(deltas, anchors, indices, boxes, offsets):
     """Anchor by anchor, in float64."""
     flat = torch.cat([level.detach().cpu().double() for level in flatten_all(deltas, 4)], dim=1)
@@ -83,9 +103,9 @@ def test_a_small_box_far_from_the_origin(device):
     anchors = torch.tensor([[1000.0, 900.0, 1004.0, 903.0]])
     boxes = torch.tensor([[1001.0, 900.5, 1004.5, 903.25]])
     deltas = [torch.tensor([[[0.03, -0.07, 0.02, 0.11]]]).to(device)]
-    rest = torch.zeros(1, 1, dtype=torch.int32), boxes, torch.tensor([0, 1])
+    rest: Any = torch.zeros(1, 1, dtype=torch.int32), boxes, torch.tensor([0, 1])
     with mock.patch.object(module, "runs_triton", return_value=True):
-        quality = box_quality(deltas, *(x.to(device) for x in (anchors, *rest)))
+        quality = box_quality(deltas, anchors.to(device), *[x.to(device) for x in rest])
     expected = exact(deltas, anchors, *rest)
     torch.testing.assert_close(quality.cpu().double(), expected, rtol=1e-6, atol=0)
 

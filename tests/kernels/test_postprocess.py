@@ -74,6 +74,16 @@ def test_kernels_match_the_reference(walked, topk, device, monkeypatch, few_prog
         equal(ours, expected)
 
 
+def test_of_distributions(device, few_programs):
+    logits, _, anchors = inputs()
+    generator = torch.Generator().manual_seed(1)
+    deltas = [torch.randn(2, 3 * 4 * 6, h, w, generator=generator) for h, w in ((5, 3), (2, 2))]
+    rest: Any = (K, 0.05, 10, 0.5, 7, 5)
+    expected = postprocess_by_steps(logits, deltas, anchors, *SIZES, *rest)
+    placed = [[level.to(device) for level in levels] for levels in (logits, deltas)]
+    equal(by_kernels(*placed, anchors.to(device), *(size.to(device) for size in SIZES), *rest), expected)
+
+
 def test_no_candidate_no_image_no_detection(device, few_programs):
     logits, deltas, anchors = inputs()
     placed = [level.to(device) for level in logits], [level.to(device) for level in deltas], anchors.to(device)
@@ -120,7 +130,9 @@ def test_launches(batch, launches):
 # As compiled code
 
 
-@pytest.mark.parametrize("name", names("postprocess"))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "n=16" in name else name for name in names("postprocess")]
+)
 def test_compiled(name):
     check(name)
 

@@ -65,13 +65,14 @@ _ANOTHER_THREAD = ThreadPoolExecutor(1)
 @torch.library.custom_op("tests::losses", mutates_args=())
 def _losses_op(
     logits: list[Tensor], deltas: list[Tensor], anchors: Tensor, boxes: Tensor, labels: Tensor, offsets: Tensor,
-    num_classes: int, low: float, top_k: int, loss_type: str, gamma: float, classification_loss: str,
+    num_classes: int, reg_max: int, low: float, top_k: int, loss_type: str, gamma: float, classification_loss: str,
+    box_weights: str,
 ) -> list[Tensor]:  # fmt: skip
     def work() -> list[Tensor]:
         leaves = [level.detach().requires_grad_() for level in (*logits, *deltas)]
         levels = leaves[: len(logits)], leaves[len(logits) :]
-        outputs = HeadOutputs(dict(zip((LOGITS, DELTAS), levels, strict=True)), anchors, num_classes, {})
-        losses = detection_losses(outputs, truths, matcher, loss_type, gamma, classification_loss)
+        outputs = HeadOutputs(dict(zip((LOGITS, DELTAS), levels, strict=True)), anchors, num_classes, {}, (), reg_max)
+        losses = detection_losses(outputs, truths, matcher, loss_type, gamma, classification_loss, box_weights or None)
         grads = torch.autograd.grad(losses["classification"] + losses["bbox_regression"], leaves)
         return [tensor.detach().clone() for tensor in (*losses.values(), *grads)]
 
@@ -96,10 +97,19 @@ class _Losses(torch.autograd.Function):
         return None, None, None, None, *grads
 
 
-def opaque_losses(outputs, truths, matcher, loss_type, gamma, classification_loss):
+def opaque_losses(outputs, truths, matcher, loss_type, gamma, classification_loss, box_weights):
     logits, deltas = outputs.levels.values()
     low, top_k = getattr(matcher, "low_threshold", 0.0), getattr(matcher, "top_k", 0)
-    settings = outputs.num_classes, low, top_k, loss_type, gamma, classification_loss
+    settings = (
+        outputs.num_classes,
+        outputs.reg_max,
+        low,
+        top_k,
+        loss_type,
+        gamma,
+        classification_loss,
+        box_weights or "",
+    )
     cls, box = _Losses.apply(len(logits), outputs.anchors, truths, settings, *logits, *deltas)
     return {"classification": cls, "bbox_regression": box}
 

@@ -110,6 +110,26 @@ def test_nothing_of_the_loss_path_waits_for_the_gpu():
     ]  # fmt: skip
 
 
+def test_box_losses_weighed_by_quality(device):
+    """Each foreground anchor's loss times its IoU, over the sum of these in its image, at least 1."""
+    outputs, targets, anchors = case((3, 0, 1), device)
+    _, model = models("giou", matcher="atss", box_weights="quality")
+    deltas, truths = outputs["bbox_regression"], gather_targets(targets, 3, anchors[0].device)
+    matches = atss_matching(anchors[0], truths.boxes, truths.labels, truths.offsets, SIZES, 81)
+    geometry = anchors[0], matches.indices, truths.boxes, truths.offsets
+    quality = box_quality(deltas, *geometry)
+    totals = quality.sum(dim=1)
+    assert totals.max() > 1 > totals.min()
+    expected = box_loss(deltas, *geometry, totals.clamp(min=1) * 3, "giou", quality)
+    grads = torch.autograd.grad(expected, deltas)
+    for context in (kernels_everywhere(), contextlib.nullcontext()):
+        with context:
+            ours = model.compute_loss(targets, outputs, anchors)["bbox_regression"]
+        assert abs(ours - expected) <= 1e-5 * expected
+        found = torch.autograd.grad(ours, deltas)
+        assert all(relative(x, y) <= 1e-5 for x, y in zip(found, grads, strict=True))
+
+
 def test_live_changes_and_torchvisions_model(device):
     outputs, targets, anchors = case((2, 1), device)
     plain, model = models("l1")
@@ -124,11 +144,13 @@ def test_live_changes_and_torchvisions_model(device):
 
 def test_a_model_file_keeps_the_choices(tmp_path):
     kwargs: dict[str, Any] = {"matcher": "atss", "classification_loss": "varifocal", "box_loss": "giou"}
+    kwargs["box_weights"] = "quality"
     model = checkpoint.build("retinanet_resnet18_fpn_lite", 1, **kwargs)
     about = checkpoint.Checkpoint("retinanet_resnet18_fpn_lite", kwargs, ["Tree"], [1], model.state_dict())
     checkpoint.save(about, tmp_path / "model.pt")
     again = checkpoint.load(tmp_path / "model.pt").build()
     assert again.proposal_matcher == AtssMatcher(9)
+    assert again.box_weights == "quality"
     assert (again.classification_loss, again.head.regression_head._loss_type) == ("varifocal", "giou")
 
 
@@ -150,6 +172,7 @@ def test_what_the_model_refuses():
             {"classification_loss": "qfl"},
             "classification_loss must be one of focal, quality_focal, varifocal, got 'qfl'",
         ),
+        ({"box_weights": "iou"}, "box_weights must be one of quality, got 'iou'"),
         ({"box_loss": "l2"}, "box_loss must be one of l1, smooth_l1, giou, diou, ciou, got 'l2'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -209,5 +232,5 @@ def test_a_part_of_ones_own_cannot_be_combined_with_them():
     with pytest.raises(NotImplementedError, match="ATSS needs the anchors' centres"):
         model(*scene())
     model.proposal_matcher, model.classification_loss = Matcher(0.5, 0.4), "varifocal"
-    with pytest.raises(NotImplementedError, match="'varifocal' needs"):
+    with pytest.raises(NotImplementedError, match="'varifocal' with box_weights None needs"):
         model(*scene())

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from retina_fast import AtssMatcher, TrainingStep
+from retina_fast.heads import give_distributions
 from tests.model.recorded_graph import RecordedGraph
 from tests.model.steps import (
     TOLERANCE,
@@ -94,6 +95,7 @@ CHANGES = {
     "threshold": lambda model, optimizer: setattr(model.proposal_matcher, "low_threshold", 0.3),
     "matcher": lambda model, optimizer: setattr(model, "proposal_matcher", AtssMatcher()),
     "classification loss": lambda model, optimizer: setattr(model, "classification_loss", "varifocal"),
+    "box weights": lambda model, optimizer: setattr(model, "box_weights", "quality"),
     "a frozen norm": lambda model, optimizer: model.backbone.norm.eval(),
     "a frozen weight": lambda model, optimizer: model.backbone.stem.requires_grad_(False),
     "another last layer": lambda model, optimizer: model.set_num_classes(K),
@@ -122,6 +124,21 @@ def test_what_the_graph_holds_fast_is_captured_anew(graphs, change):
         plain_step(plain, optimizers[1], batch(number))
     assert step.uncaptured_steps > uncaptured
     assert step.replayed_steps > replayed
+    assert_same_state(ours, plain, 10 * TOLERANCE)
+
+
+def test_boxes_of_distributions(graphs):
+    ours, plain = fresh_model(), fresh_model()
+    for model in (ours, plain):
+        torch.manual_seed(2)
+        give_distributions(model, 4)
+    optimizers = adamw(ours), adamw(plain)
+    step = warmed(ours, optimizers[0])
+    for number in range(step.uncaptured_steps + 4):
+        if number > step.uncaptured_steps:
+            step(*batch(number))
+        plain_step(plain, optimizers[1], batch(number))
+    assert step.replayed_steps >= 3
     assert_same_state(ours, plain, 10 * TOLERANCE)
 
 

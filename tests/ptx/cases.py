@@ -21,6 +21,7 @@ from tests.ptx.memory import Fault
 
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
 _SMALL = ((7, 6), (3, 2), (1, 1))
+_TINY = ((4, 4), (1, 1))
 _WIDE = ((33, 40), (7, 5), (1, 1))  # levels for one class, so that there are several tiles
 
 CASES: dict[str, Callable[[Generator], Run]] = {
@@ -42,6 +43,7 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     ),
     "box_quality fp32": partial(losses.box_quality, dtype=F32),
     "box_quality bf16 unaligned": partial(losses.box_quality, dtype=BF16, own=True, shift=1),
+    "box_quality bf16 n=16": partial(losses.box_quality, dtype=BF16, reg_max=16),
     "sigmoid_focal_loss bf16": partial(losses.sigmoid_focal_loss, dtype=BF16, soft=False),
     "sigmoid_focal_loss fp32": partial(losses.sigmoid_focal_loss, dtype=F32, soft=True),
     "sigmoid_focal_loss fp32 gamma=1.5": partial(losses.sigmoid_focal_loss, dtype=F32, soft=True, gamma=1.5),
@@ -49,10 +51,14 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "box_loss fp32 l1": partial(losses.box_loss, dtype=F32, loss_type="l1"),
     "box_loss bf16 smooth_l1": partial(losses.box_loss, dtype=BF16, loss_type="smooth_l1"),
     "box_loss fp32 giou": partial(losses.box_loss, dtype=F32, loss_type="giou"),
-    "box_loss bf16 giou unaligned": partial(losses.box_loss, dtype=BF16, loss_type="giou", shift=3),
+    "box_loss bf16 giou unaligned": partial(losses.box_loss, dtype=BF16, loss_type="giou", shift=3, weighted=True),
     "box_loss fp32 diou": partial(losses.box_loss, dtype=F32, loss_type="diou"),
     "box_loss fp32 ciou": partial(losses.box_loss, dtype=F32, loss_type="ciou"),
     "box_loss bf16 ciou": partial(losses.box_loss, dtype=BF16, loss_type="ciou"),
+    "distribution_loss bf16 giou": partial(losses.distribution_loss, dtype=BF16, loss_type="giou", shapes=_TINY),
+    "distribution_loss fp32 ciou n=7 unaligned": partial(
+        losses.distribution_loss, dtype=F32, loss_type="ciou", reg_max=7, shapes=_TINY, shift=1, weighted=True
+    ),
     "one_pass bf16": partial(losses.scale, dtype=BF16),
     "one_pass fp32": partial(losses.scale, dtype=F32),
     "one_pass bf16 unaligned": partial(losses.scale, dtype=BF16, shift=1),
@@ -135,6 +141,7 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     ),
     "box_decode bf16": partial(detection.box_decode, dtype=BF16),
     "box_decode fp32": partial(detection.box_decode, dtype=F32),
+    "box_decode bf16 n=16": partial(detection.box_decode, dtype=BF16, reg_max=16),
     "take_kept": detection.take_kept,
     "soft_nms gaussian": partial(detection.soft_nms, method="gaussian", by_class=True),
     "soft_nms linear class-agnostic": partial(detection.soft_nms, method="linear", by_class=False, count=600, limit=6),
@@ -146,6 +153,7 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     ),
     "postprocess bf16": partial(detection.postprocess, dtype=BF16),
     "postprocess fp32 one image": partial(detection.postprocess, dtype=F32, images=1),
+    "postprocess bf16 n=16": partial(detection.postprocess, dtype=BF16, images=1, reg_max=16, shapes=_TINY),
 }
 
 OPERATIONS = sorted({name.split()[0] for name in CASES})

@@ -157,16 +157,16 @@ def batched_nms(
     return run
 
 
-def box_decode(generator: Generator, dtype: torch.dtype, shift: int = 0) -> Run:
-    levels = head_outputs(generator, dtype, 4, scale=1.5, shift=shift)
+def box_decode(generator: Generator, dtype: torch.dtype, reg_max: int = 0, shift: int = 0) -> Run:
+    levels = head_outputs(generator, dtype, 4 * (reg_max + 1), scale=1.5, shift=shift)
     count = sum(level.shape[1] for level in levels)
     anchors = shifted(random_boxes(generator, count), shift)
     index = torch.randint(0, count, (2, 301), generator=generator)
     sizes = torch.tensor([[70, 90], [80, 60]])
-    expected = box_decode_reference([level.float() for level in levels], anchors, index, sizes)
+    expected = box_decode_reference([level.float() for level in levels], anchors, index, sizes, reg_max)
 
     def run() -> Iterator[Comparison]:
-        yield close("boxes", [ops.box_decode(levels, anchors, index, sizes)], [expected], 1e-6)
+        yield close("boxes", [ops.box_decode(levels, anchors, index, sizes, reg_max)], [expected], 1e-6)
 
     return run
 
@@ -185,13 +185,16 @@ def take_kept(generator: Generator, shift: int = 0) -> Run:
     return run
 
 
-def postprocess(generator: Generator, dtype: torch.dtype, limit: int = 40, images: int = 2) -> Run:
+def postprocess(
+    generator: Generator, dtype: torch.dtype, limit: int = 40, images: int = 2, reg_max: int = 0,
+    shapes: Shapes = SHAPES,
+) -> Run:  # fmt: skip
     """The kernels decode and suppress what the references do, up to the last bit of exp."""
-    levels = [level[:images] for level in head_outputs(generator, dtype, 7, scale=2.0, mean=-3.0)]
-    deltas = [level[:images] for level in head_outputs(generator, dtype, 4, scale=0.3)]
+    levels = [level[:images] for level in head_outputs(generator, dtype, 7, shapes, 2.0, -3.0)]
+    deltas = [level[:images] for level in head_outputs(generator, dtype, 4 * (reg_max + 1), shapes, 0.3)]
     anchors = random_boxes(generator, sum(level.shape[1] for level in levels))
     sizes = torch.tensor([[70, 90], [80, 60]])[:images], torch.tensor([[140, 135], [40, 61]])[:images]
-    arguments = levels, deltas, anchors, *sizes, 7, 0.05, 150, 0.5, limit
+    arguments = levels, deltas, anchors, *sizes, 7, 0.05, 150, 0.5, limit, reg_max
     boxes, scores, labels, counts = postprocess_by_steps(*arguments)
 
     def run() -> Iterator[Comparison]:

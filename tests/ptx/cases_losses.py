@@ -13,6 +13,7 @@ from retina_fast.kernels.box_loss import box_loss_reference
 from retina_fast.kernels.box_quality import box_quality_reference
 from retina_fast.kernels.conv_epilogue import conv_epilogue_reference, epilogue_gradients_reference
 from retina_fast.kernels.conv_pointwise import conv_pointwise_reference
+from retina_fast.kernels.distribution_loss import distribution_loss_reference
 from retina_fast.kernels.first_channels import first_channels_reference
 from retina_fast.kernels.focal_loss import focal_loss_reference
 from retina_fast.kernels.group_norm_relu import group_norm_relu_reference
@@ -121,7 +122,10 @@ def sigmoid_focal_loss(
     return run
 
 
-def box_loss(generator: Generator, dtype: torch.dtype, loss_type: str, shapes: Shapes = SHAPES, shift: int = 0) -> Run:
+def box_loss(
+    generator: Generator, dtype: torch.dtype, loss_type: str, shapes: Shapes = SHAPES, shift: int = 0,
+    weighted: bool = False,
+) -> Run:  # fmt: skip
     levels = head_outputs(generator, dtype, 4, shapes, scale=0.3, shift=shift)
     count = sum(level.shape[1] for level in levels)
     anchors, boxes = (shifted(random_boxes(generator, n), shift) for n in (count, 9))
@@ -129,25 +133,55 @@ def box_loss(generator: Generator, dtype: torch.dtype, loss_type: str, shapes: S
     drawn = torch.rand(2, count, generator=generator)
     indices = torch.where(drawn < 0.03, torch.randint(0, 4, (2, count), generator=generator), -1).int()
     indices[0, -1] = 3  # so that there is a foreground anchor, however few anchors there are
+    weights = shifted(torch.rand(2, count, generator=generator), shift) if weighted else None
     exact = _doubles(levels)
     rest = anchors, indices, boxes, offsets, normalizers
     rest_exact = anchors.double(), indices, boxes.double(), offsets, normalizers.double()
-    expected = box_loss_reference(exact, *rest_exact, loss_type)
+    expected = box_loss_reference(exact, *rest_exact, loss_type, weights)
     grads = torch.autograd.grad(expected, exact)
     limit = max(limit_of(dtype), 2e-5)
 
     def run() -> Iterator[Comparison]:
-        loss, *ours = ops.box_loss(levels, *rest, None, loss_type, True, True)
+        loss, *ours = ops.box_loss(levels, *rest, None, loss_type, True, True, weights)
         yield close("loss", [loss], [expected], 1e-5)
         yield close("gradients", ours, grads, limit)
-        ours = ops.box_loss(levels, *rest, torch.tensor(2.0), loss_type, False, True)
+        ours = ops.box_loss(levels, *rest, torch.tensor(2.0), loss_type, False, True, weights)
         yield close("scaled gradients", ours, [2 * grad for grad in grads], limit)
 
     return run
 
 
-def box_quality(generator: Generator, dtype: torch.dtype, own: bool = False, shift: int = 0) -> Run:
-    levels = head_outputs(generator, dtype, 4, scale=0.3, shift=shift)
+def distribution_loss(
+    generator: Generator, dtype: torch.dtype, loss_type: str, reg_max: int = 16, shapes: Shapes = SHAPES,
+    shift: int = 0, weighted: bool = False,
+) -> Run:  # fmt: skip
+    levels = head_outputs(generator, dtype, 4 * (reg_max + 1), shapes, shift=shift)
+    count = sum(level.shape[1] for level in levels)
+    anchors, boxes = (shifted(random_boxes(generator, n), shift) for n in (count, 9))
+    offsets, normalizers = torch.tensor([0, 4, 9]), torch.tensor([5.0, 8.0])
+    drawn = torch.rand(2, count, generator=generator)
+    indices = torch.where(drawn < 0.02, torch.randint(0, 4, (2, count), generator=generator), -1).int()
+    indices[0, -1] = 3  # so that there is a foreground anchor, however few anchors there are
+    weights = shifted(torch.rand(2, count, generator=generator), shift) if weighted else None
+    exact, constants = _doubles(levels), (reg_max, loss_type)
+    rest = anchors, indices, boxes, offsets, normalizers
+    rest_exact = anchors.double(), indices, boxes.double(), offsets, normalizers.double()
+    expected = distribution_loss_reference(exact, *rest_exact, *constants, weights)
+    grads = torch.autograd.grad(expected, exact)
+    limit = max(1.5 * limit_of(dtype), 2e-5)
+
+    def run() -> Iterator[Comparison]:
+        loss, *ours = ops.distribution_loss(levels, *rest, None, *constants, True, True, weights)
+        yield close("loss", [loss], [expected], 1e-5)
+        yield close("gradients", ours, grads, limit)
+        ours = ops.distribution_loss(levels, *rest, torch.tensor(2.0), *constants, False, True, weights)
+        yield close("scaled gradients", ours, [2 * grad for grad in grads], limit)
+
+    return run
+
+
+def box_quality(generator: Generator, dtype: torch.dtype, own: bool = False, reg_max: int = 0, shift: int = 0) -> Run:
+    levels = head_outputs(generator, dtype, 4 * (reg_max + 1), scale=1.0 if reg_max else 0.3, shift=shift)
     count = sum(level.shape[1] for level in levels)
     places, boxes = random_boxes(generator, count), shifted(random_boxes(generator, 9), shift)
     anchors = shifted(torch.stack((places, places + 5)) if own else places, shift)
@@ -155,10 +189,10 @@ def box_quality(generator: Generator, dtype: torch.dtype, own: bool = False, shi
     indices = torch.where(drawn < 0.03, torch.randint(0, 4, (2, count), generator=generator), -1).int()
     indices[0, -1] = 3  # so that there is a foreground anchor, however few anchors there are
     doubles = [level.double() for level in levels]
-    expected = box_quality_reference(doubles, anchors.double(), indices, boxes.double(), offsets)
+    expected = box_quality_reference(doubles, anchors.double(), indices, boxes.double(), offsets, reg_max)
 
     def run() -> Iterator[Comparison]:
-        yield close("qualities", [ops.box_quality(levels, anchors, indices, boxes, offsets)], [expected], 2e-6)
+        yield close("qualities", [ops.box_quality(levels, anchors, indices, boxes, offsets, reg_max)], [expected], 2e-6)
 
     return run
 

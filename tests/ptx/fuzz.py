@@ -11,6 +11,7 @@ import torch
 
 from retina_fast.kernels.box_loss import LOSS_TYPES
 from retina_fast.kernels.conv_epilogue import ACTIVATIONS
+from retina_fast.kernels.iou_losses import IOU_LOSSES
 from tests.ptx import cases_detection as detection
 from tests.ptx import cases_losses as losses
 from tests.ptx.cases import BF16, F16, F32, run_case
@@ -42,6 +43,11 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
     },
     losses.box_quality: lambda r: {
         "dtype": r.choice([BF16, F32]), "own": r.random() < 0.5, "shift": r.choice([0, 1, 3]),
+        "reg_max": r.choice([0, 0, 1, 16]),
+    },
+    losses.distribution_loss: lambda r: {
+        "dtype": r.choice([BF16, F32]), "loss_type": r.choice([*IOU_LOSSES]), "reg_max": r.choice([1, 3, 7, 16]),
+        "shapes": _shapes(r), "shift": r.choice([0, 1, 3]), "weighted": r.random() < 0.5,
     },
     losses.sigmoid_focal_loss: lambda r: {
         "dtype": r.choice([BF16, F32]), "soft": r.random() < 0.5, "gamma": r.choice([2.0, 0.0, 0.7]),
@@ -49,7 +55,7 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
     },
     losses.box_loss: lambda r: {
         "dtype": r.choice([BF16, F32]), "loss_type": r.choice(LOSS_TYPES), "shapes": _shapes(r),
-        "shift": r.choice([0, 1, 3]),
+        "shift": r.choice([0, 1, 3]), "weighted": r.random() < 0.5,
     },
     losses.scale: lambda r: {"dtype": r.choice([BF16, F32]), "shift": r.choice([0, 1, 3])},
     losses.group_norm_relu: lambda r: {"dtype": r.choice([BF16, F32]), "shift": r.choice([0, 1]), **_group_norm(r)},
@@ -105,11 +111,14 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
         "by_class": r.random() < 0.5, "best_first": r.random() < 0.5, "count": r.choice([5, 40, 257, 600, 1030]),
         "iou_thresh": r.choice([-0.1, 0.0, 0.3, 0.5, 1.0]), "limit": r.choice([1, 20, 300]), "shift": r.choice([0, 1]),
     },
-    detection.box_decode: lambda r: {"dtype": r.choice([BF16, F32]), "shift": r.choice([0, 1])},
+    detection.box_decode: lambda r: {
+        "dtype": r.choice([BF16, F32]), "reg_max": r.choice([0, 0, 1, 16]), "shift": r.choice([0, 1]),
+    },
     detection.take_kept: lambda r: {"shift": r.choice([0, 1])},
     detection.key_sort: lambda r: {"width": r.choice([1, 31, 300, 1100]), "counted": r.random() < 0.5},
     detection.postprocess: lambda r: {
         "dtype": r.choice([BF16, F32, F16]), "limit": r.choice([1, 9, 70]), "images": r.choice([1, 2]),
+        "reg_max": r.choice([0, 0, 7]),
     },
 }  # fmt: skip
 
