@@ -21,6 +21,7 @@ from tests.instruments.kernel_calls import KERNEL_CALLS, LIMITS_HOLD_FOR
 triton = pytest.importorskip("triton")
 NIGHTLY = re.compile(
     "fp16|group_norm_relu fp32|selection fp32|one group|one image|32 images|topk|few|iou|smooth|all kept|n=16"
+    "|max_pool_relu fp32|shortcut|gradients bf16 C|channels bf16 C=36|K=1$|varifocal|image_batch fp32|best first"
 )
 USUAL = [name for name in KERNEL_CALLS if not NIGHTLY.search(name)]
 

@@ -178,7 +178,9 @@ def test_scores_are_differentiable():
 # Edges
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(x, marks=pytest.mark.slow) for x in (torch.float32, torch.float16))]
+)
 def test_a_million_equal_scores_go_by_index(dtype, select, place, monkeypatch):
     if place.type == "cpu":
         monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 1 << 17)

@@ -78,6 +78,7 @@ def kept_and_losses(model: tv.RetinaNet, dtype: torch.dtype | None) -> tuple[int
     return sum(kept.values()), losses
 
 
+@pytest.mark.slow
 def test_a_step_keeps_less_and_loses_as_in_float32():
     torch.manual_seed(0)
     trunk = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
