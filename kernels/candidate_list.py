@@ -28,7 +28,9 @@ _TILE_BYTES = 16384
 _LISTED = 32  # the list of a segment has room for one in 32 of its logits
 _LANES = 64  # threads of a program
 _CHUNK, _WIDE = 128, 1024  # keys, or logits, that go into a histogram in one go
-_AT_ONCE = 2048  # programs, about as many as an H200 holds: floors help those that come after them
+_AT_ONCE = (
+    math.inf
+)  # programs; of more, later ones would find floors. Off: with them an H200 lost candidates (NOTES.md)
 _FEW, _FEW_BELOW_A_FLOOR = tl.constexpr(16), tl.constexpr(64)  # survivors of a tile that are counted one by one
 _COMPILED = tl.constexpr(not INTERPRETED)
 BINS = tl.constexpr(512)
