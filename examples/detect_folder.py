@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import retina_fast
-from retina_fast.predict.images import picture_names
+from retina_fast.predict.image_files import picture_names
 from retina_fast.predict.outputs import write
 
 PHOTOGRAPHS = Path(__file__).parent / "photographs"

@@ -28,8 +28,8 @@ from retina_fast.builders import (
 )
 from retina_fast.convert import from_torchvision
 from retina_fast.deploy.engine import compile_inference
-from retina_fast.deploy.export import export
-from retina_fast.deploy.exported import load_exported
+from retina_fast.deploy.export.exported import load_exported
+from retina_fast.deploy.export.write import export
 from retina_fast.deploy.hub import push_to_hub, save_pretrained
 from retina_fast.detections import Detections
 from retina_fast.losses import AtssMatcher

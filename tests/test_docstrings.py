@@ -16,7 +16,7 @@ MODULES = [module.name for module in pkgutil.walk_packages(retina_fast.__path__,
 KERNELS = [
     f"retina_fast.kernels.{module.name}" for module in pkgutil.iter_modules([levels.__file__.rpartition("/")[0]])
 ]
-SLOW = {"retina_fast.deploy.export"}  # traces a whole detector, as tests/deploy/test_export.py does
+SLOW = {"retina_fast.deploy.export.write"}  # traces a whole detector, as tests/deploy/export/test_export.py does
 
 
 @pytest.mark.parametrize(

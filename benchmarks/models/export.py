@@ -23,7 +23,7 @@ from torchvision.io import ImageReadMode, decode_image
 from benchmarks.gpu.records import ROOT, environment
 from retina_fast import Detections, export, load_exported
 from retina_fast.convert import to_torchvision
-from retina_fast.deploy.formats import FORMATS
+from retina_fast.deploy.export.formats import FORMATS
 from retina_fast.predict.load import TREES, load_model
 from tests.instruments.exported import compare, crops, eager, expectations, quiet
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from retina_fast import compile_inference
 from retina_fast.builders import MODELS
 from retina_fast.deploy import engine as engine_module
-from retina_fast.deploy import fused as fused_module
+from retina_fast.deploy.fusion import layers
 
 Run = Callable[[list[Tensor]], object]
 
@@ -42,7 +42,7 @@ def engines(name: str, size: int, dtype: torch.dtype) -> dict[str, Run]:
     engine = compile_inference(model, dtype=dtype)
 
     def fused(images: list[Tensor]) -> object:
-        with mock.patch.object(fused_module, "gains_from_winograd", return_value=False):
+        with mock.patch.object(layers, "gains_from_winograd", return_value=False):
             return engine.detect(images)
 
     return {"unfused": plain.detect, "fused": fused, "engine": engine.detect}

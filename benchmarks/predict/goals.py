@@ -14,7 +14,7 @@ from benchmarks.models import scenes, training_step
 from benchmarks.predict.work import Scene
 from retina_fast import compile_inference, retinanet_resnet50_fpn
 from retina_fast.backbones.fused_training import convs_fused
-from retina_fast.deploy.fused import FusedConv
+from retina_fast.deploy.fusion.layers import FusedConv
 from retina_fast.deploy.plan import EngineSettings, Plan
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs, run_convs
 from retina_fast.kernels.anchor_matching import anchor_matching_reference

@@ -1,5 +1,6 @@
 """A model's convs in training with what follows each: a frozen norm in its weights, bias, residual sum and ReLU in one
-pass behind it. The engine, whose model nobody trains or reads, changes the modules for good (``deploy/fuse.py``)."""
+pass behind it. The engine, whose model nobody trains or reads, changes the modules for good (`deploy/fusion/fuse.py`).
+"""
 
 import contextlib
 from collections import Counter, OrderedDict, defaultdict

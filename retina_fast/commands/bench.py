@@ -37,7 +37,7 @@ def bench(
         from retina_fast.checkpoint import build
         from retina_fast.data.images import read_image
         from retina_fast.deploy.bench import bench as run
-        from retina_fast.predict.images import image_files
+        from retina_fast.predict.image_files import image_files
         from retina_fast.predict.load import TREES, load_model
 
         if model is not None and checkpoint is not None:

@@ -98,7 +98,7 @@ def detect(
 
 def _chosen_export(file: Path, checkpoint: Path | None) -> Any:
     """The exported model in the file that --model names."""
-    from retina_fast.deploy.exported import load_exported
+    from retina_fast.deploy.export.exported import load_exported
 
     if checkpoint:
         raise UserError("--model and --checkpoint exclude each other: give one of them")

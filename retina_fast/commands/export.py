@@ -31,9 +31,9 @@ def export(
 ) -> None:
     """Write a detector to one file that runs without this package."""
     with one_sentence():
-        from retina_fast.deploy.export import export as run
-        from retina_fast.deploy.export_openvino import weights_file
-        from retina_fast.deploy.formats import FORMATS
+        from retina_fast.deploy.export.formats import FORMATS
+        from retina_fast.deploy.export.openvino_files import weights_file
+        from retina_fast.deploy.export.write import export as run
         from retina_fast.predict.load import TREES, load_model
 
         sides = size.split("x")

@@ -1,1 +1,1 @@
-"""The engine, exported files in every format, eight bits, and other homes of models: the Hub, DeepForest."""
+"""The engine, exported files, eight bits, `retina-fast bench`, and other homes of models: the Hub, DeepForest."""

@@ -23,8 +23,8 @@ from retina_fast.convert import torchvision_detector
 from retina_fast.data.errors import UserError
 from retina_fast.data.files import replacing
 from retina_fast.data.outputs import check_folder, save_plot
+from retina_fast.deploy.bench_runtimes import other_runtimes
 from retina_fast.deploy.engine import Engine, compile_inference
-from retina_fast.deploy.runtimes import other_runtimes
 
 TORCHVISION = "torchvision"
 
@@ -194,7 +194,7 @@ def bench(
         output: a folder, made if need be.
         name: of the model, for the title.
         console: where the table is printed.
-        others: whether to measure the runtimes of :mod:`retina_fast.deploy.runtimes`, too.
+        others: whether to measure the runtimes of :mod:`retina_fast.deploy.bench_runtimes`, too.
 
     Raises:
         UserError: if the output cannot be written.

@@ -25,9 +25,9 @@ from retina_fast.convert import from_torchvision
 from retina_fast.cuda_graph import CaptureStream
 from retina_fast.deploy.branches import MOST_PIXELS, STREAMS, Branches
 from retina_fast.deploy.detector_module import DetectorModule, refuse_own_parts
-from retina_fast.deploy.fold import conv_outputs, count_norms, fold_batch_norm
-from retina_fast.deploy.fuse import count_convs, fuse_convs
-from retina_fast.deploy.other_runtime import choose_network, compare_with
+from retina_fast.deploy.engine_runtime import choose_network, compare_with
+from retina_fast.deploy.fusion.fold import conv_outputs, count_norms, fold_batch_norm
+from retina_fast.deploy.fusion.fuse import count_convs, fuse_convs
 from retina_fast.deploy.plan import EngineSettings, Plan, seconds_of
 from retina_fast.deploy.report import Report, difference
 from retina_fast.deploy.tuned import Chooser, choose_ways, timed_convs, user_cache_file

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retina_fast.deploy.export_onnx import QUANTIZED_OPSET, onnx_session, translate
+from retina_fast.deploy.export.onnx_file import QUANTIZED_OPSET, onnx_session, translate
 from retina_fast.forward import DELTAS, LOGITS, run_convs
 from retina_fast.model import RetinaNet
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from retina_fast.deploy.agreement import Kept
+from retina_fast.deploy.eight_bits.agreement import Kept
 from retina_fast.forward import DELTAS, LOGITS, Convs, run_convs, run_network
 from retina_fast.kernels.box_decode import decode
 from retina_fast.kernels.image_batch import image_batch

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from retina_fast.data.errors import UserError
 from retina_fast.data.files import replacing
-from retina_fast.deploy.fused import FusedConv
+from retina_fast.deploy.fusion.layers import FusedConv
 
 Way = Callable[[], Tensor]
 

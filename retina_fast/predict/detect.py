@@ -25,18 +25,18 @@ from retina_fast.data.errors import UserError
 from retina_fast.data.outputs import check_folder
 from retina_fast.data.processes import ALONE, WORKERS, Processes
 from retina_fast.data.progress import tracked
-from retina_fast.deploy.exported import Exported
+from retina_fast.deploy.export.exported import Exported
+from retina_fast.predict.batches import UnfitImage
 from retina_fast.predict.draw import draw_detections
+from retina_fast.predict.drawn_pictures import must_stay, write_picture
 from retina_fast.predict.georeference import Georeference
-from retina_fast.predict.images import picture_names, silent
+from retina_fast.predict.image_files import picture_names, silent
 from retina_fast.predict.outputs import FORMATS, check_earlier, yolo
 from retina_fast.predict.page import small_jpeg
-from retina_fast.predict.pictures import must_stay, write_picture
 from retina_fast.predict.predict import check_score, default_batch, detector_of, results_of
-from retina_fast.predict.predictions import UnfitImage
 from retina_fast.predict.results import Results
 from retina_fast.predict.sources import Picture, open_files
-from retina_fast.predict.tiled import Tiling, tiled_results_of
+from retina_fast.predict.tiled_results import Tiling, tiled_results_of
 
 if TYPE_CHECKING:  # rich is needed only where progress is shown
     from rich.console import Console

@@ -11,7 +11,7 @@ from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.metrics import CocoMetrics, coco_metrics
 from retina_fast.data.processes import ALONE, WORKERS, Processes
 from retina_fast.data.progress import tracked
-from retina_fast.predict.predictions import predictions
+from retina_fast.predict.batches import predictions
 
 if TYPE_CHECKING:  # rich is needed only where progress is shown
     from rich.console import Console

@@ -12,7 +12,7 @@ from retina_fast.builders import MODELS
 from retina_fast.checkpoint import Checkpoint
 from retina_fast.data.errors import UserError
 from retina_fast.deploy.deepforest import deepforest_checkpoint, from_deepforest, is_deepforest
-from retina_fast.deploy.exported import is_exported, load_exported
+from retina_fast.deploy.export.exported import is_exported, load_exported
 from retina_fast.deploy.hub import read_pretrained
 
 TREES = Path(__file__).parents[1] / "weights" / "trees.pt"

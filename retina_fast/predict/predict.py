@@ -19,16 +19,16 @@ from retina_fast.data.processes import WORKERS
 from retina_fast.data.progress import tracked
 from retina_fast.deploy.detector_module import refuse_own_parts
 from retina_fast.deploy.engine import Engine, compile_inference
-from retina_fast.deploy.exported import Exported
+from retina_fast.deploy.export.exported import Exported
 from retina_fast.detections import Thresholds
 from retina_fast.model import RetinaNet
 from retina_fast.predict.again import Again, stamp_of
+from retina_fast.predict.batches import detections_of, read_ahead
 from retina_fast.predict.draw import above
 from retina_fast.predict.method import Predicts
-from retina_fast.predict.predictions import detections_of, read_ahead
 from retina_fast.predict.results import Results
 from retina_fast.predict.sources import Picture, Read, open_source
-from retina_fast.predict.tiled import Tiling, tiled_results_of
+from retina_fast.predict.tiled_results import Tiling, tiled_results_of
 
 _BATCH = 8  # images that a GPU takes at once by default
 _ENGINES: WeakKeyDictionary[Any, tuple[Any, Engine]] = WeakKeyDictionary()

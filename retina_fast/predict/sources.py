@@ -23,7 +23,7 @@ from retina_fast.data.images import image_of_bytes, pixels_of, read_image
 from retina_fast.predict.arrays import pixels_of_array, pixels_of_tensor
 from retina_fast.predict.georeference import Georeference, georeference
 from retina_fast.predict.geotiff import RasterFile, UnknownPixels, is_raster
-from retina_fast.predict.images import counts_as_image, image_files, silent
+from retina_fast.predict.image_files import counts_as_image, image_files, silent
 from retina_fast.predict.tiles import Window
 from retina_fast.predict.video import VIDEO_SUFFIXES, frame_count, frames, is_video
 

@@ -20,10 +20,10 @@ from retina_fast.data.errors import UserError
 from retina_fast.data.images import read_image
 from retina_fast.predict import detect as module
 from retina_fast.predict import sources as files_module
+from retina_fast.predict.batches import read_ahead
 from retina_fast.predict.coco_writer import CocoWriter
 from retina_fast.predict.detect import detect
-from retina_fast.predict.images import image_files
-from retina_fast.predict.predictions import read_ahead
+from retina_fast.predict.image_files import image_files
 
 CONTENT = Checkpoint("", {}, ["thing"], [7], {})
 

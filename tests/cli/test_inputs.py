@@ -11,7 +11,7 @@ from PIL import Image
 from retina_fast import checkpoint
 from retina_fast.data.errors import UserError
 from retina_fast.predict.detect import detect
-from retina_fast.predict.images import image_files
+from retina_fast.predict.image_files import image_files
 from tests.cli.test_detect import CONTENT, Finder
 from tests.cli.test_outputs import invoke, photo, problem, run
 from tests.conftest import write_shapes

@@ -12,7 +12,7 @@ from retina_fast import checkpoint, cli
 from retina_fast.data.errors import UserError
 from retina_fast.data.outputs import check_file, check_folder, check_plot
 from retina_fast.predict.detect import detect
-from retina_fast.predict.images import picture_names
+from retina_fast.predict.image_files import picture_names
 from retina_fast.predict.load import TREES
 from tests.cli.test_detect import CONTENT, Finder
 from tests.conftest import write_shapes

@@ -6,7 +6,7 @@ import pytest
 
 from retina_fast.data.encodings import encoding_of
 from retina_fast.data.errors import UserError
-from retina_fast.predict.images import image_files
+from retina_fast.predict.image_files import image_files
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
 

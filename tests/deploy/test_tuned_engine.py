@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from retina_fast import compile_inference
-from retina_fast.deploy.fuse import count_convs, fuse_convs
-from retina_fast.deploy.fused import FusedConv
+from retina_fast.deploy.fusion.fuse import count_convs, fuse_convs
+from retina_fast.deploy.fusion.layers import FusedConv
 from retina_fast.deploy.tuned import Chooser, choose_ways
 from tests.deploy.engine_soak import small_model
 from tests.deploy.pictures import images

@@ -14,8 +14,8 @@ from torchvision.models.detection import retinanet as tv
 import retina_fast
 from retina_fast import TrainingStep, checkpoint, compile_inference, from_torchvision, retinanet_resnet18_fpn_lite
 from retina_fast.convert import to_torchvision
-from retina_fast.deploy.export_onnx import OnnxPostprocess, translate
-from retina_fast.deploy.export_postprocess import Postprocess
+from retina_fast.deploy.export.onnx_file import OnnxPostprocess, translate
+from retina_fast.deploy.export.postprocess import Postprocess
 from retina_fast.detections import Thresholds, detect
 from retina_fast.forward import HeadOutputs, run_network
 from retina_fast.heads import DistributionRegressionHead, SeparableConv2d, give_distributions, level_norm_head

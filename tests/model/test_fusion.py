@@ -12,8 +12,8 @@ import retina_fast
 from retina_fast.backbones.specification import MOBILE_KINDS, MOBILE_SPINENET, SPINENET, Block, as_rows, checked
 from retina_fast.backbones.spinenet import SIZES, SpineNet
 from retina_fast.backbones.spinenet_mobile import MobileSpineNet
-from retina_fast.deploy.fold import fold_batch_norm
-from retina_fast.deploy.fuse import fuse_convs
+from retina_fast.deploy.fusion.fold import fold_batch_norm
+from retina_fast.deploy.fusion.fuse import fuse_convs
 from retina_fast.search.cost import cost
 from retina_fast.search.score import entropies, entropy_score
 from retina_fast.search.space import PAPER, Space

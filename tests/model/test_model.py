@@ -80,7 +80,7 @@ def test_training_equals_torchvision(builder, num_classes, sizes, counts):
 
 @pytest.mark.parametrize(("builder", "num_classes", "sizes", "counts"), EVERY)
 def test_detections_equal_torchvision(builder, num_classes, sizes, counts, monkeypatch):
-    """Against torchvision's exact NMS: its default rounds, see benchmarks/agreement.py."""
+    """Against torchvision's exact NMS: its default rounds, see benchmarks/models/agreement.py."""
     monkeypatch.setattr(torchvision.ops.boxes, "batched_nms", torchvision.ops.boxes._batched_nms_vanilla)
     theirs, ours = (model.eval() for model in pair(builder, num_classes))
     images, _ = batch(sizes, counts, num_classes, seed=1)

@@ -1,0 +1,1 @@
+"""Eight bits: calibration, quantised ONNX graphs, and how many detections they keep."""

@@ -1,0 +1,97 @@
+"""What runs an engine's trunk and heads on a CPU: PyTorch, ONNX Runtime or OpenVINO, in float32 or in eight bits.
+
+The graph is written once; the runtimes that are installed take turns on the first image, and the fastest stays.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retina_fast.data.errors import UserError
+from retina_fast.deploy.eight_bits.agreement import COMPARED, SEARCHED, Found, Kept, compare
+from retina_fast.deploy.eight_bits.calibration import calibration_images
+from retina_fast.deploy.eight_bits.quantize import Quantizer
+from retina_fast.deploy.fusion.fold import even_out_groups
+from retina_fast.deploy.onnx_network import RUNTIMES, Network, fastest, trace
+from retina_fast.deploy.report import RuntimeChoice, pixels_of
+from retina_fast.forward import run_convs
+from retina_fast.model import RetinaNet
+
+PYTORCH = "PyTorch"
+
+
+def choose_network(
+    model: RetinaNet, images: Sequence[Tensor], dtype: torch.dtype, float32_share: float = 0.0
+) -> tuple[Network | None, RuntimeChoice]:
+    """What runs trunk and heads the fastest, and what was measured; None is PyTorch.
+
+    Args:
+        model: of an engine, in evaluation mode, folded, in float32 on a CPU.
+        images: samples; the first one is timed, and in eight bits all of them are for calibration.
+        dtype: float32, or int8 to quantise the graph. PyTorch then takes no part.
+        float32_share: how much of the work may then stay in float32, see
+            :meth:`retina_fast.deploy.eight_bits.quantize.Quantizer.most_changing`.
+
+    Raises:
+        UserError: for another dtype or device, without an image, for images that cannot serve for calibration, or if no
+            runtime is installed that runs the graph.
+        ModuleNotFoundError: without the packages that write the graph.
+    """
+    if not 0 <= float32_share <= 1:
+        raise UserError(f"float32_share must lie in [0, 1], got {float32_share}")
+    if not len(images):
+        raise UserError("images must be at least one: the runtimes are timed, and eight bits calibrated, on them")
+    if dtype not in (torch.float32, torch.int8):
+        raise UserError(f"other runtimes compute in float32 or int8, got {dtype}: give dtype=torch.float32")
+    eight_bits = dtype == torch.int8
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise UserError(f"other runtimes, and eight bits, serve a CPU alone, but the model is on {device}")
+    if eight_bits:
+        even_out_groups(model)
+    pixels = pixels_of(model, images[0])
+    proto = trace(model, model.transform.size_divisible)
+    layers, left = 0, []
+    if eight_bits:
+
+        def feeds() -> Iterator[Any]:
+            for image in calibration_images(images):
+                yield pixels_of(model, image).numpy()
+
+        quantizer = Quantizer(proto, feeds())
+        searched = [pixels_of(model, image).numpy() for image in images[:SEARCHED]]
+        left += quantizer.most_changing(float32_share, searched) if float32_share else []
+        proto, layers = quantizer.quantized(left), len(quantizer.layers) - len(left)
+    networks = {name: Network(proto.SerializeToString(), name) for name in RUNTIMES}
+    runs: dict[str, Callable[[], Any]] = {name: partial(run, model, pixels) for name, run in networks.items()}
+    if not eight_bits:
+        batch = pixels.contiguous(memory_format=torch.channels_last)
+        runs[PYTORCH] = partial(run_convs, model, batch)
+    with torch.no_grad():
+        seconds, failed = fastest(runs)
+    if not seconds:
+        raise UserError(f"no runtime runs the graph: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
+    best = min(seconds, key=lambda name: seconds[name])
+    return networks.get(best), RuntimeChoice(best, tuple(pixels.shape[2:]), seconds, failed, layers, left, len(images))
+
+
+def compare_with(model: RetinaNet, engine: Callable[..., Any], images: Sequence[Tensor]) -> Kept:
+    """What became of the model's detections in the first 16 images, with a warning if too much did.
+
+    Args:
+        model: in float32, as the user gave it.
+        engine: of it, in eight bits.
+        images: uint8 or floating point.
+    """
+
+    @torch.no_grad()
+    def pairs() -> Iterator[tuple[Found, Found]]:
+        for image in images[:COMPARED]:
+            yield model([image if image.is_floating_point() else image.float() / 255])[0], engine([image])[0]
+
+    kept = compare(pairs())
+    kept.warn("the engine", stacklevel=4)
+    return kept

@@ -1,0 +1,1 @@
+"""Exported files: writing them in each format, and running them."""

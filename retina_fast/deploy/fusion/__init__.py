@@ -1,0 +1,1 @@
+"""Norms folded into convs, and convs that take along what follows them."""

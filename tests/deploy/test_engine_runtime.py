@@ -1,0 +1,172 @@
+"""Engines whose trunk and heads another runtime runs: the same detections, and an honest report."""
+
+import copy
+import math
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torchvision.io import ImageReadMode, decode_image
+
+from retina_fast import (
+    RetinaNet,
+    compile_inference,
+    retinanet_resnet18_fpn,
+    retinanet_resnet18_fpn_v2,
+    retinanet_spinenet49s,
+)
+from retina_fast.backbones.timm import timm_fpn
+from retina_fast.data.errors import UserError
+from retina_fast.deploy import engine_runtime, onnx_network
+from retina_fast.deploy.eight_bits.agreement import compare
+from retina_fast.deploy.eight_bits.quantize import Quantizer
+from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
+from retina_fast.deploy.onnx_network import Network, trace
+from retina_fast.forward import run_convs
+from retina_fast.predict.load import TREES, load_model
+from tests.deploy.export.test_export import PHOTO, small
+from tests.deploy.pictures import floats
+from tests.deploy.pictures import images as pictures
+from tests.instruments.exported import crops
+
+
+@pytest.fixture
+def model():
+    return small(min_size=64, max_size=96, score_thresh=0.0099)
+
+
+@pytest.fixture
+def stand_in(monkeypatch, model):
+    """A runtime that computes by PyTorch what the graph says, and another that fails."""
+
+    class Proto:
+        def SerializeToString(self):
+            return b"graph"
+
+    def runs(content):
+        assert content == b"graph"
+        levels = len(model.backbone(torch.zeros(1, 3, 64, 64)))
+
+        @torch.no_grad()
+        def run(pixels):
+            return [output.numpy() for output in conv_outputs(model, torch.from_numpy(pixels))[levels:]]
+
+        return run
+
+    def fails(content):
+        raise ModuleNotFoundError("No module named 'other'")
+
+    traced = []
+
+    def trace(model, multiple):
+        traced.append(multiple)
+        return Proto()
+
+    monkeypatch.setattr(engine_runtime, "trace", trace)
+    monkeypatch.setattr(
+        engine_runtime, "fastest", lambda runs: onnx_network.fastest({k: runs[k] for k in ("StandIn", "Other")})
+    )
+    for module in (engine_runtime, onnx_network):
+        monkeypatch.setattr(module, "RUNTIMES", {"StandIn": runs, "Other": fails})
+    return traced
+
+
+def test_another_runtime_behind_the_same_engine(model, stand_in):
+    given = pictures((64, 80), (60, 64))
+    engine = compile_inference(model, given, dtype=torch.float32, try_runtimes=True)
+    assert stand_in == [32]
+    assert "trunk and heads by StandIn: at 64x96 StandIn " in str(engine)
+    assert "Other was left out: ModuleNotFoundError: No module named 'other'" in str(engine)
+    assert engine.report.difference
+    assert engine.report.difference.scores < 1e-5
+    with torch.no_grad():
+        expected = model(floats(given))
+    assert len(expected[0]["boxes"]) > 5
+    for twin in (engine, copy.deepcopy(engine), pickle.loads(pickle.dumps(compile_inference(model, given)))):
+        for ours, theirs in zip(twin(given), expected, strict=True):
+            torch.testing.assert_close(ours["boxes"], theirs["boxes"], rtol=0, atol=1e-3)
+            torch.testing.assert_close(ours["scores"], theirs["scores"], rtol=0, atol=1e-5)
+            assert torch.equal(ours["labels"], theirs["labels"])
+    with pytest.raises(TypeError, match=r"what StandIn runs stays in float32 on the CPU: compile the model anew"):
+        engine.to(torch.float64)
+
+
+def test_what_cannot_be_compiled(model, stand_in, monkeypatch):
+    given = pictures((64, 80))
+    with pytest.raises(UserError, match="images must be at least one: the runtimes are timed"):
+        compile_inference(model, dtype=torch.int8)
+    with pytest.raises(UserError, match=r"other runtimes compute in float32 or int8, got torch.bfloat16"):
+        compile_inference(model, given, dtype=torch.bfloat16, try_runtimes=True)
+    monkeypatch.setattr(engine_runtime, "fastest", lambda runs: ({}, {"Other": "it is not there"}))
+    with pytest.raises(UserError, match="no runtime runs the graph: Other: it is not there"):
+        compile_inference(model, given, dtype=torch.float32, try_runtimes=True)
+
+
+@pytest.mark.slow
+def test_the_embedded_detector_in_eight_bits():
+    pytest.importorskip("onnxruntime")
+    model = load_model(TREES)[0].cpu()
+    images = list(crops([decode_image(str(PHOTO), ImageReadMode.RGB)], 8, 96, 128))
+    engine = compile_inference(model, images, dtype=torch.int8)
+    report = engine.report
+    assert report.runtime_choice
+    assert report.difference
+    assert report.runtime_choice.layers > 20
+    assert f"{report.runtime_choice.layers} layers in eight bits, 0 left in float32, calibrated with 9 images" in str(
+        engine
+    )
+    assert str(report.runtime_choice.kept) in str(engine)
+    assert 1e-4 < report.difference.scores < 0.3
+    other_size = decode_image(str(PHOTO), ImageReadMode.RGB)[:, :200, :150]
+    batch = [images[0], other_size, images[3]]
+    with torch.no_grad():
+        kept = compare(zip(model(floats(batch)), engine(batch), strict=True))
+    assert kept.found > 10
+    assert kept.kept >= 0.95 * kept.found
+    with pytest.warns(UserWarning, match="the model finds nothing in the images for calibration"):
+        compile_inference(model, pictures(*[(64, 64)] * 8), dtype=torch.int8)
+
+
+def timm_network():
+    pytest.importorskip("timm")
+    return RetinaNet(timm_fpn("test_efficientnet", out_channels=16), 3)
+
+
+NETWORKS = {
+    "v1": lambda: retinanet_resnet18_fpn(num_classes=3, weights_backbone=None),
+    "v2": lambda: retinanet_resnet18_fpn_v2(num_classes=3, weights_backbone=None),
+    "SpineNet": lambda: retinanet_spinenet49s(num_classes=3),
+    "timm": timm_network,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_each_network_in_eight_bits(name):
+    """The heads' outputs at a size other than that of calibration. Random weights magnify roundings."""
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = NETWORKS[name]().eval().requires_grad_(False)
+    for conv in model.head.modules():  # whose own start gives logits that differ by less than float32's rounding
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+    multiple = math.lcm(32, getattr(model.backbone, "size_divisible", 1))
+    sample = torch.rand(1, 3, 128, 128)
+    fold_batch_norm(model, partial(conv_outputs, model, sample))
+    proto = trace(model, multiple)
+    quantizer = Quantizer(proto, (torch.randn(1, 3, 128, 256).numpy() for _ in range(8)))
+    convs = {node.input[1] for node in proto.graph.node if node.op_type == "Conv"}
+    assert len(quantizer.layers) == len(convs) - 2
+    pixels = torch.randn(2, 3, 256, 128)
+    levels, expected = run_convs(model, pixels)
+    features, returned = Network(quantizer.quantized().SerializeToString(), "ONNX Runtime")(model, pixels)
+    assert [level.shape for level in features] == [level.shape for level in levels]
+    assert returned.keys() == expected.keys()
+    for key, outputs in expected.items():
+        assert len(returned[key]) == len(outputs)
+        for ours, theirs in zip(returned[key], outputs, strict=True):
+            assert (ours - theirs).norm() < 0.5 * (theirs - theirs.mean()).norm(), key
