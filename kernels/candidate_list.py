@@ -28,10 +28,8 @@ _TILE_BYTES = 16384
 _LISTED = 32  # the list of a segment has room for one in 32 of its logits
 _LANES = 64  # threads of a program
 _CHUNK, _WIDE = 128, 1024  # keys, or logits, that go into a histogram in one go
-_AT_ONCE = (
-    math.inf
-)  # programs; of more, later ones would find floors. Off: with them an H200 lost candidates (NOTES.md)
-_FEW, _FEW_BELOW_A_FLOOR = tl.constexpr(16), tl.constexpr(64)  # survivors of a tile that are counted one by one
+_AT_ONCE = 2048  # programs, about as many as an H200 holds: floors help those that come after them
+_FEW, _FEW_WITH_FLOORS = 16, 64  # survivors of a tile that are counted one by one
 _COMPILED = tl.constexpr(not INTERPRETED)
 BINS = tl.constexpr(512)
 
@@ -103,9 +101,9 @@ def _survivors(x_ptr, begin, end, at_least, TILE: tl.constexpr, RUN: tl.constexp
 
 
 @triton.jit
-def _list(x_ptr, begin, end, first_index, at_least, words, few, list_ptr, found_ptr, bins_ptr, capacity, first_bin,
-          index_bits, DROP: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, CHUNK: tl.constexpr,
-          WIDE: tl.constexpr, BINS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+def _list(x_ptr, begin, end, first_index, at_least, words, list_ptr, found_ptr, bins_ptr, capacity, first_bin,
+          index_bits, DROP: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr, FEW: tl.constexpr,
+          CHUNK: tl.constexpr, WIDE: tl.constexpr, BINS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Counts a tile's survivors, in all and in each bin, and appends their keys to the list if it has room for them.
     Returns how many the segment had before, and has now."""
     counts = tl.reshape(count_bits(words), [TILE // 32])
@@ -134,7 +132,7 @@ def _list(x_ptr, begin, end, first_index, at_least, words, few, list_ptr, found_
                 keys = pack(x, first_index + begin + i, index_bits, DROP)
                 tl.store(list_ptr + place, keys, mask=place < total)
                 bin = _bin_of(keys, first_bin, index_bits, DROP, BINS)
-                if total <= few:
+                if total <= FEW:
                     tl.atomic_add(bins_ptr + bin, 1, mask=place < total, sem="relaxed")
                 else:
                     histogram += tl.histogram(bin, BINS, mask=place < total)
@@ -144,7 +142,7 @@ def _list(x_ptr, begin, end, first_index, at_least, words, few, list_ptr, found_
                 x = tl.load(x_ptr + i, mask=(begin + i >= 0) & (begin + i < end), other=float("-inf")).to(tl.float32)
                 bin = _bin_of(pack(x, i, index_bits, DROP), first_bin, index_bits, DROP, BINS)
                 histogram += tl.histogram(bin, BINS, mask=x >= at_least)
-        if (total > few) | (slot + total > capacity):
+        if (total > FEW) | (slot + total > capacity):
             tl.atomic_add(bins_ptr + tl.arange(0, BINS), histogram, mask=histogram > 0, sem="relaxed")
     return slot, slot + total
 
@@ -170,10 +168,11 @@ def _lowest_value(bin, first_bin):
 def _list_kernel(
     levels, starts, first_tiles, list_starts, lists_ptr, found_ptr, bins_ptr, floors_ptr, images, list_width,
     first_bin, index_bits, at_least, topk, renewed, DROP: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
-    CHUNK: tl.constexpr, WIDE: tl.constexpr, BINS: tl.constexpr, LANES: tl.constexpr,
+    FEW: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, BINS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Program t * images + b lists the survivors of tile t, counted through the levels, of image b. The floor is raised
-    whenever another 2^renewed survivors were found."""
+    whenever another 2^renewed survivors were found. No branch may hang on a floor: programs raise it while others run,
+    and a branch with a barrier that some warps of a program take and others do not counts survivors wrongly."""
     tile = tl.program_id(0) // images
     image = (tl.program_id(0) % images).to(tl.int64)
     level = level_of(first_tiles, tile)
@@ -186,18 +185,15 @@ def _list_kernel(
     segment = image * len(levels) + level
     found_ptr, bins_ptr, floor_ptr = found_ptr + segment, bins_ptr + segment * BINS, floors_ptr + segment
     floor = tl.atomic_max(floor_ptr, 0, sem="relaxed")  # by a load each warp might see another floor
-    at_least = tl.full([], at_least, tl.float32)
-    if floor > 0:
-        at_least = _lowest_value(floor, first_bin)
+    at_least = tl.where(floor > 0, _lowest_value(floor, first_bin), at_least)
     if (begin >= 0) & (begin + TILE <= end):
         words = _survivors(x_ptr, begin, end, at_least, TILE, RUN, LANES, DROP, False)
     else:
         words = _survivors(x_ptr, begin, end, at_least, TILE, RUN, LANES, DROP, True)
     capacity = pick_size(list_starts[1:], level) - list_start
     list_ptr = lists_ptr + image * list_width + list_start
-    few = tl.where(floor > 0, _FEW_BELOW_A_FLOOR, _FEW)
-    before, now = _list(x_ptr, begin, end, start, at_least, words, few, list_ptr, found_ptr, bins_ptr, capacity,
-                        first_bin, index_bits, DROP, TILE, RUN, CHUNK, WIDE, BINS, LANES)  # fmt: skip
+    before, now = _list(x_ptr, begin, end, start, at_least, words, list_ptr, found_ptr, bins_ptr, capacity, first_bin,
+                        index_bits, DROP, TILE, RUN, FEW, CHUNK, WIDE, BINS, LANES)  # fmt: skip
     if (before ^ now) >> renewed != 0:
         _raise_floor(bins_ptr, floor_ptr, topk, BINS)
 
@@ -243,14 +239,16 @@ def list_survivors(
     lists = first.new_empty(len(first), list_starts[-1], dtype=torch.int64)
     floors, found, histograms = zeros[:segments], zeros[segments : 2 * segments], zeros[2 * segments :]
     programs, topk = first_tiles[-1] * len(first), max(1, topk)
-    renewed = (topk // 2).bit_length() if programs > _AT_ONCE else 31
+    floors_help = programs > _AT_ONCE
+    renewed = (topk // 2).bit_length() if floors_help else 31
     survivors = Survivors(lists, found, histograms, encode_sizes(list_starts), _first_bin(threshold))
     lanes = min(_LANES, tile // 32)
     with torch.cuda.device_of(first):
         _list_kernel[(programs,)](
             tuple(levels), starts, encode_sizes(first_tiles), survivors.list_starts, lists, found, histograms, floors,
             len(first), list_starts[-1], survivors.first_bin, index_bits, _at_least(threshold, drop), topk, renewed,
-            DROP=drop, TILE=tile, RUN=run, CHUNK=min(_CHUNK, tile), WIDE=min(_WIDE, tile), BINS=BINS.value, LANES=lanes,
-            num_warps=triton.cdiv(lanes, 32), enable_fp_fusion=False,
+            DROP=drop, TILE=tile, RUN=run, FEW=_FEW_WITH_FLOORS if floors_help else _FEW, CHUNK=min(_CHUNK, tile),
+            WIDE=min(_WIDE, tile), BINS=BINS.value, LANES=lanes, num_warps=triton.cdiv(lanes, 32),
+            enable_fp_fusion=False,
         )  # fmt: skip
     return survivors
