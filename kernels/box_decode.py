@@ -145,7 +145,7 @@ def _box_decode_kernel(
 
 
 @torch.library.custom_op("retina_fast::box_decode", mutates_args=())
-def _op(levels: list[Tensor], anchors: Tensor, index: Tensor, image_sizes: Tensor, reg_max: int = 0) -> Tensor:
+def _op(levels: list[Tensor], anchors: Tensor, index: Tensor, image_sizes: Tensor, reg_max: int) -> Tensor:
     """Boxes ``(B, M, 4)`` of contiguous levels ``(B, N_l, C)``; all arguments contiguous."""
     batch, width = index.shape
     starts = [0]
@@ -163,7 +163,7 @@ def _op(levels: list[Tensor], anchors: Tensor, index: Tensor, image_sizes: Tenso
 
 
 @_op.register_fake
-def _(levels, anchors, index, image_sizes, reg_max=0):
+def _(levels, anchors, index, image_sizes, reg_max):
     return anchors.new_empty(*index.shape, 4)
 
 

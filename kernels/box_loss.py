@@ -168,7 +168,7 @@ def _box_loss_op(
     loss_type: str,
     with_loss: bool,
     with_grads: bool,
-    weights: Tensor | None = None,
+    weights: Tensor | None,
 ) -> list[Tensor]:
     """The loss (), if wanted, and the gradients of all contiguous levels (B, N_l, 4), times factor (), if wanted."""
     starts, first_tiles = [0], [0]
@@ -187,7 +187,7 @@ def _box_loss_op(
 
 
 @_box_loss_op.register_fake
-def _(levels, anchors, indices, boxes, offsets, normalizers, factor, loss_type, with_loss, with_grads, weights=None):
+def _(levels, anchors, indices, boxes, offsets, normalizers, factor, loss_type, with_loss, with_grads, weights):
     loss = [indices.new_empty((), dtype=torch.float32)] if with_loss else []
     return loss + ([torch.empty_like(level) for level in levels] if with_grads else [])
 

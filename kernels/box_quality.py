@@ -90,9 +90,7 @@ def _box_quality_kernel(
 
 
 @torch.library.custom_op("retina_fast::box_quality", mutates_args=())
-def _op(
-    levels: list[Tensor], anchors: Tensor, indices: Tensor, boxes: Tensor, offsets: Tensor, reg_max: int = 0
-) -> Tensor:
+def _op(levels: list[Tensor], anchors: Tensor, indices: Tensor, boxes: Tensor, offsets: Tensor, reg_max: int) -> Tensor:
     """Qualities (B, N) for contiguous levels (B, N_l, C); all arguments contiguous."""
     tile, starts, first_tiles = _DISTRIBUTIONS_TILE if reg_max else _TILE, [0], [0]
     for level in levels:
@@ -109,7 +107,7 @@ def _op(
 
 
 @_op.register_fake
-def _(levels, anchors, indices, boxes, offsets, reg_max=0):
+def _(levels, anchors, indices, boxes, offsets, reg_max):
     return torch.empty_like(indices, dtype=torch.float32)
 
 

@@ -29,7 +29,7 @@ def serves_dtype(dtype: torch.dtype) -> bool:
         return False
     if not all(hasattr(_OPS, name) for name in _NAMES):
         return False
-    x = torch.ones(1, 16, 1, 1, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.ones(1, 16, 2, 2, dtype=dtype).contiguous(memory_format=torch.channels_last)
     unit = (1, 1), (0, 0), (1, 1), 1
     try:
         packed = pack_weight(torch.ones(16, 16, 1, 1, dtype=dtype), x.shape, *unit)
@@ -106,6 +106,9 @@ def onednn_conv(
     geometry = padding, stride, dilation, groups
     if z is None:
         return _OPS._convolution_pointwise(x, weight, bias, *geometry, activation, [], "")
+    if z.shape[2:].numel() == 1:  # of a single pixel PyTorch 2.11 takes no sum
+        y = _OPS._convolution_pointwise(x, weight, bias, *geometry, "none", [], "").add_(z)
+        return y if activation == "none" else y.relu_()
     after_sum = None if activation == "none" else activation
     if overwrite_z and z.is_contiguous(memory_format=torch.channels_last):
         return _OPS._convolution_pointwise_.binary(z, x, weight, bias, *geometry, "add", 1.0, after_sum, [], "")

@@ -108,7 +108,7 @@ def _op(
     topk: int,
     iou_thresh: float,
     max_detections: int,
-    reg_max: int = 0,
+    reg_max: int,
 ) -> Fields:
     """See :func:`postprocess`; the levels are ``(B, N_l, K)`` and ``(B, N_l, C)``, and D is at most their width."""
     width = candidates_width(logits, topk)
@@ -130,7 +130,7 @@ def _op(
 
 
 @_op.register_fake
-def _(logits, deltas, anchors, image_sizes, original_sizes, classes, score_thresh, topk, iou_thresh, most, reg_max=0):
+def _(logits, deltas, anchors, image_sizes, original_sizes, classes, score_thresh, topk, iou_thresh, most, reg_max):
     shape = logits[0].shape[0], most
     scores = anchors.new_empty(shape)
     labels = anchors.new_empty(shape, dtype=torch.int64)

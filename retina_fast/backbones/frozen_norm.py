@@ -1,6 +1,6 @@
 """torchvision's FrozenBatchNorm2d, which in mixed precision stays in the precision of its input."""
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 from torchvision.ops import misc
 
@@ -25,7 +25,9 @@ class FrozenBatchNorm2d(misc.FrozenBatchNorm2d):
         """``x`` (B, C, H, W), scaled and shifted channel by channel."""
         if x.dtype == self.weight.dtype:
             return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        # F.batch_norm of PyTorch 2.11 refuses the eps of 0 that torchvision's pretrained RetinaNet has
+        moments = self.running_mean, self.running_var
+        return torch.batch_norm(x, self.weight, self.bias, *moments, False, 0.0, self.eps, torch.backends.cudnn.enabled)
 
 
 def as_torchvision(module: nn.Module) -> None:

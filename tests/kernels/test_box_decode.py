@@ -108,7 +108,7 @@ def test_errors():
 def test_opcheck(device):
     deltas, anchors, index, sizes = case()
     levels = [level.to(device).flatten(1).view(2, -1, 4) for level in deltas]
-    torch.library.opcheck(module._op, (levels, *(t.to(device) for t in (anchors, index, sizes))))
+    torch.library.opcheck(module._op, (levels, *(t.to(device) for t in (anchors, index, sizes)), 0))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

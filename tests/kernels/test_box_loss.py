@@ -223,7 +223,7 @@ def test_opcheck(device, loss_type, output):
         levels = [level.detach() for level in levels]
     factor = torch.tensor(0.5, device=device) if output == "gradients" else None
     outputs = {"loss": (True, False), "gradients": (False, True), "both": (True, True)}[output]
-    torch.library.opcheck(module._box_loss_op, (levels, *rest, factor, loss_type, *outputs))
+    torch.library.opcheck(module._box_loss_op, (levels, *rest, factor, loss_type, *outputs, None))
 
 
 def test_fullgraph_compile(device, monkeypatch):

@@ -153,7 +153,7 @@ def test_bad_arguments(change, message):
 def test_registration(device, monkeypatch):
     deltas, *rest = case(device=device)
     levels = [level.detach().contiguous() for level in flatten_all(deltas, 4)]
-    torch.library.opcheck(module._op, (levels, *rest))
+    torch.library.opcheck(module._op, (levels, *rest, 0))
     monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
     compiled = torch.compile(box_quality, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(levels, *rest), box_quality(levels, *rest))

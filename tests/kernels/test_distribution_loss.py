@@ -214,7 +214,7 @@ def test_opcheck(device, output):
         levels = [level.detach() for level in levels]
     factor = torch.tensor(0.5, device=device) if output == "gradients" else None
     outputs = {"loss": (True, False), "gradients": (False, True), "both": (True, True)}[output]
-    torch.library.opcheck(module._distribution_loss_op, (levels, *rest, factor, n, "giou", *outputs))
+    torch.library.opcheck(module._distribution_loss_op, (levels, *rest, factor, n, "giou", *outputs, None))
 
 
 def test_fullgraph_compile(device, monkeypatch):

@@ -117,7 +117,7 @@ def test_opcheck(device, few_programs):
     logits, deltas, anchors = inputs()
     levels = [[x.permute(0, 2, 3, 1).reshape(2, -1, c).to(device) for x in xs] for xs, c in ((logits, K), (deltas, 4))]
     sizes = [size.to(device) for size in SIZES]
-    torch.library.opcheck(module._op, (*levels, anchors.to(device), *sizes, K, 0.05, 10, 0.5, 7))
+    torch.library.opcheck(module._op, (*levels, anchors.to(device), *sizes, K, 0.05, 10, 0.5, 7, 0))
 
 
 @pytest.mark.parametrize(("batch", "launches"), [(1, 8), (8, 9)])

@@ -66,22 +66,28 @@ def test_a_training_forward_never_waits_for_the_device(monkeypatch, builder, whe
 @needs_gpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("builder", ["retinanet_resnet18_fpn", "retinanet_resnet18_fpn_v2"])
-def test_twenty_captured_steps_equal_uncaptured_ones(graphs, builder, dtype):
+def test_twenty_captured_steps_equal_uncaptured_ones(graphs, monkeypatch, builder, dtype):
+    """Atomic sums make two runs of uncaptured steps differ, too, and the difference grows with each step by a factor
+    that rises with the learning rate: at 2^-8 to 4% of the losses, at 2^-14 it stays at the last bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     models = []
     for _ in range(2):
         torch.manual_seed(0)
         model = getattr(retina_fast, builder)(num_classes=K, weights_backbone=None, min_size=128, max_size=128)
         models.append(model.train().cuda())
-    optimizers = [torch.optim.SGD(model.parameters(), lr=2**-8, momentum=0.9) for model in models]
+    begin = {name: p.clone() for name, p in models[0].named_parameters()}
+    optimizers = [torch.optim.SGD(model.parameters(), lr=2**-14, momentum=0.9) for model in models]
     step = TrainingStep(models[0], optimizers[0], dtype=dtype)
     for number in range(24):
         losses = step(*batch(number, size=(128, 128)))
         expected = plain_step(models[1], optimizers[1], batch(number, size=(128, 128)), dtype=dtype)
         for name, value in expected.items():
-            assert abs(losses[name] - value) <= (1e-3 if dtype is None else 5e-2) * value, (number, name)
+            assert abs(losses[name] - value) <= (1e-5 if dtype is None else 2e-2) * value, (number, name)
     assert step.replayed_steps >= 20
     if dtype is None:
         assert_same_state(models[0], models[1], 1e-3)
+    moved, wanted = (torch.cat([(p - begin[n]).flatten() for n, p in m.named_parameters()]) for m in models)
+    assert (moved - wanted).norm() <= (1e-3 if dtype is None else 5e-2) * wanted.norm()
 
 
 @needs_gpu
