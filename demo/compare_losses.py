@@ -87,7 +87,7 @@ def run(folder: Path, option: str, seed: int, steps: int) -> dict[str, Any]:
     data, part = (CocoDataset(folder / "train.json", folder / "train", content=content) for content in both)
     settings = TrainSettings(
         "retinanet_resnet18_fpn_lite", steps=steps, seed=seed, flips=Flips.ALL, image_scale=1.25, bf16=False,
-        **OPTIONS[option],
+        arguments=OPTIONS[option],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as output:
         model, about = load_model(train(settings, data, output=output, workers=1))

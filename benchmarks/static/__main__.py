@@ -36,13 +36,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", help=f"among {', '.join(TARGETS)}; all by default")
     parser.add_argument("--case", action="append", help="only these of tests.instruments.kernel_calls")
+    parser.add_argument("--read", action="append", help="read the instructions of these kernels alone")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="how many compile at once")
     parser.add_argument("--json", action="store_true", help="print the rows as one line of JSON")
     parser.add_argument("--executed", action="store_true", help="also what an emulator executes of the sm_90 code")
     arguments = parser.parse_args()
     if unknown := (set(arguments.targets) - set(TARGETS)) | (set(arguments.case or ()) - set(KERNEL_CALLS)):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    rows = compile_cases(arguments.case or KERNEL_CALLS, arguments.targets or TARGETS, arguments.processes)
+    cases, targets = arguments.case or KERNEL_CALLS, arguments.targets or TARGETS
+    rows = compile_cases(cases, targets, arguments.processes, arguments.read)
     if arguments.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))
         return 0

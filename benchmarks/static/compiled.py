@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,10 @@ class Row:
 
 
 def report(
-    targets: Iterable[str] = TARGETS, cases: Iterable[str] | None = None, processes: int | None = None
+    targets: Iterable[str] = TARGETS,
+    cases: Iterable[str] | None = None,
+    processes: int | None = None,
+    read: Iterable[str] = (),
 ) -> list[Row]:
     """Compiles the cases (all of them by default) in another process, which does not interpret its kernels.
 
@@ -75,6 +78,8 @@ def report(
         targets: among TARGETS.
         cases: among KERNEL_CALLS.
         processes: how many compile at once; as many as there are cores by default.
+        read: the kernels whose instructions are read, which takes longer than to compile many a kernel; all by default.
+            The others' rows have registers, bytes and PTX.
 
     Raises:
         RuntimeError: if that process fails.
@@ -82,6 +87,8 @@ def report(
     command = [sys.executable, "-m", "benchmarks.static", "--json", *targets]
     for case in cases or ():
         command += ["--case", case]
+    for kernel in read:
+        command += ["--read", kernel]
     if processes is not None:
         command += ["--processes", str(processes)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -91,7 +98,9 @@ def report(
     return [Row(**row) for row in json.loads(result.stdout.splitlines()[-1])]
 
 
-def compile_cases(names: Iterable[str], targets: Sequence[str], processes: int) -> list[Row]:
+def compile_cases(
+    names: Iterable[str], targets: Sequence[str], processes: int, read: Collection[str] | None = None
+) -> list[Row]:
     """Returns a row for each launch of the cases and each target. Launches that are one binary are compiled once."""
     uses: list[tuple[str, Launch, int | None]] = []
     for name in names:
@@ -102,7 +111,7 @@ def compile_cases(names: Iterable[str], targets: Sequence[str], processes: int) 
     for name, launch, _ in uses:
         for target in targets:
             jobs.setdefault((launch.variant, target), (launch, Row(name, launch.kernel.__name__, target)))
-    compiled = dict(zip(jobs, compile_all(list(jobs.values()), processes), strict=True))
+    compiled = dict(zip(jobs, compile_all(list(jobs.values()), processes, read), strict=True))
     return [
         compiled[launch.variant, target].per_element(name, elements)
         for name, launch, elements in uses
@@ -149,7 +158,7 @@ def _compile(launch: Any, target: str) -> Any:
     return launch.kernel.warmup(*map(described, launch.args), grid=(1,), **kwargs)
 
 
-def _start(launch: Any, row: Row, folder: Path) -> int:
+def _start(launch: Any, row: Row, folder: Path, with_code: bool) -> int:
     """Compiles in a fork of this process, so that an abort or a stray message is seen and ends nothing else."""
     child = os.fork()
     if child == 0:
@@ -157,7 +166,7 @@ def _start(launch: Any, row: Row, folder: Path) -> int:
             output = os.open(folder / "log", os.O_CREAT | os.O_WRONLY)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            _read(_compile(launch, row.target), row)
+            _read(_compile(launch, row.target), row, with_code)
             (folder / "row").write_text(json.dumps(dataclasses.asdict(row)))
         except BaseException as error:
             os.write(2, f"error: {error!r}\n".encode())
@@ -174,18 +183,19 @@ def _finish(row: Row, status: int, folder: Path) -> Row:
     return Row(**json.loads((folder / "row").read_text()))
 
 
-def compile_all(jobs: Sequence[tuple[Any, Row]], processes: int) -> list[Row]:
+def compile_all(jobs: Sequence[tuple[Any, Row]], processes: int, read: Collection[str] | None = None) -> list[Row]:
     """Compiles each launch in a process of its own, so many at once, and returns the rows filled in."""
+    import triton.experimental.gluon  # noqa: F401  which the first launch imports: the processes inherit it
     from triton.runtime.cache import triton_key
 
-    triton_key()  # a hash of all of Triton, half a second long, which the processes inherit
+    triton_key()  # a hash of all of Triton, half a second long, which they inherit too
     rows: dict[int, Row] = {}
     running: dict[int, int] = {}  # process to job
     with tempfile.TemporaryDirectory() as folder:
         for i, (launch, row) in enumerate(jobs):
             place = Path(folder, str(i))
             place.mkdir()
-            running[_start(launch, row, place)] = i
+            running[_start(launch, row, place, read is None or row.kernel in read)] = i
             while len(running) >= processes or (running and i == len(jobs) - 1):
                 child, status = os.wait()
                 done = running.pop(child)
@@ -193,8 +203,8 @@ def compile_all(jobs: Sequence[tuple[Any, Row]], processes: int) -> list[Row]:
     return [rows[i] for i in range(len(jobs))]
 
 
-def _read(compiled: Any, row: Row) -> None:
-    """Fills in the row from what Triton compiled."""
+def _read(compiled: Any, row: Row, with_code: bool) -> None:
+    """Fills in the row from what Triton compiled, with its instructions or without."""
     if row.target.startswith("gfx"):
         _read_amdgcn(compiled.asm["amdgcn"], row)
         return
@@ -205,11 +215,18 @@ def _read(compiled: Any, row: Row) -> None:
         cubin.flush()
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         usage = subprocess.check_output([tools / "cuobjdump", "--dump-resource-usage", cubin.name], text=True)
-        code = subprocess.check_output([tools / "nvdisasm", "-c", "--no-dataflow", cubin.name], text=True)
+        disassemble = [tools / "nvdisasm", "-c", "--no-dataflow", cubin.name]
+        code = subprocess.check_output(disassemble, text=True) if with_code else ""
     counts = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
     row.registers, row.spilled = counts["REG"], counts["STACK"] + counts["LOCAL"]
     row.shared, row.warps = compiled.metadata.shared, compiled.metadata.num_warps
     row.ptx = dict(Counter(re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w.]+)", compiled.asm["ptx"], re.M)))
+    if with_code:
+        _read_sass(code, row)
+
+
+def _read_sass(code: str, row: Row) -> None:
+    """Fills in what NVIDIA's machine code says."""
     blocks = sass.basic_blocks(code)
     path = sass.usual_path(blocks)
     row.code = sum(len(block.instructions) for block in blocks)

@@ -127,6 +127,14 @@ def train(
         from retina_fast.train.model_file import read_model_file
 
         name, arguments = read_model_file(Path(model)) if model.endswith(".json") else (model, {})
+        for_builder = {
+            "matcher": matcher,
+            "classification_loss": classification_loss,
+            "box_loss": box_loss,
+            "box_weights": box_weights,
+            "reg_max": reg_max,
+        }
+        arguments |= {option: value for option, value in for_builder.items() if value is not None}
         chosen = TrainSettings(
             name,
             steps=steps,
@@ -142,11 +150,6 @@ def train(
             bf16=bf16,
             weights_backbone=weights_backbone,
             arguments=arguments,
-            matcher=matcher,
-            classification_loss=classification_loss,
-            box_loss=box_loss,
-            box_weights=box_weights,
-            reg_max=reg_max,
             anchors=anchors,
         )
         if val_images and not val_json:

@@ -129,7 +129,7 @@ def _saved_settings(last: Path, saved: Any, data: CocoDataset) -> dict[str, Any]
         raise UserError(f"{last}: is not what retina-fast train wrote: its settings are {saved!r:.60}")
     unknown = sorted(str(name) for name in saved.keys() - {field.name for field in fields(TrainSettings)})
     if unknown:
-        raise UserError(f"{last}: has the settings {', '.join(unknown)} of a newer retina_fast: update retina_fast")
+        raise UserError(f"{last}: has settings of another version of retina_fast, {', '.join(unknown)}: use that one")
     backbone = saved.get("weights_backbone") or RANDOM  # None, in runs that were begun earlier
     try:
         return asdict(TrainSettings(**saved | {"weights_backbone": backbone}).resolve(data))

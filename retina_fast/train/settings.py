@@ -44,12 +44,7 @@ class TrainSettings:
         bf16: whether convolutions are computed in bfloat16. None: where the hardware does.
         weights_backbone: torchvision's name of the weights from which the backbone starts, or "none" for random ones.
             None takes the recipe's.
-        arguments: more keyword arguments of the builder, as plain data, such as a specification.
-        matcher: "atss" in place of the thresholds by which anchors are matched to objects.
-        classification_loss: "quality_focal" or "varifocal" in place of the focal loss.
-        box_loss: "l1", "smooth_l1", "giou", "diou" or "ciou" in place of the model's.
-        box_weights: "quality" weighs box losses by the IoU of the predicted box.
-        reg_max: the sides of boxes become distributions over 0, 1, ..., so many eighths of the anchor.
+        arguments: keyword arguments of the builder as plain data: a matcher, losses, a specification.
         anchors: "auto" for one anchor a cell, of sides and a ratio that fit the data, in place of the model's.
 
     Raises:
@@ -76,11 +71,6 @@ class TrainSettings:
     bf16: bool | None = None
     weights_backbone: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
-    matcher: str | None = None
-    classification_loss: str | None = None
-    box_loss: str | None = None
-    box_weights: str | None = None
-    reg_max: int | None = None
     anchors: str | None = None
 
     def __post_init__(self) -> None:
@@ -88,8 +78,8 @@ class TrainSettings:
         if not fnmatchcase(self.model, pattern):
             raise UserError(f"the recipe {self.recipe} is for models {pattern}, not {self.model}")
         try:
-            matcher_of(self.matcher)
-            check_losses(self.classification_loss, self.box_loss, self.reg_max, self.box_weights)
+            matcher_of(self.arguments.get("matcher"))
+            check_losses(*map(self.arguments.get, ("classification_loss", "box_loss", "reg_max", "box_weights")))
         except ValueError as error:
             raise UserError(str(error)) from error
         if self.anchors not in (None, FITTED):

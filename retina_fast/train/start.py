@@ -55,8 +55,9 @@ def starting_network(
     other = checkpoint.load(start_from)
     if other.builder != settings.model:
         raise UserError(f"{start_from} is a {other.builder}: train it with --model {other.builder}")
-    if settings.reg_max not in (None, other.kwargs.get("reg_max")):
-        raise UserError(f"{start_from} has no weights for --reg-max {settings.reg_max}: leave out one of them")
+    reg_max = settings.arguments.get("reg_max")
+    if reg_max not in (None, other.kwargs.get("reg_max")):
+        raise UserError(f"{start_from} has no weights for --reg-max {reg_max}: leave out one of them")
     other.kwargs = _builder_arguments(settings, other.kwargs)
     network = other.build()
     if other.classes != data.classes:
@@ -74,7 +75,4 @@ def _builder_arguments(settings: ResolvedSettings, given: dict[str, Any]) -> dic
         kwargs |= {"min_size": None, "image_scale": settings.image_scale, "_skip_resize": settings.crop > 0}
     if settings.weights_backbone != RANDOM:
         kwargs |= {"weights_backbone": settings.weights_backbone}
-    names = "matcher", "classification_loss", "box_loss", "box_weights", "reg_max"
-    chosen = {name: getattr(settings, name) for name in names}
-    kwargs |= {name: value for name, value in chosen.items() if value is not None}
     return kwargs

@@ -178,7 +178,7 @@ def test_a_checkpoint_of_something_else(run):
             check_resume(*run)
     state: dict = dict.fromkeys(("global_step", "state_dict", "optimizer_states", "loops", "callbacks"), 0)
     saved(run[0], state | {"settings": {"model": "x", "newer": 1}})
-    with pytest.raises(UserError, match=r"last\.ckpt: has the settings newer of a newer retina_fast"):
+    with pytest.raises(UserError, match=r"last\.ckpt: has settings of another version of retina_fast, newer"):
         check_resume(*run)
     good = {"model": "retinanet_resnet18_fpn_lite", "steps": 2}
     for settings in (3, {"steps": 2}, good | {"model": 3}, good | {"recipe": [1]}):

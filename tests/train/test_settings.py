@@ -65,14 +65,14 @@ def test_a_backbones_weights_and_a_model_file_exclude_each_other(data):
 def test_matchers_and_losses_reach_the_builder(data):
     chosen = {"matcher": "atss", "classification_loss": "varifocal", "box_loss": "giou", "reg_max": 5}
     chosen["box_weights"] = "quality"
-    settings = TrainSettings(LITE, **chosen).resolve(data)  # type: ignore[arg-type]
+    settings = TrainSettings(LITE, arguments=chosen).resolve(data)
     network, about = starting_network(settings, data)
     assert network.head.regression_head.bbox_reg.out_channels == 9 * 4 * 6
     assert network.proposal_matcher == AtssMatcher()
     assert {name: about.kwargs[name] for name in chosen} == chosen
     for name in chosen:
         with pytest.raises(UserError, match=f"{name} must be .*, got 'best'"):
-            TrainSettings(LITE, **{name: "best"})  # type: ignore[arg-type]
+            TrainSettings(LITE, arguments={name: "best"})
 
 
 def test_anchors_are_fitted_to_the_data(data):
