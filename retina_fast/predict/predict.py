@@ -284,7 +284,7 @@ def digest_of(detector: Any) -> str:
     digest = hashlib.sha256(f"{about} {thresholds}".encode())
     if isinstance(network, torch.nn.Module):
         for tensor in (*network.parameters(), *network.buffers()):
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

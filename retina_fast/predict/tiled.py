@@ -94,7 +94,7 @@ def _results(
             raster, georeference = Pixels(read.image), read.georeference
             image = read.image if keep else Again.of(picture, stamp)
             if tiling.resume:
-                about += f" {sha256(read.image.cpu().contiguous().numpy()).hexdigest()}"
+                about += f" {sha256(read.image.cpu().contiguous().numpy().data).hexdigest()}"
         found = detect_tiles(
             partial(_run, detector, picture.name, score),
             raster,
