@@ -33,6 +33,7 @@ def export(
     with one_sentence():
         from retina_fast.deploy.export import export as run
         from retina_fast.deploy.export_openvino import weights_file
+        from retina_fast.deploy.exported import is_exported
         from retina_fast.deploy.formats import FORMATS
         from retina_fast.predict.load import TREES, load_model
 
@@ -45,6 +46,8 @@ def export(
             raise UserError(f"{file}: is there already; to replace it, give its name as --output")
         for written in (file, weights_file(file)) if format == "openvino" else (file,):
             check_file(written, [path])
+        if file.is_file() and file.stat().st_size and not is_exported(file):
+            raise UserError(f"{file}: is there already, and is no exported model; give another name")
         model, content = load_model(path)
         height, width = map(int, sides)
         names = content.classes, content.category_ids
