@@ -3,7 +3,7 @@
     python -m examples.fine_tune train.json images/ runs/mine
     python -m examples.fine_tune VOC2012/ VOC2012/JPEGImages runs/mine
 
-It needs `pip install 'retina_fast[all]'`. The command `retina-fast train` has every option, and goes on after a stop.
+It needs `pip install '.[all]'`. The command `retina-fast train` has every option, and goes on after a stop.
 """
 
 import sys

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from retina_fast.kernels.dispatch import is_transformed
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """The tensor in float32, but float64 as it is."""
@@ -79,6 +81,18 @@ def offsets_on_host(offsets: Tensor, total: int) -> list[int]:
     if any(stop < start for start, stop in pairwise([0, *found, total])):
         raise ValueError(f"offsets must rise from 0 to at most the {total} boxes, got {found}")
     return found
+
+
+def check_matches(indices: Tensor, offsets: Tensor, total: int) -> None:
+    """Raises ValueError if an index of a match (B, N) is none of its image's ground truths, or offsets (B + 1,) into
+    ``total`` ground truths are impossible. It waits for a GPU: for references, which would read another image's box.
+    While torch.compile or torch.func traces the tensors, which then have no values, nothing is checked."""
+    if torch.compiler.is_compiling() or is_transformed(indices, offsets) or not indices.numel():
+        return
+    counts = [stop - start for start, stop in pairwise(offsets_on_host(offsets, total))]
+    for image, (count, highest) in enumerate(zip(counts, indices.amax(dim=1).tolist(), strict=True)):
+        if highest >= count:
+            raise ValueError(f"indices must be below the {count} ground truths of image {image}, got {highest}")
 
 
 def check_anchors(anchors: Tensor, batch: int, count: int) -> None:

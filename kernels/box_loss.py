@@ -20,6 +20,7 @@ from retina_fast.kernels.arguments import (
     check_anchors,
     check_devices,
     check_integers,
+    check_matches,
     check_shape,
     loss_normalizers,
     loss_weights,
@@ -32,10 +33,12 @@ from retina_fast.kernels.levels import (
     encode_sizes,
     flatten_all,
     level_of,
+    load_matched,
     load_rows,
     pick,
     pick_size,
     store_rows,
+    truths_of,
 )
 from retina_fast.kernels.one_pass import OnePass, grads_by_reference, sum_of
 
@@ -94,11 +97,11 @@ def _l1(delta, target, SMOOTH: tl.constexpr):
         return tl.abs(d), slope
 
 
-@triton.jit(do_not_specialize=["num_anchors", "anchors_stride"])
+@triton.jit(do_not_specialize=["num_anchors", "anchors_stride", "num_boxes"])
 def _box_loss_kernel(
     levels, grads, anchors_ptr, anchors_stride, indices_ptr, boxes_ptr, offsets_ptr, normalizers_ptr, partials_ptr,
-    factor_ptr, weights_ptr, starts, first_tiles, num_anchors, LOSS: tl.constexpr, TILE: tl.constexpr,
-    WITH_GRADS: tl.constexpr,
+    factor_ptr, weights_ptr, starts, first_tiles, num_anchors, num_boxes, LOSS: tl.constexpr,
+    TILE: tl.constexpr, WITH_GRADS: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b) handles tile t, counted through the levels, of image b. It writes the tile's share of the loss to
     partials (B, T), and its gradients, times factor if there is one. Either output may be left out."""
@@ -122,8 +125,9 @@ def _box_loss_kernel(
             tl.store(grad_ptr + i, tl.zeros([4 * TILE], grad_ptr.dtype.element_ty), mask=i < num_rows * 4)
     else:
         dx, dy, dw, dh = load_rows(delta_ptr, row, foreground)
+        first, count = truths_of(offsets_ptr, num_boxes, image)
         x1, y1, x2, y2 = load_rows(anchors_ptr + image * anchors_stride, start + row, foreground)
-        bx1, by1, bx2, by2 = load_rows(boxes_ptr, tl.load(offsets_ptr + image) + index, foreground)
+        bx1, by1, bx2, by2 = load_matched(boxes_ptr, first, count, index, foreground)
         w, h = x2 - x1, y2 - y1
         cx, cy = x1 + 0.5 * w, y1 + 0.5 * h
         bx1, by1, bx2, by2 = bx1 - cx, by1 - cy, bx2 - cx, by2 - cy
@@ -181,7 +185,8 @@ def _box_loss_op(
         _box_loss_kernel[(first_tiles[-1], len(indices))](
             tuple(levels), tuple(grads or levels), anchors, anchors.stride(0) if anchors.dim() == 3 else 0, indices,
             boxes, offsets, normalizers, partials, factor, weights, encode_sizes(starts), encode_sizes(first_tiles),
-            indices.shape[1], LOSS=loss_type, TILE=_TILE, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
+            indices.shape[1], len(boxes), LOSS=loss_type, TILE=_TILE, WITH_GRADS=with_grads, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return ([] if partials is None else [sum_of(partials)]) + grads
 
@@ -254,7 +259,8 @@ def box_loss(
         deltas: the levels as the heads wrote them, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``; any float dtype.
         anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``. Anchors and boxes are converted to
             float32, unless the deltas are float64.
-        indices: ``(B, N)`` integers: row of the matched ground truth within its image; negative is not foreground.
+        indices: ``(B, N)`` integers: row of the matched ground truth within its image; negative is not foreground. On a
+            GPU one that is none of the image's reads nothing, and the loss is NaN.
         boxes: ``(G, 4)`` ground truths of all images, concatenated.
         offsets: ``(B + 1,)`` integers: image b owns rows offsets[b] to offsets[b + 1] of boxes.
         normalizers: ``(B,)`` of any dtype: the foreground counts (at least 1) times B for torchvision's mean over
@@ -265,8 +271,8 @@ def box_loss(
 
     Raises:
         AssertionError: for an unknown ``loss_type``, as torchvision's.
-        ValueError: if the shapes do not fit, indices or offsets are not integers, the levels differ in dtype, or the
-            tensors lie on different devices.
+        ValueError: if the shapes do not fit, indices or offsets are not integers or, on a CPU, go beyond the ground
+            truths, the levels differ in dtype, or the tensors lie on different devices.
 
     Example::
 
@@ -293,4 +299,5 @@ def box_loss(
         return _box_loss_triton(
             flatten_all(deltas, 4), anchors, indices, boxes, offsets, normalizers, loss_type, weights
         )
+    check_matches(indices, offsets, len(boxes))
     return box_loss_reference(deltas, anchors, indices, boxes, offsets, normalizers, loss_type, weights)

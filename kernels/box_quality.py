@@ -17,11 +17,22 @@ from retina_fast.kernels.arguments import (
     check_anchors,
     check_devices,
     check_integers,
+    check_matches,
     check_shape,
 )
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode
 from retina_fast.kernels.dispatch import HAS_TRITON, runs_triton, tl, triton
-from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, load_rows, pick, pick_size
+from retina_fast.kernels.levels import (
+    check_levels,
+    encode_sizes,
+    flatten_all,
+    level_of,
+    load_matched,
+    load_rows,
+    pick,
+    pick_size,
+    truths_of,
+)
 from retina_fast.kernels.pair_iou import box_iou
 from retina_fast.kernels.side_distributions import box_channels, box_of_sides, expected_side, load_side
 
@@ -46,10 +57,10 @@ _MAX_LOG_SCALE = tl.constexpr(MAX_LOG_SCALE)
 _NAN = tl.constexpr(tl.PropagateNan.ALL if HAS_TRITON else None)  # otherwise a minimum would hide a NaN
 
 
-@triton.jit(do_not_specialize=["num_anchors", "anchors_stride"])
+@triton.jit(do_not_specialize=["num_anchors", "anchors_stride", "num_boxes"])
 def _box_quality_kernel(
     levels, anchors_ptr, anchors_stride, indices_ptr, boxes_ptr, offsets_ptr, quality_ptr, starts, first_tiles,
-    num_anchors, COUNT: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr,
+    num_anchors, num_boxes, COUNT: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b) handles tile t, counted through the levels, of image b. Nearly all tiles hold no foreground."""
     tile = tl.program_id(0)
@@ -75,8 +86,9 @@ def _box_quality_kernel(
             right = expected_side(load_side(ptr, 2, foreground, COUNT, BINS), COUNT, BINS)
             bottom = expected_side(load_side(ptr, 3, foreground, COUNT, BINS), COUNT, BINS)
             dx, dy, scale_w, scale_h = box_of_sides(left, top, right, bottom)
+        first, count = truths_of(offsets_ptr, num_boxes, image)
         x1, y1, x2, y2 = load_rows(anchors_ptr + image * anchors_stride, start + row, foreground)
-        bx1, by1, bx2, by2 = load_rows(boxes_ptr, tl.load(offsets_ptr + image) + index, foreground)
+        bx1, by1, bx2, by2 = load_matched(boxes_ptr, first, count, index, foreground)
         w, h = x2 - x1, y2 - y1
         cx, cy = x1 + 0.5 * w, y1 + 0.5 * h
         area = (bx2 - bx1) * (by2 - by1)
@@ -100,8 +112,8 @@ def _op(levels: list[Tensor], anchors: Tensor, indices: Tensor, boxes: Tensor, o
     with torch.cuda.device_of(indices):
         _box_quality_kernel[(first_tiles[-1], len(indices))](
             tuple(levels), anchors, anchors.stride(0) if anchors.dim() == 3 else 0, indices, boxes, offsets, quality,
-            encode_sizes(starts), encode_sizes(first_tiles), indices.shape[1], COUNT=reg_max + 1,
-            BINS=triton.next_power_of_2(reg_max + 1), TILE=tile, num_warps=4, enable_fp_fusion=True,
+            encode_sizes(starts), encode_sizes(first_tiles), indices.shape[1], len(boxes),
+            COUNT=reg_max + 1, BINS=triton.next_power_of_2(reg_max + 1), TILE=tile, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return quality
 
@@ -120,7 +132,8 @@ def box_quality(
         deltas: the levels as the heads wrote them, each ``(B, A*4, H, W)`` or ``(B, N_l, 4)``; any float dtype. With
             ``reg_max``, they have 4 (reg_max + 1) numbers an anchor in place of 4.
         anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``.
-        indices: ``(B, N)`` integers: row of the matched ground truth within its image; negative is not foreground.
+        indices: ``(B, N)`` integers: row of the matched ground truth within its image; negative is not foreground. On a
+            GPU one that is none of the image's reads nothing, and its anchor's quality is NaN.
         boxes: ``(G, 4)`` ground truths of all images, concatenated.
         offsets: ``(B + 1,)`` integers: image b owns rows offsets[b] to offsets[b + 1] of boxes.
         reg_max: n where each side is a distribution over 0, 1, ..., n units, and 0 for deltas.
@@ -129,8 +142,8 @@ def box_quality(
         float32, or float64 for float64 deltas.
 
     Raises:
-        ValueError: if the shapes do not fit, indices or offsets are not integers, the levels differ in dtype, or the
-            tensors lie on different devices.
+        ValueError: if the shapes do not fit, indices or offsets are not integers or, on a CPU, go beyond the ground
+            truths, the levels differ in dtype, or the tensors lie on different devices.
 
     Example::
 
@@ -153,4 +166,5 @@ def box_quality(
     if runs_triton(*deltas):
         levels = [level.contiguous() for level in flatten_all(deltas, box_channels(reg_max))]
         return _op(levels, *(x.contiguous() for x in (anchors, indices, boxes, offsets)), reg_max)
+    check_matches(indices, offsets, len(boxes))
     return box_quality_reference(deltas, anchors, indices, boxes, offsets, reg_max)

@@ -29,6 +29,7 @@ from retina_fast.kernels.arguments import (
     check_anchors,
     check_devices,
     check_integers,
+    check_matches,
     check_shape,
     loss_normalizers,
     loss_weights,
@@ -36,7 +37,17 @@ from retina_fast.kernels.arguments import (
 from retina_fast.kernels.box_decode import decode
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.iou_losses import IOU_LOSSES, iou_loss_and_slopes
-from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, load_rows, pick, pick_size
+from retina_fast.kernels.levels import (
+    check_levels,
+    encode_sizes,
+    flatten_all,
+    level_of,
+    load_matched,
+    load_rows,
+    pick,
+    pick_size,
+    truths_of,
+)
 from retina_fast.kernels.one_pass import OnePass, grads_by_reference
 from retina_fast.kernels.side_distributions import UNITS, box_channels, box_of_sides, load_side, softmax_rows, units_of
 
@@ -109,13 +120,13 @@ def _store_side(ptr, side: tl.constexpr, p, e, target, slope, scale, foreground,
 
 @triton.jit
 def _rows(
-    level_ptr, grad_ptr, anchors_ptr, index, boxes_ptr, row, anchor, valid, weight, factor, LOSS: tl.constexpr,
-    COUNT: tl.constexpr, BINS: tl.constexpr, WITH_GRADS: tl.constexpr,
+    level_ptr, grad_ptr, anchors_ptr, index, boxes_ptr, first, count, row, anchor, valid, weight, factor,
+    LOSS: tl.constexpr, COUNT: tl.constexpr, BINS: tl.constexpr, WITH_GRADS: tl.constexpr,
 ):  # fmt: skip
     """The losses of some rows of a level, times weight [N], 0 for background; it writes their gradients."""
     foreground = index >= 0
     x1, y1, x2, y2 = load_rows(anchors_ptr, anchor, foreground)
-    bx1, by1, bx2, by2 = load_rows(boxes_ptr, index, foreground)
+    bx1, by1, bx2, by2 = load_matched(boxes_ptr, first, count, index, foreground)
     w, h = tl.where(foreground, x2 - x1, 1.0), tl.where(foreground, y2 - y1, 1.0)
     cx, cy = x1 + 0.5 * w, y1 + 0.5 * h
     bx1, by1, bx2, by2 = bx1 - cx, by1 - cy, bx2 - cx, by2 - cy
@@ -140,11 +151,12 @@ def _rows(
     return tl.where(foreground, loss * weight, 0.0)
 
 
-@triton.jit(do_not_specialize=["num_anchors", "anchors_stride"])
+@triton.jit(do_not_specialize=["num_anchors", "anchors_stride", "num_boxes"])
 def _distribution_loss_kernel(
     levels, grads, anchors_ptr, anchors_stride, indices_ptr, boxes_ptr, offsets_ptr, normalizers_ptr, partials_ptr,
-    factor_ptr, weights_ptr, starts, first_tiles, num_anchors, LOSS: tl.constexpr, COUNT: tl.constexpr,
-    BINS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, ZEROS: tl.constexpr, WITH_GRADS: tl.constexpr,
+    factor_ptr, weights_ptr, starts, first_tiles, num_anchors, num_boxes, LOSS: tl.constexpr,
+    COUNT: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, ZEROS: tl.constexpr,
+    WITH_GRADS: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b) handles tile t, counted through the levels, of image b. It writes the tile's share of the loss to
     partials (B, T), and its gradients, times factor if there is one. Either output may be left out."""
@@ -161,26 +173,26 @@ def _distribution_loss_kernel(
     loss = tl.zeros([ROWS], tl.float32)
     if tl.max(tl.load(indices_ptr + row, mask=row < num_rows, other=-1), axis=0) < 0:
         if WITH_GRADS:
-            for first in tl.static_range(0, TILE * 4 * COUNT, ZEROS):
-                i = first + tl.arange(0, ZEROS)
+            for turn in tl.static_range(0, TILE * 4 * COUNT, ZEROS):
+                i = turn + tl.arange(0, ZEROS)
                 inside = (i < TILE * 4 * COUNT) & (i < (num_rows - begin) * (4 * COUNT))
                 zeros = tl.zeros([ZEROS], grad_ptr.dtype.element_ty)
                 tl.store(grad_ptr + begin * (4 * COUNT) + i, zeros, mask=inside)
     else:
-        boxes_ptr += tl.load(offsets_ptr + image) * 4
+        first, count = truths_of(offsets_ptr, num_boxes, image)
         scale, factor = 1 / tl.load(normalizers_ptr + image), 1.0
         if factor_ptr is not None:
             factor = tl.load(factor_ptr)
-        for first in range(begin, min(begin + TILE, num_rows), ROWS):
-            some = first + tl.arange(0, ROWS)
+        for turn in range(begin, min(begin + TILE, num_rows), ROWS):
+            some = turn + tl.arange(0, ROWS)
             valid = some < num_rows
             index = tl.load(indices_ptr + some, mask=valid, other=-1)
             weight = tl.zeros([ROWS], tl.float32) + scale
             if weights_ptr is not None:
                 weight *= tl.load(weights_ptr + image * num_anchors + start + some, mask=index >= 0, other=0.0)
             loss += _rows(
-                level_ptr, grad_ptr, anchors_ptr + image * anchors_stride, index, boxes_ptr, some, start + some, valid,
-                weight, factor, LOSS, COUNT, BINS, WITH_GRADS,
+                level_ptr, grad_ptr, anchors_ptr + image * anchors_stride, index, boxes_ptr, first, count, some,
+                start + some, valid, weight, factor, LOSS, COUNT, BINS, WITH_GRADS,
             )  # fmt: skip
     if partials_ptr is not None:
         tl.store(partials_ptr + image * tl.num_programs(0) + tile, tl.sum(loss, axis=0))
@@ -212,8 +224,8 @@ def _distribution_loss_op(
         _distribution_loss_kernel[(first_tiles[-1], len(indices))](
             tuple(levels), tuple(grads or levels), anchors, anchors.stride(0) if anchors.dim() == 3 else 0, indices,
             boxes, offsets, normalizers, partials, factor, weights, encode_sizes(starts), encode_sizes(first_tiles),
-            indices.shape[1], LOSS=loss_type, COUNT=reg_max + 1, BINS=triton.next_power_of_2(reg_max + 1), TILE=_TILE,
-            ROWS=_ROWS, ZEROS=_ZEROS, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
+            indices.shape[1], len(boxes), LOSS=loss_type, COUNT=reg_max + 1, BINS=triton.next_power_of_2(reg_max + 1),
+            TILE=_TILE, ROWS=_ROWS, ZEROS=_ZEROS, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return ([] if partials is None else [partials.sum()]) + grads
 
@@ -283,7 +295,8 @@ def distribution_loss(
             C = 4 (reg_max + 1) logits an anchor, those of left, top, right and bottom; any float dtype.
         anchors: ``(N, 4)`` xyxy pixels, shared by the images, or ``(B, N, 4)``. Anchors and boxes are converted to
             float32, unless the logits are float64.
-        indices: ``(B, N)`` integers: row of the matched ground truth within its image; negative is not foreground.
+        indices: ``(B, N)`` integers: row of the matched ground truth within its image; negative is not foreground. On a
+            GPU one that is none of the image's reads nothing, and the loss is NaN.
         boxes: ``(G, 4)`` ground truths of all images, concatenated.
         offsets: ``(B + 1,)`` integers: image b owns rows offsets[b] to offsets[b + 1] of boxes.
         normalizers: ``(B,)`` of any dtype: the foreground counts (at least 1) times B for the mean over images.
@@ -294,8 +307,9 @@ def distribution_loss(
             gradient flows into it. None weighs all alike.
 
     Raises:
-        ValueError: if the shapes do not fit, indices or offsets are not integers, the levels differ in dtype, the
-            tensors lie on different devices, or for an unknown ``loss_type`` or a ``reg_max`` below 1.
+        ValueError: if the shapes do not fit, indices or offsets are not integers or, on a CPU, go beyond the ground
+            truths, the levels differ in dtype, the tensors lie on different devices, or for an unknown ``loss_type`` or
+            a ``reg_max`` below 1.
 
     Example::
 
@@ -327,4 +341,5 @@ def distribution_loss(
     if runs_triton(*distributions):
         levels = flatten_all(distributions, box_channels(reg_max))
         return _distribution_loss_triton(levels, tensors, reg_max, loss_type, weights)
+    check_matches(indices, offsets, len(boxes))
     return distribution_loss_reference(distributions, *tensors, reg_max, loss_type, weights)

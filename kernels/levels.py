@@ -109,6 +109,28 @@ def load_rows(ptr, row, mask):
 
 
 @triton.jit
+def truths_of(offsets_ptr, num_boxes, image):
+    """The first row of an image's ground truths among those of all images, and their count, which never goes beyond
+    num_boxes, whatever the offsets say."""
+    first = tl.load(offsets_ptr + image)
+    return first, tl.where(first < 0, 0, tl.minimum(tl.load(offsets_ptr + image + 1), num_boxes) - first)
+
+
+@triton.jit
+def load_matched(boxes_ptr, first, count, index, foreground):
+    """The rows first + index of a (*, 4) tensor as four float32 vectors. What is not foreground, or has an index from
+    count up, is NaN, and nothing is read for it."""
+    known = foreground & (index < count)
+    ptr, nan = boxes_ptr + (first + index) * 4, float("nan")
+    return (
+        tl.load(ptr, mask=known, other=nan).to(tl.float32),
+        tl.load(ptr + 1, mask=known, other=nan).to(tl.float32),
+        tl.load(ptr + 2, mask=known, other=nan).to(tl.float32),
+        tl.load(ptr + 3, mask=known, other=nan).to(tl.float32),
+    )
+
+
+@triton.jit
 def store_rows(ptr, row, a, b, c, d, mask):
     """Writes four columns to the given rows of a (*, 4) tensor, in the tensor's dtype."""
     ptr += row * 4

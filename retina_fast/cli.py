@@ -16,7 +16,9 @@ try:
     from retina_fast.commands.search import search
     from retina_fast.commands.train import train
 except ModuleNotFoundError as error:
-    raise SystemExit(f"retina-fast needs {error.name}: pip install 'retina_fast[all]'") from error
+    raise SystemExit(
+        f"retina-fast needs {error.name}: pip install '.[all]' in the folder of retina_fast's source"
+    ) from error
 
 app = typer.Typer(
     help="RetinaNet, fast: train, evaluate, detect, check, export, measure and search.",

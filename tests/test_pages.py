@@ -42,6 +42,12 @@ def test_the_map_names_every_folder():
     assert named == folders
 
 
+def test_nobody_is_told_to_install_a_release():
+    """There is none: pages name extras of a checkout, and errors the packages that are missing."""
+    files = [*CURRENT, *ROOT.glob("examples/*.py"), *ROOT.glob("retina_fast/**/*.py"), *ROOT.glob("kernels/*.py")]
+    assert [file for file in files if re.search(r"retina_fast\[|install '?retina[_-]fast", file.read_text())] == []
+
+
 PATH = re.compile(r"\b(?:\.ci|benchmarks|demo|docs|examples|kernels|retina_fast|tests)/[\w/]+\.(?:py|md|pt)\b")
 
 

@@ -3,7 +3,8 @@
 `python -m benchmarks.models.tiles` writes a GeoTIFF of 20,000 x 20,000 pixels into a temporary folder and detects in it
 in a process of its own, which is killed when a third of the rows of tiles are finished, and started again. It prints
 the peak of memory beyond the loaded engine, and compares the boxes that one tile alone sees with a single pass over
-that tile. It needs rasterio.
+that tile. Then it plants an object on every seam and every corner of the tiles of a raster of that size, and counts
+which of them are lost or doubled. It needs rasterio.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,12 @@ from retina_fast.data.images import read_image
 from retina_fast.predict.geotiff import RasterFile
 from retina_fast.predict.load import TREES, load_model
 from retina_fast.predict.tiles import Tiles, Window, detect_tiles
+from tests.predict.planted import find, label_of
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[2] / "examples" / "photographs").glob("*.jpg"))
 TILE, OVERLAP = 800, 0.2
 COMPARED = 6  # tiles
+SIDE = 60  # px of a planted object
 
 
 def write_raster(path: Path, size: int, strip: int = 512) -> None:
@@ -98,6 +103,44 @@ def differs(run: Any, raster: RasterFile, tiles: Tiles, found: dict[str, Tensor]
     return not torch.allclose(own[order], theirs[other], atol=1e-2)
 
 
+def on_seams(size: int) -> list[tuple[int, int, int, int]]:
+    """Returns boxes on every edge and corner of the tiles, cut by it in different ways, none of which touch."""
+    starts = Tiles(size, size, TILE, OVERLAP).rows
+    seams = sorted({edge for start in starts for edge in (start, start + TILE)})
+    along = [min(max(0, seam - 5 - 10 * (k % 5)), size - SIDE) for k, seam in enumerate(seams)]
+    clear = [at for at, after in pairwise([*along, 2 * size]) if after - at > SIDE]
+    return [(x, y, x + SIDE, y + SIDE) for y in clear for x in clear]
+
+
+def plant_raster(path: Path, size: int, boxes: list[tuple[int, int, int, int]], strip: int = 512) -> None:
+    """Writes a black GeoTIFF with the n-th box in a colour that says n."""
+    import rasterio
+
+    profile: dict[str, Any] = {"driver": "GTiff", "height": size, "width": size, "count": 3, "dtype": "uint8"}
+    layout = {"tiled": True, "blockxsize": strip, "blockysize": strip, "compress": "deflate"}
+    with rasterio.open(path, "w", **profile | layout) as file:
+        for y in range(0, size, strip):
+            pixels = torch.zeros(3, min(strip, size - y), size, dtype=torch.uint8)
+            for number, (x1, y1, x2, y2) in enumerate(boxes, start=1):
+                if y1 < y + strip and y2 > y:
+                    colour = torch.tensor([number // 256, number % 256, 255], dtype=torch.uint8)
+                    pixels[:, max(0, y1 - y) : max(0, y2 - y), x1:x2] = colour[:, None, None]
+            file.write(pixels.numpy(), window=rasterio.windows.Window(0, y, size, pixels.shape[1]))
+
+
+def print_planted(size: int) -> None:
+    """Prints how many planted objects were lost or doubled."""
+    boxes = on_seams(size)
+    planted = Counter((*box, label_of(number)) for number, box in enumerate(boxes, start=1))
+    with tempfile.TemporaryDirectory() as folder:
+        plant_raster(Path(folder) / "planted.tif", size, boxes)
+        with RasterFile(Path(folder) / "planted.tif") as raster:
+            found = detect_tiles(find, raster, TILE, OVERLAP)
+    rows = zip(found["boxes"].tolist(), found["labels"].tolist(), strict=True)
+    seen = Counter((*map(int, box), label) for box, label in rows)
+    print(f"{len(boxes)} planted: {(planted - seen).total()} lost, {(seen - planted).total()} doubled or wrong")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=20_000, help="of the raster, in pixels")
@@ -126,6 +169,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}: the rest took {told['seconds']:.0f} s")
     print(f"{told['objects']} objects; {told['wrong']} of {told['compared']} tiles differ from a single pass")
     print(f"peak memory: {told['beyond_mb']:.0f} MB beyond the {told['loaded_mb']:.0f} MB with the engine loaded")
+    print_planted(arguments.size)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def timm_fpn(
             ``img_size``.
 
     Raises:
-        ModuleNotFoundError: without timm (``pip install 'retina_fast[timm]'``).
+        ModuleNotFoundError: without timm (``pip install timm``).
         ValueError: for a model whose last feature maps have other strides, naming them.
         RuntimeError: by timm, for a name that it does not know or a model without feature extraction.
 

@@ -55,6 +55,9 @@ def detect(
     overlap: Annotated[
         float, typer.Option(min=0, max=0.99, callback=finite, help="The part of a side that tiles share.")
     ] = 0.2,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from what a run that was stopped left, and leave it if this one is stopped.")
+    ] = False,
     checkpoint: ModelFile = None,
     model: Annotated[
         str | None,
@@ -75,19 +78,25 @@ def detect(
         else:
             network, content = chosen_model(checkpoint, model, weights)
         kinds = [str(kind) for kind in format or [Kind.COCO]]
-        found = run(
-            network,
-            content,
-            inputs,
-            output,
-            score,
-            kinds=kinds,
-            tile=tile,
-            overlap=overlap,
-            workers=workers,
-            console=console_of(processes),
-            processes=processes,
-        )
+        try:
+            found = run(
+                network,
+                content,
+                inputs,
+                output,
+                score,
+                kinds=kinds,
+                tile=tile,
+                overlap=overlap,
+                resume=resume,
+                workers=workers,
+                console=console_of(processes),
+                processes=processes,
+            )
+        except KeyboardInterrupt:
+            if resume and processes.first:
+                console.print(f"{output} keeps what was found: the same command goes on", markup=False, soft_wrap=True)
+            raise
         if found:
             print_found(found, console)
             if not found.images:

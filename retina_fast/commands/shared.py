@@ -75,7 +75,7 @@ def one_sentence() -> Iterator[None]:
     except UserError as error:
         problem = str(error)
     except ModuleNotFoundError as error:
-        problem = f"this command needs {error.name}: pip install 'retina_fast[all]'"
+        problem = f"this command needs {error.name}: pip install '.[all]' in the folder of retina_fast's source"
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and error.filename is None:

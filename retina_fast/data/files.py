@@ -28,6 +28,8 @@ def replacing(path: Path) -> Iterator[Path]:
         >>> with replacing(Path("model.pt")) as partial:  # doctest: +SKIP
         ...     torch.save(content, partial)
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: is a folder, a device or a pipe; give the name of a file")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial

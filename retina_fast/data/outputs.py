@@ -77,6 +77,8 @@ def check_file(file: Path, inputs: Iterable[Path] = ()) -> None:
     if os.path.isdir(file):
         raise UserError(f"{file}: is a folder; give the name of a file")
     if os.path.exists(file):
+        if not os.path.isfile(file):
+            raise UserError(f"{file}: is a device or a pipe; give the name of a file")
         for other in inputs:
             for read in (other, *other.rglob("*")) if other.is_dir() else (other,):
                 if same_file(file, read):

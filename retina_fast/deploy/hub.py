@@ -55,7 +55,8 @@ def _needed(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"the Hub's files need {name.partition('.')[0]}: pip install 'retina_fast[hub]'") from error
+        package = name.partition(".")[0]
+        raise UserError(f"the Hub's files need {package}: pip install {package}") from error
 
 
 def save_pretrained(model: Checkpoint | str | Path, folder: str | Path, *, license: str, data: str = "") -> None:

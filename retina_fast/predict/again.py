@@ -2,19 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import file_digest
 from pathlib import Path
+from stat import S_ISREG
 
 from torch import Tensor
 
 from retina_fast.data.errors import ImageError
 from retina_fast.predict.sources import Picture, Read
 
-Stamp = tuple[int, int] | None
-"""When a file was last changed, in nanoseconds, and its size in bytes; None for what is no file."""
+_COMPARED = 1 << 26  # bytes: the content of larger files, such as rasters, is not looked at
+
+Stamp = tuple[int, int | bytes] | None
+"""The size of a file in bytes, and a hash of its content, or for more than 64 MiB, when it was last changed, in
+nanoseconds. None for what is no file."""
 
 
 def stamp_of(file: Path | None) -> Stamp:
-    """The stamp of a file, to be taken before it is read.
+    """The stamp of a file, to be taken before it is read. A file that is merely touched, or copied, keeps it, unless it
+    has more than 64 MiB.
 
     Example::
 
@@ -23,9 +29,14 @@ def stamp_of(file: Path | None) -> Stamp:
     """
     try:
         status = None if file is None else file.stat()
+        if file is None or status is None or not S_ISREG(status.st_mode):
+            return None
+        if status.st_size > _COMPARED:
+            return status.st_size, status.st_mtime_ns
+        with file.open("rb") as content:
+            return status.st_size, file_digest(content, "sha256").digest()
     except OSError:
         return None
-    return status and (status.st_mtime_ns, status.st_size)
 
 
 def check_unchanged(file: Path | None, stamp: Stamp) -> None:

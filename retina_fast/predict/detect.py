@@ -3,20 +3,19 @@
 Into the output folder go a picture with boxes for each image, and the files that were asked for: by default
 detections.json, a COCO file with scores. Images and detections are written as they come: of a million images, only the
 names of their pictures are kept in memory. Several processes, see `retina_fast.data.processes`, share the images; each
-writes what it finds into a file of its own, and the first one merges these files.
+writes what it finds into a file of its own, and the first one merges these files. A later run goes on from them.
 """
 
-import heapq
 import json
 import warnings
 from base64 import b64decode, b64encode
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,7 +32,8 @@ from retina_fast.predict.georeference import Georeference
 from retina_fast.predict.image_files import picture_names, silent
 from retina_fast.predict.outputs import FORMATS, check_earlier, yolo
 from retina_fast.predict.page import small_jpeg
-from retina_fast.predict.predict import check_score, default_batch, detector_of, results_of
+from retina_fast.predict.parts import Parts, Stamp, stamp_of
+from retina_fast.predict.predict import check_score, default_batch, detector_of, digest_of, results_of
 from retina_fast.predict.results import Results
 from retina_fast.predict.sources import Picture, open_files
 from retina_fast.predict.tiled_results import Tiling, tiled_results_of
@@ -80,6 +80,7 @@ def detect(
     kinds: Sequence[str] = ("coco",),
     tile: int | None = None,
     overlap: float = 0.2,
+    resume: bool = False,
     workers: int = WORKERS,
     console: "Console | None" = None,
     processes: Processes = ALONE,
@@ -98,12 +99,15 @@ def detect(
         tile: the sides of tiles in pixels, into which larger images are cut; by default none is cut. Rasters are then
             read in windows, and pictures have at most 8192 pixels a side, so that memory stays bounded.
         overlap: the part of a side that neighbouring tiles share.
+        resume: whether to go on from what a run that was killed has left in `output`, and, if this one is cut short, to
+            leave it there. Images whose file has changed since, or whose drawn picture is gone, are detected in again.
         workers: how many threads read images, if they are not cut.
         console: where the progress bar is shown; nowhere by default.
         processes: they share the images; the first one gives what all of them found, the others None.
 
     Raises:
-        UserError: for a folder without images, an output that cannot be written, or a score that the model cannot give.
+        UserError: for a folder without images, an output that cannot be written, a score that the model cannot give,
+            or if a run is to go on that had other options, or that watches a camera.
 
     Warns:
         UserWarning: of files in folders that are passed over; and beside other kinds, of images that have no place in
@@ -117,29 +121,51 @@ def detect(
     check_score(model, score)
     kinds = list(dict.fromkeys(kinds))
     source = open_files(inputs, warnings.warn if processes.first else silent, output)
+    if resume and source.endless:
+        raise UserError("a camera or stream shows nothing twice: leave out --resume")
     count = source.count()
     _check_output(output, kinds)
     detector = detector_of(model)
+    output.mkdir(parents=True, exist_ok=True)
+    digest = digest_of(detector)
+    about = {"model": digest, "list of classes": content.classes, "score": score, "tile": tile}
+    parts = Parts(
+        output, about | {"overlap": tile and overlap, "choice of html": "html" in kinds}, resume, processes.rank
+    )
+    processes.any(False)  # Now all have looked at what is there.
+    if processes.first:
+        parts.discard_earlier()
     named = enumerate(picture_names(source.pictures(), lambda name: must_stay(output / f"{name}.jpg")), start=1)
-    waiting: deque[tuple[int, str]] = deque()
+    waiting: deque[tuple[int, str, Stamp]] = deque()
+    batch_size = 1 if source.endless else default_batch(detector)
+    names = content.classes, content.category_ids
 
     def pictures() -> Iterator[Picture]:
         for image_id, (picture, name) in islice(named, processes.rank, None, processes.count):
-            waiting.append((image_id, name))
+            stamp = stamp_of(picture)
+            if entry := parts.kept(picture, name, stamp):
+                kept.write(json.dumps(entry | {"id": image_id}) + "\n")
+                continue
+            waiting.append((image_id, name, stamp))
             yield picture
 
-    batch_size = 1 if source.endless else default_batch(detector)
-    about = detector, pictures(), score, content.classes, content.category_ids
-    if tile is None:
-        found = results_of(*about, batch_size=batch_size, workers=workers, keep=True)
-    else:
-        found = tiled_results_of(*about, Tiling(tile, overlap), batch_size, keep=True)
-    share = None if count is None else len(processes.share(count))
+    def tiled(tiling: Tiling) -> Iterator[Results]:
+        for picture in pictures():
+            with_rows = replace(tiling, resume=parts.rows(picture, waiting[-1][2]))
+            yield from tiled_results_of(detector, [picture], score, *names, with_rows, batch_size, keep=True)
+
+    share = None if count is None else max(0, len(processes.share(count)) - parts.found_before // processes.count)
+    if console and parts.found_before:
+        console.print(f"Going on: {parts.found_before} images were looked at before")
     partial = output / f"picture.{processes.rank}.partial"
-    with _part_of(output, processes.rank) as part, suppress(*[KeyboardInterrupt] * source.endless):
+    with parts.opened() as (part, kept), suppress(*[KeyboardInterrupt] * source.endless):
+        if tile is None:
+            found = results_of(detector, pictures(), score, *names, batch_size, workers, keep=True)
+        else:
+            found = tiled(Tiling(tile, overlap, about=digest))
         for results in tracked(found, "Detecting", share, console):
-            image_id, name = waiting.popleft()
-            entry: dict[str, Any] = {"id": image_id, "path": results.path, "name": name}
+            image_id, name, stamp = waiting.popleft()
+            entry: dict[str, Any] = {"id": image_id, "path": results.path, "name": name, "stamp": stamp}
             if results.error:
                 entry |= {"problem": str(results.error), "unfit": isinstance(results.error, UnfitImage)}
             else:
@@ -153,14 +179,18 @@ def detect(
                 if "html" in kinds:
                     entry["jpeg"] = b64encode(small_jpeg(results)).decode()
             part.write(json.dumps(entry) + "\n")
+            part.flush()
     processes.gather(None)  # Now all parts are written.
     if not processes.first:
         return None
     try:
-        return _merge(output, content, kinds, processes.count)
-    finally:
-        for rank in range(processes.count):
-            _part(output, rank).unlink(missing_ok=True)
+        result = _merge(output, content, kinds, parts.merged(processes.count))
+    except BaseException:
+        if not resume:
+            parts.delete(processes.count)
+        raise
+    parts.delete(processes.count)
+    return result
 
 
 def _check_output(output: Path, kinds: Sequence[str]) -> None:
@@ -176,35 +206,18 @@ def _check_output(output: Path, kinds: Sequence[str]) -> None:
             raise UserError(f"{labels}: is not of an earlier detection; give another folder as --output")
 
 
-@contextmanager
-def _part_of(output: Path, rank: int) -> Iterator[IO[str]]:
-    """The file of what one process finds, opened. After an error, or Ctrl-C, no unfinished file is left."""
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with _part(output, rank).open("w") as part:
-            yield part
-    except BaseException:
-        for unfinished in (_part(output, rank), output / f"picture.{rank}.partial"):
-            unfinished.unlink(missing_ok=True)
-        raise
-
-
-def _part(output: Path, rank: int) -> Path:
-    """The file of what one process finds: a JSON object in each line, for each of its images."""
-    return output / f"detections.{rank}.partial"
-
-
-def _merge(output: Path, content: Checkpoint | Exported, kinds: Sequence[str], count: int) -> Found:
-    """Writes the files from the parts of `count` processes, line by line in the order of the images."""
-    found, parts = Found(), [_part(output, rank) for rank in range(count)]
+def _merge(
+    output: Path, content: Checkpoint | Exported, kinds: Sequence[str], entries: Iterator[dict[str, Any]]
+) -> Found:
+    """Writes the files from what was found in each image, in the order of the images."""
+    found = Found()
     with ExitStack() as stack:
         files = [output / KINDS[kind] for kind in kinds if kind in KINDS]
         named = content.classes, content.category_ids
         writers = [stack.enter_context(FORMATS[file.suffix][0](file, *named)) for file in files]
         if "yolo" in kinds:
             _begin_labels(output / _LABELS, content.classes)
-        lines = [map(json.loads, stack.enter_context(part.open())) for part in parts]
-        for entry in heapq.merge(*lines, key=lambda entry: entry["id"]):
+        for entry in entries:
             if "problem" in entry:
                 (found.unfit if entry["unfit"] else found.unreadable).append(entry["problem"])
                 continue

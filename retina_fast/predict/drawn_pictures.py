@@ -50,10 +50,12 @@ def must_stay(file: Path) -> bool:
     """
     if not os.path.lexists(file):
         return False
+    if not file.is_file():  # a pipe would never open
+        return True
     try:
         with file.open("rb") as opened:
             begin = opened.read(1024)
-    except OSError:  # a folder, a link to nothing, or another person's file
+    except OSError:  # another person's file
         return True
     return _MARK not in begin and (not begin.isascii() or b"\0" in begin)
 

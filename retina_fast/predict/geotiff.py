@@ -59,7 +59,7 @@ class RasterFile:
         try:
             import rasterio
         except ModuleNotFoundError as error:
-            raise UserError(f"{path}: reading it in windows needs rasterio: pip install 'retina_fast[geo]'") from error
+            raise UserError(f"{path}: reading it in windows needs rasterio: pip install rasterio") from error
         self.path = path
         self._errors: Any = rasterio.errors.RasterioError
         self._environment = rasterio.Env(GDAL_CACHEMAX=_CACHE)

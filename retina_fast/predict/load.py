@@ -79,7 +79,7 @@ def from_pretrained(
         revision, token, cache_dir, local_files_only: as for :func:`retina_fast.deploy.hub.read_pretrained`.
 
     Raises:
-        UserError: if there is no such model, it is damaged, or a package is not installed: ``retina_fast[hub]``.
+        UserError: if there is no such model, it is damaged, or huggingface_hub or safetensors is not installed.
 
     Example::
 

@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def predict(
     if tile is None:
         found = results_of(detector, opened.pictures(), score, *names_of(model), batch_size, keep=keep)
     else:
-        about = "" if resume is None else _digest(detector)
+        about = "" if resume is None else digest_of(detector)
         tiling = Tiling(tile, overlap, merge, merge_thresh, None if resume is None else Path(resume), about)
         bar = console if opened.one else None
         found = tiled_results_of(detector, opened.pictures(), score, *names_of(model), tiling, batch_size, keep, bar)
@@ -155,7 +156,7 @@ def results_of(
         >>> for results in results_of(engine, source.pictures(), 0.3, ["Tree"], [1]): ...  # doctest: +SKIP
     """
     waiting: deque[Picture] = deque()  # itertools.tee would keep the pixels of 57 pictures
-    samples = read_ahead(_sample, _noted(pictures, waiting), workers)
+    samples = read_ahead(partial(_sample, keep=keep), _noted(pictures, waiting), workers)
     for found in detections_of(detector, samples, batch_size, score):
         picture = waiting.popleft()
         if isinstance(found, ImageError):
@@ -266,14 +267,24 @@ def _settings(model: RetinaNet) -> Any:
     return str(model), [{name: repr(value) for name, value in part.items() if name[0] != "_"} for part in parts]
 
 
-def _digest(detector: Any) -> str:
-    """Says which detector it is, by every bit of its weights."""
+def digest_of(detector: Any) -> str:
+    """Says which detector it is, by every bit of its weights or of its file, and its thresholds but for the score.
+
+    Example::
+
+        >>> digest_of(torch.nn.Conv2d(3, 8, 3))[:8] == digest_of(torch.nn.Conv2d(3, 8, 3))[:8]
+        False
+    """
+    if isinstance(detector, Exported):
+        with detector.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     network = getattr(detector, "model", detector)
-    if not isinstance(network, RetinaNet):
-        return hashlib.sha256(str(getattr(detector, "metadata", detector)).encode()).hexdigest()
-    digest = hashlib.sha256(str(_settings(network)).encode())
-    for tensor in (*network.parameters(), *network.buffers()):
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    about = _settings(network) if isinstance(network, RetinaNet) else str(network)
+    thresholds = [getattr(detector, name, None) for name in Thresholds._fields if name != "score_thresh"]
+    digest = hashlib.sha256(f"{about} {thresholds}".encode())
+    if isinstance(network, torch.nn.Module):
+        for tensor in (*network.parameters(), *network.buffers()):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -284,8 +295,8 @@ def _noted(pictures: Iterable[Picture], waiting: deque[Picture]) -> Iterator[Pic
         yield picture
 
 
-def _sample(picture: Picture) -> Sample | ImageError:
-    stamp = stamp_of(picture.file)
+def _sample(picture: Picture, keep: bool) -> Sample | ImageError:
+    stamp = None if keep else stamp_of(picture.file)  # of no use where the pixels stay
     try:
         read: Read = picture.read()
     except ImageError as error:

@@ -269,7 +269,7 @@ def _read_file(path: Path) -> Read:
         except ImageError:
             raise error from None
         except UserError as missing:  # rasterio is not installed
-            raise ImageError(f"{error}; rasterio may read it: pip install 'retina_fast[geo]'") from missing
+            raise ImageError(f"{error}; rasterio may read it: pip install rasterio") from missing
 
 
 def _download(url: str) -> Read:

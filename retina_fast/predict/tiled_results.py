@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,20 @@ def _results(
 ) -> Results:
     about = f"{picture.name} {score} {tiling.about}"
     image: Tensor | Callable[[], Tensor]
-    stamp = stamp_of(picture.file)
     with ExitStack() as stack:
         raster: RasterFile | Pixels
         if picture.file and is_raster(picture.file):
             raster = stack.enter_context(RasterFile(picture.file))
-            about += f" {picture.file.stat().st_mtime_ns}"
+            stamp = stamp_of(picture.file)
+            about += f" {stamp}"
             georeference, image = raster.georeference, RasterImage(picture.file, stamp)
         else:
+            stamp = None if keep else stamp_of(picture.file)
             read = picture.read()
             raster, georeference = Pixels(read.image), read.georeference
             image = read.image if keep else Again.of(picture, stamp)
+            if tiling.resume:
+                about += f" {sha256(read.image.cpu().contiguous().numpy().data).hexdigest()}"
         found = detect_tiles(
             partial(_run, detector, picture.name, score),
             raster,

@@ -101,5 +101,5 @@ def _pyav() -> Any:
     try:
         import av
     except ModuleNotFoundError as error:
-        raise UserError("videos and cameras need PyAV: pip install 'retina_fast[video]'") from error
+        raise UserError("videos and cameras need PyAV: pip install av") from error
     return av

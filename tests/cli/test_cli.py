@@ -166,7 +166,9 @@ def test_version_and_help():
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
     monkeypatch.delitem(sys.modules, "retina_fast.cli")
-    with pytest.raises(SystemExit, match=r"^retina-fast needs typer: pip install 'retina_fast\[all\]'$"):
+    with pytest.raises(
+        SystemExit, match=r"^retina-fast needs typer: pip install '\.\[all\]' in the folder of retina_fast's source$"
+    ):
         importlib.import_module("retina_fast.cli")
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from retina_fast import checkpoint, cli
 from retina_fast.data.errors import UserError
+from retina_fast.data.files import replacing
 from retina_fast.data.outputs import check_file, check_folder, check_plot
 from retina_fast.predict.detect import detect
 from retina_fast.predict.image_files import picture_names
@@ -171,9 +172,37 @@ def test_export_replaces_neither_its_checkpoint_nor_what_it_was_not_told_to(tmp_
     (tmp_path / "folder").mkdir()
     assert "is a folder" in problem("export", model, "--size", "64x64", "--output", "folder")
     assert "no such folder" in problem("export", model, "--size", "64x64", "--output", "none/file.onnx")
-    (tmp_path / "photo.PNG").write_text("a photograph")
-    assert "photo.PNG: is the name of an image" in problem("export", model, "--size", "64x64", "--output", "photo.PNG")
-    assert (tmp_path / "photo.PNG").read_text() == "a photograph"
+    assert "new.PNG: is the name of an image" in problem("export", model, "--size", "64x64", "--output", "new.PNG")
+    others = {
+        "photo.PNG": b"a photograph",
+        "data.json": b'{"images": []}',
+        "best.pt": TREES.read_bytes(),
+        "loss.csv": b"step,loss\n",
+        "a.pt2": b"PK",
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+        error = problem("export", model, "--size", "64x64", "--format", "onnx", "--output", name)
+        assert f"{name}: is there already, and is no exported model; give another name" in error
+        assert (tmp_path / name).read_bytes() == content
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path):
+    """A file that takes the place of /dev/null or /dev/stdout would break the system of a user who may do that."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to(os.devnull)
+    for name in ("pipe", "null"):
+        place = tmp_path / name
+        assert f"{name}: is a device or a pipe" in problem("export", "--size", "64x64", "--output", place)
+        with pytest.raises(UserError, match=f"{name}: is a folder, a device or a pipe"), replacing(place):
+            pass
+        assert not place.is_file()
+    (tmp_path / "in").mkdir()
+    photo(tmp_path / "in" / "a.png")
+    os.mkfifo(tmp_path / "a.jpg")
+    invoke("detect", tmp_path / "in", "--output", tmp_path, "--workers", 0)
+    assert {"a.jpg", "a_2.jpg"} <= {file.name for file in tmp_path.iterdir()}
+    assert (tmp_path / "a.jpg").is_fifo()
 
 
 @pytest.mark.parametrize("name", ["model.pt", "best.pt", "step-00000500.ckpt", "loss.png", "log.csv", "last.ckpt"])

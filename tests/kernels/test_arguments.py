@@ -24,6 +24,7 @@ from retina_fast.kernels import (
 from retina_fast.kernels.arguments import check_devices, check_integers, check_shape, loss_normalizers
 from retina_fast.kernels.dispatch import runs_triton
 from retina_fast.kernels.greedy_nmm import greedy_nmm
+from retina_fast.kernels.levels import flatten_all
 from tests.instruments.fake_gpu import launches_of
 
 DTYPES = [torch.float32, torch.int32, torch.int64, torch.float64, torch.bfloat16, torch.float16]
@@ -104,6 +105,7 @@ TENSORS = [
 INTEGERS = [
     (name, key) for name, key in TENSORS if "size" not in key and not arguments()[name][key].is_floating_point()
 ]
+MATCHED = ("box_loss", "box_quality", "distribution_loss")
 SHAPES = [(name, key) for name, key in TENSORS if "matching" not in name or key != "offsets"]
 
 
@@ -182,6 +184,16 @@ def test_anchors_of_another_number_are_refused(name, change):
         ("greedy_nmm", "counts", [-2, 5], "counts must be at least 0, got -2 for image 0"),
         ("focal_loss", "labels", [[-1, 0, 3, -2, 1, 1, 1, 1]] * 2, "labels must be below num_classes = 3, got 3"),
         ("soft_focal_loss", "labels", [[0] * 7 + [9]] * 2, "labels must be below num_classes = 3, got 9"),
+        *(
+            (name, key, values, message)
+            for name in MATCHED
+            for key, values, message in (
+                ("indices", [[0, 1, 2, -1, -2, 0, 0, 0], [-1] * 8], "below the 2 ground truths of image 0, got 2"),
+                ("indices", [[-1] * 8, [0, 0, 0, -7, 99, -1, 1, 0]], "below the 1 ground truths of image 1, got 99"),
+                ("offsets", [0, 2, 4], r"offsets must rise from 0 to at most the 3 boxes, got \[0, 2, 4\]"),
+                ("offsets", [0, 2, 2], "below the 0 ground truths of image 1, got 0"),
+            )
+        ),
     ],
 )
 def test_values_that_cannot_be_are_named_on_a_cpu(name, key, values, message):
@@ -189,6 +201,48 @@ def test_values_that_cannot_be_are_named_on_a_cpu(name, key, values, message):
     keywords = arguments()["batched_nms" if name == "greedy_nmm" else name] | {key: torch.tensor(values)}
     with pytest.raises(ValueError, match=message):
         greedy_nmm(**keywords) if name == "greedy_nmm" else call(name, keywords)
+
+
+@pytest.mark.parametrize("name", MATCHED)
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("indices", [[2, -1, -2, 1, -1, -1, 1, 0], [-1, 0, -1, -1, -2, -1, -1, 1 << 30]]),
+        ("indices", [[2, -1, -2, 1, -1, -1, 1, 0], [-1, 0, -1, -1, -2, -1, -1, 1]]),
+        ("offsets", [0, 1, 1 << 30]),
+        ("offsets", [-5, 1, 3]),
+    ],
+)
+def test_an_index_beyond_the_ground_truths_gives_nan_on_a_gpu(name, key, values, device):
+    """The kernels read nothing there, and the anchors of other ground truths keep their loss and gradient."""
+    keywords = arguments()[name]
+    keywords[key] = torch.tensor(values)
+    levels = keywords["distributions" if name == "distribution_loss" else "deltas"]
+    first, stop = keywords["offsets"][:-1, None], keywords["offsets"][1:, None].clamp(max=3)
+    beyond = (keywords["indices"] >= 0) & ((first < 0) | (keywords["indices"] >= stop - first))
+    assert 0 < beyond.sum() < (keywords["indices"] >= 0).sum()
+    known = keywords | {"indices": keywords["indices"].masked_fill(beyond, -1)}
+    if name == "box_quality":
+        ours, expected = by_kernels(name, keywords, device), by_kernels(name, known, device)
+        assert torch.equal(ours.isnan(), beyond)
+        assert torch.equal(ours[~beyond], expected[~beyond])
+        return
+    for level in levels:
+        level.requires_grad_()
+    ours, expected = by_kernels(name, keywords, device), by_kernels(name, known, device)
+    assert ours.isnan()
+    assert expected.isfinite()
+    channels = levels[0].shape[1] // 2
+    ours, expected = (torch.cat(flatten_all(torch.autograd.grad(x, levels), channels), 1) for x in (ours, expected))
+    assert torch.equal(ours[~beyond], expected[~beyond])
+
+
+@pytest.mark.parametrize("name", MATCHED)
+def test_any_negative_index_is_no_foreground(name, device):
+    keywords = arguments()[name]
+    other = keywords | {"indices": torch.where(keywords["indices"] < 0, -99, keywords["indices"])}
+    assert torch.equal(call(name, other), call(name, keywords))
+    assert torch.equal(by_kernels(name, other, device), by_kernels(name, keywords, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

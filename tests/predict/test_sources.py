@@ -211,7 +211,7 @@ def test_rasters_that_pillow_cannot_read(model, photo, expected, tmp_path, monke
         with pytest.raises(ImageError, match=rf"signed\.tif: its pixels must be uint8 or uint16, got {dtype}"):
             model.predict(tmp_path / "signed.tif")
     monkeypatch.setitem(sys.modules, "rasterio", None)
-    with pytest.raises(ImageError, match=r"deep\.tif: .*; rasterio may read it: pip install 'retina_fast\[geo\]'"):
+    with pytest.raises(ImageError, match=r"deep\.tif: .*; rasterio may read it: pip install rasterio"):
         model.predict(tmp_path / "deep.tif")
 
 

@@ -99,6 +99,14 @@ def test_a_run_that_was_cut_short_goes_on(model, tmp_path, monkeypatch):
         model.predict(IMAGE, resume=file, **OPTIONS)
     with pytest.raises(UserError, match="rows: holds no rows of tiles"):
         model.predict(IMAGE, 0.4, resume=file, **OPTIONS)
+    with pytest.raises(UserError, match="rows: holds no rows of tiles"):
+        model.predict(IMAGE.flip(2), resume=file, **OPTIONS)
+    with torch.no_grad():
+        model.weight += 1
+    with pytest.raises(UserError, match="rows: holds no rows of tiles"):
+        model.predict(IMAGE, resume=file, **OPTIONS)
+    with torch.no_grad():
+        model.weight -= 1
     monkeypatch.undo()
     model.shapes.clear()
     check(model.predict(IMAGE, resume=file, **OPTIONS))

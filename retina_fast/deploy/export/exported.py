@@ -25,11 +25,12 @@ class Exported(Predicts):
     Attributes:
         format: ``torch-export``, ``onnx``, ``openvino`` or ``aotinductor``.
         metadata: what the file says of itself: ``classes``, ``image_size``, ``input``, thresholds, ``version``.
+        path: of the file.
         classes, category_ids: those of the metadata.
     """
 
-    def __init__(self, format: str, metadata: dict[str, Any], run: Run) -> None:
-        self.format, self.metadata, self._run = format, metadata, run
+    def __init__(self, format: str, metadata: dict[str, Any], run: Run, path: Path) -> None:
+        self.format, self.metadata, self._run, self.path = format, metadata, run, path
         self.classes: list[str] = metadata["classes"]
         self.category_ids: list[int] = metadata["category_ids"]
         self._shape = (3, *metadata["image_size"])
@@ -86,7 +87,7 @@ def load_exported(path: str | Path) -> Exported:
             format, metadata, run = "openvino", *opened
         else:
             format, metadata, run = "onnx", *_open_onnx(path)
-        return Exported(format, metadata, run)
+        return Exported(format, metadata, run, path)
     except (_Damaged, OSError) as error:
         why = damage(path)
         problem = f"{path}: damaged, or not a file that retina-fast export wrote" + (f" ({why})" if why else "")

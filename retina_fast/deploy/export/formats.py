@@ -19,14 +19,12 @@ class Format:
     Attributes:
         suffix: what the name of a file ends in.
         packages: those that writing one needs beside torch.
-        extra: of this package, which brings them.
         through_onnx: whether the graph is made of ONNX's operators, which on a CPU need float32 weights.
         check: raises a UserError if a file of the given name cannot be written.
     """
 
     suffix: str
     packages: tuple[str, ...] = ()
-    extra: str = ""
     through_onnx: bool = False
     check: Callable[[Path], None] | None = None
 
@@ -45,8 +43,8 @@ def check_compiler(path: Path) -> None:
 _ONNX = ("onnx", "onnxscript")
 FORMATS = {
     "torch-export": Format(".pt2"),
-    "onnx": Format(".onnx", _ONNX, "export", through_onnx=True),
-    "openvino": Format(".xml", (*_ONNX, "openvino"), "export,openvino", through_onnx=True, check=check_openvino),
+    "onnx": Format(".onnx", _ONNX, through_onnx=True),
+    "openvino": Format(".xml", (*_ONNX, "openvino"), through_onnx=True, check=check_openvino),
     "aotinductor": Format(".pt2", check=check_compiler),
 }
 """Every format by its name."""
@@ -74,7 +72,7 @@ def checked_format(name: str, path: Path, dtype: torch.dtype) -> Format:
     format = FORMATS[name]
     missing = [package for package in format.packages if find_spec(package) is None]
     if missing:
-        raise UserError(f"{name} needs {', '.join(missing)}: pip install 'retina_fast[{format.extra}]'")
+        raise UserError(f"{name} needs {', '.join(missing)}: pip install {' '.join(missing)}")
     if path.suffix.lower() in IMAGE_SUFFIXES:
         raise UserError(f"{path}: is the name of an image; the name of a file for {name} ends in {format.suffix}")
     if format.check:
