@@ -71,7 +71,10 @@ class Access:
         if self.machine.options.count:
             self.count(self.machine.traffic_of(site), addresses, lanes, width)
 
-    def load(self, addresses: Array, mask: Array | None, site: int, width: int, n: int) -> list[Array]:
+    def load(
+        self, addresses: Array, mask: Array | None, site: int, width: int, n: int, strong: bool = False
+    ) -> list[Array]:
+        """A strong load races with no atomic, as an atomic that changes nothing."""
         lanes = self._active(mask)
         out = [np.zeros(self.machine.count, f"u{width}") for _ in range(n)]
         if len(lanes):
@@ -81,7 +84,12 @@ class Access:
                 view, index = target.view(f"u{width}"), target.offsets // width
                 for k in range(n):
                     out[k][target.lanes] = view[index + k]
-                self.check_read(target, width * n, site)
+                if strong:
+                    self._note_write(target, width * n, site, atomic=True)
+                else:
+                    self.check_read(target, width * n, site)
+            if strong:
+                self.machine.scalars.check(site, lanes, addresses, out[0][lanes])
             self._counted(addresses, lanes, width * n, site)
         return out
 

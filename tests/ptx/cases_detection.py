@@ -94,8 +94,8 @@ def candidate_selection(
     levels = head_outputs(generator, dtype, num_classes, shapes, scale, -4.0 if scale else -0.5, shift)
     if mixed:
         levels[0] -= torch.tensor([3.6, 2.6])[:, None, None].to(dtype)
-        levels[1][0] += 1
-        levels[1][1] = -0.5
+        levels[1 % len(levels)][0] += 1
+        levels[1 % len(levels)][1] = -0.5
     if ties:
         levels = [shifted((level * 4).round() / 4, shift) for level in levels]
     levels[0][0, : min(3, levels[0].shape[1]), 0] = float("nan")

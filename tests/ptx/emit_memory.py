@@ -3,7 +3,7 @@
 import re
 
 from tests.ptx.emit_arithmetic import emits, last_type
-from tests.ptx.program import WIDTH, Instruction, Unsupported, split_operands
+from tests.ptx.program import STRONG, WIDTH, Instruction, Unsupported, split_operands
 from tests.ptx.writer import NUMPY, Writer
 
 _ATOMICS = ("add", "min", "max", "and", "or", "xor", "exch", "cas")
@@ -61,12 +61,9 @@ def _load(w: Writer, i: Instruction) -> None:
         w.put(names[0], result if kind[0] == "u" else f"{result}.view({kind.upper()})", kind)
         return
     address = address_of(w, i.operands[1], space)
-    if "volatile" in i.parts and len(names) == 1 and kind[0] in "ub":  # as a relaxed atomic, it races with none
-        nothing = f"X.full({w.constant(0, f'u{width}')})"
-        where = f"{address}, [{nothing}], {w.mask}, {w.site(i)}, {width}"
-        w.put(names[0], w.temporary(f"X.{space}_memory.atomic({where}, 'or', True)"), f"u{width}")
-        return
-    loaded = w.temporary(f"X.{space}_memory.load({address}, {w.mask}, {w.site(i)}, {width}, {len(names)})")
+    strong = any(part in STRONG for part in i.parts)
+    where = f"{address}, {w.mask}, {w.site(i)}, {width}, {len(names)}, {strong}"
+    loaded = w.temporary(f"X.{space}_memory.load({where})")
     for n, name in enumerate(names):
         if kind[0] in "ub":
             w.put(name, f"{loaded}[{n}]", f"u{width}")

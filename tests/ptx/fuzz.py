@@ -94,7 +94,7 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
     detection.candidate_selection: lambda r: {
         "dtype": r.choice([BF16, F32, F16]), "num_classes": r.choice([1, 2, 5, 17, 91]), "shapes": _shapes(r),
         "score_thresh": r.choice([0.0, 0.05, 0.5, 0.99, 1.0]), "topk": r.choice([0, 1, 7, 100, 10**10]),
-        "ties": r.random() < 0.5, "shift": r.choice([0, 3]),
+        "ties": r.random() < 0.5, "shift": r.choice([0, 3]), "mixed": r.random() < 0.3,
     },
     detection.soft_nms: lambda r: {
         "method": r.choice(["linear", "gaussian"]), "by_class": r.random() < 0.5, "count": r.choice([3, 90, 530]),

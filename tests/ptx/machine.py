@@ -1,8 +1,7 @@
 """Runs a launch: several CTAs at a time, each thread with its own place in the program.
 
-A step takes the threads that wait at one block and runs it for them: the first block of the program where any wait, or
-with ``shuffle`` a random one and a random part of its warps. A block with a warp-wide instruction runs for whole warps
-only. A barrier opens when all living threads of its CTA have come; where none opens and nothing runs, that is a hang.
+A step takes threads that wait at one block, which ``schedule`` chooses, and runs it for them. A block with a warp-wide
+instruction runs for whole warps only. Where nothing runs, barriers open; where none opens, that is a hang.
 """
 
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from tests.ptx.emit_memory import space_of
 from tests.ptx.matrices import AsyncCopies
 from tests.ptx.memory import Fault, Memory
 from tests.ptx.program import Block
+from tests.ptx.scalars import Scalars
+from tests.ptx.schedule import Schedule
 from tests.ptx.traffic import Result, Traffic
 from tests.ptx.warps import Warps
 from tests.ptx.writer import PARAM_BASE
@@ -32,7 +33,7 @@ class Options:
 
     Args:
         seed: chooses the order of the CTAs, of lanes that store to one address, and of atomics; 0 is their own order.
-        shuffle: whether warps run in random order.
+        shuffle: whether warps run in random order, and some are held at random accesses (see schedule).
         perturb: approximate functions are moved by up to so many times their documented error.
         together: CTAs that run at once.
         count: whether instructions and memory traffic are counted, which takes time.
@@ -100,111 +101,53 @@ class Machine:
         self.ctaid = [place.astype(np.uint32) for place in (cta % x, cta // x % y, cta // (x * y))]
         self.nctaid = [np.full(self.count, n, np.uint32) for n in self._grid]
         self.warp = (cta * self.warps_per_cta + self.warpid + 1).astype(np.int32)  # counted over all CTAs
-        self._barriers_passed = np.zeros(number, np.int32)
         self.epoch = np.zeros(self.count, np.int32)
         self.shared_memory = SharedMemory(self, number, self._shared)
         self.local_memory, self.async_copies = LocalMemory(self), AsyncCopies(self)
+        self.scalars = Scalars(self)
         garbage = {1: 0xEF, 2: 0xBEEF, 4: 0xDEADBEEF, 8: 0xDEADBEEFDEADBEEF}
         self._registers: list[Array] = [None] * len(self.program.registers)
         for index, kind in self.program.registers.values():
             value = np.bool_(False) if kind == "b1" else np.dtype(kind).type(garbage[int(kind[1])])
             self._registers[index] = np.full(self.count, value)
 
-    # The scheduler. ``_waiting`` holds of each block the threads that are to run it next.
-
     def _run_group(self) -> None:
-        everyone = np.ones(self.count, bool)
-        self._alive, self._waiting = everyone, {0: everyone}
+        schedule = Schedule(self.program, self.count // self.program.threads, self.random, self.options.shuffle)
         for _ in range(MAX_STEPS):
-            if not self._waiting:
+            if schedule.ended:
                 return
-            block, mask = self._choose()
-            if block is None:
-                self._open_barriers()
+            chosen = schedule.choose()
+            if chosen is None:
+                self._open_barriers(schedule)
                 continue
-            self._leave(block.number, mask)
+            block, mask = chosen
+            schedule.leave(block.number, mask)
             everybody = bool(mask.all())
             went = self.code.function(block, not everybody)(self, self._registers, None if everybody else mask)
             if self.options.count:
                 self._count_block(block, mask)
             if isinstance(went, int):
-                self._arrive(went, mask)
+                schedule.arrive(went, mask)
             elif len(went) == 3:
-                self._arrive(went[1], went[0] & mask)
-                self._arrive(went[2], ~went[0] & mask)
+                schedule.arrive(went[1], went[0] & mask)
+                schedule.arrive(went[2], ~went[0] & mask)
             else:
                 index, targets = went
                 if (mask & (index >= len(targets))).any():
                     raise Fault(f"{self.program.name}: brx.idx beyond its table")
                 for n, target in enumerate(targets):
-                    self._arrive(target, mask & (index == n))
+                    schedule.arrive(target, mask & (index == n))
         raise Fault(f"{self.program.name} does not end")
 
-    def _arrive(self, number: int, mask: np.ndarray) -> None:
-        if number == -1:
-            self._alive = self._alive & ~mask
-        elif mask.any():
-            self._waiting[number] = self._waiting[number] | mask if number in self._waiting else mask
-
-    def _leave(self, number: int, mask: np.ndarray) -> None:
-        rest = self._waiting.pop(number) & ~mask
-        if rest.any():
-            self._waiting[number] = rest
-
-    def _choose(self) -> tuple[Block | None, np.ndarray]:
-        """The block to run next and for which threads; no block where all threads wait at barriers."""
-        numbers = sorted(self._waiting)
-        if self.options.shuffle:
-            numbers = [numbers[n] for n in self.random.permutation(len(numbers))]
-        stuck = []
-        for number in numbers:
-            block, mask = self.program.blocks[number], self._waiting[number]
-            if block.barrier:
-                continue
-            if block.warp_wide and not mask.all():
-                whole = mask.reshape(-1, 32).all(1)
-                if not whole.any():
-                    stuck.append(block)
-                    continue
-                mask = mask & np.repeat(whole, 32)
-            return block, self._some_warps(mask) if self.options.shuffle else mask
-        if stuck and not any(self.program.blocks[number].barrier for number in numbers):
-            places = [block.instructions[0].source for block in stuck]
-            raise Fault(f"{self.program.name}: a warp-wide instruction that part of a warp never reaches, at {places}")
-        return None, np.zeros(0, bool)
-
-    def _some_warps(self, mask: np.ndarray) -> np.ndarray:
-        present = mask.reshape(-1, 32).any(axis=1)
-        some = present & (self.random.random(present.size) < self.random.choice([0.2, 0.5, 1.0]))
-        return mask & np.repeat(some, 32) if some.any() else mask
-
-    def _open_barriers(self) -> None:
-        threads, opened = self.program.threads, False
-        for number in sorted(self._waiting):
-            if not self.program.blocks[number].barrier:
-                continue
-            waiting, alive = self._waiting[number].reshape(-1, threads), self._alive.reshape(-1, threads)
-            complete = waiting.any(1) & (waiting == alive).all(1)
-            if not complete.any():
-                continue
-            opened = True
-            if not alive[complete].all():
-                self.result.notes["a barrier after some threads of the CTA have left"] += 1
-            self._barriers_passed += complete
-            self.epoch = np.repeat(self._barriers_passed, threads)
-            self.result.barriers += int(complete.sum())
+    def _open_barriers(self, schedule: Schedule) -> None:
+        for number, mask in schedule.open_barriers():
+            rows = mask.reshape(-1, self.program.threads)
+            latest = self.epoch.reshape(rows.shape).max(1, keepdims=True)
+            self.epoch = np.where(rows, latest + 1, self.epoch.reshape(rows.shape)).ravel()
+            self.result.barriers += int(rows.any(1).sum())
             self.result.passed.add(self._barrier_numbers[number])
-            mask = np.repeat(complete, threads) & self._waiting[number]
             if self.options.count:
                 self._count_block(self.program.blocks[number], mask)
-            self._leave(number, mask)
-            self._arrive(number + 1, mask)
-        if not opened:
-            places = {
-                self.program.blocks[number].instructions[0].source: int(mask.sum())
-                for number, mask in self._waiting.items()
-            }
-            raise Fault(f"{self.program.name}: threads wait for each other at different places: {places}")
 
     def _count_block(self, block: Block, mask: np.ndarray) -> None:
         warps = int(mask.reshape(-1, 32).any(1).sum())

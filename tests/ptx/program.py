@@ -16,6 +16,9 @@ WIDTH = {"i1": 1, "u1": 1, "i2": 2, "u2": 2, "h2": 2, "bf": 2, "i4": 4, "u4": 4,
 """Bytes of a type."""
 
 _WARP_INSTRUCTIONS = ("shfl", "redux", "vote", "match", "ldmatrix", "stmatrix", "mma", "wgmma")
+STRONG = ("volatile", "relaxed", "acquire")
+"""Marks of loads that race with no atomic."""
+
 _ENDS = ("bra", "brx", "ret", "exit")
 
 
@@ -46,6 +49,12 @@ class Instruction:
         return self.name in ("bar", "barrier") and "warp" not in self.parts
 
     @property
+    def communicates(self) -> bool:
+        """Whether its order among the accesses of other programs shows: a strong load or an atomic in global memory."""
+        strong = self.name == "ld" and any(part in self.parts for part in STRONG)
+        return "global" in self.parts and (strong or self.name in ("atom", "red"))
+
+    @property
     def is_warp_wide(self) -> bool:
         """Whether the threads of a warp exchange something, so that all must have come."""
         return self.name in _WARP_INSTRUCTIONS or "warp" in self.parts
@@ -53,12 +62,24 @@ class Instruction:
 
 @dataclass
 class Block:
-    """Instructions without a jump in or out, but at the ends. A barrier is a block of its own."""
+    """Instructions without a jump in or out, but at the ends. A barrier is a block of its own, and an access by which
+    programs communicate begins one."""
 
     number: int
     instructions: list[Instruction] = field(default_factory=list)
     warp_wide: bool = False
     barrier: bool = False
+    communicates: bool = False
+
+    @property
+    def barrier_name(self) -> str:
+        return self.instructions[0].operands[0]
+
+    @property
+    def barrier_threads(self) -> int:
+        """How many threads the barrier waits for; 0 if it names no number, which are all of the program."""
+        (barrier,) = self.instructions
+        return int(barrier.operands[1]) if len(barrier.operands) > 1 else 0
 
 
 @dataclass
@@ -148,10 +169,13 @@ def _blocks(items: list[Instruction | str], targets: set[str]) -> tuple[list[Blo
                     blocks.append(Block(len(blocks)))
                 labels[item] = len(blocks) - 1
             continue
-        if item.is_barrier and blocks[-1].instructions:
+        if item.is_barrier and ("sync" not in item.parts or "cluster" in item.parts or item.guard):
+            raise Unsupported(item.text)
+        if (item.is_barrier or item.communicates) and blocks[-1].instructions:
             blocks.append(Block(len(blocks)))
         blocks[-1].instructions.append(item)
         blocks[-1].barrier |= item.is_barrier
+        blocks[-1].communicates |= item.communicates
         blocks[-1].warp_wide |= item.is_warp_wide
         if item.is_barrier or item.name in _ENDS:
             blocks.append(Block(len(blocks)))
