@@ -49,7 +49,7 @@ def _predict_kernel(
     level_ptr = pick(levels, level) + image * num_rows * (4 * COUNT)
     anchors_ptr += image * anchors_stride + start * 4
     predicted_ptr += (image * num_anchors + start) * 4
-    for first in tl.static_range(0, TILE, ROWS):
+    for first in range(0, TILE, ROWS):
         row = begin + first + tl.arange(0, ROWS)
         valid = row < num_rows
         x1, y1, x2, y2 = load_rows(anchors_ptr, row, valid)
