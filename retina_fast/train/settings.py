@@ -45,7 +45,7 @@ class TrainSettings:
         weights_backbone: torchvision's name of the weights from which the backbone starts, or "none" for random ones.
             None takes the recipe's.
         arguments: more keyword arguments of the builder, as plain data, such as a specification.
-        matcher: "atss" in place of the thresholds by which anchors are matched to objects.
+        matcher: "atss" or "task_aligned" in place of the thresholds by which anchors are matched to objects.
         classification_loss: "quality_focal" or "varifocal" in place of the focal loss.
         box_loss: "l1", "smooth_l1", "giou", "diou" or "ciou" in place of the model's.
         box_weights: "quality" weighs box losses by the IoU of the predicted box.
