@@ -33,6 +33,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "thresholds, quality focal, GIoU": {"classification_loss": "quality_focal", "box_loss": "giou"},
     "ATSS, quality focal, GIoU": {"matcher": "atss", "classification_loss": "quality_focal", "box_loss": "giou"},
     "ATSS, varifocal, GIoU": {"matcher": "atss", "classification_loss": "varifocal", "box_loss": "giou"},
+    "task-aligned, quality focal, GIoU, by quality": {
+        "matcher": "task_aligned",
+        "classification_loss": "quality_focal",
+        "box_loss": "giou",
+        "box_weights": "quality",
+    },
     "ATSS, quality focal, distributions": {"matcher": "atss", "classification_loss": "quality_focal", "reg_max": 16},
     "ATSS, quality focal, distributions, by quality": {
         "matcher": "atss",

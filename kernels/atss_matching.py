@@ -29,28 +29,33 @@ from torch import Tensor
 from retina_fast.kernels.anchor_matching import Matches, checked_geometry
 from retina_fast.kernels.arguments import offsets_on_host
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
-from retina_fast.kernels.labels import BACKGROUND, TL_BACKGROUND
+from retina_fast.kernels.labels import BACKGROUND
 from retina_fast.kernels.levels import encode_sizes, level_of, load_rows, pick_size
+from retina_fast.kernels.match_keys import (
+    FIRST,
+    NONE,
+    TL_FIRST,
+    centres_of,
+    index_of,
+    key_of,
+    keys_of,
+    matched_of,
+    write_matches,
+)
 from retina_fast.kernels.pair_iou import box_iou, tile_iou
 
 MAX_CANDIDATES = 2048
 """The most candidates of a ground truth. With more, the sums of squares might not fit into 64 bits."""
 
 _UNIT = 1 << 20  # IoUs are counted in its inverse
-_FIRST = (1 << 31) - 1  # less the index of a ground truth: of equal IoUs the first makes the greatest key
 _PAIRS = 1 << 19  # distances that the reference holds at a time: 4 MB of keys
-
-
-def centres_of(boxes: Tensor) -> Tensor:
-    """The centres (..., 2) of boxes (..., 4)."""
-    return 0.5 * (boxes[..., :2] + boxes[..., 2:])
 
 
 def _nearest(centres: Tensor, targets: Tensor, k: int) -> Tensor:
     """(G, k) int64: rows of the k centres (N, 2) that are nearest to each of the targets (G, 2), in any order."""
     x, y = (centres[:, i] - targets[:, None, i] for i in (0, 1))  # (G, N)
     distance = x.mul_(x).add_(y.mul_(y))  # squared: not negative, so that its bits order as the numbers do
-    keys = (distance.view(torch.int32).long() << 32) + torch.arange(len(centres), device=centres.device)
+    keys = keys_of(distance, torch.arange(len(centres), device=centres.device))
     return keys.topk(k, largest=False, sorted=False).values & 0xFFFFFFFF
 
 
@@ -84,10 +89,10 @@ def _match_image(anchors: Tensor, boxes: Tensor, level_sizes: Sequence[int], top
         centre = centres[candidates]  # (g, n, 2)
         inside = ((centre > chunk[:, None, :2]) & (centre < chunk[:, None, 2:])).all(dim=2)
         row, column = (_reaches(iou) & inside).nonzero(as_tuple=True)
-        keys = (iou[row, column].view(torch.int32).long() << 32) + (_FIRST - first - row)
+        keys = keys_of(iou[row, column], FIRST - first - row)
         best.scatter_reduce_(0, candidates[row, column], keys, "amax")
         first += len(chunk)
-    return torch.where(best > 0, _FIRST - (best & 0xFFFFFFFF), BACKGROUND)
+    return matched_of(best)
 
 
 def atss_matching_reference(
@@ -113,21 +118,7 @@ def atss_matching_reference(
 _TILE = 256  # anchors whose centres one rectangle surrounds
 _TILES = 512  # rectangles that a program looks at together
 _PROGRAMS = 4096  # that look for candidates at a time, about as many as an H200 holds
-_WRITE_TILE = 1024
 _TL_UNIT = tl.constexpr(_UNIT)
-_TL_FIRST = tl.constexpr(_FIRST)
-_NONE = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # above every key
-
-
-@triton.jit
-def _key(distance, index):
-    """Orders by a squared distance, then by an index; the index is its lower half."""
-    return (distance.to(tl.int32, bitcast=True).to(tl.int64) << 32) + index.to(tl.int64)
-
-
-@triton.jit
-def _index_of(key):
-    return (key & 0xFFFFFFFF).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["anchors_stride"])
@@ -170,29 +161,29 @@ def _nearest_kernel(
         ptr = boxes_ptr + box.to(tl.int64) * 4
         x = 0.5 * (tl.load(ptr) + tl.load(ptr + 2))
         y = 0.5 * (tl.load(ptr + 1) + tl.load(ptr + 3))
-        kept = tl.where(i < count, -i.to(tl.int64) + _NONE, -1)  # different keys that are farther than any distance
+        kept = tl.where(i < count, -i.to(tl.int64) + NONE, -1)  # different keys that are farther than any distance
         farthest = tl.max(kept, axis=0)
         for chunk in range(0, tiles, TILES):
             tile = chunk + tl.arange(0, TILES)
             left, top, right, bottom = load_rows(bounds_ptr, tile, tile < tiles)
             dx = tl.maximum(tl.maximum(left - x, x - right), 0.0)
             dy = tl.maximum(tl.maximum(top - y, y - bottom), 0.0)
-            waiting = tl.where(tile < tiles, _key(dx * dx + dy * dy, tile), _NONE)
+            waiting = tl.where(tile < tiles, key_of(dx * dx + dy * dy, tile), NONE)
             nearest = tl.min(waiting, axis=0)
-            while (nearest < _NONE) & ((nearest >> 32) <= (farthest >> 32)):
-                anchor = start + _index_of(nearest) * TILE + tl.arange(0, TILE)
+            while (nearest < NONE) & ((nearest >> 32) <= (farthest >> 32)):
+                anchor = start + index_of(nearest) * TILE + tl.arange(0, TILE)
                 x1, y1, x2, y2 = load_rows(anchors_ptr, anchor, anchor < stop)
                 right_of, below = 0.5 * (x1 + x2) - x, 0.5 * (y1 + y2) - y
-                keys = tl.where(anchor < stop, _key(right_of * right_of + below * below, anchor), _NONE)
+                keys = tl.where(anchor < stop, key_of(right_of * right_of + below * below, anchor), NONE)
                 least = tl.min(keys, axis=0)
                 while least < farthest:
                     kept = tl.where(kept == farthest, least, kept)
-                    keys = tl.where(keys == least, _NONE, keys)
+                    keys = tl.where(keys == least, NONE, keys)
                     farthest = tl.max(kept, axis=0)
                     least = tl.min(keys, axis=0)
-                waiting = tl.where(waiting == nearest, _NONE, waiting)
+                waiting = tl.where(waiting == nearest, NONE, waiting)
                 nearest = tl.min(waiting, axis=0)
-        tl.store(candidates_ptr + box.to(tl.int64) * width + slot + i, _index_of(kept), mask=i < count)
+        tl.store(candidates_ptr + box.to(tl.int64) * width + slot + i, index_of(kept), mask=i < count)
         box += tl.num_programs(0)
 
 
@@ -222,44 +213,19 @@ def _choose_kernel(
         x, y = 0.5 * (x1 + x2), 0.5 * (y1 + y2)
         inside = (x > left) & (x < right) & (y > top) & (y < bottom)
         foreground = valid & inside & (above >= 0) & (above * above >= least)
-        key = _key(iou, first - box + _TL_FIRST)
+        key = key_of(iou, first - box + TL_FIRST)
         tl.atomic_max(best_ptr + image * num_anchors + anchor, key, mask=foreground, sem="relaxed")
         box += tl.num_programs(0)
-
-
-@triton.jit(do_not_specialize=["num_anchors"])
-def _write_matches_kernel(
-    best_ptr, labels_ptr, offsets_ptr, indices_ptr, classes_ptr, counts_ptr, num_anchors, TILE: tl.constexpr
-):
-    """Program (t, b) writes the matches of tile t of the anchors of image b, and adds to the image's count."""
-    image = tl.program_id(1).to(tl.int64)
-    anchor = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    valid = anchor < num_anchors
-    row = image * num_anchors + anchor
-    best = tl.load(best_ptr + row, mask=valid, other=0)
-    foreground = best > 0
-    index = tl.where(foreground, -_index_of(best) + _TL_FIRST, TL_BACKGROUND)
-    labels_ptr += tl.load(offsets_ptr + image)
-    label = tl.load(labels_ptr + index, mask=foreground, other=TL_BACKGROUND).to(tl.int32)
-    tl.store(indices_ptr + row, index, mask=valid)
-    tl.store(classes_ptr + row, label, mask=valid)
-    count = tl.sum(foreground.to(tl.int32), axis=0)
-    tl.atomic_add(counts_ptr + image, count, mask=count > 0, sem="relaxed")
 
 
 def _atss_matching_triton(
     anchors: Tensor, boxes: Tensor, labels: Tensor, offsets: Tensor, level_sizes: Sequence[int], top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_anchors, levels = len(offsets) - 1, anchors.shape[-2], len(level_sizes)
-    indices = anchors.new_empty((batch, num_anchors), dtype=torch.int32)
-    classes = torch.empty_like(indices)
-    counts = anchors.new_zeros(batch, dtype=torch.int32)
-    if not indices.numel():
-        return indices, classes, counts
     anchors, boxes, labels, offsets = (x.contiguous() for x in (anchors, boxes, labels, offsets))
     best = anchors.new_zeros((batch, num_anchors), dtype=torch.int64)
-    with torch.cuda.device_of(anchors):
-        if len(boxes):
+    if len(boxes) and best.numel():
+        with torch.cuda.device_of(anchors):
             starts = encode_sizes([*accumulate(level_sizes, initial=0)])
             tiles = [*accumulate((triton.cdiv(size, _TILE) for size in level_sizes), initial=0)]
             slots = [*accumulate((min(top_k, size) for size in level_sizes), initial=0)]
@@ -280,10 +246,7 @@ def _atss_matching_triton(
                 anchors, stride, boxes, offsets, candidates, best, num_anchors, slots[-1],
                 WIDTH=triton.next_power_of_2(slots[-1]), num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
-        _write_matches_kernel[(triton.cdiv(num_anchors, _WRITE_TILE), batch)](
-            best, labels, offsets, indices, classes, counts, num_anchors, TILE=_WRITE_TILE, num_warps=4
-        )
-    return indices, classes, counts
+    return write_matches(best, labels, offsets)
 
 
 @torch.library.custom_op("retina_fast::atss_matching", mutates_args=())

@@ -32,7 +32,7 @@ from retina_fast.deploy.export.exported import load_exported
 from retina_fast.deploy.export.write import export
 from retina_fast.deploy.hub import push_to_hub, save_pretrained
 from retina_fast.detections import Detections
-from retina_fast.losses import AtssMatcher
+from retina_fast.losses import AtssMatcher, TaskAlignedMatcher
 from retina_fast.model import RetinaNet
 from retina_fast.predict.load import from_pretrained, load
 from retina_fast.predict.results import Results
@@ -45,6 +45,7 @@ __all__ = [
     "RetinaNet",
     "RetinaNet_ResNet50_FPN_V2_Weights",
     "RetinaNet_ResNet50_FPN_Weights",
+    "TaskAlignedMatcher",
     "TrainingStep",
     "compile_inference",
     "export",

@@ -1,9 +1,11 @@
 """The loss path: anchors are matched to ground truths, then both losses read the heads' levels in place.
 
 Which anchors are matched is the matcher's to say: torchvision's ``Matcher``, by two thresholds, or one of this package.
-The classification loss is torchvision's focal loss, or one whose targets are the IoUs of the predicted boxes.
+The classification loss is torchvision's focal loss, or one whose targets say how well the predicted boxes fit: by their
+IoUs, or as the matcher sets them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -23,6 +25,7 @@ from retina_fast.kernels.focal_loss import focal_loss
 from retina_fast.kernels.iou_losses import IOU_LOSSES
 from retina_fast.kernels.levels import count_anchors
 from retina_fast.kernels.soft_focal_loss import WEIGHTS, soft_focal_loss
+from retina_fast.kernels.task_aligned_matching import MAX_TOP_K, AlignedMatches, task_aligned_matching
 from retina_fast.stock import has_stock_loss_functions, is_stock, overrides
 from retina_fast.targets import GroundTruths
 
@@ -56,13 +59,55 @@ class AtssMatcher:
 
     def __call__(self, match_quality_matrix: Tensor) -> NoReturn:
         """Refuses to match by a matrix of IoUs alone, as torchvision's own loss path asks of its matcher."""
-        raise NotImplementedError(
-            "ATSS needs the anchors' centres, which torchvision's loss path does not give to its matcher: the model "
-            "is torchvision's, or a part of it that computes losses is the user's own"
-        )
+        _refuse_to_match("ATSS needs the anchors' centres")
 
 
-MATCHERS = {"atss": AtssMatcher}
+@dataclass
+class TaskAlignedMatcher:
+    """Matches anchors by task-aligned assignment, TOOD (Feng et al. 2021, https://arxiv.org/abs/2108.07755): an anchor
+    within an object is foreground if its score and its predicted box fit best, and how well they fit is the target of
+    quality focal loss and varifocal loss. See :mod:`retina_fast.kernels.task_aligned_matching`.
+
+    Args:
+        top_k: how many anchors an object may have, at most 128.
+        alpha: exponent of the score of the object's class, at least 0.
+        beta: exponent of the IoU of the predicted box, at least 0.
+
+    Raises:
+        ValueError: for a value out of its range.
+
+    Example::
+
+        >>> from retina_fast import retinanet_resnet18_fpn
+        >>> model = retinanet_resnet18_fpn(num_classes=3, weights_backbone=None, matcher="task_aligned")
+        >>> model.proposal_matcher
+        TaskAlignedMatcher(top_k=13, alpha=1.0, beta=6.0)
+    """
+
+    top_k: int = 13
+    alpha: float = 1.0
+    beta: float = 6.0
+
+    def __post_init__(self) -> None:
+        if type(self.top_k) is not int or not 1 <= self.top_k <= MAX_TOP_K:
+            raise ValueError(f"top_k must be a whole number from 1 to {MAX_TOP_K}, got {self.top_k}")
+        for name in ("alpha", "beta"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
+
+    def __call__(self, match_quality_matrix: Tensor) -> NoReturn:
+        """Refuses to match by a matrix of IoUs alone, as torchvision's own loss path asks of its matcher."""
+        _refuse_to_match("task-aligned assignment needs scores and predicted boxes")
+
+
+def _refuse_to_match(needs: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{needs}, which torchvision's loss path does not give to its matcher: the model is torchvision's, or a part "
+        "of it that computes losses is the user's own"
+    )
+
+
+MATCHERS = {"atss": AtssMatcher, "task_aligned": TaskAlignedMatcher}
 """The matchers of this package by the names that a model's argument ``matcher`` takes."""
 
 
@@ -123,9 +168,12 @@ def has_stock_losses(head: Any, matcher: Any) -> bool:
     )
 
 
-def _match(outputs: HeadOutputs, anchors: Tensor, truths: GroundTruths, matcher: Any) -> Matches:
+def _match(outputs: HeadOutputs, anchors: Tensor, truths: GroundTruths, matcher: Any) -> Matches | AlignedMatches:
     """The matches of float32 anchors with the ground truths."""
     arguments = anchors, truths.boxes, truths.labels, truths.offsets
+    if isinstance(matcher, TaskAlignedMatcher):
+        given = outputs.levels[LOGITS], outputs.levels[DELTAS], *arguments, outputs.num_classes
+        return task_aligned_matching(*given, matcher.top_k, matcher.alpha, matcher.beta, outputs.reg_max)
     if not isinstance(matcher, AtssMatcher):
         thresholds = matcher.high_threshold, matcher.low_threshold, matcher.allow_low_quality_matches
         return anchor_matching(*arguments, *thresholds)
@@ -189,7 +237,8 @@ def detection_losses(
         gamma: focusing exponent of the classification loss.
         classification_loss: one of :data:`CLASSIFICATION_LOSSES`.
         box_weights: quality, where a foreground anchor's box loss is weighed by the IoU of its predicted box with the
-            ground truth, and an image's is divided by the sum of these, at least 1, in place of their number.
+            ground truth, and an image's is divided by the sum of these, at least 1, in place of their number. With a
+            :class:`TaskAlignedMatcher` the targets of its scores stand in place of IoUs, here and in the loss above.
 
     Returns:
         ``classification`` and ``bbox_regression``, scalars.
@@ -204,8 +253,8 @@ def detection_losses(
     normalizers = matches.num_foreground.clamp(min=1) * batch  # (B,) float32
     logits, deltas, labels, k = outputs.levels[LOGITS], outputs.levels[DELTAS], matches.labels, outputs.num_classes
     geometry = anchors, matches.indices, truths.boxes, truths.offsets
-    quality = None
-    if classification_loss != "focal" or box_weights:
+    quality = matches.targets if isinstance(matches, AlignedMatches) else None
+    if quality is None and (classification_loss != "focal" or box_weights):
         quality = box_quality(deltas, *geometry, outputs.reg_max)
     if classification_loss == "focal":
         classification = focal_loss(logits, labels, normalizers, k, gamma=gamma)

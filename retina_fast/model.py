@@ -50,14 +50,14 @@ class RetinaNet(Predicts, tv.RetinaNet):
         detections_per_img: the most detections of an image.
         fg_iou_thresh, bg_iou_thresh: IoU from which an anchor is foreground, and below which it is background.
         topk_candidates: the most candidates of an image and level.
-        **kwargs: ``matcher``, in place of ``proposal_matcher``: "atss", or an object such as :class:`AtssMatcher`;
-            ``classification_loss``: "focal" as torchvision's, "quality_focal" or "varifocal"; ``box_loss``: "l1",
-            "smooth_l1", "giou", "diou" or "ciou", that of the head by default; ``box_weights``: "quality" weighs box
-            losses by the IoU of the predicted box; ``reg_max``: each side of a box becomes a distribution over 0, 1,
-            ..., ``reg_max`` eighths of the anchor, 16 in its paper, and distribution focal loss is added to one of the
-            last three box losses, GIoU by default; ``size_divisible`` (that of the backbone if it has one, else 32),
-            ``fixed_size``, ``_skip_resize`` (in training) of torchvision's transform, and ``image_scale``, 1 by
-            default; others are warned of.
+        **kwargs: ``matcher``, in place of ``proposal_matcher``: "atss", "task_aligned", or an object such as
+            :class:`AtssMatcher`; ``classification_loss``: "focal" as torchvision's, "quality_focal" or "varifocal";
+            ``box_loss``: "l1", "smooth_l1", "giou", "diou" or "ciou", that of the head by default; ``box_weights``:
+            "quality" weighs box losses by the IoU of the predicted box; ``reg_max``: each side of a box becomes a
+            distribution over 0, 1, ..., ``reg_max`` eighths of the anchor, 16 in its paper, and distribution focal loss
+            is added to one of the last three box losses, GIoU by default; ``size_divisible`` (that of the backbone if
+            it has one, else 32), ``fixed_size``, ``_skip_resize`` (in training) of torchvision's transform, and
+            ``image_scale``, 1 by default; others are warned of.
 
     Input, output and errors are torchvision's: in training, ``model(images, targets)`` returns
     ``{"classification", "bbox_regression"}``; in evaluation a list of ``{"boxes", "scores", "labels"}``, boxes xyxy in

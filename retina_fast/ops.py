@@ -29,8 +29,10 @@ from retina_fast.kernels.image_batch import image_batch
 from retina_fast.kernels.sigmoid_focal_loss import sigmoid_focal_loss
 from retina_fast.kernels.soft_focal_loss import soft_focal_loss
 from retina_fast.kernels.soft_nms import SoftKept, soft_nms
+from retina_fast.kernels.task_aligned_matching import AlignedMatches, task_aligned_matching
 
 __all__ = [
+    "AlignedMatches",
     "Candidates",
     "Kept",
     "Matches",
@@ -53,6 +55,7 @@ __all__ = [
     "sigmoid_focal_loss",
     "soft_focal_loss",
     "soft_nms",
+    "task_aligned_matching",
 ]
 
 

@@ -35,6 +35,7 @@ BENCHMARKS = (
     "kernels.batched_nms",
     "kernels.image_batch",
     "kernels.atss_matching",
+    "kernels.task_aligned_matching",
     "kernels.soft_focal_loss",
     "kernels.box_loss",
     "kernels.box_quality",

@@ -13,7 +13,8 @@ from torchvision.ops import box_iou
 from benchmarks.case import Built, Case, run_benchmark
 from benchmarks.models import scenes
 from retina_fast.kernels.anchor_matching import Matches
-from retina_fast.kernels.atss_matching import atss_matching, atss_matching_reference, centres_of
+from retina_fast.kernels.atss_matching import atss_matching, atss_matching_reference
+from retina_fast.kernels.match_keys import centres_of
 
 CELLS = 9
 """The paper's k."""

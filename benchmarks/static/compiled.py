@@ -214,8 +214,8 @@ def _read(compiled: Any, row: Row, with_code: bool) -> None:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        usage = subprocess.check_output([tools / "cuobjdump", "--dump-resource-usage", cubin.name], text=True)
-        disassemble = [tools / "nvdisasm", "-c", "--no-dataflow", cubin.name]
+        usage = subprocess.check_output([str(tools / "cuobjdump"), "--dump-resource-usage", cubin.name], text=True)
+        disassemble = [str(tools / "nvdisasm"), "-c", "--no-dataflow", cubin.name]
         code = subprocess.check_output(disassemble, text=True) if with_code else ""
     counts = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
     row.registers, row.spilled = counts["REG"], counts["STACK"] + counts["LOCAL"]

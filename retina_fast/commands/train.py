@@ -91,7 +91,8 @@ def train(
     matcher: Annotated[
         str | None,
         typer.Option(
-            help="atss: anchors are matched to objects by adaptive training sample selection, not thresholds."
+            help="atss: anchors are matched to objects by adaptive training sample selection, not thresholds; "
+            "task_aligned: by how well they predict them."
         ),
     ] = None,
     classification_loss: Annotated[

@@ -138,6 +138,7 @@ def test_pointwise_convs_use_matrix_instructions(rows):
     [
         "_anchor_matching_kernel",
         "_choose_kernel",
+        "_offer_kernel",
         "_suppress_kernel",
         "_compare_kernel",
         "_take_kept_kernel",

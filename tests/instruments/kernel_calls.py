@@ -33,6 +33,7 @@ from retina_fast.kernels import (
     soft_focal_loss,
     soft_nms,
     take_kept,
+    task_aligned_matching,
 )
 from retina_fast.kernels.group_norm_relu import group_norm_relu
 from retina_fast.kernels.levels import flatten_all
@@ -216,6 +217,12 @@ def _atss_matching(per_cell: int) -> None:
     atss_matching.atss_matching(anchors, *ground_truths(4000), sizes, 9 * per_cell)
 
 
+def _task_aligned_matching(dtype: torch.dtype, num_classes: int = 91, reg_max: int = 0, top_k: int = 13) -> None:
+    levels = levels_of(dtype, num_classes), levels_of(dtype, 4 * (reg_max + 1))
+    given = *levels, torch.empty(120087, 4, device="cuda"), *ground_truths(4000), num_classes
+    task_aligned_matching.task_aligned_matching(*given, top_k=top_k, reg_max=reg_max)
+
+
 def _box_loss(dtype: torch.dtype, loss_type: str) -> None:
     boxes, _, offsets = ground_truths(4000)
     anchors = torch.empty(120087, 4, device="cuda")
@@ -247,6 +254,9 @@ KERNEL_CALLS = {
     "anchor_matching without low quality": KernelCall(lambda: call_anchor_matching(False)),
     "atss_matching": KernelCall(lambda: _atss_matching(1)),
     "atss_matching nine anchors a cell": KernelCall(lambda: _atss_matching(9)),
+    "task_aligned_matching bf16": KernelCall(lambda: _task_aligned_matching(torch.bfloat16)),
+    "task_aligned_matching fp32 K=1 n=16": KernelCall(lambda: _task_aligned_matching(torch.float32, 1, 16)),
+    "task_aligned_matching bf16 topk=128": KernelCall(lambda: _task_aligned_matching(torch.bfloat16, top_k=128)),
     **{
         f"box_loss bf16 {name}": KernelCall(functools.partial(_box_loss, torch.bfloat16, name))
         for name in box_loss.LOSS_TYPES

@@ -20,6 +20,7 @@ from retina_fast.kernels import (
     sigmoid_focal_loss,
     soft_focal_loss,
     take_kept,
+    task_aligned_matching,
 )
 from retina_fast.kernels.arguments import check_devices, check_integers, check_shape, loss_normalizers
 from retina_fast.kernels.dispatch import runs_triton
@@ -53,6 +54,10 @@ def arguments(device="cpu"):
         "atss_matching": {
             "anchors": anchors, "boxes": boxes, "labels": torch.tensor([2, 0, 1]), "offsets": offsets,
             "level_sizes": [6, 2],
+        },
+        "task_aligned_matching": {
+            "logits": logits, "deltas": deltas, "anchors": anchors, "boxes": boxes, "labels": torch.tensor([2, 0, 1]),
+            "offsets": offsets, "num_classes": 3,
         },
         "focal_loss": {"logits": logits, "labels": indices, "normalizers": normalizers, "num_classes": 3},
         "box_loss": {
@@ -95,6 +100,7 @@ MODULES = {
     "soft_focal_loss": soft_focal_loss, "box_loss": box_loss, "box_quality": box_quality, "box_decode": box_decode,
     "candidate_selection": candidate_selection, "batched_nms": batched_nms, "take_kept": take_kept,
     "group_norm_relu": group_norm_relu, "distribution_loss": distribution_loss,
+    "task_aligned_matching": task_aligned_matching,
 }  # fmt: skip
 TENSORS = [
     (name, key)
@@ -180,6 +186,13 @@ def test_anchors_of_another_number_are_refused(name, change):
         ("anchor_matching", "offsets", [0, 3, 2], r"offsets must rise from 0 to at most the 3 boxes, got \[0, 3, 2\]"),
         ("anchor_matching", "offsets", [0, 2, 4], r"offsets must rise from 0 to at most the 3 boxes, got \[0, 2, 4\]"),
         ("atss_matching", "offsets", [-1, 2, 3], r"offsets must rise from 0 to at most the 3 boxes, got \[-1, 2, 3\]"),
+        (
+            "task_aligned_matching",
+            "offsets",
+            [0, 2, 4],
+            r"offsets must rise from 0 to at most the 3 boxes, got \[0, 2, 4\]",
+        ),
+        ("task_aligned_matching", "labels", [2, 3, 1], r"labels must be in \[0, num_classes = 3\), got 3"),
         ("batched_nms", "counts", [8, -1], "counts must be at least 0, got -1 for image 1"),
         ("greedy_nmm", "counts", [-2, 5], "counts must be at least 0, got -2 for image 0"),
         ("focal_loss", "labels", [[-1, 0, 3, -2, 1, 1, 1, 1]] * 2, "labels must be below num_classes = 3, got 3"),
@@ -271,6 +284,7 @@ def test_a_kernel_is_given_normalizers_in_float32(name, dtype):
 @pytest.mark.parametrize(
     ("name", "keys"),
     [("anchor_matching", ("anchors", "boxes")), ("atss_matching", ("anchors", "boxes")),
+     ("task_aligned_matching", ("anchors", "boxes")),
      ("box_loss", ("anchors", "boxes")), ("box_quality", ("anchors", "boxes")), ("box_decode", ("anchors",)),
      ("distribution_loss", ("anchors", "boxes")),
      ("take_kept", ("boxes",)), ("batched_nms", ("boxes",))],

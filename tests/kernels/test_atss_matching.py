@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
 from retina_fast.kernels import atss_matching as module
+from retina_fast.kernels import match_keys
 from retina_fast.kernels.anchor_matching import Matches
 from retina_fast.kernels.atss_matching import atss_matching, atss_matching_reference
 from tests.instruments.fake_gpu import launches_of
@@ -89,7 +90,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(module, "_TILE", 16)
     monkeypatch.setattr(module, "_TILES", 4)
     monkeypatch.setattr(module, "_PROGRAMS", 18)
-    monkeypatch.setattr(module, "_WRITE_TILE", 64)
+    monkeypatch.setattr(match_keys, "_TILE", 64)
     monkeypatch.setattr(module, "_PAIRS", 300)
 
 

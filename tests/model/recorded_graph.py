@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from retina_fast import training_step
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
 from retina_fast.kernels.image_batch import image_batch_reference
-from retina_fast.losses import AtssMatcher, detection_losses
+from retina_fast.losses import AtssMatcher, TaskAlignedMatcher, detection_losses
 from retina_fast.targets import GroundTruths
 
 
@@ -65,8 +65,8 @@ _ANOTHER_THREAD = ThreadPoolExecutor(1)
 @torch.library.custom_op("tests::losses", mutates_args=())
 def _losses_op(
     logits: list[Tensor], deltas: list[Tensor], anchors: Tensor, boxes: Tensor, labels: Tensor, offsets: Tensor,
-    num_classes: int, reg_max: int, low: float, top_k: int, loss_type: str, gamma: float, classification_loss: str,
-    box_weights: str,
+    num_classes: int, reg_max: int, low: float, top_k: int, exponents: list[float], loss_type: str, gamma: float,
+    classification_loss: str, box_weights: str,
 ) -> list[Tensor]:  # fmt: skip
     def work() -> list[Tensor]:
         leaves = [level.detach().requires_grad_() for level in (*logits, *deltas)]
@@ -78,6 +78,8 @@ def _losses_op(
 
     thresholds = SimpleNamespace(high_threshold=0.5, low_threshold=low, allow_low_quality_matches=True)
     matcher: Any = AtssMatcher(top_k) if top_k else thresholds
+    if exponents:
+        matcher = TaskAlignedMatcher(top_k, *exponents)
     truths = GroundTruths(boxes, labels, offsets, offsets.diff().tolist())
     return _ANOTHER_THREAD.submit(work).result()  # in this one autograd is off, below an op
 
@@ -105,6 +107,7 @@ def opaque_losses(outputs, truths, matcher, loss_type, gamma, classification_los
         outputs.reg_max,
         low,
         top_k,
+        [getattr(matcher, name) for name in ("alpha", "beta") if hasattr(matcher, name)],
         loss_type,
         gamma,
         classification_loss,

@@ -9,13 +9,22 @@ import torch
 from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection._utils import Matcher
 
-from retina_fast import AtssMatcher, RetinaNet, TrainingStep, checkpoint, from_torchvision, retinanet_resnet18_fpn_lite
+from retina_fast import (
+    AtssMatcher,
+    RetinaNet,
+    TaskAlignedMatcher,
+    TrainingStep,
+    checkpoint,
+    from_torchvision,
+    retinanet_resnet18_fpn_lite,
+)
 from retina_fast.convert import to_torchvision
 from retina_fast.forward import HeadOutputs
 from retina_fast.kernels.atss_matching import atss_matching
 from retina_fast.kernels.box_loss import box_loss
 from retina_fast.kernels.box_quality import box_quality
 from retina_fast.kernels.soft_focal_loss import soft_focal_loss
+from retina_fast.kernels.task_aligned_matching import task_aligned_matching
 from retina_fast.losses import detection_losses
 from retina_fast.targets import gather_targets
 from tests.instruments.fake_gpu import launches_of
@@ -26,6 +35,7 @@ OPTIONS = [
     {"matcher": "atss"},
     {"classification_loss": "quality_focal", "box_loss": "giou"},
     {"matcher": "atss", "classification_loss": "varifocal", "box_loss": "ciou"},
+    {"matcher": "task_aligned", "classification_loss": "quality_focal", "box_loss": "giou", "box_weights": "quality"},
 ]
 
 
@@ -59,6 +69,27 @@ def test_the_losses_are_those_of_the_operations(device):
     assert torch.equal(losses["bbox_regression"], expected)  # `models` has set l1 on the live model
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_task_aligned_targets_are_those_of_scores_and_weights(device, joined):
+    """Their quality is the matcher's; outputs joined as torchvision joins them do as well."""
+    outputs, targets, anchors = case((3, 0, 1), device)
+    _, model = models("giou", matcher="task_aligned", classification_loss="quality_focal", box_weights="quality")
+    model.proposal_matcher = TaskAlignedMatcher(5, 0.5, 2.0)
+    (logits, deltas), truths = outputs.values(), gather_targets(targets, 3, anchors[0].device)
+    given = {name: flat(levels, c) for (name, levels), c in zip(outputs.items(), (K, 4), strict=True)}
+    losses = model.compute_loss(targets, given if joined else outputs, anchors)
+    found = truths.boxes, truths.labels, truths.offsets
+    matches = task_aligned_matching(logits, deltas, anchors[0], *found, K, 5, 0.5, 2.0)
+    assert (matches.num_foreground > 0).tolist() == [True, False, True]
+    normalizers = matches.num_foreground.clamp(min=1) * 3.0
+    expected = soft_focal_loss(logits, matches.labels, matches.targets, normalizers, K, "quality_focal")
+    torch.testing.assert_close(losses["classification"], expected, rtol=1e-6, atol=0)
+    normalizers = matches.targets.sum(dim=1).clamp(min=1) * 3
+    geometry = anchors[0], matches.indices, truths.boxes, truths.offsets
+    expected = box_loss(deltas, *geometry, normalizers, "giou", matches.targets)
+    torch.testing.assert_close(losses["bbox_regression"], expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("options", OPTIONS[2:], ids=str)
 def test_the_kernels_give_the_losses_and_gradients_of_the_references(device, options):
     outputs, targets, anchors = case((1, 0), device)
@@ -75,7 +106,7 @@ def test_the_kernels_give_the_losses_and_gradients_of_the_references(device, opt
 
 
 @pytest.mark.parametrize(
-    "options", [*[pytest.param(x, marks=pytest.mark.slow) for x in OPTIONS[:2]], OPTIONS[2]], ids=str
+    "options", [*[pytest.param(x, marks=pytest.mark.slow) for x in OPTIONS[:3]], OPTIONS[3]], ids=str
 )
 def test_it_learns(options):
     model = tiny(**options)
@@ -89,7 +120,16 @@ def test_it_learns(options):
     assert sorted(model(scene()[0])[0]) == ["boxes", "labels", "scores"]
 
 
-def test_nothing_of_the_loss_path_waits_for_the_gpu():
+ATSS_LAUNCHES = [
+    "_surround_kernel", "_nearest_kernel", "_choose_kernel", "_write_matches_kernel", "_box_quality_kernel",
+]  # fmt: skip
+ALIGNED_LAUNCHES = ["_predict_kernel", "_align_kernel", "_offer_kernel", "_write_matches_kernel", "_target_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("matcher", "launches"), [(AtssMatcher(), ATSS_LAUNCHES), (TaskAlignedMatcher(), ALIGNED_LAUNCHES)]
+)
+def test_nothing_of_the_loss_path_waits_for_the_gpu(matcher, launches):
     outputs, targets, anchors = case((3, 0, 5))
     truths = gather_targets(targets, 3, torch.device("cpu"))
 
@@ -102,11 +142,10 @@ def test_nothing_of_the_loss_path_waits_for_the_gpu():
             boxes=on_gpu(truths.boxes), labels=on_gpu(truths.labels), offsets=on_gpu(truths.offsets)
         )
         made = HeadOutputs(fakes, on_gpu(anchors[0]), K, {})
-        detection_losses(made, boxes, AtssMatcher(), "giou", 2.0, "varifocal")
+        detection_losses(made, boxes, matcher, "giou", 2.0, "varifocal")
 
     assert [launch.kernel.__name__ for launch in launches_of(run)] == [
-        "_surround_kernel", "_nearest_kernel", "_choose_kernel", "_write_matches_kernel", "_box_quality_kernel",
-        "_focal_loss_kernel", "_sum_kernel", "_box_loss_kernel", "_sum_kernel",
+        *launches, "_focal_loss_kernel", "_sum_kernel", "_box_loss_kernel", "_sum_kernel",
     ]  # fmt: skip
 
 
@@ -166,7 +205,7 @@ def test_what_the_model_refuses():
     backbone = torch.nn.Identity()
     backbone.out_channels = 8  # type: ignore[assignment]
     for options, message in (
-        ({"matcher": "ATSS"}, "matcher must be one of atss, or a matcher itself, got 'ATSS'"),
+        ({"matcher": "ATSS"}, "matcher must be one of atss, task_aligned, or a matcher itself, got 'ATSS'"),
         ({"matcher": "atss", "proposal_matcher": Matcher(0.5, 0.4)}, "give one of them"),
         (
             {"classification_loss": "qfl"},
@@ -179,6 +218,10 @@ def test_what_the_model_refuses():
             RetinaNet(backbone, K, **options)
     with pytest.raises(ValueError, match="top_k must be a whole number of at least 1, got 0"):
         AtssMatcher(0)
+    with pytest.raises(ValueError, match="top_k must be a whole number from 1 to 128, got 129"):
+        TaskAlignedMatcher(129)
+    with pytest.raises(ValueError, match=r"beta must be a number of at least 0, got -6\.0"):
+        TaskAlignedMatcher(beta=-6.0)
 
 
 def test_what_is_set_later_is_checked_at_the_next_step():
@@ -228,6 +271,8 @@ def test_a_part_of_ones_own_cannot_be_combined_with_them():
     model = tiny(matcher="atss")
     with pytest.raises(NotImplementedError, match="ATSS needs the anchors' centres"):
         to_torchvision(model).train()(*scene())
+    with pytest.raises(NotImplementedError, match="task-aligned assignment needs scores and predicted boxes, which"):
+        to_torchvision(tiny(matcher="task_aligned")).train()(*scene())
     model.head.regression_head.__class__ = OwnHeadLoss
     with pytest.raises(NotImplementedError, match="ATSS needs the anchors' centres"):
         model(*scene())

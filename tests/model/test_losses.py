@@ -23,6 +23,7 @@ from retina_fast.kernels import (
     focal_loss,
     one_pass,
     soft_focal_loss,
+    task_aligned_matching,
 )
 from retina_fast.losses import detection_losses
 from retina_fast.targets import GroundTruths, gather_targets
@@ -44,6 +45,7 @@ def kernels_everywhere():
         mock.patch("retina_fast.losses.atss_matching", _atss_matching),
         mock.patch.object(box_quality, "runs_triton", return_value=True),
         mock.patch.object(soft_focal_loss, "runs_triton", return_value=True),
+        mock.patch.object(task_aligned_matching, "runs_triton", return_value=True),
     ):
         yield
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from retina_fast import AtssMatcher, TrainingStep
+from retina_fast import AtssMatcher, TaskAlignedMatcher, TrainingStep
 from retina_fast.heads import give_distributions
 from tests.model.recorded_graph import RecordedGraph
 from tests.model.steps import (
@@ -94,6 +94,7 @@ CHANGES = {
     "focusing exponent": lambda model, optimizer: setattr(model, "focal_gamma", 1.5),
     "threshold": lambda model, optimizer: setattr(model.proposal_matcher, "low_threshold", 0.3),
     "matcher": lambda model, optimizer: setattr(model, "proposal_matcher", AtssMatcher()),
+    "matcher by predictions": lambda model, optimizer: setattr(model, "proposal_matcher", TaskAlignedMatcher()),
     "classification loss": lambda model, optimizer: setattr(model, "classification_loss", "varifocal"),
     "box weights": lambda model, optimizer: setattr(model, "box_weights", "quality"),
     "a frozen norm": lambda model, optimizer: model.backbone.norm.eval(),

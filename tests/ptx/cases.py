@@ -102,6 +102,18 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "atss_matching three anchors a cell unaligned": partial(
         detection.atss_matching, per_cell=3, top_k=27, boxes_each=2, shapes=((7, 9), (2, 2)), own=True, shift=1
     ),
+    "task_aligned_matching fp32": partial(detection.task_aligned_matching, shapes=((7, 5), (2, 2), (1, 1))),
+    "task_aligned_matching bf16 K=1 n=3 unaligned": partial(
+        detection.task_aligned_matching,
+        dtype=BF16,
+        num_classes=1,
+        reg_max=3,
+        top_k=13,
+        boxes_each=2,
+        own=True,
+        shapes=((7, 5), (2, 2)),
+        shift=1,
+    ),
     "candidate_selection bf16 K=91": partial(
         detection.candidate_selection, dtype=BF16, num_classes=91, topk=1000, shapes=_SMALL
     ),

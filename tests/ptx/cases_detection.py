@@ -20,6 +20,7 @@ from retina_fast.kernels.key_sort import sort_keys
 from retina_fast.kernels.postprocess import postprocess_by_steps
 from retina_fast.kernels.soft_nms import soft_nms_reference
 from retina_fast.kernels.take_kept import take_kept_reference
+from retina_fast.kernels.task_aligned_matching import _task_aligned_matching_triton, task_aligned_matching_reference
 from tests.ptx.inputs import (
     SHAPES,
     Comparison,
@@ -81,6 +82,41 @@ def atss_matching(
 
     def run() -> Iterator[Comparison]:
         yield equal("matches", _atss_matching_triton(*arguments), expected)
+
+    return run
+
+
+def task_aligned_matching(
+    generator: Generator, dtype: torch.dtype = torch.float32, num_classes: int = 7, reg_max: int = 0, top_k: int = 5,
+    boxes_each: int = 6, shapes: Shapes = SHAPES, own: bool = False, shift: int = 0,
+) -> Run:  # fmt: skip
+    """Three images: one with equal ground truths and one far from every anchor, one without any, one with a single.
+    Some anchors predict NaN. Outputs are drawn until a little noise changes no match: the kernel rounds otherwise."""
+    channels, count = 4 * (reg_max + 1), 9 * sum(h * w for h, w in shapes)
+    places = random_boxes(generator, count)
+    places = shifted(torch.stack([places + b for b in range(3)]) if own else places, shift)
+    drawn, far = random_boxes(generator, boxes_each, 60.0), torch.tensor([[9000.0, 9000.0, 9010.0, 9010.0]])
+    boxes = shifted(torch.cat((drawn, drawn[:1], far, drawn[:1] + 3)), shift)
+    offsets = torch.tensor([0, boxes_each + 2, boxes_each + 2, boxes_each + 3])
+    labels = torch.randint(0, num_classes, (len(boxes),), generator=generator)
+    given = places, boxes, labels, offsets, num_classes, top_k, 1.0, 6.0, reg_max
+
+    def noisy(levels: list[Tensor]) -> list[Tensor]:
+        return [level + 1e-5 * torch.randn(level.shape, generator=generator) for level in levels]
+
+    while True:
+        logits = head_outputs(generator, dtype, num_classes, shapes, 2.0, -2.0, shift, batch=3)
+        deltas = head_outputs(generator, dtype, channels, shapes, 2.0 if reg_max else 0.3, 0.0, shift, batch=3)
+        logits[0][0, :3], deltas[-1][0, 0, 0] = float("nan"), float("nan")
+        expected = task_aligned_matching_reference(logits, deltas, *given)
+        others = [task_aligned_matching_reference(noisy(logits), noisy(deltas), *given) for _ in "123"]
+        if all(torch.equal(expected.indices, other.indices) for other in others):
+            break
+
+    def run() -> Iterator[Comparison]:
+        *matches, targets = _task_aligned_matching_triton(logits, deltas, *given)
+        yield equal("matches", matches, expected[:3])
+        yield close("targets", [targets], [expected.targets], 1e-4)
 
     return run
 

@@ -91,6 +91,11 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
         "per_cell": r.choice([1, 2, 9]), "top_k": r.choice([1, 4, 9, 30]), "boxes_each": r.choice([1, 3, 8]),
         "shapes": _shapes(r), "own": r.random() < 0.3, "shift": r.choice([0, 1]),
     },
+    detection.task_aligned_matching: lambda r: {
+        "dtype": r.choice([BF16, F32, F16]), "num_classes": r.choice([1, 7, 91]), "reg_max": r.choice([0, 0, 1, 16]),
+        "top_k": r.choice([1, 5, 13, 100]), "boxes_each": r.choice([1, 3, 8]), "shapes": _shapes(r),
+        "own": r.random() < 0.3, "shift": r.choice([0, 1]),
+    },
     detection.candidate_selection: lambda r: {
         "dtype": r.choice([BF16, F32, F16]), "num_classes": r.choice([1, 2, 5, 17, 91]), "shapes": _shapes(r),
         "score_thresh": r.choice([0.0, 0.05, 0.5, 0.99, 1.0]), "topk": r.choice([0, 1, 7, 100, 10**10]),
