@@ -34,7 +34,7 @@ from tests.cli.commands import (
 )
 from tests.conftest import write_shapes
 
-STEPS = 20
+STEPS = 12
 DOUBLE = "tests.train.double"
 
 
@@ -54,7 +54,7 @@ def data(tmp_path_factory) -> tuple[Any, ...]:
 
 
 def training(data: tuple[Any, ...], output: Path) -> tuple[Any, ...]:
-    size = ("--crop", 32, "--batch-size", 4, "--steps", STEPS, "--every", 4, "--workers", 0, "--no-bf16", "--keep", 9)
+    size = ("--crop", 32, "--batch-size", 4, "--steps", STEPS, "--every", 3, "--workers", 0, "--no-bf16", "--keep", 9)
     return ("train", *data, *size, "--output", output)
 
 
@@ -81,7 +81,7 @@ def run_by(data, tmp_path_factory) -> Callable[[int], Path]:
 
 
 def state(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "last.ckpt", weights_only=True)
+    return torch.load(folder / "last.ckpt", weights_only=True, mmap=True)  # else a look at the step reads 100 MB
 
 
 def assert_close(one: Path, several: Path) -> None:
@@ -109,7 +109,7 @@ def test_torchrun_on_two_machines_gives_the_weights_of_one(data, run_by, tmp_pat
 
 
 def test_a_run_is_resumed_by_another_number_of_processes(data, run_by, tmp_path):
-    shutil.copy(run_by(2) / "step-00000008.ckpt", tmp_path / "last.ckpt")
+    shutil.copy(run_by(2) / "step-00000006.ckpt", tmp_path / "last.ckpt")
     shutil.copy(run_by(2) / "log.csv", tmp_path / "log.csv")
     finish(Forked((*training(data, tmp_path), "--resume"), DOUBLE))
     assert_close(run_by(1), tmp_path)
@@ -132,7 +132,7 @@ def test_processes_that_are_killed_or_stopped_are_resumed_to_the_same_weights(by
     assert "error: process 0 of 2 lost the others: one of them ended before its time" in " ".join(output.split())
     assert not torchrun or "Signal 9 (SIGKILL)" in output  # its own summary
     saved = state(tmp_path)["global_step"]
-    assert 4 <= saved < STEPS
+    assert 3 <= saved < STEPS
 
     both = forked_by_srun(*line, "--resume", processes=2, module=DOUBLE)
     wait_for(lambda: state(tmp_path)["global_step"] > saved, both[0])
@@ -184,7 +184,7 @@ def test_evaluate_and_detect_by_two_processes_equal_one(data, run_by, tmp_path):
     missing = Path(data[3]).parent / "missing.txt"
     missing.write_text(f"{data[3]}/none.png\n")
     folders = {count: tmp_path / str(count) for count in (1, 2)}
-    found = ("detect", missing, data[3], *model, "--score", 0.05, "--workers", 0, "--output")
+    found = ("detect", missing, data[3], *model, "--score", 0.02, "--workers", 0, "--output")
     measured = ("evaluate", *data, *model, "--workers", 0)
     here = CliRunner()
     one = here.invoke(cli.app, list(map(str, measured))).output

@@ -54,7 +54,7 @@ CHANGES = st.sampled_from(list(FIELDS)).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(CHANGES, min_size=1, max_size=3), renamed=st.sampled_from([None, str, "id {}".format, float]))
 def test_one_answer_to_any_values(images, tmp_path, changes, renamed):
     content: dict[str, list] = sound_coco()

@@ -69,7 +69,7 @@ def test_the_difference_on_a_photograph_is_small_and_said(dtype, scores, boxes, 
 
 
 def test_the_model_is_left_as_it_was(photograph):
-    model = retinanet_resnet18_fpn_v2(num_classes=2).train()
+    model = retinanet_resnet18_fpn_v2(num_classes=2, min_size=64).train()
     before = copy.deepcopy(model.state_dict())
     own = compile_inference(model, [photograph[:, :64, :64]], dtype=torch.bfloat16)
     assert model.training

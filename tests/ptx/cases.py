@@ -187,9 +187,27 @@ def zero_over_anything_is_infinite(ptx: str) -> str:
     return re.sub(division, rf".reg .pred %zero<1>;\n{setp}\n\g<0>\n{selp}", ptx)
 
 
-def names(operation: str) -> list[str]:
-    """The cases of an operation."""
-    return [name for name in CASES if name.split()[0] == operation]
+NIGHTLY = (
+    "focal_loss fp16 K=91",
+    "focal_loss fp32 K=1 gamma=1.5",
+    "sigmoid_focal_loss fp32 gamma=1.5",
+    "box_loss bf16 smooth_l1",
+    "box_loss fp32 diou",
+    "box_loss bf16 ciou",
+    "group_norm_relu fp32 C=256",
+    "candidate_selection bf16 K=7 equal",
+    "candidate_selection fp32 K=7 mixed",
+    "batched_nms best first",
+)
+"""Cases of the slow tests: each differs from others of its operation by one step that the interpreter executes too."""
+
+
+def names(operation: str) -> list[Any]:
+    """The cases of an operation, as parameters of a test."""
+    import pytest
+
+    own = [name for name in CASES if name.split()[0] == operation]
+    return [pytest.param(name, marks=pytest.mark.slow) if name in NIGHTLY else name for name in own]
 
 
 class Outcome(NamedTuple):

@@ -31,7 +31,9 @@ def images():
 
 @pytest.fixture(scope="module")
 def model(images):
-    return spread(small(), images)
+    model = spread(small(), images)
+    model.classes, model.category_ids = ["cat", "dog", "cow"], [3, 7, 9]
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,12 @@ def test_it_finds_what_the_model_finds(written, model, images):
     assert kept.kept > 0.9 * kept.found  # random weights have more detections at the thresholds than trained ones
     changed = kept.kept < 0.95 * kept.found or kept.new > 0.05 * kept.found
     assert any(f"detects differently in eight bits: {kept}" in message for message in said) == changed
+
+
+def test_names_are_the_models_own_where_none_are_given(written):
+    exported, described = load_exported(written[0]), written[1]
+    assert exported.classes == described["classes"] == ["cat", "dog", "cow"]
+    assert exported.metadata["category_ids"] == described["category_ids"] == [3, 7, 9]
 
 
 def test_the_file_holds_standard_operators_alone(written):

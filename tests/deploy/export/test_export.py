@@ -182,10 +182,14 @@ def test_runs_where_the_package_is_not(name, format, files, images, tmp_path):
         np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-4)
 
 
-def test_onnx_file_holds_standard_operators_alone(files):
+SEVERAL_CLASSES_AND_ONE = ["small", pytest.param("trees", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", SEVERAL_CLASSES_AND_ONE)
+def test_onnx_file_holds_standard_operators_alone(name, files):
     import onnx
 
-    model = onnx.load(files("trees", "onnx"))
+    model = onnx.load(files(name, "onnx"))
     onnx.checker.check_model(model, full_check=True)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
     assert not model.functions
@@ -197,15 +201,9 @@ def test_onnx_file_holds_standard_operators_alone(files):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
-def test_names_are_the_models_own_unless_given(tmp_path):
-    model = small()
-    model.classes, model.category_ids = ["cat", "dog", "cow"], [3, 7, 9]
-    described = retina_fast.export(model, tmp_path / "own.pt2", "torch-export", SIZE)
-    assert (described["classes"], described["category_ids"]) == (["cat", "dog", "cow"], [3, 7, 9])
-
-
-def test_torch_file_holds_no_operators_of_ours(files):
-    program = torch.export.load(files("trees", "torch-export"))
+@pytest.mark.parametrize("name", SEVERAL_CLASSES_AND_ONE)
+def test_torch_file_holds_no_operators_of_ours(name, files):
+    program = torch.export.load(files(name, "torch-export"))
     graphs = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     targets = {node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"}
     kinds = {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)}
