@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from retina_fast.anchors import generator_of
 from retina_fast.data.coco import CocoDataset
@@ -45,8 +45,12 @@ class AnchorFit:
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval().to("meta")  # Only the shapes of its features are needed.
+        for part in [*model.modules()]:
+            for name, child in part.named_children():
+                if type(child) is nn.BatchNorm2d:  # keeps shapes, and takes most of the time on this device
+                    setattr(part, name, nn.Identity())
         self.generator = model.anchor_generator
-        self._levels: dict[tuple[int, int], list[Level]] = {}
+        self._grids: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def best_ious(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         """(G,) the highest IoU of each box with any anchor.
@@ -71,19 +75,18 @@ class AnchorFit:
         """The anchors for an image of `size` that is alone in its batch."""
         multiple = self.model.transform.size_divisible
         height, width = (-(-side // multiple) * multiple for side in resized_size(self.model.transform, *size))
-        if (height, width) not in self._levels:
+        if (height, width) not in self._grids:
             features = self.model.backbone(torch.empty(1, 3, height, width, device="meta")).values()
-            grids = [(feature.shape[-2], feature.shape[-1]) for feature in features]
-            self._levels[height, width] = [
-                Level(cell.float(), (h, w), (height // h, width // w))
-                for cell, (h, w) in zip(self.generator.cell_anchors, grids, strict=True)
-            ]
-        return self._levels[height, width]
+            self._grids[height, width] = [(feature.shape[-2], feature.shape[-1]) for feature in features]
+        return [
+            Level(cell.float(), (h, w), (height // h, width // w))
+            for cell, (h, w) in zip(self.generator.cell_anchors, self._grids[height, width], strict=True)
+        ]
 
     def with_anchors(self, anchors: dict[str, Any]) -> "AnchorFit":
         """The same model with other anchors, as :func:`retina_fast.anchors.generator_of` takes them."""
         other = copy.copy(self)
-        other.generator, other._levels = generator_of(anchors), {}
+        other.generator = generator_of(anchors)
         return other
 
     def strides(self, size: tuple[int, int]) -> list[int]:
@@ -119,13 +122,15 @@ def proposed_anchors(shapes: Tensor, strides: Sequence[int]) -> dict[str, Any]:
     best = (-1.0, 0.0, 0.0)
     steps = [(i - _FINEST // 2) / 4 for i in range(_FINEST)]
     steps.sort(key=abs)  # of equally good ones, the ratio nearest to 1
+    multiples = [2.0 ** (i / 4) for i in range(_FINEST)]
+    side = torch.tensor(multiples)[:, None] * torch.tensor(strides, dtype=torch.float32)  # (M, L)
+    areas = shapes.prod(dim=1)[:, None, None]
     for ratio in (2.0**step for step in steps):
-        for multiple in (2.0 ** (i / 4) for i in range(_FINEST)):
-            side = multiple * torch.tensor(strides, dtype=torch.float32)
-            width, height = side / ratio**0.5, side * ratio**0.5  # (L,)
-            overlap = torch.minimum(shapes[:, :1], width) * torch.minimum(shapes[:, 1:], height)  # (G, L)
-            iou = overlap / (shapes.prod(dim=1, keepdim=True) + width * height - overlap)
-            best = max(best, (round(float(iou.amax(dim=1).mean()), 6), multiple, ratio), key=lambda found: found[0])
+        width, height = side / ratio**0.5, side * ratio**0.5
+        overlap = torch.minimum(shapes[:, :1, None], width) * torch.minimum(shapes[:, 1:, None], height)  # (G, M, L)
+        iou = overlap / (areas + width * height - overlap)
+        for mean, multiple in zip(iou.amax(dim=2).mean(dim=0).tolist(), multiples, strict=True):
+            best = max(best, (round(mean, 6), multiple, ratio), key=lambda found: found[0])
     _, multiple, ratio = best
     return {"sizes": [[round(multiple * stride)] for stride in strides], "ratios": [round(ratio, 3)]}
 
