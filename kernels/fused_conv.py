@@ -10,6 +10,7 @@ output; its ReLU makes 0 of NaN, which would hide from a training that it has di
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +26,10 @@ Pair = int | Sequence[int]
 
 
 def fused_conv_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    z: Tensor | None = None,
-    relu: bool = False,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, z: Tensor | None = None, relu: bool = False, *geometry: Any
 ) -> Tensor:
-    """The definition, differentiable by autograd; see :func:`fused_conv`."""
-    y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
+    """The definition, differentiable by autograd; see :func:`fused_conv`. ``geometry`` is stride, padding, ..."""
+    y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), *geometry)
     y = y if z is None else y + _resized(z, y.shape)
     return F.relu(y) if relu else y
 

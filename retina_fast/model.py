@@ -69,7 +69,7 @@ class RetinaNet(Predicts, tv.RetinaNet):
     Example::
 
         >>> from retina_fast import retinanet_resnet18_fpn
-        >>> model = retinanet_resnet18_fpn(num_classes=3, weights_backbone=None).eval()
+        >>> model = retinanet_resnet18_fpn(num_classes=3, weights_backbone=None, min_size=64).eval()
         >>> [sorted(image) for image in model([torch.rand(3, 64, 96)])]
         [['boxes', 'labels', 'scores']]
     """

@@ -30,19 +30,26 @@ torch.ones(1, requires_grad=True).sum().backward()
 
 _LONGEST = [
     "test_static",
-    "test_processes",
     "test_export",
-    "test_batched_nms",
     "test_model",
-    "test_candidate_selection",
+    "test_batched_nms",
+    "test_processes",
     "test_train",
-    "test_torchvision_recipes",
+    "test_candidate_selection",
+    "test_cli",
     "test_benchmarks",
+    "test_torchvision_recipes",
+    "test_box_loss",
+    "test_fuse",
     "test_anchor_matching",
     "test_focal_loss",
-    "test_cli",
-    "test_engine",
+    "test_spinenet",
     "test_detections",
+    "test_gpu",
+    "test_coco",
+    "test_training_step",
+    "test_counts",
+    "test_docstrings",
 ]
 
 

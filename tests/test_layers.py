@@ -1,6 +1,7 @@
 """The architecture holds: which module may import which, private names stay private, files stay short."""
 
 import ast
+import functools
 import statistics
 from pathlib import Path
 
@@ -46,10 +47,16 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in files(*EVERYTHING)}
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
     """The project's modules that a file imports, anywhere in it."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -82,7 +89,7 @@ TRACED = [name for name in PRODUCT if layer(name) <= layer("retina_fast.model")]
 @pytest.mark.parametrize("name", TRACED)
 def test_no_builtin_that_the_oldest_pytorch_cannot_trace(name):
     """TorchDynamo of 2.11 refuses `min` and `max` with a default; that of later versions takes them."""
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+    for node in ast.walk(tree_of(MODULES[name])):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("min", "max"):
             assert "default" not in [keyword.arg for keyword in node.keywords], f"line {node.lineno}"
 
@@ -99,7 +106,7 @@ def test_no_circle():
 def test_the_product_imports_neither_benchmarks_nor_tests():
     outer = ("benchmarks", "tests", "demo", "examples")
     for name in PRODUCT:
-        for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        for node in ast.walk(tree_of(MODULES[name])):
             if isinstance(node, ast.ImportFrom) and node.module:
                 assert node.module.split(".")[0] not in outer, name
 
@@ -108,7 +115,7 @@ def test_product_tests_import_no_benchmark():
     for path in files("tests"):
         if path.parts[-2] == "benchmarks" or path == Path(__file__):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ImportFrom | ast.Import):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 assert not [name for name in names if name.split(".")[0] == "benchmarks"], path
@@ -131,7 +138,7 @@ def private_names(tree: ast.AST) -> set[str]:
 
 def test_no_module_uses_anothers_underscore_names():
     """Names of torch's and torchvision's own classes are not the project's to rename, and do not count."""
-    trees = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+    trees = {name: tree_of(path) for name, path in MODULES.items()}
     defined = {name: private_names(tree) for name, tree in trees.items()}
     theirs = {*dir(torch), *dir(torch.Tensor), *dir(nn.Module()), *dir(retinanet), "_loss_type", "_skip_resize"}
     every = set().union(*defined.values()) - theirs

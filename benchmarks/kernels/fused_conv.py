@@ -50,7 +50,7 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
 
     def call(function: Callable[..., Tensor], inputs: list[Tensor], incoming: Tensor) -> tuple[Tensor, ...]:
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-        y = function(*leaves[:3], leaves[3] if setting.with_sum else None, True, padding=setting.kernel // 2)
+        y = function(*leaves[:3], leaves[3] if setting.with_sum else None, True, 1, setting.kernel // 2)
         return y.detach(), *torch.autograd.grad(y, leaves, incoming)
 
     baselines: dict[str, Callable[[], Any]] = {

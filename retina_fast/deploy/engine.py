@@ -247,7 +247,7 @@ def compile_inference(
     Example::
 
         >>> from retina_fast import retinanet_resnet18_fpn
-        >>> model = retinanet_resnet18_fpn(num_classes=3, weights_backbone=None)
+        >>> model = retinanet_resnet18_fpn(num_classes=3, weights_backbone=None, min_size=64)
         >>> engine = compile_inference(model, dtype=torch.float32)
         >>> [sorted(image) for image in engine([torch.zeros(3, 64, 96, dtype=torch.uint8)])]
         [['boxes', 'labels', 'scores']]
