@@ -180,3 +180,20 @@ def test_another_default_device_changes_nothing(call):
         found = run()
     assert {name: value.device.type for name, value in found.items()} == dict.fromkeys(expected, "cpu")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_results_are_changed_in_place_while_gradients_are_recorded():
+    slow, fast = pair(score_thresh=0.3, detections_per_img=20)
+    sums = []
+    for model in (slow.eval(), fast.eval()):
+        total = torch.zeros(())
+        for found in model([*IMAGES, IMAGES[0].flip(2)]):
+            found["boxes"][:, 2:] -= found["boxes"][:, :2]
+            found["boxes"].mul_(0.5)
+            found["scores"].clamp_(min=0.35)
+            total = total + found["boxes"].sum() + found["scores"].sum()
+        total.backward()
+        sums.append([total.detach(), *(p.grad for p in model.head.parameters() if p.grad is not None)])
+    assert len(sums[0]) > 4
+    for exact, ours in zip(*sums, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
