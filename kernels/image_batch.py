@@ -136,7 +136,7 @@ def _image_batch_kernel(
 def image_table(images: Sequence[Tensor], sizes: Sizes) -> Tensor:
     """(B, 8) int64 on the CPU, one row for each image: its address, height and width, the height and width it is
     resized to, and its three strides."""
-    table = torch.tensor(_table_rows(images, sizes))
+    table = torch.tensor(_table_rows(images, sizes), device="cpu")
     return table.pin_memory() if images[0].is_cuda else table
 
 

@@ -17,11 +17,11 @@ def kept_of_pairs(boxes: Tensor, lengths: Tensor, thresh: float) -> Tensor:
         lengths: ``(C,)`` int64, how many boxes each class has.
         thresh: a box goes when its IoU with a better kept one of its class is strictly above.
     """
-    n = torch.arange(len(boxes))
+    n = torch.arange(len(boxes), device="cpu")
     better = n - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)  # boxes of the class that are better
     # Box b has the pairs with its better boxes. Those of all boxes follow each other.
     below = n.repeat_interleave(better)
-    above = torch.arange(len(below)) + (n - better.cumsum(0)).repeat_interleave(better)
+    above = torch.arange(len(below), device="cpu") + (n - better.cumsum(0)).repeat_interleave(better)
     x1, y1, x2, y2 = boxes.unbind(1)
     areas = (x2 - x1) * (y2 - y1)
     lower, upper = boxes.index_select(0, below), boxes.index_select(0, above)
@@ -34,4 +34,4 @@ def kept_of_pairs(boxes: Tensor, lengths: Tensor, thresh: float) -> Tensor:
     for a, b in zip(above[overlapping].tolist(), below[overlapping].tolist(), strict=True):
         if stays[a]:
             stays[b] = 0
-    return torch.frombuffer(stays, dtype=torch.bool) if stays else torch.empty(0, dtype=torch.bool)
+    return torch.frombuffer(stays, dtype=torch.bool) if stays else torch.empty(0, dtype=torch.bool, device="cpu")

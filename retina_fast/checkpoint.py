@@ -208,6 +208,12 @@ def checked(content: Any, path: Path) -> Checkpoint:
             raise UserError(f"{path}: not a model file of retina_fast: its {name} is no {kind.__name__}")
     if not all(isinstance(value, Tensor) for value in checkpoint.state_dict.values()):
         raise UserError(f"{path}: not a model file of retina_fast: its state_dict holds more than tensors")
+    nan = [name for name, value in checkpoint.state_dict.items() if _has_nan(value)]
+    if nan:
+        raise UserError(
+            f"{path}: damaged, or of a run that diverged: {nan[0]} holds NaN ({len(nan)} tensors in all), with which "
+            "nothing is found: take an earlier file"
+        )
     names, ids = checkpoint.classes, checkpoint.category_ids
     if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: not a model file of retina_fast: its classes are no list of names")
@@ -217,6 +223,10 @@ def checked(content: Any, path: Path) -> Checkpoint:
         name: value.float() if value.dtype == torch.float16 else value for name, value in checkpoint.state_dict.items()
     }
     return checkpoint
+
+
+def _has_nan(value: Tensor) -> bool:
+    return value.is_floating_point() and value.layout == torch.strided and value.is_cpu and bool(value.isnan().any())
 
 
 def _small(value: Tensor) -> Tensor:

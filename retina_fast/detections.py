@@ -25,12 +25,10 @@ class Detections(NamedTuple):
 
     def to_list(self) -> list[dict[str, Tensor]]:
         """torchvision's form, a dict an image; the only place that reads the counts on the host."""
-        return [
-            {"boxes": boxes[:count], "scores": scores[:count], "labels": labels[:count]}
-            for boxes, scores, labels, count in zip(
-                self.boxes, self.scores, self.labels, self.counts.tolist(), strict=True
-            )
-        ]
+        named = {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
+        # Indexed, since autograd lets nobody change in place what unbind returns, and a loop over a tensor is that.
+        counts = enumerate(self.counts.tolist())
+        return [{name: values[b, :count] for name, values in named.items()} for b, count in counts]
 
     @classmethod
     def from_list(cls, detections: Sequence[dict[str, Tensor]], width: int) -> "Detections":

@@ -164,7 +164,8 @@ class DistributionRegressionHead(tv.RetinaNetRegressionHead):
         """The box loss where torchvision's own loss path runs; the arguments are as there."""
         indices = torch.stack(list(matched_idxs))  # (B, N)
         boxes = torch.cat([target["boxes"] for target in targets])
-        offsets = torch.tensor([0, *(len(target["boxes"]) for target in targets)]).cumsum(0).to(indices.device)
+        counts = [len(target["boxes"]) for target in targets]
+        offsets = torch.tensor([0, *counts], device="cpu").cumsum(0).to(indices.device)
         normalizers = (indices >= 0).sum(dim=1).clamp(min=1) * len(indices)
         geometry = torch.stack(list(anchors)), indices, boxes, offsets
         return distribution_loss(

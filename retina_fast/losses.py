@@ -249,7 +249,9 @@ def detection_losses(
     """
     anchors = outputs.anchors.float()
     matches = _match(outputs, anchors, truths, matcher)
-    batch = torch.tensor(len(truths.counts), dtype=torch.float32)  # on the host: a number, but not of the default dtype
+    batch = torch.tensor(
+        len(truths.counts), dtype=torch.float32, device="cpu"
+    )  # a number, but not of the default dtype
     normalizers = matches.num_foreground.clamp(min=1) * batch  # (B,) float32
     logits, deltas, labels, k = outputs.levels[LOGITS], outputs.levels[DELTAS], matches.labels, outputs.num_classes
     geometry = anchors, matches.indices, truths.boxes, truths.offsets

@@ -254,7 +254,7 @@ class RetinaNet(Predicts, tv.RetinaNet):
         if not self._has_stock_postprocessing():
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
         outputs = network.head_outputs(self.head, head_outputs, torch.stack([torch.cat(levels) for levels in anchors]))
-        sizes = to_device(torch.tensor(image_shapes), outputs.anchors.device)
+        sizes = to_device(torch.tensor(image_shapes, device="cpu"), outputs.anchors.device)
         return detect(outputs, sizes, sizes, Thresholds.of(self)).to_list()
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -338,8 +338,8 @@ class RetinaNet(Predicts, tv.RetinaNet):
         return is_known_coder(self.box_coder) and has_stock_detection_functions()
 
     def _padded_detections(self, batch: Batch, outputs: HeadOutputs) -> Detections:
-        device = outputs.anchors.device
-        inside, original = (to_device(torch.tensor(s), device) for s in (batch.image_sizes, batch.original_sizes))
+        device, sizes = outputs.anchors.device, (batch.image_sizes, batch.original_sizes)
+        inside, original = (to_device(torch.tensor(size, device="cpu"), device) for size in sizes)
         return detect(outputs, inside, original, Thresholds.of(self))
 
     def _detect_alike(self, images: Tensor) -> Detections:

@@ -59,7 +59,7 @@ def gather_targets(
             check.refuse_boxes(boxes, counts)  # before any label, as torchvision does
         raise
     labels = torch.cat([target["labels"] for target in targets])
-    offsets = torch.tensor([0, *counts]).cumsum(0)
+    offsets = torch.tensor([0, *counts], device="cpu").cumsum(0)
     if check is not None:
         check(boxes, labels, counts)
     return GroundTruths(to_device(boxes, device), to_device(labels, device).long(), to_device(offsets, device), counts)

@@ -157,6 +157,9 @@ def resize_targets(
     """The ground truths in the pixels of the resized images."""
     if list(original) == list(resized):
         return truths
-    ratio = (torch.tensor(resized).float() / torch.tensor(original).float()).flip(1).repeat(1, 2)  # (B, 4): x, y, x, y
-    rows = ratio.repeat_interleave(torch.tensor(truths.counts), dim=0, output_size=len(truths.boxes))  # (G, 4)
+    after, before = (torch.tensor(sizes, device="cpu").float() for sizes in (resized, original))
+    ratio = (after / before).flip(1).repeat(1, 2)  # (B, 4): x, y, x, y
+    rows = ratio.repeat_interleave(
+        torch.tensor(truths.counts, device="cpu"), dim=0, output_size=len(truths.boxes)
+    )  # (G, 4)
     return truths._replace(boxes=truths.boxes * to_device(rows, truths.boxes.device))

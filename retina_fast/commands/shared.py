@@ -71,6 +71,7 @@ def one_sentence() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show
+            warnings.filterwarnings("ignore", "Dataset has no geotransform")  # rasterio's, of a TIFF that is no map
             yield
     except UserError as error:
         problem = str(error)

@@ -243,9 +243,9 @@ def _restored(entry: dict[str, Any], content: Checkpoint | Exported) -> Results:
     """The results that a line of a part holds."""
     placed = entry["georeference"]
     return Results(
-        torch.tensor(entry["boxes"]).reshape(-1, 4),
-        torch.tensor(entry["scores"]),
-        torch.tensor(entry["labels"], dtype=torch.int64),
+        torch.tensor(entry["boxes"], device="cpu").reshape(-1, 4),
+        torch.tensor(entry["scores"], device="cpu"),
+        torch.tensor(entry["labels"], dtype=torch.int64, device="cpu"),
         tuple(entry["size"]),
         content.classes,
         content.category_ids,

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from retina_fast.data.errors import ImageError, UserError
@@ -13,6 +14,7 @@ from retina_fast.predict.georeference import Georeference
 from retina_fast.predict.tiles import Window
 
 _SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img", ".ecw")
+_ORIENTATION = 0x0112  # the tag of TIFF and EXIF
 _CACHE = 256  # megabytes of decoded blocks that GDAL keeps; by itself it takes 5% of all memory
 
 
@@ -25,6 +27,21 @@ def is_raster(path: Path) -> bool:
         (True, False)
     """
     return path.suffix.lower() in _SUFFIXES
+
+
+def is_turned(path: Path) -> bool:
+    """Whether a TIFF says that it is to be shown turned or mirrored, as cameras write it, which GDAL does not do.
+
+    Example::
+
+        >>> is_turned(Path("there/is/none.tif"))
+        False
+    """
+    try:
+        with path.open("rb") as file, TiffImageFile(file) as head:  # Image.open refuses large ones
+            return head.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # What is no TIFF, or a damaged one, may make the parser raise anything.
+        return False
 
 
 class UnknownPixels(ImageError):

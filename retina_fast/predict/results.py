@@ -78,7 +78,7 @@ class Results:
             >>> Results.unread(ImageError("a.jpg: no such image file"), "a.jpg")
             <Results a.jpg: no such image file>
         """
-        none = torch.zeros(0)
+        none = torch.zeros(0, device="cpu")
         return cls(none.reshape(0, 4), none, none.long(), (0, 0), classes, path=path, error=error)
 
     @property

@@ -58,7 +58,9 @@ class TileRows:
                 raise ValueError
             for row in whole.splitlines()[1:]:
                 found = json.loads(row)
-                tensors = {name: torch.tensor(found[name], dtype=dtype) for name, dtype in _FIELDS.items()}
+                tensors = {
+                    name: torch.tensor(found[name], dtype=dtype, device="cpu") for name, dtype in _FIELDS.items()
+                }
                 self._rows.append(tensors | {"boxes": tensors["boxes"].reshape(-1, 4)})
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise UserError(

@@ -14,7 +14,7 @@ from retina_fast.data.errors import ImageError
 from retina_fast.predict.again import Again, Stamp, check_unchanged, stamp_of
 from retina_fast.predict.batches import detections_of
 from retina_fast.predict.draw import above
-from retina_fast.predict.geotiff import RasterFile, is_raster
+from retina_fast.predict.geotiff import RasterFile, is_raster, is_turned
 from retina_fast.predict.results import Results
 from retina_fast.predict.sources import Picture
 from retina_fast.predict.tiles import Found, Pixels, Window, detect_tiles
@@ -83,7 +83,7 @@ def _results(
     image: Tensor | Callable[[], Tensor]
     with ExitStack() as stack:
         raster: RasterFile | Pixels
-        if picture.file and is_raster(picture.file):
+        if picture.file and is_raster(picture.file) and not is_turned(picture.file):
             raster = stack.enter_context(RasterFile(picture.file))
             stamp = stamp_of(picture.file)
             about += f" {stamp}"

@@ -124,7 +124,7 @@ class Tiles:
     def shared(self, boxes: Tensor, columns: Tensor, row: int) -> Tensor:
         """(N,) whether other tiles look at a box (N, 4) of the image, too, that was found in these columns of a row."""
         (left, right), (top, bottom) = self._alone
-        own = torch.tensor([left, right])[:, columns]
+        own = torch.tensor([left, right], device="cpu")[:, columns]
         x_alone = (boxes[:, 0] >= own[0]) & (boxes[:, 2] <= own[1])
         return ~(x_alone & (boxes[:, 1] >= top[row]) & (boxes[:, 3] <= bottom[row]))
 
@@ -210,8 +210,8 @@ def _row(run: Run, raster: Raster, tiles: Tiles, number: int, batch_size: int) -
     windows = tiles.row(number)
     parts = []
     for column, (window, found) in enumerate(_each(run, raster, windows, batch_size)):
-        boxes = found["boxes"].cpu().float() + torch.tensor([window.x, window.y] * 2)
-        columns = torch.full((len(boxes),), column)
+        boxes = found["boxes"].cpu().float() + torch.tensor([window.x, window.y] * 2, device="cpu")
+        columns = torch.full((len(boxes),), column, device="cpu")
         shared = tiles.shared(boxes, columns, number)
         scores, labels = found["scores"].cpu().float(), found["labels"].cpu()
         parts.append({"boxes": boxes, "scores": scores, "labels": labels, "shared": shared})
@@ -246,7 +246,7 @@ def _suppressed(found: Found, threshold: float) -> Found:
     found = _sorted(found)
     count = len(found["scores"])
     boxes, labels = found["boxes"][None], found["labels"][None]
-    kept = batched_nms(boxes, None, labels, torch.tensor([count]), threshold, count)
+    kept = batched_nms(boxes, None, labels, torch.tensor([count], device="cpu"), threshold, count)
     return {name: value[kept.positions[0, : int(kept.counts[0])]] for name, value in found.items()}
 
 
@@ -255,7 +255,7 @@ def _joined(found: Found, threshold: float) -> Found:
     while True:
         count = len(found["scores"])
         boxes, scores, labels = (found[name][None] for name in ("boxes", "scores", "labels"))
-        merged = greedy_nmm(boxes, scores, labels, torch.tensor([count]), "IOS", threshold, count)
+        merged = greedy_nmm(boxes, scores, labels, torch.tensor([count], device="cpu"), "IOS", threshold, count)
         left = int(merged.counts[0])
         positions = merged.positions[0, :left]
         found = {name: value[positions] for name, value in found.items()} | {"boxes": merged.boxes[0, :left]}

@@ -243,6 +243,10 @@ def test_model_files_that_hold_something_else(tmp_path):
         ({"category_ids": [1, 2]}, "its category_ids are not one number a class"),
         ({"category_ids": ["1"]}, "its category_ids are not one number a class"),
         ({"category_ids": [True]}, "its category_ids are not one number a class"),
+        (
+            {"state_dict": {"a.weight": torch.tensor([1.0, torch.nan])}},
+            "of a run that diverged: a.weight holds NaN (1 ",
+        ),
         ({"builder": "__init__"}, "there is no model '__init__'"),
         ({"kwargs": {"num_classes": 3}}, "the arguments {'num_classes': 3} do not fit retinanet_resnet18_fpn_lite"),
         ({"kwargs": {"weights": "COCO_V1"}}, "the arguments {'weights': 'COCO_V1'} do not fit"),

@@ -150,3 +150,50 @@ def test_a_gradient_penalty_is_torchvisions():
         (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
         grads.append(torch.autograd.grad(grad.square().sum(), weight)[0])
     assert (grads[1] - grads[0]).norm() <= 1e-4 * grads[0].norm()
+
+
+@pytest.mark.parametrize("call", ["eval", "train", "predict", "tiles", "without engine", "step"])
+def test_another_default_device_changes_nothing(call):
+    """`torch.set_default_device("cuda")` must not move what belongs on the host: in a CUDA graph it would be a copy. On
+    the meta device it would have no values."""
+    image, targets = torch.rand(3, 64, 80), [{"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}]
+    pixels = (image * 255).to(torch.uint8)
+
+    def run():
+        torch.manual_seed(0)
+        with torch.device("cpu"):
+            sizes = {"min_size": 48, "score_thresh": 0.0}
+            model = retina_fast.retinanet_resnet18_fpn_lite(num_classes=3, weights_backbone=None, **sizes)
+        model.train(call in ("train", "step"))
+        if call == "eval":
+            return model([image])[0]
+        if call == "train":
+            return model([image], targets)
+        if call == "step":
+            return retina_fast.TrainingStep(model, torch.optim.SGD(model.parameters(), 0.01))([image], targets)
+        return model.predict(
+            pixels, 0.1, tile=40 if call == "tiles" else None, engine="without" not in call
+        ).detections()
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+    assert {name: value.device.type for name, value in found.items()} == dict.fromkeys(expected, "cpu")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_results_are_changed_in_place_while_gradients_are_recorded():
+    slow, fast = pair(score_thresh=0.3, detections_per_img=20)
+    sums = []
+    for model in (slow.eval(), fast.eval()):
+        total = torch.zeros(())
+        for found in model([*IMAGES, IMAGES[0].flip(2)]):
+            found["boxes"][:, 2:] -= found["boxes"][:, :2]
+            found["boxes"].mul_(0.5)
+            found["scores"].clamp_(min=0.35)
+            total = total + found["boxes"].sum() + found["scores"].sum()
+        total.backward()
+        sums.append([total.detach(), *(p.grad for p in model.head.parameters() if p.grad is not None)])
+    assert len(sums[0]) > 4
+    for exact, ours in zip(*sums, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)

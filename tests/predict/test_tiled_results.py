@@ -80,6 +80,18 @@ def test_a_raster_is_read_in_windows(model, tmp_path):
         model.predict(tmp_path / "b.tif", **OPTIONS)
 
 
+def test_a_turned_tiff_is_upright_in_tiles_too(model, tmp_path):
+    """Read as a whole it is turned by its EXIF orientation, which GDAL's windows are not."""
+    picture = Image.fromarray(IMAGE.permute(1, 2, 0).numpy()).transpose(Image.Transpose.ROTATE_90)
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "a.tif", exif=exif)
+    check(model.predict(tmp_path / "a.tif", **OPTIONS))
+    exif[0x0112] = 1
+    Image.fromarray(IMAGE.permute(1, 2, 0).numpy()).save(tmp_path / "a.tif", exif=exif)
+    check(model.predict(tmp_path / "a.tif", **OPTIONS))
+
+
 def test_nothing_in_tiles_is_one_result_like_any_other(model):
     results = model.predict(np.zeros((HEIGHT, WIDTH, 3), np.uint8), **OPTIONS)
     assert repr(results) == f"<Results {WIDTH}x{HEIGHT} pixels: nothing>"

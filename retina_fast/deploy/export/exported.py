@@ -135,7 +135,8 @@ def _open_archive(path: Path) -> tuple[str, dict[str, Any], Run]:
     if not ours:
         raise _Damaged
     extra = {KEY: ""}
-    with path.open("rb") as file:  # by its name it would have to end in .pt2
+    # By its name it would have to end in .pt2. PyTorch fails where the default device is not the CPU.
+    with path.open("rb") as file, torch.device("cpu"):
         program = torch.export.load(file, extra_files=extra)
     return "torch-export", json.loads(extra[KEY]), program.module()
 

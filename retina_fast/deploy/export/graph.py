@@ -17,7 +17,7 @@ SHAPES = {"images": {0: torch.export.Dim("batch", min=1)}}
 
 def _bilinear(size: int, resized: int) -> Tensor:
     """(size, resized): the weights of torch's bilinear resize of one side."""
-    return F.interpolate(torch.eye(size)[None], size=resized, mode="linear", align_corners=False)[0]
+    return F.interpolate(torch.eye(size, device="cpu")[None], size=resized, mode="linear", align_corners=False)[0]
 
 
 class Graph(nn.Module):
@@ -51,14 +51,16 @@ class Graph(nn.Module):
             self.register_buffer("down", _bilinear(image_size[0], inside[0]).T.contiguous())
             self.register_buffer("across", _bilinear(image_size[1], inside[1]))
         with torch.no_grad():
-            outputs = run_network(model, self._pixels(torch.zeros(1, 3, *image_size)))
+            outputs = run_network(model, self._pixels(torch.zeros(1, 3, *image_size, device="cpu")))
         self.postprocess = postprocess(model, outputs.anchors, outputs.num_classes, image_size, inside)
 
     def _pixels(self, images: Tensor) -> Tensor:
         """The padded batch that the trunk is given, of the model's dtype."""
         transform = self.model.transform
         if self.preprocess:
-            mean, std = (torch.tensor(x)[:, None, None] for x in (transform.image_mean, transform.image_std))
+            mean, std = (
+                torch.tensor(x, device="cpu")[:, None, None] for x in (transform.image_mean, transform.image_std)
+            )
             images = (images.float() / 255 - mean.to(images.device)) / std.to(images.device)
             if self.resizes:
                 images = self.down @ images @ self.across

@@ -123,8 +123,8 @@ class Postprocess(nn.Module):
         self.score_thresh, self.topk, self.most = model.score_thresh, model.topk_candidates, model.detections_per_img
         self.register_buffer("anchors", anchors.clone())
         height, width = inside
-        self.register_buffer("limits", torch.tensor([width, height, width, height], dtype=torch.float32))
-        scale = torch.tensor(image_size).float() / torch.tensor(inside).float()
+        self.register_buffer("limits", torch.tensor([width, height, width, height], dtype=torch.float32, device="cpu"))
+        scale = torch.tensor(image_size, device="cpu").float() / torch.tensor(inside, device="cpu").float()
         self.register_buffer("scale", scale.flip(0).repeat(2))
         self.iou_thresh = rounded_down(model.nms_thresh)
 

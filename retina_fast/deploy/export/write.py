@@ -136,7 +136,7 @@ def export(
     if preprocess and min(resized_size(own.transform, *image_size)) < 1:
         raise UserError(f"image_size {image_size} would be resized to {resized_size(own.transform, *image_size)}")
     if calibration is not None:
-        sample = torch.rand(1, 3, 128, 128)
+        sample = torch.rand(1, 3, 128, 128, device="cpu")
         fold_batch_norm(own, lambda: conv_outputs(own, sample))
         even_out_groups(own)
     graph = Graph(own, image_size, preprocess, OnnxPostprocess if kind.through_onnx else Postprocess)
@@ -152,7 +152,7 @@ def export(
             raise UserError(f"{argument} must be {len(labels)}, one a class, got {len(values)}")
     described = describe(own, image_size, preprocess, names, ids)
 
-    images = torch.zeros(2, 3, *image_size, dtype=torch.uint8 if preprocess else torch.float32)
+    images = torch.zeros(2, 3, *image_size, dtype=torch.uint8 if preprocess else torch.float32, device="cpu")
     with torch.no_grad():
         program = torch.export.export(graph.eval(), (images,), dynamic_shapes=SHAPES)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # what fails half-way leaves an old file whole
