@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator
 
+from tests.ptx import cases_convs as convs
 from tests.ptx import cases_detection as detection
 from tests.ptx import cases_losses as losses
 from tests.ptx.inputs import Comparison, Run
@@ -59,42 +60,42 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "distribution_loss fp32 ciou n=7 unaligned": partial(
         losses.distribution_loss, dtype=F32, loss_type="ciou", reg_max=7, shapes=_TINY, shift=1, weighted=True
     ),
-    "one_pass bf16": partial(losses.scale, dtype=BF16),
-    "one_pass fp32": partial(losses.scale, dtype=F32),
-    "one_pass bf16 unaligned": partial(losses.scale, dtype=BF16, shift=1),
-    "group_norm_relu bf16 C=256": partial(losses.group_norm_relu, dtype=BF16, channels=256, groups=32),
-    "group_norm_relu fp32 C=256": partial(losses.group_norm_relu, dtype=F32, channels=256, groups=32),
-    "group_norm_relu fp32 C=12": partial(losses.group_norm_relu, dtype=F32, channels=12, groups=3),
-    "group_norm_relu bf16 unaligned": partial(losses.group_norm_relu, dtype=BF16, channels=24, groups=8, shift=1),
-    "conv_epilogue bf16 C=64": partial(losses.conv_epilogue, dtype=BF16, channels=64, activation="relu"),
+    "one_pass bf16": partial(convs.scale, dtype=BF16),
+    "one_pass fp32": partial(convs.scale, dtype=F32),
+    "one_pass bf16 unaligned": partial(convs.scale, dtype=BF16, shift=1),
+    "group_norm_relu bf16 C=256": partial(convs.group_norm_relu, dtype=BF16, channels=256, groups=32),
+    "group_norm_relu fp32 C=256": partial(convs.group_norm_relu, dtype=F32, channels=256, groups=32),
+    "group_norm_relu fp32 C=12": partial(convs.group_norm_relu, dtype=F32, channels=12, groups=3),
+    "group_norm_relu bf16 unaligned": partial(convs.group_norm_relu, dtype=BF16, channels=24, groups=8, shift=1),
+    "conv_epilogue bf16 C=64": partial(convs.conv_epilogue, dtype=BF16, channels=64, activation="relu"),
     "conv_epilogue fp32 C=36 swish": partial(
-        losses.conv_epilogue, dtype=F32, channels=36, activation="swish", with_z=False
+        convs.conv_epilogue, dtype=F32, channels=36, activation="swish", with_z=False
     ),
     "conv_epilogue fp16 C=819 unaligned": partial(
-        losses.conv_epilogue, dtype=F16, channels=819, activation="none", with_bias=False, sides=(3, 4), shift=1
+        convs.conv_epilogue, dtype=F16, channels=819, activation="none", with_bias=False, sides=(3, 4), shift=1
     ),
-    "epilogue_gradients bf16 C=64": partial(losses.epilogue_gradients, dtype=BF16, channels=64),
-    "epilogue_gradients bf16 C=99 merged": partial(losses.epilogue_gradients, dtype=BF16, channels=99, with_relu=False),
+    "epilogue_gradients bf16 C=64": partial(convs.epilogue_gradients, dtype=BF16, channels=64),
+    "epilogue_gradients bf16 C=99 merged": partial(convs.epilogue_gradients, dtype=BF16, channels=99, with_relu=False),
     "epilogue_gradients fp32 C=300 unaligned": partial(
-        losses.epilogue_gradients, dtype=F32, channels=300, sides=(5, 3), shift=1
+        convs.epilogue_gradients, dtype=F32, channels=300, sides=(5, 3), shift=1
     ),
-    "max_pool_relu bf16 C=64": partial(losses.max_pool_relu, dtype=BF16, channels=64),
-    "max_pool_relu fp32 C=36": partial(losses.max_pool_relu, dtype=F32, channels=36, with_bias=False, sides=(6, 9)),
-    "max_pool_relu fp16 C=130 unaligned": partial(losses.max_pool_relu, dtype=F16, channels=130, sides=(3, 4), shift=1),
-    "stem_conv bf16 C=64": partial(losses.stem_conv, dtype=BF16, channels=64, sides=(12, 64)),
+    "max_pool_relu bf16 C=64": partial(convs.max_pool_relu, dtype=BF16, channels=64),
+    "max_pool_relu fp32 C=36": partial(convs.max_pool_relu, dtype=F32, channels=36, with_bias=False, sides=(6, 9)),
+    "max_pool_relu fp16 C=130 unaligned": partial(convs.max_pool_relu, dtype=F16, channels=130, sides=(3, 4), shift=1),
+    "stem_conv bf16 C=64": partial(convs.stem_conv, dtype=BF16, channels=64, sides=(12, 64)),
     "stem_conv fp16 C=24 unaligned": partial(
-        losses.stem_conv, dtype=F16, channels=24, sides=(9, 35), layout=torch.contiguous_format, shift=1
+        convs.stem_conv, dtype=F16, channels=24, sides=(9, 35), layout=torch.contiguous_format, shift=1
     ),
-    "conv_pointwise bf16": partial(losses.conv_pointwise, dtype=BF16, channels=16, activation="relu"),
+    "conv_pointwise bf16": partial(convs.conv_pointwise, dtype=BF16, channels=16, activation="relu"),
     "conv_pointwise fp16 shortcut, resized unaligned": partial(
-        losses.conv_pointwise, dtype=F16, channels=20, activation="swish", stride=2, z_sides=(3, 3), second=8, shift=1
+        convs.conv_pointwise, dtype=F16, channels=20, activation="swish", stride=2, z_sides=(3, 3), second=8, shift=1
     ),
-    "first_channels bf16 C=36": partial(losses.first_channels, dtype=BF16, channels=36, width=40),
+    "first_channels bf16 C=36": partial(convs.first_channels, dtype=BF16, channels=36, width=40),
     "first_channels fp16 C=819 unaligned": partial(
-        losses.first_channels, dtype=F16, channels=819, width=824, bias_dtype=F16, sides=(3, 4), shift=1
+        convs.first_channels, dtype=F16, channels=819, width=824, bias_dtype=F16, sides=(3, 4), shift=1
     ),
-    "image_batch uint8 to bf16": partial(losses.image_batch, dtype=torch.uint8, out_dtype=BF16),
-    "image_batch fp32 to fp32": partial(losses.image_batch, dtype=F32, out_dtype=F32),
+    "image_batch uint8 to bf16": partial(convs.image_batch, dtype=torch.uint8, out_dtype=BF16),
+    "image_batch fp32 to fp32": partial(convs.image_batch, dtype=F32, out_dtype=F32),
     "anchor_matching": partial(detection.anchor_matching, low_quality=True),
     "anchor_matching without low quality": partial(detection.anchor_matching, low_quality=False),
     "anchor_matching unaligned": partial(detection.anchor_matching, low_quality=True, boxes_each=9, shift=1),

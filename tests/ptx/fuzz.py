@@ -12,6 +12,7 @@ import torch
 from retina_fast.kernels.box_loss import LOSS_TYPES
 from retina_fast.kernels.conv_epilogue import ACTIVATIONS
 from retina_fast.kernels.iou_losses import IOU_LOSSES
+from tests.ptx import cases_convs as convs
 from tests.ptx import cases_detection as detection
 from tests.ptx import cases_losses as losses
 from tests.ptx.cases import BF16, F16, F32, run_case
@@ -57,30 +58,30 @@ _DRAWS: dict[Callable[..., Any], Callable[[random.Random], dict[str, Any]]] = {
         "dtype": r.choice([BF16, F32]), "loss_type": r.choice(LOSS_TYPES), "shapes": _shapes(r),
         "shift": r.choice([0, 1, 3]), "weighted": r.random() < 0.5,
     },
-    losses.scale: lambda r: {"dtype": r.choice([BF16, F32]), "shift": r.choice([0, 1, 3])},
-    losses.group_norm_relu: lambda r: {"dtype": r.choice([BF16, F32]), "shift": r.choice([0, 1]), **_group_norm(r)},
-    losses.conv_epilogue: lambda r: {
+    convs.scale: lambda r: {"dtype": r.choice([BF16, F32]), "shift": r.choice([0, 1, 3])},
+    convs.group_norm_relu: lambda r: {"dtype": r.choice([BF16, F32]), "shift": r.choice([0, 1]), **_group_norm(r)},
+    convs.conv_epilogue: lambda r: {
         "dtype": r.choice([BF16, F32, F16]), "channels": r.choice([1, 36, 64, 819]), "shift": r.choice([0, 1]),
         "activation": r.choice(ACTIVATIONS), "with_bias": r.random() < 0.7, "with_z": r.random() < 0.5,
     },
-    losses.epilogue_gradients: lambda r: {
+    convs.epilogue_gradients: lambda r: {
         "dtype": r.choice([BF16, F32, F16]), "channels": r.choice([1, 36, 64, 99]), "shift": r.choice([0, 1]),
         "with_relu": r.random() < 0.7,
     },
-    losses.max_pool_relu: lambda r: {
+    convs.max_pool_relu: lambda r: {
         "dtype": r.choice([BF16, F32, F16]), "channels": r.choice([1, 36, 64, 130]), "shift": r.choice([0, 1]),
         "with_bias": r.random() < 0.7, "sides": (r.randint(1, 20), r.randint(1, 40)),
     },
-    losses.stem_conv: lambda r: {
+    convs.stem_conv: lambda r: {
         "dtype": r.choice([BF16, F16]), "channels": r.choice([1, 24, 64, 100]), "shift": r.choice([0, 1, 2]),
         "sides": (r.randint(1, 40), r.randint(1, 80)),
         "layout": r.choice([torch.channels_last, torch.contiguous_format]),
     },
-    losses.first_channels: lambda r: {
+    convs.first_channels: lambda r: {
         "dtype": r.choice([BF16, F32, F16]), "shift": r.choice([0, 1]),
         **dict(zip(("channels", "width"), r.choice([(1, 8), (36, 40), (819, 824), (16, 16)]), strict=True)),
     },
-    losses.image_batch: lambda r: dict(
+    convs.image_batch: lambda r: dict(
         zip(("dtype", "out_dtype"), r.choice([(_UINT8, BF16), (F32, F32), (_UINT8, F32)]), strict=True)
     ),
     detection.anchor_matching: lambda r: {

@@ -56,6 +56,11 @@ def shifted(x: Tensor, elements: int) -> Tensor:
     return flat.as_strided(x.shape, x.stride(), elements).copy_(x) if elements else x
 
 
+def doubles(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies in float64 that want gradients."""
+    return [x.double().requires_grad_() for x in tensors]
+
+
 def head_outputs(
     generator: Generator, dtype: torch.dtype, channels: int, shapes: Shapes = SHAPES, scale: float = 1.0,
     mean: float = 0.0, shift: int = 0, batch: int = 2,
