@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork
 
@@ -13,6 +13,7 @@ from retina_fast.backbones.spinenet import Residual, ScalePermuted, SpineNet
 from retina_fast.backbones.spinenet_mobile import MobileSpineNet
 from retina_fast.deploy.branches import branch
 from retina_fast.deploy.fusion.layers import FusedConv
+from retina_fast.deploy.fusion.tail import FusedTail
 
 
 def convs_of(block: BasicBlock | Bottleneck) -> list[Any]:
@@ -21,13 +22,17 @@ def convs_of(block: BasicBlock | Bottleneck) -> list[Any]:
     return [getattr(block, name) for name in names]
 
 
-def _run_block(block: Any, x: Tensor) -> Tensor:
+def _finish_block(block: Any, last: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The output of the last conv, or of the tail, for y, with the shortcut of x."""
     merged = block.downsample[0] if block.merges_downsample else None
     identity = x if merged or block.downsample is None else block.downsample(x)
-    *convs, last = convs_of(block)
-    for conv in convs:
-        x = conv(x)
-    return last(x, identity, overwrite_z=block.may_overwrite, shortcut=merged)
+    return last(y, identity, overwrite_z=block.may_overwrite, shortcut=merged)
+
+
+def tails_of(model: nn.Module) -> list[FusedTail]:
+    """What runs the ends of a model's bottlenecks, where another one follows."""
+    blocks = [module for module in model.modules() if isinstance(module, FusedBottleneck)]
+    return [block.tail for block in blocks if block.tail is not None]
 
 
 class FusedBasicBlock(BasicBlock):
@@ -39,7 +44,7 @@ class FusedBasicBlock(BasicBlock):
     """Whether the last conv runs the downsampling conv."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _run_block(self, x)
+        return _finish_block(self, self.conv2, x, self.conv1(x))
 
 
 class FusedBottleneck(Bottleneck):
@@ -49,9 +54,17 @@ class FusedBottleneck(Bottleneck):
     """Whether the identity's memory may be taken by the output."""
     merges_downsample = False
     """Whether the last conv runs the downsampling conv."""
+    tail: FusedTail | None = None
+    """What runs all but the first conv, and may run the next block's first with them."""
+    before: FusedTail | None = None
+    """The tail of the block before, which may have run this block's first conv."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _run_block(self, x)
+        y = self.before.take(x) if self.before is not None else None
+        y = self.conv1(x) if y is None else y
+        if self.tail is None:
+            return _finish_block(self, self.conv3, x, self.conv2(y))
+        return _finish_block(self, self.tail, x, y)
 
 
 class FusedResidual(Residual):
