@@ -165,7 +165,7 @@ def _op(
     block_m, block_n, block_k, warps, stages = _tile(batch * high * wide, channels, sum(channels_in))
     z_sides, x2_sides = ((high, wide) if t is None else tuple(t.shape[2:]) for t in (z, x2))
     resized = z_sides != (high, wide)
-    described = _DESCRIBES and all(map(_may_be_described, (y, x, weight, z, x2, weight2)))
+    described = _DESCRIBES and all(map(may_be_described, (y, x, weight, z, x2, weight2)))
 
     def block(tensor: Tensor | None, rows: int, columns: int, with_descriptor: bool = True) -> Any:
         """The tensor as a matrix of pixels, with a descriptor of its blocks where one is asked for."""
@@ -186,7 +186,7 @@ def _op(
     return y
 
 
-def _may_be_described(tensor: Tensor | None) -> bool:
+def may_be_described(tensor: Tensor | None) -> bool:
     """Whether rows of channels start on a boundary of 16 bytes, which the GPU's copies of whole blocks ask for."""
     return tensor is None or (tensor.shape[1] % 8 == 0 and tensor.data_ptr() % 16 == 0)
 

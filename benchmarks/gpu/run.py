@@ -46,6 +46,7 @@ BENCHMARKS = (
     "kernels.stem_conv",
     "kernels.max_pool_relu",
     "kernels.conv_pointwise",
+    "kernels.conv_chain",
     "kernels.first_channels",
     "kernels.sigmoid_focal_loss",
     "kernels.candidate_selection",

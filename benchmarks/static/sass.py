@@ -20,6 +20,9 @@ class Block:
     successors: list[int]
 
 
+_JUMP = r"\bBRA\b|\bCALL\.REL\.NOINC `\(\.L_x"  # a far jump is a call that stores no address; true calls name functions
+
+
 def basic_blocks(sass: str) -> list[Block]:
     """Returns the control flow graph of nvdisasm's text. The first block is the entry."""
     code: list[list[str]] = [[]]
@@ -30,13 +33,14 @@ def basic_blocks(sass: str) -> list[Block]:
             labels[label[1]] = len(code) - 1
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             code[-1].append(instruction[1])
-            if re.search(r"\b(BRA|EXIT|RET|BRX)\b", instruction[1]):
+            if re.search(rf"{_JUMP}|\b(EXIT|RET|BRX)\b", instruction[1]):
                 code.append([])
     blocks = []
     for i, instructions in enumerate(code):
         last = instructions[-1] if instructions else ""
-        target = [labels[name] for name in re.findall(r"\.L_x_\d+", last)] if re.search(r"\bBRA\b", last) else []
-        falls_through = i + 1 < len(code) and (_is_conditional(last) or not re.search(r"\b(BRA|EXIT|RET)\b", last))
+        target = [labels[name] for name in re.findall(r"\.L_x_\d+", last)] if re.search(_JUMP, last) else []
+        leaves = re.search(rf"{_JUMP}|\b(EXIT|RET)\b", last)
+        falls_through = i + 1 < len(code) and (_is_conditional(last) or not leaves)
         blocks.append(Block(instructions, target + ([i + 1] if falls_through else [])))
     return blocks
 

@@ -24,8 +24,8 @@ from retina_fast.heads import HEAD_PARTS, LevelNormTower, head_runs_by_level, le
 
 STREAMS = 10
 """On how many streams a graph with branches runs: one for each of two heads at five levels."""
-MOST_PIXELS = 2**23
-"""Of a batch that branches may serve. In larger ones a conv occupies a GPU alone, and branches take memory."""
+MOST_PIXELS = 2**25
+"""Of a batch that branches may serve. In larger ones convs leave little of a GPU idle, and branches take memory."""
 
 Result = TypeVar("Result")
 Join = Callable[[], Result]

@@ -21,16 +21,18 @@ from torch import Tensor, nn
 
 from retina_fast.data.errors import UserError
 from retina_fast.data.files import replacing
+from retina_fast.deploy.fusion.blocks import tails_of
 from retina_fast.deploy.fusion.layers import FusedConv
+from retina_fast.deploy.fusion.tail import FusedTail
 
-Way = Callable[[], Tensor]
+Way = Callable[[], Tensor | tuple[Tensor, ...]]
 
 _ROUNDS = 5  # after one that is checked and not counted
 _CALLS = 4  # that are timed together on a GPU
-_IDLE_CYCLES = 4_000_000  # some 2 ms, in which the host gets ahead
+_IDLE_CYCLES = 4_000_000, 64_000_000  # some 2 to 32 ms, in which the host gets ahead
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 """Relative norms; several times what one more or one less rounding of the result changes."""
-_FORMAT = 2
+_FORMAT = 3
 
 
 def user_cache_file() -> Path:
@@ -104,6 +106,7 @@ class Chooser:
         self._machine = machine(device)
         self._known = self._read().get(self._machine, {})
         self._new: dict[str, str] = {}
+        self._idle = _IDLE_CYCLES[0]
 
     def choose(self, layer: str, ways: Mapping[str, Way]) -> str:
         """The name of the fastest right way; a choice made before holds.
@@ -115,7 +118,7 @@ class Chooser:
         if self._known.get(layer) in ways:
             return self._known[layer]
         first, *others = ways
-        expected = ways[first]().clone()  # a way may write where another has
+        expected = [tensor.clone() for tensor in _tensors(ways[first]())]  # a way may write where another has
         right = [first, *(name for name in others if self._is_right(ways[name], expected))]
         seconds: dict[str, list[float]] = {name: [] for name in right}
         for _ in range(_ROUNDS if others else 0):
@@ -137,18 +140,15 @@ class Chooser:
                 partial.write_text(json.dumps({"format": _FORMAT, "choices": choices}, indent=1, sort_keys=True))
             self._new = {}
 
-    def _is_right(self, way: Way, expected: Tensor) -> bool:
+    def _is_right(self, way: Way, expected: list[Tensor]) -> bool:
         """Whether the way computes what is expected, in memory that held NaN before."""
-        poison = torch.full_like(expected, torch.nan)
+        poison = [torch.full_like(tensor, torch.nan) for tensor in expected]
         del poison  # the allocator is likely to give the way this memory
         try:
-            found = way()
-            if found.shape != expected.shape or found.dtype != expected.dtype:
-                return False
-            error = float((found.double() - expected.double()).norm())
+            found = _tensors(way())
+            return len(found) == len(expected) and all(map(_agree, found, expected))
         except Exception:  # whatever it is, the first way remains
             return False
-        return error <= _TOLERANCES[expected.dtype] * float(expected.double().norm())  # False for NaN
 
     def _time(self, way: Way) -> float:
         if self._device.type == "cuda":
@@ -159,14 +159,18 @@ class Chooser:
 
     def _time_on_gpu(self, way: Way) -> float:
         """Seconds of a call with the host far ahead of the GPU, as it is where a graph runs the layer."""
-        with torch.cuda.device(self._device):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(_IDLE_CYCLES)
-            begin.record()
-            for _ in range(_CALLS):
-                way()
-            end.record()
-            end.synchronize()
+        late = True
+        while late:
+            with torch.cuda.device(self._device):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(self._idle)
+                begin.record()
+                for _ in range(_CALLS):
+                    way()
+                end.record()
+                late = begin.query() and self._idle < _IDLE_CYCLES[1]  # the GPU has waited for the host
+                end.synchronize()
+            self._idle *= 1 + late
         return begin.elapsed_time(end) / (1000 * _CALLS)
 
     def _read(self) -> dict[str, dict[str, str]]:
@@ -179,6 +183,17 @@ class Chooser:
             }
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return {}
+
+
+def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    error = float((found.double() - expected.double()).norm())
+    return error <= _TOLERANCES[expected.dtype] * float(expected.double().norm())  # False for NaN
 
 
 def choose_ways(model: nn.Module, run: Callable[[], object], chooser: Chooser) -> Counter[str]:
@@ -198,6 +213,8 @@ def choose_ways(model: nn.Module, run: Callable[[], object], chooser: Chooser) -
     finally:
         for handle in handles:
             handle.remove()
+    if tails := tails_of(model):
+        _choose_tails(tails, run, chooser, counts)
     chooser.save()
     return counts
 
@@ -216,3 +233,35 @@ def _choose_way(
     choice = chooser.choose(conv.describe(x, z, shortcut), ways)
     conv.ways = {**conv.ways, tuple(x.shape): choice}
     counts[choice] += 1
+
+
+def _choose_tails(tails: list[FusedTail], run: Callable[[], object], chooser: Chooser, counts: Counter[str]) -> None:
+    """Convs in a row run as one kernel where that is faster than the ways that were chosen for each."""
+    for tail in tails:
+        tail.choose = partial(_choose_tail, chooser, counts)
+    try:
+        run()
+    finally:
+        for tail in tails:
+            tail.choose = None
+
+
+def _choose_tail(
+    chooser: Chooser,
+    counts: Counter[str],
+    tail: FusedTail,
+    x: Tensor,
+    z: Tensor,
+    overwrite_z: bool,
+    shortcut: FusedConv | None,
+) -> None:
+    scratch = z.clone() if overwrite_z else z
+
+    def way(name: str) -> Way:
+        return lambda: tail.run(name, x, scratch if name == "apart" else z, overwrite_z, shortcut)
+
+    ways = {name: way(name) for name in tail.possible_ways(x, z, shortcut)}
+    if len(ways) > 1:
+        choice = chooser.choose(tail.describe(x, z, shortcut), ways)
+        tail.ways = {**tail.ways, tuple(x.shape): choice}
+        counts[f"tail {choice}"] += 1

@@ -144,7 +144,8 @@ class Queue:
         return run
 
 
-def test_on_a_gpu_the_host_does_not_decide(path, monkeypatch):
+@pytest.mark.parametrize("host", [200e-6, 900e-6, 3e-3])
+def test_on_a_gpu_the_host_does_not_decide(host, path, monkeypatch):
     """Within a graph it launches nothing: a way of few slow launches is not the faster one there."""
     gpu = Queue()
 
@@ -154,6 +155,9 @@ def test_on_a_gpu_the_host_does_not_decide(path, monkeypatch):
 
         def record(self):
             self.time = max(gpu.device, gpu.host)
+
+        def query(self):
+            return gpu.host >= self.time
 
         def synchronize(self):
             gpu.host = max(gpu.host, self.time)
@@ -166,7 +170,7 @@ def test_on_a_gpu_the_host_does_not_decide(path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     chooser = Chooser(path, torch.device("cuda"))
-    many, few = gpu.way(host=200e-6, device=30e-6), gpu.way(host=20e-6, device=50e-6)
+    many, few = gpu.way(host=host, device=30e-6), gpu.way(host=20e-6, device=50e-6)
     assert chooser.choose("layer", {"few": few, "many": many}) == "many"
     assert chooser._time(many) == pytest.approx(30e-6)
 
@@ -187,11 +191,11 @@ def test_a_choice_is_remembered(path, clock):
 @pytest.mark.parametrize(
     "content",
     [
-        "", "{", "[]", "7", '{"format": 2}', '{"format": 2, "choices": 3}', '{"format": 2, "choices": {"a": 3}}',
-        json.dumps({"format": 1, "choices": {machine(CPU): {"layer": "first"}}}),
-        json.dumps({"format": 2, "choices": {"torch 1.0 on another machine": {"layer": "first"}}}),
-        json.dumps({"format": 2, "choices": {machine(CPU): {"layer": "a way of another version"}}}),
-        json.dumps({"format": 2, "choices": {machine(CPU): {"layer": ["first"]}}}),
+        "", "{", "[]", "7", '{"format": 3}', '{"format": 3, "choices": 3}', '{"format": 3, "choices": {"a": 3}}',
+        json.dumps({"format": 2, "choices": {machine(CPU): {"layer": "first"}}}),
+        json.dumps({"format": 3, "choices": {"torch 1.0 on another machine": {"layer": "first"}}}),
+        json.dumps({"format": 3, "choices": {machine(CPU): {"layer": "a way of another version"}}}),
+        json.dumps({"format": 3, "choices": {machine(CPU): {"layer": ["first"]}}}),
         "[" * 100_000,
     ],
 )  # fmt: skip
@@ -204,7 +208,7 @@ def test_a_file_that_does_not_say_is_done_without(path, clock, content):
 
 def test_choices_of_other_machines_are_kept(path, clock):
     path.parent.mkdir()
-    path.write_text(json.dumps({"format": 2, "choices": {"another": {"layer": "first"}}}))
+    path.write_text(json.dumps({"format": 3, "choices": {"another": {"layer": "first"}}}))
     chosen(path, clock, first=clock.way(X, 2), second=clock.way(X, 1))
     assert json.loads(path.read_text())["choices"]["another"] == {"layer": "first"}
 
@@ -247,7 +251,7 @@ def test_two_processes_write_at_once(path):
         writer.start()
     while any(writer.is_alive() for writer in writers):
         if path.exists():
-            assert json.loads(path.read_text())["format"] == 2
+            assert json.loads(path.read_text())["format"] == 3
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0

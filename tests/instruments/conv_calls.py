@@ -2,7 +2,7 @@
 
 import torch
 
-from retina_fast.kernels import conv_epilogue, conv_pointwise, first_channels, max_pool_relu, stem_conv
+from retina_fast.kernels import conv_chain, conv_epilogue, conv_pointwise, first_channels, max_pool_relu, stem_conv
 
 
 def call_conv_epilogue(channels: int, activation: str, with_z: bool) -> None:
@@ -52,6 +52,22 @@ def call_conv_pointwise(second: bool) -> None:
         conv_pointwise.conv_pointwise(x, weight, bias, made(8, 256, 50, 50), "relu", shortcut=shortcut)
     else:
         conv_pointwise.conv_pointwise(x, weight, bias, made(8, 256, 100, 100), "relu")
+
+
+def call_conv_chain(whole: bool) -> None:
+    """Between blocks of ResNet-50: of its first stage, with the 3x3 conv, or of its second."""
+    narrow, size = (64, 200) if whole else (128, 100)
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+
+    def bias(channels: int) -> torch.Tensor:
+        return torch.empty(channels, dtype=torch.bfloat16, device="cuda")
+
+    x, z = made(8, narrow, size, size), made(8, 4 * narrow, size, size)
+    weights = made(4 * narrow, narrow, 1, 1), bias(4 * narrow), made(narrow, 4 * narrow, 1, 1), bias(narrow)
+    before = (made(narrow, narrow, 3, 3), bias(narrow)) if whole else None
+    conv_chain.conv_chain(x, *weights, z, before=before)
 
 
 def call_first_channels(channels: int, width: int) -> None:

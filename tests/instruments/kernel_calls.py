@@ -38,6 +38,7 @@ from retina_fast.kernels import (
 from retina_fast.kernels.group_norm_relu import group_norm_relu
 from retina_fast.kernels.levels import flatten_all
 from tests.instruments.conv_calls import (
+    call_conv_chain,
     call_conv_epilogue,
     call_conv_pointwise,
     call_epilogue_gradients,
@@ -320,6 +321,8 @@ KERNEL_CALLS = {
     "take_kept": KernelCall(_take_kept),
     "conv_epilogue bf16 sum": KernelCall(lambda: call_conv_epilogue(256, "relu", True), ("BLOCK",), 6),
     "conv_epilogue bf16": KernelCall(lambda: call_conv_epilogue(256, "relu", False), ("BLOCK",), 4),
+    "conv_chain bf16, two": KernelCall(lambda: call_conv_chain(whole=False)),
+    "conv_chain bf16, three": KernelCall(lambda: call_conv_chain(whole=True)),
     "conv_pointwise bf16": KernelCall(lambda: call_conv_pointwise(second=False)),
     "conv_pointwise bf16 shortcut, resized": KernelCall(lambda: call_conv_pointwise(second=True)),
     "conv_epilogue bf16 C=819": KernelCall(lambda: call_conv_epilogue(819, "none", False), ("BLOCK",), 4),

@@ -85,6 +85,8 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "stem_conv fp16 C=24 unaligned": partial(
         losses.stem_conv, dtype=F16, channels=24, sides=(9, 35), layout=torch.contiguous_format, shift=1
     ),
+    "conv_chain bf16, three": partial(losses.conv_chain, dtype=BF16, filtered=16),
+    "conv_chain fp16 shortcut, unaligned": partial(losses.conv_chain, dtype=F16, second=16, shift=1),
     "conv_pointwise bf16": partial(losses.conv_pointwise, dtype=BF16, channels=16, activation="relu"),
     "conv_pointwise fp16 shortcut, resized unaligned": partial(
         losses.conv_pointwise, dtype=F16, channels=20, activation="swish", stride=2, z_sides=(3, 3), second=8, shift=1

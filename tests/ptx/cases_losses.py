@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 from torch import Generator, Tensor
 
+from retina_fast.kernels import conv_chain as chain
 from retina_fast.kernels import conv_pointwise as pointwise
 from retina_fast.kernels.box_loss import box_loss_reference
 from retina_fast.kernels.box_quality import box_quality_reference
@@ -331,6 +332,33 @@ def conv_pointwise(
         with mock.patch.multiple(pointwise, _tile=lambda *sizes: (16, 16, 16, 1, 1), _DESCRIBES=False):
             y = ops.conv_pointwise(x, weight, bias, z, activation, stride, *(more or (None, None, 1)))
         yield close("output", [y], [expected], limit_of(dtype))
+
+    return run
+
+
+def conv_chain(generator: Generator, dtype: torch.dtype, second: int = 0, filtered: int = 0, shift: int = 0) -> Run:
+    """The same; 15 pixels where a program has 16."""
+
+    def made(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator).to(dtype)
+        return shifted(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x, shift)
+
+    given = made(1, 16, 3, 5), made(32, filtered or 16, 1, 1), made(32), made(16, 32, 1, 1), made(16)
+    z = None if second else made(1, 32, 3, 5)
+    shortcut = (made(1, second, 3, 5), made(32, second, 1, 1)) if second else (None, None)
+    before = (made(filtered, 16, 3, 3) / 4, made(filtered)) if filtered else (None, None)
+    reference: Any = conv_pointwise_reference
+    exact = [x.double() if isinstance(x, Tensor) else x for x in (*given, z, *shortcut, *before)]
+    x = exact[0]
+    if filtered:
+        x = torch.nn.functional.conv2d(x, exact[-2], exact[-1], padding=1).relu().to(dtype).double()
+    y = reference(x, *exact[1:3], exact[5], "relu", 1, (*exact[6:8], 1) if second else None)
+
+    def run() -> Iterator[Comparison]:
+        with mock.patch.multiple(chain, _tile=lambda *sizes: (2 if filtered else 1, 16, 16, 1, 1), _DESCRIBES=False):
+            found = ops.conv_chain(*given, z, *shortcut, *before)
+        following = reference(found[0].double(), *exact[3:5], None, "relu")
+        yield close("outputs", found, [y, following], limit_of(dtype))
 
     return run
 

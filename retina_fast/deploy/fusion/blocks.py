@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FeaturePyramidNetwork
 
@@ -13,6 +13,7 @@ from retina_fast.backbones.spinenet import Residual, ScalePermuted, SpineNet
 from retina_fast.backbones.spinenet_mobile import MobileSpineNet
 from retina_fast.deploy.branches import branch
 from retina_fast.deploy.fusion.layers import FusedConv
+from retina_fast.deploy.fusion.tail import FusedTail
 
 
 def convs_of(block: BasicBlock | Bottleneck) -> list[Any]:
@@ -21,13 +22,17 @@ def convs_of(block: BasicBlock | Bottleneck) -> list[Any]:
     return [getattr(block, name) for name in names]
 
 
-def _run_block(block: Any, x: Tensor) -> Tensor:
-    merged = block.downsample[0] if block.merges_downsample else None
-    identity = x if merged or block.downsample is None else block.downsample(x)
-    *convs, last = convs_of(block)
-    for conv in convs:
-        x = conv(x)
-    return last(x, identity, overwrite_z=block.may_overwrite, shortcut=merged)
+def _shortcut(block: Any, x: Tensor) -> tuple[Tensor, FusedConv | None]:
+    """What the last conv of a block adds for its input x, and the downsampling conv where that runs it, too."""
+    if block.merges_downsample:
+        return x, block.downsample[0]
+    return x if block.downsample is None else block.downsample(x), None
+
+
+def tails_of(model: nn.Module) -> list[FusedTail]:
+    """What runs the ends of a model's bottlenecks, where another one follows."""
+    blocks = [module for module in model.modules() if isinstance(module, FusedBottleneck)]
+    return [block.tail for block in blocks if block.tail is not None]
 
 
 class FusedBasicBlock(BasicBlock):
@@ -39,7 +44,8 @@ class FusedBasicBlock(BasicBlock):
     """Whether the last conv runs the downsampling conv."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _run_block(self, x)
+        z, merged = _shortcut(self, x)
+        return self.conv2(self.conv1(x), z, overwrite_z=self.may_overwrite, shortcut=merged)
 
 
 class FusedBottleneck(Bottleneck):
@@ -49,9 +55,18 @@ class FusedBottleneck(Bottleneck):
     """Whether the identity's memory may be taken by the output."""
     merges_downsample = False
     """Whether the last conv runs the downsampling conv."""
+    tail: FusedTail | None = None
+    """What runs all but the first conv, and may run the next block's first with them."""
+    before: FusedTail | None = None
+    """The tail of the block before, which may have run this block's first conv."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _run_block(self, x)
+        z, merged = _shortcut(self, x)
+        y = self.before.take(x) if self.before is not None else None
+        y = self.conv1(x) if y is None else y
+        if self.tail is not None:
+            return self.tail(y, z, self.may_overwrite, merged)
+        return self.conv3(self.conv2(y), z, overwrite_z=self.may_overwrite, shortcut=merged)
 
 
 class FusedResidual(Residual):

@@ -28,6 +28,7 @@ from retina_fast.deploy.fusion.blocks import (
     convs_of,
 )
 from retina_fast.deploy.fusion.layers import FusedConv, FusedStem
+from retina_fast.deploy.fusion.tail import FusedTail
 from retina_fast.kernels.conv_winograd import Scratch
 from retina_fast.stock import has_hooks, is_plain_conv, is_stem_pooling, is_stock
 
@@ -66,6 +67,8 @@ def fuse_convs(model: nn.Module, run: Callable[[], object]) -> int:
     for module in model.modules():
         if is_stock(module, nn.Sequential, "forward"):
             _allow_overwriting(module, calls)
+        if any(is_stock(module, cls, "forward") for cls in (nn.Sequential, IntermediateLayerGetter)):
+            _chain_blocks(module, calls)
     fused = [module for module in model.modules() if isinstance(module, FusedConv)]
     scratch = Scratch()
     for conv in fused:
@@ -179,6 +182,28 @@ def _allow_overwriting(chain: Any, calls: _Calls) -> None:
             before = block
         else:
             before = None
+
+
+def _ends(part: Any, calls: _Calls) -> tuple[Any, Any]:
+    """The first and the last block of a part, where that is a bottleneck, or a chain of such."""
+    if is_stock(part, FusedBottleneck, "forward"):
+        return part, part
+    if not is_stock(part, nn.Sequential, "forward") or not len(part):
+        return None, None
+    first, last = part[0], part[-1]
+    ends = (block if calls.only_by(part, block) else None for block in (first, last))
+    first, last = (block if is_stock(block, FusedBottleneck, "forward") else None for block in ends)
+    return first, last
+
+
+def _chain_blocks(chain: Any, calls: _Calls) -> None:
+    """Where two bottlenecks follow each other, the end of one may run with the first conv of the other."""
+    before: Any = None
+    for part in chain._modules.values():
+        first, last = _ends(part, calls) if calls.only_by(chain, part) else (None, None)
+        if before is not None and first is not None and first is not before:
+            before.tail = first.before = FusedTail(before.conv2, before.conv3, first.conv1)
+        before = last
 
 
 def _fuse_residual(residual: Any, calls: _Calls) -> None:
