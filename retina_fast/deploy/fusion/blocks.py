@@ -22,11 +22,11 @@ def convs_of(block: BasicBlock | Bottleneck) -> list[Any]:
     return [getattr(block, name) for name in names]
 
 
-def _finish_block(block: Any, last: Any, x: Tensor, y: Tensor) -> Tensor:
-    """The output of the last conv, or of the tail, for y, with the shortcut of x."""
-    merged = block.downsample[0] if block.merges_downsample else None
-    identity = x if merged or block.downsample is None else block.downsample(x)
-    return last(y, identity, overwrite_z=block.may_overwrite, shortcut=merged)
+def _shortcut(block: Any, x: Tensor) -> tuple[Tensor, FusedConv | None]:
+    """What the last conv of a block adds for its input x, and the downsampling conv where that runs it, too."""
+    if block.merges_downsample:
+        return x, block.downsample[0]
+    return x if block.downsample is None else block.downsample(x), None
 
 
 def tails_of(model: nn.Module) -> list[FusedTail]:
@@ -44,7 +44,8 @@ class FusedBasicBlock(BasicBlock):
     """Whether the last conv runs the downsampling conv."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _finish_block(self, self.conv2, x, self.conv1(x))
+        z, merged = _shortcut(self, x)
+        return self.conv2(self.conv1(x), z, overwrite_z=self.may_overwrite, shortcut=merged)
 
 
 class FusedBottleneck(Bottleneck):
@@ -60,11 +61,12 @@ class FusedBottleneck(Bottleneck):
     """The tail of the block before, which may have run this block's first conv."""
 
     def forward(self, x: Tensor) -> Tensor:
+        z, merged = _shortcut(self, x)
         y = self.before.take(x) if self.before is not None else None
         y = self.conv1(x) if y is None else y
-        if self.tail is None:
-            return _finish_block(self, self.conv3, x, self.conv2(y))
-        return _finish_block(self, self.tail, x, y)
+        if self.tail is not None:
+            return self.tail(y, z, self.may_overwrite, merged)
+        return self.conv3(self.conv2(y), z, overwrite_z=self.may_overwrite, shortcut=merged)
 
 
 class FusedResidual(Residual):
