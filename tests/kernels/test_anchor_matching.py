@@ -16,7 +16,7 @@ from retina_fast.kernels.anchor_matching import Matches, anchor_matching, anchor
 from tests.instruments.fake_gpu import launches_of
 from tests.instruments.kernel_calls import KERNEL_CALLS
 from tests.instruments.peak_bytes import PeakBytes
-from tests.ptx.cases import CASES, OTHER_ORDERS, check, names, run_case, zero_over_anything_is_infinite
+from tests.ptx.cases import CASES, OTHER_ORDERS, check, division_of_zero_faults, names, run_case
 
 PATHS = pytest.mark.parametrize("path", ["reference", "kernel"])
 
@@ -238,8 +238,8 @@ def test_compiled(name):
     check(name)
 
 
-def test_no_result_rests_on_a_division_of_zero():
-    outcome = run_case(CASES["anchor_matching unaligned"], edit=zero_over_anything_is_infinite)
+def test_nothing_is_divided_where_nothing_intersects():
+    outcome = run_case(CASES["anchor_matching unaligned"], edit=division_of_zero_faults)
     assert not outcome.failures
 
 

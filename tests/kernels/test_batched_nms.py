@@ -16,7 +16,7 @@ from retina_fast.kernels.batched_nms import Kept, batched_nms, batched_nms_refer
 from retina_fast.kernels.dispatch import INTERPRETED
 from tests.instruments.fake_gpu import launches_of
 from tests.instruments.kernel_calls import call_batched_nms
-from tests.ptx.cases import CASES, OTHER_ORDERS, check, names, run_case, zero_over_anything_is_infinite
+from tests.ptx.cases import CASES, OTHER_ORDERS, check, division_of_zero_faults, names, run_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy's, of interpreted kernels
 
@@ -323,8 +323,8 @@ def test_compiled(name):
     check(name)
 
 
-def test_no_result_rests_on_a_division_of_zero():
-    outcome = run_case(CASES["batched_nms class-agnostic unaligned"], edit=zero_over_anything_is_infinite)
+def test_nothing_is_divided_where_nothing_intersects():
+    outcome = run_case(CASES["batched_nms best first"], edit=division_of_zero_faults)
     assert not outcome.failures
 
 

@@ -182,12 +182,12 @@ OTHER_ORDERS: dict[str, dict[str, Any]] = {
 """Options of ``emulated`` beside its defaults, in which every case must hold, too."""
 
 
-def zero_over_anything_is_infinite(ptx: str) -> str:
-    """An ``edit`` by which a division of 0 shows in the result. On a GPU it takes the slow path of div.rn, some 30
+def division_of_zero_faults(ptx: str) -> str:
+    """An ``edit`` by which a division of 0 reads from nowhere. On a GPU it takes the slow path of div.rn, some 30
     instructions, so kernels that meet many pairs without an intersection make none."""
-    setp, selp = r"setp.eq.f32 %zero0, \2, 0f00000000;", r"selp.f32 \1, 0f7F800000, \1, %zero0;"
-    division = r"div\.rn\.f32\s+(%\w+), (%\w+), %\w+;"
-    return re.sub(division, rf".reg .pred %zero<1>;\n{setp}\n\g<0>\n{selp}", ptx)
+    declared = ".reg .pred %zero<1>;\n.reg .b32 %nothing<1>;\n.reg .b64 %nowhere<1>;\nmov.b64 %nowhere0, 0;"
+    read = r"setp.eq.f32 %zero0, \1, 0f00000000;\n@%zero0 ld.global.b32 %nothing0, [%nowhere0];"
+    return re.sub(r"div\.rn\.f32\s+%\w+, (%\w+), %\w+;", rf"{declared}\n{read}\n\g<0>", ptx)
 
 
 NIGHTLY = (
