@@ -7,7 +7,6 @@ are dealt out in turns, so that the anchors of a large ground truth are spread o
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE
 from retina_fast.kernels.dispatch import HAS_TRITON, PTX, tl, triton
 from retina_fast.kernels.fast_math import sigmoid
-from retina_fast.kernels.levels import encode_sizes, level_of, load_rows, pick, pick_size, store_rows
+from retina_fast.kernels.levels import level_of, load_rows, pick, pick_size, store_rows, tile_levels
 from retina_fast.kernels.match_keys import NONE, key_of
 from retina_fast.kernels.pair_iou import tile_iou
 from retina_fast.kernels.side_distributions import UNITS, expected_side, load_side
@@ -141,23 +140,22 @@ def aligned_candidates(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Keys (G, S, top_k) of cost and anchor, of which the top_k least of each ground truth are its candidates, and the
     predicted boxes (B, N, 4). Two launches; all tensors are contiguous, and none is empty."""
-    batch, num_anchors, sizes = len(offsets) - 1, anchors.shape[-2], [level.shape[1] for level in logits]
-    starts = encode_sizes([*accumulate(sizes, initial=0)])
-    tiles = [*accumulate((triton.cdiv(size, _TILE) for size in sizes), initial=0)]
+    batch, num_anchors = len(offsets) - 1, anchors.shape[-2]
+    starts, first_tiles, tiles = tile_levels(logits, _TILE)
     stride = 4 * num_anchors if anchors.dim() == 3 else 0
-    shares = min(_SHARES, tiles[-1])
+    shares = min(_SHARES, tiles)
     programs = min(len(boxes), triton.cdiv(_PROGRAMS, batch * shares))
-    predicted, bounds = anchors.new_empty((batch, num_anchors, 4)), anchors.new_empty((batch, tiles[-1], 4))
+    predicted, bounds = anchors.new_empty((batch, num_anchors, 4)), anchors.new_empty((batch, tiles, 4))
     keys = anchors.new_empty((len(boxes), shares, top_k), dtype=torch.int64)
     with torch.cuda.device_of(anchors):
-        _predict_kernel[(tiles[-1], batch)](
-            tuple(deltas), anchors, stride, predicted, bounds, starts, encode_sizes(tiles), num_anchors,
+        _predict_kernel[(tiles, batch)](
+            tuple(deltas), anchors, stride, predicted, bounds, starts, first_tiles, num_anchors,
             COUNT=reg_max + 1, BINS=triton.next_power_of_2(reg_max + 1), TILE=_TILE,
             ROWS=min(_TILE, _DISTRIBUTIONS) if reg_max else _TILE, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         _align_kernel[(programs, shares, batch)](
             tuple(logits), anchors, stride, predicted, bounds, boxes, labels, offsets, keys, starts,
-            encode_sizes(tiles), num_anchors, top_k, alpha, beta, K=num_classes, TILE=_TILE, TILES=_TILES,
+            first_tiles, num_anchors, top_k, alpha, beta, K=num_classes, TILE=_TILE, TILES=_TILES,
             ROOM=triton.next_power_of_2(top_k), PTX=PTX, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
     return keys, predicted
