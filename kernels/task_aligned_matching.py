@@ -20,7 +20,7 @@ agree about all 16,787 foreground anchors of 200 random images but 7, which lie 
 mmdet drops them; their targets agree to 1e-6.
 
 Here a program reads only anchors near the ground truth. Memory is 24 bytes an anchor of each image beside the results,
-and 128 top_k bytes a ground truth.
+and 256 top_k bytes a ground truth.
 """
 
 import math
@@ -216,7 +216,7 @@ def _task_aligned_matching_triton(
     keys, predicted = aligned_candidates(logits, deltas, anchors, boxes, labels, offsets, *given)
     n, programs = keys.shape[1] * top_k, min(len(boxes), triton.cdiv(_PROGRAMS, batch))
     width = triton.next_power_of_2(n)
-    warps = 4 if width > 512 else 1
+    warps = max(1, width // 512)
     with torch.cuda.device_of(anchors):
         _offer_kernel[(programs, batch)](
             predicted, boxes, offsets, keys, best, num_anchors, top_k, n, WIDTH=width, num_warps=warps,
