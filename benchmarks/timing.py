@@ -5,6 +5,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -123,9 +124,14 @@ def graph_of(call: Call) -> Call:
 
 
 def peak_mb(call: Call, device: torch.device) -> float:
-    """Returns the megabytes (1e6 bytes) that a call allocates at its peak; 0 on a CPU, which keeps no count."""
+    """Returns the megabytes (1e6 bytes) that a call allocates at its peak; on a CPU those of torch's allocator, as its
+    profiler counts them."""
     if device.type != "cuda":
-        return 0.0
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+        events = profile.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        return max(accumulate((size for _, size in changes), initial=0)) / 1e6
     synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -1,13 +1,13 @@
 """The anchors whose predictions are aligned best with a ground truth: the search of task_aligned_matching.py, where
 costs are explained. Here they are those of the reference up to rounding, since exponentials round differently.
 
-The first launch decodes all boxes, and keeps a rectangle around the centres of every tile of anchors. In the second, a
-program reads only those tiles of its share that meet the ground truth, and keeps the top_k of least cost. The shares
-are dealt out in turns, so that the anchors of a large ground truth are spread over many programs.
+The first launch keeps a rectangle around the centres of every tile of anchors, and decodes the boxes of the tiles that
+meet a ground truth. In the second, a program reads only those tiles of its share that meet the ground truth, and keeps
+the top_k of least cost. The shares are dealt out in turns, so that the anchors of a large ground truth are spread over
+many programs.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE
 from retina_fast.kernels.dispatch import HAS_TRITON, PTX, tl, triton
 from retina_fast.kernels.fast_math import sigmoid
-from retina_fast.kernels.levels import encode_sizes, level_of, load_rows, pick, pick_size, store_rows
+from retina_fast.kernels.levels import level_of, load_rows, pick, pick_size, store_rows, tile_levels
 from retina_fast.kernels.match_keys import NONE, key_of
 from retina_fast.kernels.pair_iou import tile_iou
 from retina_fast.kernels.side_distributions import UNITS, expected_side, load_side
@@ -23,9 +23,9 @@ from retina_fast.kernels.side_distributions import UNITS, expected_side, load_si
 EMPTY = tl.constexpr(0x7F800000 << 32)
 """Keys from here on have no finite cost, so they stand for no anchor."""
 
-_TILE = 256  # anchors whose centres one rectangle surrounds
-_TILES = 64  # rectangles that a program looks at together
-_SHARES = 16
+_TILE = 128  # anchors whose centres one rectangle surrounds
+_TILES = 32  # rectangles, or ground truths, that a program looks at together
+_SHARES = 32
 _DISTRIBUTIONS = 64  # that are decoded together
 _PROGRAMS = 4096  # about as many as an H200 holds
 _MAX_LOG_SCALE = tl.constexpr(MAX_LOG_SCALE)
@@ -35,11 +35,11 @@ _UNIT = tl.constexpr(1 / UNITS)
 
 @triton.jit(do_not_specialize=["num_anchors", "anchors_stride"])
 def _predict_kernel(
-    levels, anchors_ptr, anchors_stride, predicted_ptr, bounds_ptr, starts, first_tiles, num_anchors,
-    COUNT: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    levels, anchors_ptr, anchors_stride, boxes_ptr, offsets_ptr, predicted_ptr, bounds_ptr, starts, first_tiles,
+    num_anchors, COUNT: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b) decodes the boxes of tile t, counted through the levels, of image b, and writes the rectangle
-    around the centres of its anchors."""
+    """Program (t, b) writes the rectangle around the centres of tile t, counted through the levels, of the anchors of
+    image b, and the boxes that they predict if a ground truth meets it."""
     tile = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     level = level_of(first_tiles, tile)
@@ -49,33 +49,46 @@ def _predict_kernel(
     level_ptr = pick(levels, level) + image * num_rows * (4 * COUNT)
     anchors_ptr += image * anchors_stride + start * 4
     predicted_ptr += (image * num_anchors + start) * 4
-    for first in range(0, TILE, ROWS):
-        row = begin + first + tl.arange(0, ROWS)
-        valid = row < num_rows
-        x1, y1, x2, y2 = load_rows(anchors_ptr, row, valid)
-        w, h = x2 - x1, y2 - y1
-        x, y = x1 + 0.5 * w, y1 + 0.5 * h
-        if COUNT == 1:
-            dx, dy, dw, dh = load_rows(level_ptr, row, valid)
-            x, y = dx * w + x, dy * h + y
-            right = 0.5 * (tl.exp(tl.minimum(dw, _MAX_LOG_SCALE, _NAN)) * w)
-            bottom = 0.5 * (tl.exp(tl.minimum(dh, _MAX_LOG_SCALE, _NAN)) * h)
-            left, top = right, bottom
-        else:
-            ptr = level_ptr + row * (4 * COUNT)
-            left = expected_side(load_side(ptr, 0, valid, COUNT, BINS), COUNT, BINS) * (w * _UNIT)
-            top = expected_side(load_side(ptr, 1, valid, COUNT, BINS), COUNT, BINS) * (h * _UNIT)
-            right = expected_side(load_side(ptr, 2, valid, COUNT, BINS), COUNT, BINS) * (w * _UNIT)
-            bottom = expected_side(load_side(ptr, 3, valid, COUNT, BINS), COUNT, BINS) * (h * _UNIT)
-        store_rows(predicted_ptr, row, x - left, y - top, x + right, y + bottom, valid)
-    row = begin + tl.arange(0, TILE)
-    x1, y1, x2, y2 = load_rows(anchors_ptr, row, row < num_rows)
+    all_rows = begin + tl.arange(0, TILE)
+    x1, y1, x2, y2 = load_rows(anchors_ptr, all_rows, all_rows < num_rows)
     x, y = 0.5 * (x1 + x2), 0.5 * (y1 + y2)
+    from_x = tl.min(tl.where(all_rows < num_rows, x, float("inf")), axis=0)
+    from_y = tl.min(tl.where(all_rows < num_rows, y, float("inf")), axis=0)
+    to_x = tl.max(tl.where(all_rows < num_rows, x, float("-inf")), axis=0)
+    to_y = tl.max(tl.where(all_rows < num_rows, y, float("-inf")), axis=0)
     bounds_ptr += (image * tl.num_programs(0) + tile) * 4
-    tl.store(bounds_ptr, tl.min(tl.where(row < num_rows, x, float("inf")), axis=0))
-    tl.store(bounds_ptr + 1, tl.min(tl.where(row < num_rows, y, float("inf")), axis=0))
-    tl.store(bounds_ptr + 2, tl.max(tl.where(row < num_rows, x, float("-inf")), axis=0))
-    tl.store(bounds_ptr + 3, tl.max(tl.where(row < num_rows, y, float("-inf")), axis=0))
+    tl.store(bounds_ptr, from_x)
+    tl.store(bounds_ptr + 1, from_y)
+    tl.store(bounds_ptr + 2, to_x)
+    tl.store(bounds_ptr + 3, to_y)
+
+    end = tl.load(offsets_ptr + image + 1).to(tl.int32)
+    meeting = tl.zeros([TILES], tl.int32)
+    for first in range(tl.load(offsets_ptr + image).to(tl.int32), end, TILES):
+        box = first + tl.arange(0, TILES)
+        left, top, right, bottom = load_rows(boxes_ptr, box, box < end)
+        meets = (box < end) & (from_x < right) & (to_x > left) & (from_y < bottom) & (to_y > top)
+        meeting |= meets.to(tl.int32)
+    if tl.max(meeting, axis=0) > 0:
+        for first in range(0, TILE, ROWS):
+            row = begin + first + tl.arange(0, ROWS)
+            valid = row < num_rows
+            a_x1, a_y1, a_x2, a_y2 = load_rows(anchors_ptr, row, valid)
+            w, h = a_x2 - a_x1, a_y2 - a_y1
+            cx, cy = a_x1 + 0.5 * w, a_y1 + 0.5 * h
+            if COUNT == 1:
+                dx, dy, dw, dh = load_rows(level_ptr, row, valid)
+                cx, cy = dx * w + cx, dy * h + cy
+                to_right = 0.5 * (tl.exp(tl.minimum(dw, _MAX_LOG_SCALE, _NAN)) * w)
+                to_bottom = 0.5 * (tl.exp(tl.minimum(dh, _MAX_LOG_SCALE, _NAN)) * h)
+                to_left, to_top = to_right, to_bottom
+            else:
+                ptr = level_ptr + row * (4 * COUNT)
+                to_left = expected_side(load_side(ptr, 0, valid, COUNT, BINS), COUNT, BINS) * (w * _UNIT)
+                to_top = expected_side(load_side(ptr, 1, valid, COUNT, BINS), COUNT, BINS) * (h * _UNIT)
+                to_right = expected_side(load_side(ptr, 2, valid, COUNT, BINS), COUNT, BINS) * (w * _UNIT)
+                to_bottom = expected_side(load_side(ptr, 3, valid, COUNT, BINS), COUNT, BINS) * (h * _UNIT)
+            store_rows(predicted_ptr, row, cx - to_left, cy - to_top, cx + to_right, cy + to_bottom, valid)
 
 
 @triton.jit(do_not_specialize=["num_anchors", "anchors_stride", "k", "alpha", "beta"])
@@ -140,24 +153,23 @@ def aligned_candidates(
     num_classes: int, top_k: int, alpha: float, beta: float, reg_max: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Keys (G, S, top_k) of cost and anchor, of which the top_k least of each ground truth are its candidates, and the
-    predicted boxes (B, N, 4). Two launches; all tensors are contiguous, and none is empty."""
-    batch, num_anchors, sizes = len(offsets) - 1, anchors.shape[-2], [level.shape[1] for level in logits]
-    starts = encode_sizes([*accumulate(sizes, initial=0)])
-    tiles = [*accumulate((triton.cdiv(size, _TILE) for size in sizes), initial=0)]
+    boxes (B, N, 4) that they predict. Two launches; all tensors are contiguous, and none is empty."""
+    batch, num_anchors = len(offsets) - 1, anchors.shape[-2]
+    starts, first_tiles, tiles = tile_levels(logits, _TILE)
     stride = 4 * num_anchors if anchors.dim() == 3 else 0
-    shares = min(_SHARES, tiles[-1])
+    shares = min(_SHARES, tiles)
     programs = min(len(boxes), triton.cdiv(_PROGRAMS, batch * shares))
-    predicted, bounds = anchors.new_empty((batch, num_anchors, 4)), anchors.new_empty((batch, tiles[-1], 4))
+    predicted, bounds = anchors.new_empty((batch, num_anchors, 4)), anchors.new_empty((batch, tiles, 4))
     keys = anchors.new_empty((len(boxes), shares, top_k), dtype=torch.int64)
     with torch.cuda.device_of(anchors):
-        _predict_kernel[(tiles[-1], batch)](
-            tuple(deltas), anchors, stride, predicted, bounds, starts, encode_sizes(tiles), num_anchors,
-            COUNT=reg_max + 1, BINS=triton.next_power_of_2(reg_max + 1), TILE=_TILE,
+        _predict_kernel[(tiles, batch)](
+            tuple(deltas), anchors, stride, boxes, offsets, predicted, bounds, starts, first_tiles, num_anchors,
+            COUNT=reg_max + 1, BINS=triton.next_power_of_2(reg_max + 1), TILE=_TILE, TILES=_TILES,
             ROWS=min(_TILE, _DISTRIBUTIONS) if reg_max else _TILE, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         _align_kernel[(programs, shares, batch)](
             tuple(logits), anchors, stride, predicted, bounds, boxes, labels, offsets, keys, starts,
-            encode_sizes(tiles), num_anchors, top_k, alpha, beta, K=num_classes, TILE=_TILE, TILES=_TILES,
+            first_tiles, num_anchors, top_k, alpha, beta, K=num_classes, TILE=_TILE, TILES=_TILES,
             ROOM=triton.next_power_of_2(top_k), PTX=PTX, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
     return keys, predicted

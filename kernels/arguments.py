@@ -4,12 +4,14 @@ A kernel gets nothing but addresses. Unchecked, it would read the bits of an int
 one of the GPU, and read beyond the end of a tensor that is too short.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from retina_fast.kernels.dispatch import is_transformed
+from retina_fast.kernels.levels import check_levels
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -98,6 +100,25 @@ def check_matches(indices: Tensor, offsets: Tensor, total: int) -> None:
 def check_anchors(anchors: Tensor, batch: int, count: int) -> None:
     """Raises ValueError for anchors that are neither shared by the images, (N, 4), nor one set an image, (B, N, 4)."""
     check_shape("anchors", anchors, "(N, 4) or (B, N, 4)", (count, 4), (batch, count, 4))
+
+
+def check_matched_levels(
+    levels: Sequence[Tensor], channels: int, anchors: Tensor, indices: Tensor, boxes: Tensor, offsets: Tensor
+) -> tuple[int, int]:
+    """B and N of levels with ``channels`` numbers an anchor, anchors, and matches of these with ground truths.
+
+    Raises:
+        ValueError: if the shapes do not fit, indices or offsets are not integers, or the tensors lie on different
+            devices.
+    """
+    shape = len(levels[0]), check_levels(levels, channels)
+    check_anchors(anchors, *shape)
+    check_shape("indices", indices, "(B, N)", shape)
+    check_shape("boxes", boxes, "(G, 4)", (len(boxes), 4))
+    check_shape("offsets", offsets, "(B + 1,)", (shape[0] + 1,))
+    check_integers(indices=indices, offsets=offsets)
+    check_devices(levels[0].device, anchors=anchors, indices=indices, boxes=boxes, offsets=offsets)
+    return shape
 
 
 def loss_normalizers(normalizers: Tensor, batch: int, like: Tensor) -> Tensor:

@@ -17,11 +17,8 @@ from torch import Tensor
 
 from retina_fast.kernels.arguments import (
     at_least_float32,
-    check_anchors,
-    check_devices,
-    check_integers,
+    check_matched_levels,
     check_matches,
-    check_shape,
     loss_normalizers,
     loss_weights,
 )
@@ -29,8 +26,6 @@ from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode
 from retina_fast.kernels.dispatch import HAS_TRITON, runs_triton, tl, triton
 from retina_fast.kernels.iou_losses import IOU_LOSSES, iou_loss_and_slopes
 from retina_fast.kernels.levels import (
-    check_levels,
-    encode_sizes,
     flatten_all,
     level_of,
     load_matched,
@@ -38,9 +33,10 @@ from retina_fast.kernels.levels import (
     pick,
     pick_size,
     store_rows,
+    tile_levels,
     truths_of,
 )
-from retina_fast.kernels.one_pass import OnePass, grads_by_reference, sum_of
+from retina_fast.kernels.one_pass import grads_by_reference, run_one_pass, sum_of
 
 LOSS_TYPES = ("l1", "smooth_l1", *IOU_LOSSES)
 
@@ -175,18 +171,14 @@ def _box_loss_op(
     weights: Tensor | None,
 ) -> list[Tensor]:
     """The loss (), if wanted, and the gradients of all contiguous levels (B, N_l, 4), times factor (), if wanted."""
-    starts, first_tiles = [0], [0]
-    for level in levels:
-        starts.append(starts[-1] + level.shape[1])
-        first_tiles.append(first_tiles[-1] + triton.cdiv(level.shape[1], _TILE))
-    partials = indices.new_empty(len(indices), first_tiles[-1], dtype=torch.float32) if with_loss else None
+    starts, first_tiles, tiles = tile_levels(levels, _TILE)
+    partials = indices.new_empty(len(indices), tiles, dtype=torch.float32) if with_loss else None
     grads = [torch.empty_like(level) for level in levels] if with_grads else []
     with torch.cuda.device_of(indices):
-        _box_loss_kernel[(first_tiles[-1], len(indices))](
+        _box_loss_kernel[(tiles, len(indices))](
             tuple(levels), tuple(grads or levels), anchors, anchors.stride(0) if anchors.dim() == 3 else 0, indices,
-            boxes, offsets, normalizers, partials, factor, weights, encode_sizes(starts), encode_sizes(first_tiles),
-            indices.shape[1], len(boxes), LOSS=loss_type, TILE=_TILE, WITH_GRADS=with_grads, num_warps=4,
-            enable_fp_fusion=True,
+            boxes, offsets, normalizers, partials, factor, weights, starts, first_tiles, indices.shape[1], len(boxes),
+            LOSS=loss_type, TILE=_TILE, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return ([] if partials is None else [sum_of(partials)]) + grads
 
@@ -229,18 +221,14 @@ def _box_loss_triton(
     loss_type: str,
     weights: Tensor | None = None,
 ) -> Tensor:
-    levels = [level.contiguous() for level in levels]
     tensors = [x.contiguous() for x in (anchors, indices, boxes, offsets, normalizers)]
     weights = None if weights is None else weights.contiguous()
-    wanted = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
-    if wanted and levels[0].dtype != torch.float16 and not torch.compiler.is_compiling():
-        return OnePass.apply(
-            "box_loss",
-            lambda levels: _box_loss_op(levels, *tensors, None, loss_type, True, True, weights),
-            functools.partial(_reference_of_levels, (*tensors, loss_type, weights)),
-            *levels,
-        )
-    return _box_loss_op(levels, *tensors, None, loss_type, True, False, weights)[0]
+    return run_one_pass(
+        "box_loss",
+        lambda levels, with_grads: _box_loss_op(levels, *tensors, None, loss_type, True, with_grads, weights),
+        functools.partial(_reference_of_levels, (*tensors, loss_type, weights)),
+        [level.contiguous() for level in levels],
+    )
 
 
 def box_loss(
@@ -283,18 +271,11 @@ def box_loss(
     """
     if loss_type not in LOSS_TYPES:
         raise AssertionError(f"Unsupported loss: {loss_type!r}; choose one of {', '.join(LOSS_TYPES)}")
-    first, count = deltas[0], check_levels(deltas, 4)
-    batch = first.shape[0]
-    check_anchors(anchors, batch, count)
-    check_shape("indices", indices, "(B, N)", (batch, count))
-    check_shape("boxes", boxes, "(G, 4)", (boxes.shape[0], 4))
-    check_shape("offsets", offsets, "(B + 1,)", (batch + 1,))
-    check_integers(indices=indices, offsets=offsets)
-    check_devices(first.device, anchors=anchors, indices=indices, boxes=boxes, offsets=offsets)
-    normalizers = loss_normalizers(normalizers, batch, first)
+    first, shape = deltas[0], check_matched_levels(deltas, 4, anchors, indices, boxes, offsets)
+    normalizers = loss_normalizers(normalizers, shape[0], first)
     if first.dtype != torch.float64:
         anchors, boxes = anchors.float(), boxes.float()
-    weights = loss_weights(weights, normalizers, (batch, count))
+    weights = loss_weights(weights, normalizers, shape)
     if runs_triton(*deltas):
         return _box_loss_triton(
             flatten_all(deltas, 4), anchors, indices, boxes, offsets, normalizers, loss_type, weights

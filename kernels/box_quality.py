@@ -12,25 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.arguments import (
-    at_least_float32,
-    check_anchors,
-    check_devices,
-    check_integers,
-    check_matches,
-    check_shape,
-)
+from retina_fast.kernels.arguments import at_least_float32, check_matched_levels, check_matches
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode
 from retina_fast.kernels.dispatch import HAS_TRITON, runs_triton, tl, triton
 from retina_fast.kernels.levels import (
-    check_levels,
-    encode_sizes,
     flatten_all,
     level_of,
     load_matched,
     load_rows,
     pick,
     pick_size,
+    tile_levels,
     truths_of,
 )
 from retina_fast.kernels.pair_iou import box_iou
@@ -104,16 +96,14 @@ def _box_quality_kernel(
 @torch.library.custom_op("retina_fast::box_quality", mutates_args=())
 def _op(levels: list[Tensor], anchors: Tensor, indices: Tensor, boxes: Tensor, offsets: Tensor, reg_max: int) -> Tensor:
     """Qualities (B, N) for contiguous levels (B, N_l, C); all arguments contiguous."""
-    tile, starts, first_tiles = _DISTRIBUTIONS_TILE if reg_max else _TILE, [0], [0]
-    for level in levels:
-        starts.append(starts[-1] + level.shape[1])
-        first_tiles.append(first_tiles[-1] + triton.cdiv(level.shape[1], tile))
+    tile = _DISTRIBUTIONS_TILE if reg_max else _TILE
+    starts, first_tiles, tiles = tile_levels(levels, tile)
     quality = torch.empty_like(indices, dtype=torch.float32)
     with torch.cuda.device_of(indices):
-        _box_quality_kernel[(first_tiles[-1], len(indices))](
+        _box_quality_kernel[(tiles, len(indices))](
             tuple(levels), anchors, anchors.stride(0) if anchors.dim() == 3 else 0, indices, boxes, offsets, quality,
-            encode_sizes(starts), encode_sizes(first_tiles), indices.shape[1], len(boxes),
-            COUNT=reg_max + 1, BINS=triton.next_power_of_2(reg_max + 1), TILE=tile, num_warps=4, enable_fp_fusion=True,
+            starts, first_tiles, indices.shape[1], len(boxes), COUNT=reg_max + 1,
+            BINS=triton.next_power_of_2(reg_max + 1), TILE=tile, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return quality
 
@@ -152,16 +142,9 @@ def box_quality(
         >>> box_quality([torch.zeros(1, 2, 4)], anchors, torch.tensor([[0, -1]]), truth, torch.tensor([0, 1]))
         tensor([[0.5000, 0.0000]])
     """
-    first, count = deltas[0], check_levels(deltas, box_channels(reg_max))
-    batch = first.shape[0]
-    check_anchors(anchors, batch, count)
-    check_shape("indices", indices, "(B, N)", (batch, count))
-    check_shape("boxes", boxes, "(G, 4)", (len(boxes), 4))
-    check_shape("offsets", offsets, "(B + 1,)", (batch + 1,))
-    check_integers(indices=indices, offsets=offsets)
-    check_devices(first.device, anchors=anchors, indices=indices, boxes=boxes, offsets=offsets)
+    check_matched_levels(deltas, box_channels(reg_max), anchors, indices, boxes, offsets)
     deltas = [level.detach() for level in deltas]
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if deltas[0].dtype == torch.float64 else torch.float32
     anchors, boxes = anchors.to(dtype), boxes.to(dtype)
     if runs_triton(*deltas):
         levels = [level.contiguous() for level in flatten_all(deltas, box_channels(reg_max))]

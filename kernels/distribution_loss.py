@@ -26,11 +26,8 @@ from torch import Tensor
 
 from retina_fast.kernels.arguments import (
     at_least_float32,
-    check_anchors,
-    check_devices,
-    check_integers,
+    check_matched_levels,
     check_matches,
-    check_shape,
     loss_normalizers,
     loss_weights,
 )
@@ -38,17 +35,16 @@ from retina_fast.kernels.box_decode import decode
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.iou_losses import IOU_LOSSES, iou_loss_and_slopes
 from retina_fast.kernels.levels import (
-    check_levels,
-    encode_sizes,
     flatten_all,
     level_of,
     load_matched,
     load_rows,
     pick,
     pick_size,
+    tile_levels,
     truths_of,
 )
-from retina_fast.kernels.one_pass import OnePass, grads_by_reference
+from retina_fast.kernels.one_pass import grads_by_reference, run_one_pass, sum_of
 from retina_fast.kernels.side_distributions import UNITS, box_channels, box_of_sides, load_side, softmax_rows, units_of
 
 DFL_WEIGHT = 1 / 8
@@ -214,20 +210,17 @@ def _distribution_loss_op(
     weights: Tensor | None,
 ) -> list[Tensor]:
     """The loss (), if wanted, and the gradients of all contiguous levels (B, N_l, C), times factor (), if wanted."""
-    starts, first_tiles = [0], [0]
-    for level in levels:
-        starts.append(starts[-1] + level.shape[1])
-        first_tiles.append(first_tiles[-1] + triton.cdiv(level.shape[1], _TILE))
-    partials = indices.new_empty(len(indices), first_tiles[-1], dtype=torch.float32) if with_loss else None
+    starts, first_tiles, tiles = tile_levels(levels, _TILE)
+    partials = indices.new_empty(len(indices), tiles, dtype=torch.float32) if with_loss else None
     grads = [torch.empty_like(level) for level in levels] if with_grads else []
     with torch.cuda.device_of(indices):
-        _distribution_loss_kernel[(first_tiles[-1], len(indices))](
+        _distribution_loss_kernel[(tiles, len(indices))](
             tuple(levels), tuple(grads or levels), anchors, anchors.stride(0) if anchors.dim() == 3 else 0, indices,
-            boxes, offsets, normalizers, partials, factor, weights, encode_sizes(starts), encode_sizes(first_tiles),
-            indices.shape[1], len(boxes), LOSS=loss_type, COUNT=reg_max + 1, BINS=triton.next_power_of_2(reg_max + 1),
-            TILE=_TILE, ROWS=_ROWS, ZEROS=_ZEROS, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
+            boxes, offsets, normalizers, partials, factor, weights, starts, first_tiles, indices.shape[1], len(boxes),
+            LOSS=loss_type, COUNT=reg_max + 1, BINS=triton.next_power_of_2(reg_max + 1), TILE=_TILE, ROWS=_ROWS,
+            ZEROS=_ZEROS, WITH_GRADS=with_grads, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return ([] if partials is None else [partials.sum()]) + grads
+    return ([] if partials is None else [sum_of(partials)]) + grads
 
 
 @_distribution_loss_op.register_fake
@@ -262,18 +255,14 @@ _distribution_loss_op.register_autograd(_backward, setup_context=_setup_context)
 def _distribution_loss_triton(
     levels: Sequence[Tensor], tensors: Sequence[Tensor], reg_max: int, loss: str, weights: Tensor | None
 ) -> Tensor:
-    levels = [level.contiguous() for level in levels]
     tensors = [x.contiguous() for x in tensors]
     weights = None if weights is None else weights.contiguous()
-    wanted = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
-    if wanted and levels[0].dtype != torch.float16 and not torch.compiler.is_compiling():
-        return OnePass.apply(
-            "distribution_loss",
-            lambda levels: _distribution_loss_op(levels, *tensors, None, reg_max, loss, True, True, weights),
-            functools.partial(_reference_of_levels, (*tensors, reg_max, loss, weights)),
-            *levels,
-        )
-    return _distribution_loss_op(levels, *tensors, None, reg_max, loss, True, False, weights)[0]
+    return run_one_pass(
+        "distribution_loss",
+        lambda levels, grads: _distribution_loss_op(levels, *tensors, None, reg_max, loss, True, grads, weights),
+        functools.partial(_reference_of_levels, (*tensors, reg_max, loss, weights)),
+        [level.contiguous() for level in levels],
+    )
 
 
 def distribution_loss(
@@ -323,23 +312,17 @@ def distribution_loss(
     """
     if loss_type not in IOU_LOSSES:
         raise ValueError(f"loss_type must be one of {', '.join(IOU_LOSSES)}, got {loss_type!r}")
-    first, count = distributions[0], check_levels(distributions, box_channels(reg_max))
+    channels = box_channels(reg_max)
     if reg_max < 1:
         raise ValueError(f"reg_max must be at least 1, got {reg_max}")
-    batch = first.shape[0]
-    check_anchors(anchors, batch, count)
-    check_shape("indices", indices, "(B, N)", (batch, count))
-    check_shape("boxes", boxes, "(G, 4)", (boxes.shape[0], 4))
-    check_shape("offsets", offsets, "(B + 1,)", (batch + 1,))
-    check_integers(indices=indices, offsets=offsets)
-    check_devices(first.device, anchors=anchors, indices=indices, boxes=boxes, offsets=offsets)
-    normalizers = loss_normalizers(normalizers, batch, first)
+    first, shape = distributions[0], check_matched_levels(distributions, channels, anchors, indices, boxes, offsets)
+    normalizers = loss_normalizers(normalizers, shape[0], first)
     if first.dtype != torch.float64:
         anchors, boxes = anchors.float(), boxes.float()
     tensors = anchors, indices, boxes, offsets, normalizers
-    weights = loss_weights(weights, normalizers, (batch, count))
+    weights = loss_weights(weights, normalizers, shape)
     if runs_triton(*distributions):
-        levels = flatten_all(distributions, box_channels(reg_max))
+        levels = flatten_all(distributions, channels)
         return _distribution_loss_triton(levels, tensors, reg_max, loss_type, weights)
     check_matches(indices, offsets, len(boxes))
     return distribution_loss_reference(distributions, *tensors, reg_max, loss_type, weights)

@@ -35,7 +35,7 @@ from retina_fast.kernels.focal_loss_cpu import HardTerms, focal_loss_cpu, weight
 from retina_fast.kernels.focal_terms import loss_and_slope, soft_loss_and_slope
 from retina_fast.kernels.labels import IGNORED, TL_BACKGROUND, TL_IGNORED
 from retina_fast.kernels.levels import check_levels, encode_sizes, flatten_all, level_of, pick, pick_size
-from retina_fast.kernels.one_pass import OnePass, grads_by_reference, sum_of
+from retina_fast.kernels.one_pass import grads_by_reference, run_one_pass, sum_of
 
 
 def focal_loss_reference(
@@ -274,17 +274,13 @@ _focal_loss_op.register_autograd(_backward, setup_context=_setup_context)
 def _focal_loss_triton(
     levels: Sequence[Tensor], labels: Tensor, normalizers: Tensor, num_classes: int, alpha: float, gamma: float
 ) -> Tensor:
-    levels = [level.contiguous() for level in levels]
-    labels, normalizers = labels.contiguous(), normalizers.contiguous()
-    wanted = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
-    if wanted and levels[0].dtype != torch.float16 and not torch.compiler.is_compiling():
-        return OnePass.apply(
-            "focal_loss",
-            lambda levels: _focal_loss_op(levels, labels, normalizers, None, num_classes, alpha, gamma, True, True),
-            functools.partial(_reference_of_levels, labels, normalizers, (num_classes, alpha, gamma)),
-            *levels,
-        )
-    return _focal_loss_op(levels, labels, normalizers, None, num_classes, alpha, gamma, True, False)[0]
+    labels, normalizers, constants = labels.contiguous(), normalizers.contiguous(), (num_classes, alpha, gamma)
+    return run_one_pass(
+        "focal_loss",
+        lambda levels, with_grads: _focal_loss_op(levels, labels, normalizers, None, *constants, True, with_grads),
+        functools.partial(_reference_of_levels, labels, normalizers, constants),
+        [level.contiguous() for level in levels],
+    )
 
 
 def focal_loss(

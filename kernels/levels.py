@@ -9,6 +9,7 @@ compile the kernel again. Odd negative numbers are neither, so ``encode_sizes`` 
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -61,6 +62,15 @@ def flatten_all(levels: Sequence[Tensor], channels: int) -> list[Tensor]:
 def encode_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     """Sizes as the tuple argument of a kernel takes them."""
     return tuple(-1 - 2 * size for size in sizes)
+
+
+def tile_levels(levels: Sequence[Tensor], tile: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Where each of the levels (B, N_l, C) begins among all anchors, and where among all tiles of so many anchors, both
+    encoded and with the end of the last; and how many tiles there are."""
+    sizes = [level.shape[1] for level in levels]
+    starts = [*accumulate(sizes, initial=0)]
+    first_tiles = [*accumulate((triton.cdiv(size, tile) for size in sizes), initial=0)]
+    return encode_sizes(starts), encode_sizes(first_tiles), first_tiles[-1]
 
 
 @triton.jit

@@ -122,3 +122,15 @@ class OnePass(torch.autograd.Function):
             grads = [grad.clone() for grad in grads]  # a second backward needs them unchanged
         scale_op(grads, factor)
         return None, None, None, *grads
+
+
+def run_one_pass(
+    name: str, run: Callable[[list[Tensor], bool], list[Tensor]], reference: Callable[..., Tensor], levels: list[Tensor]
+) -> Tensor:
+    """The loss that ``run(levels, with_grads)`` returns, before the gradients if they are wanted. They are where
+    autograd records the levels, except in a compiled graph, and in float16, where small ones are lost unless a factor
+    such as a GradScaler's comes first."""
+    wanted = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
+    if wanted and levels[0].dtype != torch.float16 and not torch.compiler.is_compiling():
+        return OnePass.apply(name, lambda levels: run(levels, True), reference, *levels)
+    return run(levels, False)[0]

@@ -37,7 +37,7 @@ from retina_fast.kernels.focal_loss import launch_focal_loss
 from retina_fast.kernels.focal_loss_cpu import focal_loss_cpu
 from retina_fast.kernels.labels import IGNORED
 from retina_fast.kernels.levels import check_levels, flatten_all
-from retina_fast.kernels.one_pass import OnePass, grads_by_reference
+from retina_fast.kernels.one_pass import grads_by_reference, run_one_pass
 
 WEIGHTS = {"quality_focal": (1.0, 1.0), "varifocal": (0.75, 1.0)}
 """Of each loss the weights of the other elements and of an anchor's class; those of varifocal are its paper's."""
@@ -145,18 +145,14 @@ def _soft_focal_loss_triton(
     loss_type: str,
     gamma: float,
 ) -> Tensor:
-    levels = [level.contiguous() for level in levels]
     tensors = [x.contiguous() for x in (labels, quality, normalizers)]
     constants = num_classes, loss_type, gamma
-    wanted = torch.is_grad_enabled() and any(level.requires_grad for level in levels)
-    if wanted and levels[0].dtype != torch.float16 and not torch.compiler.is_compiling():
-        return OnePass.apply(
-            "soft_focal_loss",
-            lambda levels: _soft_focal_loss_op(levels, *tensors, None, *constants, True, True),
-            functools.partial(_reference_of_levels, tensors, constants),
-            *levels,
-        )
-    return _soft_focal_loss_op(levels, *tensors, None, *constants, True, False)[0]
+    return run_one_pass(
+        "soft_focal_loss",
+        lambda levels, with_grads: _soft_focal_loss_op(levels, *tensors, None, *constants, True, with_grads),
+        functools.partial(_reference_of_levels, tensors, constants),
+        [level.contiguous() for level in levels],
+    )
 
 
 def soft_focal_loss(

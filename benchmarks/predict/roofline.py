@@ -28,9 +28,13 @@ from benchmarks.predict.hardware import (
     STREAM_GAP,
     WARPS,
 )
+from benchmarks.predict.loss_work import LOSS_WORK
 from benchmarks.predict.work import WORK, Scene, Work
 from benchmarks.static.compiled import Row
 from tests.instruments.fake_gpu import Launch, TorchOp
+
+MODELS = WORK | LOSS_WORK
+"""The work of a launch by its kernel."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Step:
 
 def kernel_step(launch: Launch, row: Row, scene: Scene) -> Step:
     """Returns the time of one of our kernels."""
-    work = WORK[row.kernel](launch, row, scene)
+    work = MODELS[row.kernel](launch, row, scene)
     return Step(row.kernel, *_slowest(bounds(work, row, math.prod(launch.grid))))
 
 

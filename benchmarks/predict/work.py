@@ -30,6 +30,10 @@ class Scene:
     candidates: int = 0  # boxes that NMS is given
     members: int = 0  # the most of these that one of its programs decides on, or that are of one group of classes
     kept: int = 0  # how many that program keeps
+    near: float = 0.0  # tiles of 128 anchors whose centres a ground truth meets, on average
+    most_near: int = 0  # the most that any ground truth meets
+    inside: float = 0.0  # anchors whose centres a ground truth surrounds, on average
+    decoded: float = 0.0  # share of these tiles that any ground truth meets
     image_bytes: int = 0  # of images, which are read by address, so that no launch shows them
 
 
@@ -59,7 +63,7 @@ def nbytes(values: Any) -> int:
     return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in found.values())
 
 
-def _streamed(launch: Launch, row: Row, scene: Scene) -> Work:
+def streamed(launch: Launch, row: Row, scene: Scene) -> Work:
     """Every tensor is read or written once, and every program takes the usual path."""
     programs = math.prod(launch.grid)
     longest = row.path * ALONE + DRAM + L2
@@ -68,13 +72,13 @@ def _streamed(launch: Launch, row: Row, scene: Scene) -> Work:
 
 def _focal_loss(launch: Launch, row: Row, scene: Scene) -> Work:
     """Mixed tiles execute more instructions than background tiles, which are the usual path."""
-    work, more = _streamed(launch, row, scene), mixed_over_background(launch.args[0][0].dtype)
+    work, more = streamed(launch, row, scene), mixed_over_background(launch.args[0][0].dtype)
     return replace(work, instructions=work.instructions * (1 + scene.mixed * (more - 1)))
 
 
 def _image_batch(launch: Launch, row: Row, scene: Scene) -> Work:
     """How often a row of the image is read depends on the scale: as often as for 480x640 pixels made 800."""
-    work, options = _streamed(launch, row, scene), launch.kwargs
+    work, options = streamed(launch, row, scene), launch.kwargs
     each = instructions_an_element("image_batch uint8 to bf16", "_image_batch_kernel")
     path = each * options["BLOCK"] * options["ROWS"] / (32 * row.warps)
     return replace(work, instructions=math.prod(launch.grid) * path, longest=path * ALONE + options["ROWS"] * DRAM)
@@ -278,7 +282,7 @@ def _take_kept(launch: Launch, row: Row, scene: Scene) -> Work:
 
 def _conv_epilogue(launch: Launch, row: Row, scene: Scene) -> Work:
     """Every tensor is read once, and the first is written as well."""
-    work = _streamed(launch, row, scene)
+    work = streamed(launch, row, scene)
     return replace(work, bytes=work.bytes + launch.args[0].nbytes)
 
 
@@ -296,11 +300,11 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_image_batch_kernel": _image_batch,
     "_conv_epilogue_kernel": _conv_epilogue,
     "_stem_conv_kernel": _stem_conv,
-    "_first_channels_kernel": _streamed,
-    "_max_pool_relu_kernel": _streamed,
-    "_score_keys_kernel": _streamed,
+    "_first_channels_kernel": streamed,
+    "_max_pool_relu_kernel": streamed,
+    "_score_keys_kernel": streamed,
     "_scale_kernel": _scale,
-    "_sum_kernel": _streamed,
+    "_sum_kernel": streamed,
     "_anchor_matching_kernel": _anchor_matching,
     "_match_kernel": _match,
     "_box_loss_kernel": _box_loss,
@@ -311,7 +315,7 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_place_kernel": _place,
     "_box_decode_kernel": _box_decode,
     "_suppress_kernel": _suppress,
-    "_count_groups_kernel": _streamed,
+    "_count_groups_kernel": streamed,
     "_deal_kernel": _deal,
     "_compare_kernel": _compare,
     "_decide_kernel": _decide,

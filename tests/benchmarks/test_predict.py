@@ -1,5 +1,6 @@
 """The model of an H200 gives the times that were worked out by hand, and more work takes longer."""
 
+import dataclasses
 import functools
 import json
 
@@ -8,7 +9,8 @@ import torch
 
 from benchmarks.gpu.goals import GOALS
 from benchmarks.gpu.report import PREDICTIONS, newest_version
-from benchmarks.predict import goals, hardware, predictions, roofline, work
+from benchmarks.models import loss_path
+from benchmarks.predict import goals, hardware, options, predictions, roofline, work
 from benchmarks.predict.roofline import bounds
 from benchmarks.predict.work import Scene, Work
 from benchmarks.static.compiled import Row, report
@@ -84,6 +86,15 @@ def every_launch() -> list[Launch]:
         ("_first_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_write_kept_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_box_loss_kernel", Scene(foreground=0.1), {"foreground": 0.5}),
+        ("_distribution_loss_kernel", Scene(foreground=0.1), {"foreground": 0.5}),
+        ("_nearest_kernel", Scene(ground_truths=16), {"ground_truths": 500}),
+        ("_offer_kernel", Scene(ground_truths=16), {"ground_truths": 500}),
+        ("_predict_kernel", Scene(ground_truths=16, decoded=0.2), {"ground_truths": 500, "decoded": 1.0}),
+        (
+            "_align_kernel",
+            Scene(ground_truths=16, near=20, most_near=100, inside=2000),
+            {"most_near": 400, "inside": 4000},
+        ),
         ("_image_batch_kernel", Scene(image_bytes=10), {"image_bytes": 10**9}),
     ],
 )
@@ -94,9 +105,12 @@ def test_more_work_takes_longer(kernel, scene, more):
         through=[340, 420, 320, 330],
     )  # fmt: skip
     row.loops_mufu = [0, 4, 0, 0]
-    row.loops = row.loops[: {"_anchor_matching_kernel": 2, "_list_kernel": 4, "_compare_kernel": 4}.get(kernel, 3)]
+    loops = {"_anchor_matching_kernel": 2} | dict.fromkeys(
+        ("_list_kernel", "_compare_kernel", "_align_kernel", "_nearest_kernel"), 4
+    )
+    row.loops = row.loops[: loops.get(kernel, 3)]
     grown = Scene(**(vars(scene) | more))
-    before, after = (work.WORK[kernel](first, row, each) for each in (scene, grown))
+    before, after = (roofline.MODELS[kernel](first, row, each) for each in (scene, grown))
     assert (after.bytes, after.instructions, after.longest) > (before.bytes, before.instructions, before.longest)
     assert max(bounds(after, row, 1000).values()) >= max(bounds(before, row, 1000).values())
 
@@ -106,7 +120,25 @@ def test_every_kernel_of_a_goal_is_modelled():
     for call, _ in goals.CALLS.values():
         names = {launch.kernel.__name__ for launch in launches_of(call)}
         assert names
-        assert names <= set(work.WORK)
+        assert names <= set(roofline.MODELS)
+
+
+def test_every_option_of_the_loss_path_is_modelled_and_takes_the_memory_of_its_gradients():
+    """A record has 412 MB of the first, logits and deltas of 365 MB."""
+    for option in loss_path.OPTIONS:
+        setting, inputs = dataclasses.replace(loss_path.GOAL, **option), list[torch.Tensor]()
+        launches = launches_of(functools.partial(options.call_of, setting, inputs))
+        assert {launch.kernel.__name__ for launch in launches} <= set(roofline.MODELS)
+        least = sum(x.nbytes for x in inputs if x.dtype == torch.bfloat16)
+        assert least < options.bytes_of(launches, inputs) < 1.2 * least
+
+
+def test_the_scene_of_task_aligned_matching():
+    """One ground truth: its tiles are the most that any has, and hold all anchors inside."""
+    scene = options.scene_of(dataclasses.replace(loss_path.GOAL, batch=1, ground_truths=1))
+    assert 1 <= scene.near == scene.most_near
+    assert 0 < scene.inside < 128 * scene.near
+    assert 0 < scene.decoded < 1
 
 
 def test_every_goal_of_speed_has_a_prediction():

@@ -163,3 +163,14 @@ def test_pytest_benchmark_is_told_what_was_measured(monkeypatch):
     assert info["ms"] >= 1
     assert info["images_a_second"] == pytest.approx(4e3 / info["ms"])
     assert info["ceiling_fraction"] == pytest.approx(info["gb_s"] / 2)
+
+
+def test_the_peak_on_a_cpu_is_that_of_what_lives_at_once():
+    x = torch.zeros(1000, 250)
+
+    def call():
+        for _ in range(3):
+            y = (x + 1) * 2
+        return y
+
+    assert timing.peak_mb(call, CPU) == pytest.approx(3, rel=0.01)  # the y before, a sum and a product

@@ -226,9 +226,9 @@ def test_fullgraph_compile(device, monkeypatch):
     assert_close(torch.autograd.grad(loss, arguments[0]), torch.autograd.grad(expected, arguments[0]), 1e-7)
 
 
-def test_one_launch():
+def test_one_launch_forward_and_one_to_sum():
     launches = launches_of(KERNEL_CALLS["distribution_loss bf16"].run)
-    assert [launch.kernel.__name__ for launch in launches] == ["_distribution_loss_kernel"]
+    assert [launch.kernel.__name__ for launch in launches] == ["_distribution_loss_kernel", "_sum_kernel"]
 
 
 # As compiled code
