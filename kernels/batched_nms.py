@@ -25,7 +25,7 @@ from retina_fast.kernels.key_sort import pack, sort_keys
 from retina_fast.kernels.nms_blocks import suppress_by_blocks
 from retina_fast.kernels.nms_overlap import POSITION_BITS, count_of
 from retina_fast.kernels.nms_pairs import kept_of_pairs
-from retina_fast.kernels.nms_walk import suppress_by_walks
+from retina_fast.kernels.nms_walk import progress_blocks, suppress_by_walks
 
 
 class Kept(NamedTuple):
@@ -102,10 +102,12 @@ _TILE = 512
 _WALKED, _WALKED_OF_ONE_CLASS = 2**21, 2**16
 
 
-@triton.jit(do_not_specialize=["width"])
-def _score_keys_kernel(scores_ptr, keys_ptr, counts_ptr, lengths_ptr, width, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["width", "blocks"])
+def _score_keys_kernel(
+    scores_ptr, keys_ptr, counts_ptr, lengths_ptr, progress_ptr, width, blocks, TILE: tl.constexpr
+):  # fmt: skip
     """Program (t, b) makes the keys of TILE boxes of image b, which order by falling score, then by position. Program
-    (0, b) writes how many there are."""
+    (0, b) writes how many there are, and the zeros from which a walk counts its progress."""
     image = tl.program_id(1).to(tl.int64)
     count = count_of(counts_ptr, image, width)
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -114,6 +116,9 @@ def _score_keys_kernel(scores_ptr, keys_ptr, counts_ptr, lengths_ptr, width, TIL
     tl.store(keys_ptr + image * width + i, keys, mask=i < width)
     if tl.program_id(0) == 0:
         tl.store(lengths_ptr + image, count)
+        for first in range(0, blocks, TILE):
+            block = first + tl.arange(0, TILE)
+            tl.store(progress_ptr + image * blocks + block, tl.zeros([TILE], tl.int32), mask=block < blocks)
 
 
 def rounded_down(value: float) -> float:
@@ -140,18 +145,22 @@ def _batched_nms_triton(
     batch, width = boxes.shape[:2]
     boxes, counts = boxes.contiguous(), counts.contiguous()
     labels = None if labels is None else labels.contiguous()
+    walked = is_walked(width, max_detections, labels is not None)
+    blocks = progress_blocks(width) if walked else 0
+    progress = boxes.new_empty(batch, blocks, dtype=torch.int32)
     with torch.cuda.device_of(boxes):
         keys = None
-        if scores is not None:
+        if scores is None:
+            progress.zero_()
+        else:
             keys = boxes.new_empty(batch, width, dtype=torch.int64)
-            given, counts = counts, boxes.new_empty(batch, dtype=torch.int32)
+            lengths = boxes.new_empty(batch, dtype=torch.int32)
             _score_keys_kernel[(max(1, triton.cdiv(width, _TILE)), batch)](
-                scores.contiguous(), keys, given, counts, width, TILE=_TILE, enable_fp_fusion=False
+                scores.contiguous(), keys, counts, lengths, progress, width, blocks, TILE=_TILE, enable_fp_fusion=False
             )
-            keys = sort_keys(keys, counts)
-        walked = is_walked(width, max_detections, labels is not None)
-        suppress = suppress_by_walks if walked else suppress_by_blocks
-        return suppress(boxes, labels, keys, counts, thresholds_of(iou_thresh), max_detections)
+            keys, counts = sort_keys(keys, lengths), lengths
+        given = boxes, labels, keys, counts, thresholds_of(iou_thresh), max_detections
+        return suppress_by_walks(*given, progress) if walked else suppress_by_blocks(*given)
 
 
 _op = torch.library.custom_op("retina_fast::batched_nms", _batched_nms_triton, mutates_args=())

@@ -64,7 +64,7 @@ def _code_of(rising16):
 
 
 @triton.jit
-def _bin_of(keys, first_bin, index_bits, DROP: tl.constexpr, BINS: tl.constexpr):
+def bin_of(keys, first_bin, index_bits, DROP: tl.constexpr, BINS: tl.constexpr):
     """The bins of keys, which rise with them."""
     rising16 = ((keys >> index_bits) - (1 << (31 - DROP))).to(tl.int32) >> (16 - DROP)
     return tl.minimum(tl.maximum((_code_of(rising16) >> 2) - first_bin, 0), BINS - 1)
@@ -82,9 +82,19 @@ def lowest_key(bin, first_bin, index_bits, DROP: tl.constexpr, BINS: tl.constexp
 
 
 @triton.jit
-def _survivors(x_ptr, begin, end, at_least, TILE: tl.constexpr, RUN: tl.constexpr, LANES: tl.constexpr,
-               DROP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """(LANES, WORDS) int32: bits of the logits that survive, 32 // RUN runs of a lane to a word."""
+def _lowest_value(bin, first_bin):
+    """The lowest float32 number of a bin above the first."""
+    code = (bin + first_bin) * 4
+    rising16 = tl.where(code >= 8, code + _NEAR_ZERO - 7, tl.where(code > 0, 1, code + 3 - _NEAR_ZERO))
+    rising = tl.where(code == 0, 0, rising16) << 16
+    return (rising ^ ((rising >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _survivors(x_ptr, begin, end, at_least, floor_ptr, first_bin, FLOORS: tl.constexpr, TILE: tl.constexpr,
+               RUN: tl.constexpr, LANES: tl.constexpr, DROP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """(LANES, WORDS) int32: bits of the logits that survive, 32 // RUN runs of a lane to a word; and the lowest value
+    that does, by the floor if there is one."""
     lane = tl.arange(0, LANES)[:, None, None, None]  # first, so that the compiler deals the threads along it
     word = tl.arange(0, TILE // (32 * LANES))[None, :, None, None]
     run = tl.arange(0, 32 // RUN)[None, None, :, None]
@@ -94,10 +104,21 @@ def _survivors(x_ptr, begin, end, at_least, TILE: tl.constexpr, RUN: tl.constexp
         x = tl.load(x_ptr + i, mask=(begin + i >= 0) & (begin + i < end), other=float("-inf"))
     else:
         x = tl.load(x_ptr + i)
+    if FLOORS:  # read while the logits are on their way, and by one thread, so that all warps have the same
+        floor = tl.atomic_max(floor_ptr, 0, sem="relaxed")
+        at_least = tl.where(floor > 0, _lowest_value(floor, first_bin), at_least)
     if DROP != 16 or not _COMPILED:  # an instruction compares two bfloat16; the interpreter would compare their bits
         x = x.to(tl.float32)
     bits = tl.where(x >= at_least.to(x.dtype), 1 << (run * RUN + place), 0)
-    return tl.sum(tl.sum(bits, axis=3), axis=2)
+    return tl.sum(tl.sum(bits, axis=3), axis=2), at_least
+
+
+@triton.jit
+def _lowest_place(words, word, lane, RUN: tl.constexpr, LANES: tl.constexpr):
+    """The place within a tile of the logit that the lowest bit of a word stands for."""
+    lowest = (words & -words).to(tl.float32).to(tl.int32, bitcast=True)
+    bit = ((lowest >> 23) & 255) - 127  # the exponent of a power of two
+    return word * (32 * LANES) + lane * RUN + (bit & (RUN - 1)) + (bit & (32 - RUN)) * LANES
 
 
 @triton.jit
@@ -116,31 +137,37 @@ def _list(x_ptr, begin, end, first_index, at_least, words, list_ptr, found_ptr, 
         if slot + total <= capacity:
             word = tl.arange(0, TILE // (32 * LANES))[None, :]
             lane = tl.arange(0, LANES)[:, None]
-            for _ in range(0, most):
-                lowest = (words & -words).to(tl.float32).to(tl.int32, bitcast=True)
-                bit = ((lowest >> 23) & 255) - 127  # the exponent of a power of two
-                i = word * (32 * LANES) + lane * RUN + (bit & (RUN - 1)) + (bit & (32 - RUN)) * LANES
-                tl.store(list_ptr + slots, i.to(tl.int64), mask=words != 0)
-                slots += 1
-                words &= words - 1
-            list_ptr += slot
-            tl.debug_barrier()
-            for first in range(0, total, CHUNK):
-                place = first + tl.arange(0, CHUNK)
-                i = tl.load(list_ptr + place, mask=place < total, other=0).to(tl.int32)
-                x = tl.load(x_ptr + i, mask=place < total, other=0.0).to(tl.float32)
-                keys = pack(x, first_index + begin + i, index_bits, DROP)
-                tl.store(list_ptr + place, keys, mask=place < total)
-                bin = _bin_of(keys, first_bin, index_bits, DROP, BINS)
-                if total <= FEW:
-                    tl.atomic_add(bins_ptr + bin, 1, mask=place < total, sem="relaxed")
-                else:
+            if total <= FEW:
+                for _ in range(0, most):
+                    i = _lowest_place(words, word, lane, RUN, LANES)
+                    x = tl.load(x_ptr + i, mask=words != 0, other=0.0).to(tl.float32)
+                    keys = pack(x, first_index + begin + i, index_bits, DROP)
+                    tl.store(list_ptr + slots, keys, mask=words != 0)
+                    bin = bin_of(keys, first_bin, index_bits, DROP, BINS)
+                    tl.atomic_add(bins_ptr + bin, 1, mask=words != 0, sem="relaxed")
+                    slots += 1
+                    words &= words - 1
+            else:
+                for _ in range(0, most):
+                    i = _lowest_place(words, word, lane, RUN, LANES)
+                    tl.store(list_ptr + slots, i.to(tl.int64), mask=words != 0)
+                    slots += 1
+                    words &= words - 1
+                list_ptr += slot
+                tl.debug_barrier()
+                for first in range(0, total, CHUNK):
+                    place = first + tl.arange(0, CHUNK)
+                    i = tl.load(list_ptr + place, mask=place < total, other=0).to(tl.int32)
+                    x = tl.load(x_ptr + i, mask=place < total, other=0.0).to(tl.float32)
+                    keys = pack(x, first_index + begin + i, index_bits, DROP)
+                    tl.store(list_ptr + place, keys, mask=place < total)
+                    bin = bin_of(keys, first_bin, index_bits, DROP, BINS)
                     histogram += tl.histogram(bin, BINS, mask=place < total)
         else:
             for first in range(0, TILE, WIDE):
                 i = first + tl.arange(0, WIDE)
                 x = tl.load(x_ptr + i, mask=(begin + i >= 0) & (begin + i < end), other=float("-inf")).to(tl.float32)
-                bin = _bin_of(pack(x, i, index_bits, DROP), first_bin, index_bits, DROP, BINS)
+                bin = bin_of(pack(x, i, index_bits, DROP), first_bin, index_bits, DROP, BINS)
                 histogram += tl.histogram(bin, BINS, mask=x >= at_least)
         if (total > FEW) | (slot + total > capacity):
             tl.atomic_add(bins_ptr + tl.arange(0, BINS), histogram, mask=histogram > 0, sem="relaxed")
@@ -155,20 +182,12 @@ def _raise_floor(bins_ptr, floor_ptr, topk, BINS: tl.constexpr):
     tl.atomic_max(floor_ptr, bin, sem="relaxed")
 
 
-@triton.jit
-def _lowest_value(bin, first_bin):
-    """The lowest float32 number of a bin above the first."""
-    code = (bin + first_bin) * 4
-    rising16 = tl.where(code >= 8, code + _NEAR_ZERO - 7, tl.where(code > 0, 1, code + 3 - _NEAR_ZERO))
-    rising = tl.where(code == 0, 0, rising16) << 16
-    return (rising ^ ((rising >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
 @triton.jit(do_not_specialize=["images", "list_width", "first_bin", "index_bits", "topk", "renewed"])
 def _list_kernel(
     levels, starts, first_tiles, list_starts, lists_ptr, found_ptr, bins_ptr, floors_ptr, images, list_width,
     first_bin, index_bits, at_least, topk, renewed, DROP: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
-    FEW: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, BINS: tl.constexpr, LANES: tl.constexpr,
+    FLOORS: tl.constexpr, FEW: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, BINS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Program t * images + b lists the survivors of tile t, counted through the levels, of image b. The floor is raised
     whenever another 2^renewed survivors were found. No branch may hang on a floor: programs raise it while others run,
@@ -184,17 +203,18 @@ def _list_kernel(
     x_ptr = pick(levels, level) + tl.multiple_of(image * end - shift, 16) + tile * TILE
     segment = image * len(levels) + level
     found_ptr, bins_ptr, floor_ptr = found_ptr + segment, bins_ptr + segment * BINS, floors_ptr + segment
-    floor = tl.atomic_max(floor_ptr, 0, sem="relaxed")  # by a load each warp might see another floor
-    at_least = tl.where(floor > 0, _lowest_value(floor, first_bin), at_least)
+    at_least = tl.full([], at_least, tl.float32)
     if (begin >= 0) & (begin + TILE <= end):
-        words = _survivors(x_ptr, begin, end, at_least, TILE, RUN, LANES, DROP, False)
+        words, at_least = _survivors(x_ptr, begin, end, at_least, floor_ptr, first_bin, FLOORS, TILE, RUN, LANES, DROP,
+                                     False)  # fmt: skip
     else:
-        words = _survivors(x_ptr, begin, end, at_least, TILE, RUN, LANES, DROP, True)
+        words, at_least = _survivors(x_ptr, begin, end, at_least, floor_ptr, first_bin, FLOORS, TILE, RUN, LANES, DROP,
+                                     True)  # fmt: skip
     capacity = pick_size(list_starts[1:], level) - list_start
     list_ptr = lists_ptr + image * list_width + list_start
     before, now = _list(x_ptr, begin, end, start, at_least, words, list_ptr, found_ptr, bins_ptr, capacity, first_bin,
                         index_bits, DROP, TILE, RUN, FEW, CHUNK, WIDE, BINS, LANES)  # fmt: skip
-    if (before ^ now) >> renewed != 0:
+    if FLOORS and (before ^ now) >> renewed != 0:
         _raise_floor(bins_ptr, floor_ptr, topk, BINS)
 
 
@@ -237,18 +257,18 @@ def list_survivors(
     first_tiles = [0, *accumulate(triton.cdiv(count + 15, tile) for count in logits)]
     list_starts = [0, *accumulate(count // _LISTED + 1 for count in logits)]
     lists = first.new_empty(len(first), list_starts[-1], dtype=torch.int64)
-    floors, found, histograms = zeros[:segments], zeros[segments : 2 * segments], zeros[2 * segments :]
+    floor_of, found, histograms = zeros[:segments], zeros[segments : 2 * segments], zeros[2 * segments :]
     programs, topk = first_tiles[-1] * len(first), max(1, topk)
-    floors_help = programs > _AT_ONCE
-    renewed = (topk // 2).bit_length() if floors_help else 31
+    floors = programs > _AT_ONCE
+    renewed = (topk // 2).bit_length() if floors else 31
     survivors = Survivors(lists, found, histograms, encode_sizes(list_starts), _first_bin(threshold))
     lanes = min(_LANES, tile // 32)
     with torch.cuda.device_of(first):
         _list_kernel[(programs,)](
-            tuple(levels), starts, encode_sizes(first_tiles), survivors.list_starts, lists, found, histograms, floors,
+            tuple(levels), starts, encode_sizes(first_tiles), survivors.list_starts, lists, found, histograms, floor_of,
             len(first), list_starts[-1], survivors.first_bin, index_bits, _at_least(threshold, drop), topk, renewed,
-            DROP=drop, TILE=tile, RUN=run, FEW=_FEW_WITH_FLOORS if floors_help else _FEW, CHUNK=min(_CHUNK, tile),
-            WIDE=min(_WIDE, tile), BINS=BINS.value, LANES=lanes, num_warps=triton.cdiv(lanes, 32),
-            enable_fp_fusion=False,
+            DROP=drop, TILE=tile, RUN=run, FLOORS=floors, FEW=_FEW_WITH_FLOORS if floors else _FEW,
+            CHUNK=min(_CHUNK, tile), WIDE=min(_WIDE, tile), BINS=BINS.value, LANES=lanes,
+            num_warps=triton.cdiv(lanes, 32), enable_fp_fusion=False,
         )  # fmt: skip
     return survivors

@@ -1,5 +1,5 @@
 """The keys of the candidates: of the survivors of each image and level at least the topk greatest, and a few more, up
-to the room of a level, which the sort drops.
+to the room of a level, which are dropped when keys find their places. Within a level they lie by falling bin of values.
 
 Mostly the bin of values (``candidate_list.py``) that holds the topk-th key tells which keys stay, and the first of
 three launches writes them. Where the bin has too many keys, such as many equal scores, the launches count its keys in
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.candidate_list import BINS, list_survivors, lowest_key
+from retina_fast.kernels.candidate_list import BINS, bin_of, list_survivors, lowest_key
 from retina_fast.kernels.dispatch import tl, triton
 from retina_fast.kernels.key_sort import PADDING, RUN, pack, sorts_by_kernels
 from retina_fast.kernels.levels import encode_sizes, level_of, pick, pick_size
@@ -27,20 +27,26 @@ _ONE_PROGRAM = 15  # bits of a range of keys that one program may search alone
 
 
 class FoundKeys(NamedTuple):
-    """Keys of B images, in any order within each part of a row. A part holds those of one level."""
+    """Keys of B images. A part of a row holds those of one level, by falling bin of values, in any order within one."""
 
     keys: Tensor
     """(B, M) int64; behind the keys of a part lies PADDING where the sort needs it, else anything."""
     counts: Tensor
     """(B, levels) int32: how many keys each part has."""
+    above: Tensor
+    """(B, levels, BINS) int32: how many survivors are above each bin, which is where its keys begin within a part."""
     part_starts: tuple[int, ...]
     """Where each part begins, and M."""
     most: int
     """How many keys of a part are candidates, the greatest."""
     index_bits: int
     """How many bits of a key the index takes."""
+    first_bin: int
+    """What is subtracted from the number of a bin."""
     drop: int
     """How many low bits of float32 the dtype of the logits lacks."""
+    zeros: Tensor
+    """int32 zeros for whoever comes next, as many as were asked for."""
 
 
 @triton.jit
@@ -87,18 +93,22 @@ def _interval(state_ptr, histogram_ptr, found, capacity, room, topk, first_bin, 
 
 
 @triton.jit
-def _append(keys, chosen, row_ptr, count_ptr):
-    """Appends the chosen keys to a part of a row."""
+def _append(keys, chosen, above, first_bin, index_bits, row_ptr, filled_ptr, count_ptr, DROP: tl.constexpr,
+            BINS: tl.constexpr):  # fmt: skip
+    """Appends the chosen keys to their bins in a part of a row."""
     total = tl.sum(chosen.to(tl.int32), axis=0)
     if total > 0:
-        slot = tl.atomic_add(count_ptr, total, sem="relaxed")
-        slots = slot + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+        bin = bin_of(keys, first_bin, index_bits, DROP, BINS)
+        slots = tl.gather(above, BINS - 1 - bin, axis=0)
+        slots += tl.atomic_add(filled_ptr + bin, 1, mask=chosen, sem="relaxed")
         tl.store(row_ptr + slots, keys, mask=chosen)
+        tl.atomic_add(count_ptr, total, sem="relaxed")
 
 
 @triton.jit
-def _append_from(x_ptr, in_level, start, threshold, lowest, end, needed, room, index_bits, row_ptr, count_ptr,
-                 DROP: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr):  # fmt: skip
+def _append_from(x_ptr, in_level, start, threshold, lowest, end, needed, room, above_bins, first_bin, index_bits,
+                 row_ptr, filled_ptr, count_ptr, DROP: tl.constexpr, TILE: tl.constexpr,
+                 BINS: tl.constexpr):  # fmt: skip
     """One program appends keys from a range of which all are equal in value, or which is rare: at least the needed
     greatest ones, and no more than have room."""
     first, stop = 0, in_level
@@ -125,14 +135,15 @@ def _append_from(x_ptr, in_level, start, threshold, lowest, end, needed, room, i
         i = offset + tl.arange(0, TILE)
         x = tl.load(x_ptr + i, mask=i < stop, other=float("-inf")).to(tl.float32)
         keys = pack(x, start + i, index_bits, DROP)
-        _append(keys, (x > threshold) & (keys >= bottom) & (keys < end), row_ptr, count_ptr)
+        chosen = (x > threshold) & (keys >= bottom) & (keys < end)
+        _append(keys, chosen, above_bins, first_bin, index_bits, row_ptr, filled_ptr, count_ptr, DROP, BINS)
 
 
 @triton.jit(do_not_specialize=["width", "list_width", "first_bin", "index_bits", "topk", "digit"])
 def _search_kernel(
-    levels, starts, list_starts, first_shares, part_starts, lists_ptr, found_ptr, states_ptr, histograms_ptr, rows_ptr,
-    counts_ptr, width, list_width, first_bin, index_bits, threshold, topk, digit, DROP: tl.constexpr,
-    TILE: tl.constexpr, BINS: tl.constexpr, LAST: tl.constexpr,
+    levels, starts, list_starts, first_shares, part_starts, lists_ptr, found_ptr, states_ptr, histograms_ptr, above_ptr,
+    filled_ptr, rows_ptr, counts_ptr, width, list_width, first_bin, index_bits, threshold, topk, digit,
+    DROP: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Program (p, b) looks at its share of a level of image b. If it is known by now which keys stay, they are appended
     to the row, unless an earlier launch has done so. Otherwise those of the range that holds the lowest of them are
@@ -167,6 +178,11 @@ def _search_kernel(
         list_ptr = lists_ptr + image * list_width + list_start
         x_ptr = pick(levels, level) + image * in_level
         row_ptr, count_ptr = rows_ptr + image * width + part_start, counts_ptr + segment
+        filled_ptr += segment * BINS
+        in_bins = tl.load(histograms_ptr + segment * BINS + BINS - 1 - tl.arange(0, BINS))
+        above_bins = tl.cumsum(in_bins, axis=0) - in_bins
+        if (share == 0) & (digit == 0):
+            tl.store(above_ptr + segment * BINS + BINS - 1 - tl.arange(0, BINS), above_bins)
         work = tl.where(listed, found, in_level)
         from_key = tl.where(known, lowest, end)  # those from the end on stay in any case
         shift = _shift_of(end - lowest, BINS)
@@ -180,7 +196,8 @@ def _search_kernel(
                 x = tl.load(x_ptr + i, mask=i < work, other=float("-inf")).to(tl.float32)
                 keys = tl.where(x > threshold, pack(x, start + i, index_bits, DROP), -1)
             if known | LAST:
-                _append(keys, keys >= from_key, row_ptr, count_ptr)
+                _append(keys, keys >= from_key, above_bins, first_bin, index_bits, row_ptr, filled_ptr, count_ptr,
+                        DROP, BINS)  # fmt: skip
             elif not LAST:
                 matching = (keys >= lowest) & (keys < end)
                 bin = tl.where(matching, (keys - lowest) >> shift, 0).to(tl.int32)
@@ -189,7 +206,8 @@ def _search_kernel(
         if LAST:
             if (share == 0) & ~known:
                 _append_from(x_ptr, in_level, start, threshold, lowest, end, tl.maximum(topk - above, 1), room - above,
-                             index_bits, row_ptr, count_ptr, DROP, TILE, BINS)  # fmt: skip
+                             above_bins, first_bin, index_bits, row_ptr, filled_ptr, count_ptr, DROP, TILE,
+                             BINS)  # fmt: skip
         elif ~known:
             bins = histograms_ptr + ((digit + 1) * segments + segment) * BINS + tl.arange(0, BINS)
             tl.atomic_add(bins, histogram, mask=histogram > 0, sem="relaxed")
@@ -201,13 +219,14 @@ def _launches(drop: int, index_bits: int) -> int:
     return 1 + max(1, math.ceil((bits - _ONE_PROGRAM) / 9))
 
 
-def search_keys(levels: list[Tensor], threshold: float, topk: int) -> FoundKeys:
+def search_keys(levels: list[Tensor], threshold: float, topk: int, zeros: int = 0) -> FoundKeys:
     """The keys of the candidates. The number of launches depends on the dtype and the number of logits alone.
 
     Args:
         levels: the logits, each ``(B, N_l, K)``.
         threshold: logits must exceed it.
         topk: the most candidates of an image and level.
+        zeros: how many the result has, which so take no launch of their own.
     """
     first, *_ = levels = [level.contiguous() for level in levels]
     batch, logits = len(first), [level.shape[1] * level.shape[2] for level in levels]
@@ -221,8 +240,9 @@ def search_keys(levels: list[Tensor], threshold: float, topk: int) -> FoundKeys:
         max(1, min(triton.cdiv(count, 8 * _SEARCH_TILE), programs * count // max(1, starts[-1]))) for count in logits
     )]  # fmt: skip
     launches, segments, bins = _launches(drop, index_bits), batch * len(levels), BINS.value
-    zeros = first.new_zeros(segments * (3 + launches * bins), dtype=torch.int32)
-    counts, rest = zeros[:segments], zeros[segments:]
+    parts = segments, segments * bins, segments * (2 + launches * bins), zeros
+    counts, filled, rest, spare = first.new_zeros(sum(parts), dtype=torch.int32).split(parts)
+    above = torch.empty_like(filled)
     survivors = list_survivors(levels, encode_sizes(starts), threshold, most, drop, index_bits, rest)
     states = first.new_empty(launches, segments, 4, dtype=torch.int64)
     shape = batch, part_starts[-1]
@@ -231,8 +251,10 @@ def search_keys(levels: list[Tensor], threshold: float, topk: int) -> FoundKeys:
         for digit in range(launches):
             _search_kernel[(first_shares[-1], batch)](
                 tuple(levels), encode_sizes(starts), survivors.list_starts, encode_sizes(first_shares),
-                encode_sizes(part_starts), survivors.lists, survivors.found, states, survivors.histograms, rows, counts,
-                shape[1], survivors.lists.shape[1], survivors.first_bin, index_bits, threshold, most, digit, DROP=drop,
-                TILE=_SEARCH_TILE, BINS=bins, LAST=digit == launches - 1, enable_fp_fusion=False,
+                encode_sizes(part_starts), survivors.lists, survivors.found, states, survivors.histograms, above,
+                filled, rows, counts, shape[1], survivors.lists.shape[1], survivors.first_bin, index_bits, threshold,
+                most, digit, DROP=drop, TILE=_SEARCH_TILE, BINS=bins, LAST=digit == launches - 1,
+                enable_fp_fusion=False,
             )  # fmt: skip
-    return FoundKeys(rows, counts.view(batch, len(levels)), tuple(part_starts), most, index_bits, drop)
+    counts, above = counts.view(batch, len(levels)), above.view(batch, len(levels), bins)
+    return FoundKeys(rows, counts, above, tuple(part_starts), most, index_bits, survivors.first_bin, drop, spare)

@@ -6,8 +6,8 @@ logits by index: by level, anchor and class. Since sigmoid is monotone, logits a
 sigmoid is computed of candidates only, in float32 whatever the logits' dtype. A NaN logit is never a candidate.
 
 torchvision writes the sigmoid of every logit, a mask, and an index of every survivor. Here the logits are read once
-(``candidate_search.py``), and each candidate is one integer key that orders it. Each key finds its place
-(``key_sort.py``), and what it stands for is written there (``candidate_places.py``).
+(``candidate_search.py``), and each candidate is one integer key that orders it. Each key finds its place, and what it
+stands for is written there (``candidate_places.py``).
 """
 
 import math

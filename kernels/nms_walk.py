@@ -2,7 +2,7 @@
 
 The classes of an image are shared out to programs. A program takes the boxes of its classes in tiles of 32, best first:
 it compares a tile with the boxes it has kept so far, then within itself. It ends when it has kept as many as the result
-can hold.
+can hold, or when all programs of the image together have: so of thousands of boxes mostly a few hundred are looked at.
 """
 
 import torch
@@ -13,17 +13,17 @@ from retina_fast.kernels.nms_overlap import WORD, before, count_of, load_box, ov
 
 _PROGRAMS = 512  # of all images together, as far as that leaves an image no fewer and no more groups than these
 _FEWEST_GROUPS, _MOST_GROUPS = 16, 128
-_SCAN = 1024  # boxes whose class a program looks at in one go
+_SCAN = 512  # boxes whose class a program looks at in one go
 _FLAGS = 1024  # flags that a program looks at in one go
+_DONE = 2**22  # more than a walk has boxes
 _LANES = 32  # kept boxes that a tile is compared with in one go
 
 
 @triton.jit
 def _deal(
-    labels_ptr, keys_ptr, members_ptr, flags_ptr, scanned, tail, count, group, GROUPS: tl.constexpr,
-    SCAN: tl.constexpr, RING: tl.constexpr,
+    labels_ptr, keys_ptr, members_ptr, flags_ptr, scanned, count, group, GROUPS: tl.constexpr, SCAN: tl.constexpr
 ):  # fmt: skip
-    """Appends to the members those of the next SCAN boxes that belong to the program's classes, with their positions if
+    """Writes down as members those of the next SCAN boxes that belong to the program's classes, with their positions if
     there are keys, and lowers their flags; returns how many."""
     i = scanned + tl.arange(0, SCAN)
     mine = i < count
@@ -31,10 +31,10 @@ def _deal(
     if labels_ptr is not None:
         label = tl.load(labels_ptr + position, mask=mine, other=0)
         mine &= (label & (GROUPS - 1)) == group
-    slots = tail + tl.cumsum(mine.to(tl.int32), axis=0) - 1
-    tl.store(members_ptr + slots % RING, i, mask=mine)
+    slots = tl.cumsum(mine.to(tl.int32), axis=0) - 1
+    tl.store(members_ptr + slots, i, mask=mine)
     if keys_ptr is not None:
-        tl.store(members_ptr + RING + slots % RING, position, mask=mine)
+        tl.store(members_ptr + SCAN + slots, position, mask=mine)
     tl.store(flags_ptr + i, tl.zeros([SCAN], tl.int8), mask=mine)
     return tl.sum(mine.to(tl.int32), axis=0)
 
@@ -42,15 +42,15 @@ def _deal(
 @triton.jit
 def _keep(
     boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, kept_labels_ptr, flags_ptr, head, tail, kept, max_kept,
-    iou_thresh, above_thresh, RING: tl.constexpr, WORD: tl.constexpr, LANES: tl.constexpr,
+    iou_thresh, above_thresh, SCAN: tl.constexpr, WORD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Decides which of the next WORD members are kept, and notes their boxes; returns how many."""
     t, lanes = tl.arange(0, WORD), tl.arange(0, LANES)
     waiting = head + t < tail
-    i = tl.load(members_ptr + (head + t) % RING, mask=waiting, other=0)
+    i = tl.load(members_ptr + head + t, mask=waiting, other=0)
     position = i
     if keys_ptr is not None:
-        position = tl.load(members_ptr + RING + (head + t) % RING, mask=waiting, other=0)
+        position = tl.load(members_ptr + SCAN + head + t, mask=waiting, other=0)
     box = load_box(boxes_ptr, labels_ptr, position[:, None])
     most = tl.full([WORD, LANES], -1.0, tl.float32)
     for first in range(0, kept, LANES):
@@ -78,12 +78,16 @@ def _keep(
 
 @triton.jit(do_not_specialize=["width", "max_kept"])
 def _suppress_kernel(
-    boxes_ptr, labels_ptr, keys_ptr, counts_ptr, members_ptr, kept_ptr, kept_labels_ptr, flags_ptr, width, max_kept,
-    iou_thresh, above_thresh, GROUPS: tl.constexpr, SCAN: tl.constexpr, WORD: tl.constexpr, LANES: tl.constexpr,
+    boxes_ptr, labels_ptr, keys_ptr, counts_ptr, members_ptr, kept_ptr, kept_labels_ptr, flags_ptr, progress_ptr, width,
+    max_kept, iou_thresh, above_thresh, GROUPS: tl.constexpr, SCAN: tl.constexpr, WORD: tl.constexpr,
+    LANES: tl.constexpr, DONE: tl.constexpr,
 ):  # fmt: skip
     """Program (g, b) handles the classes of image b whose low bits are g. It sets the flags of its boxes, by falling
-    score, as far down as it walks: 1 where it keeps the box, which it does at most max_kept times. Boxes not yet
-    decided wait in a ring of members."""
+    score, as far down as it walks: 1 where it keeps the box, which it does at most max_kept times.
+
+    It decides its own of SCAN boxes of the image after another. Of each such block the programs add up how many have
+    decided theirs, times DONE, and how many boxes they have kept by then. So a program learns that all have come to the
+    end of a block, and max_kept boxes are kept before it: what lies behind is of no use."""
     group = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     count = count_of(counts_ptr, image, width)
@@ -94,21 +98,33 @@ def _suppress_kernel(
         kept_labels_ptr += (image * GROUPS + group) * max_kept
     if keys_ptr is not None:
         keys_ptr += image * width
-    RING: tl.constexpr = SCAN + WORD
-    members_ptr += (image * GROUPS + group) * 2 * RING
+    members_ptr += (image * GROUPS + group) * 2 * SCAN
     kept_ptr += (image * GROUPS + group) * 4 * max_kept
-    scanned, head, tail, kept = 0, 0, 0, 0
-    while (kept < max_kept) & ((head < tail) | (scanned < count)):
-        if (tail - head < WORD) & (scanned < count):
-            tail += _deal(labels_ptr, keys_ptr, members_ptr, flags_ptr, scanned, tail, count, group, GROUPS, SCAN, RING)
+    progress_ptr += image * tl.cdiv(width, SCAN)
+    scanned, head, tail, kept, blocks, found = 0, 0, 0, 0, 0, 0
+    while (kept < max_kept) & (found < max_kept) & ((head < tail) | (scanned < count)):
+        if head == tail:
+            tail = _deal(labels_ptr, keys_ptr, members_ptr, flags_ptr, scanned, count, group, GROUPS, SCAN)
+            head = 0
             scanned += SCAN
         else:
             kept += _keep(
                 boxes_ptr, labels_ptr, keys_ptr, members_ptr, kept_ptr, kept_labels_ptr, flags_ptr, head, tail, kept,
-                max_kept, iou_thresh, above_thresh, RING, WORD, LANES,
+                max_kept, iou_thresh, above_thresh, SCAN, WORD, LANES,
             )  # fmt: skip
             head = tl.minimum(head + WORD, tail)
         tl.debug_barrier()  # members, kept and flags are used by other threads than wrote them
+        if scanned < count:  # else nothing but members is left to do
+            decided = scanned // SCAN
+            if head < tail:
+                decided -= 1
+            else:
+                tl.atomic_add(progress_ptr + decided - 1, DONE + kept, sem="relaxed")
+            if blocks < decided:
+                state = tl.atomic_max(progress_ptr + blocks, 0, sem="relaxed")  # by a load each warp might see another
+                if state // DONE == GROUPS:
+                    found = state % DONE
+                    blocks += 1
 
 
 @triton.jit(do_not_specialize=["width", "max_detections"])
@@ -143,25 +159,31 @@ def _first_kernel(
         start += SCAN
 
 
+def progress_blocks(width: int) -> int:
+    """How many zeros an image of so many boxes needs, in which programs tell each other how far they have come."""
+    return triton.cdiv(width, _SCAN)
+
+
 def flag_by_walks(
     boxes: Tensor, labels: Tensor | None, keys: Tensor | None, counts: Tensor, thresholds: tuple[float, float],
-    max_detections: int,
+    max_detections: int, progress: Tensor,
 ) -> Tensor:  # fmt: skip
     """Flags (B, M) int8 of the boxes by falling score, not 0 where a box is kept: up to the max_detections-th kept box
-    of an image, behind which they tell nothing. One launch; the arguments are those of ``suppress_by_blocks``."""
+    of an image, behind which they tell nothing. One launch; the arguments are those of ``suppress_by_blocks``, and
+    int32 zeros, ``progress_blocks`` for each image."""
     batch, width = boxes.shape[:2]
     most = max(_FEWEST_GROUPS, min(_MOST_GROUPS, _PROGRAMS // max(1, batch)))
     groups = 1 if labels is None else 1 << (most.bit_length() - 1)  # a power of two
     max_kept = min(max_detections, width)
     flags = boxes.new_empty(batch, width, dtype=torch.int8)
-    members = boxes.new_empty(batch, groups, 2, _SCAN + WORD.value, dtype=torch.int32)
+    members = boxes.new_empty(batch, groups, 2, _SCAN, dtype=torch.int32)
     lists = boxes.new_empty(batch, groups, max_kept, 4)
     kept_labels = None if labels is None else labels.new_empty(batch, groups, max_kept)
     with torch.cuda.device_of(boxes):
         _suppress_kernel[(groups, batch)](
-            boxes, labels, keys, counts, members, lists, kept_labels, flags, width, max_kept, *thresholds,
-            GROUPS=groups, SCAN=_SCAN, WORD=WORD.value, LANES=_LANES, num_warps=8 if groups == _MOST_GROUPS else 4,
-            enable_fp_fusion=False,
+            boxes, labels, keys, counts, members, lists, kept_labels, flags, progress, width, max_kept, *thresholds,
+            GROUPS=groups, SCAN=_SCAN, WORD=WORD.value, LANES=_LANES, DONE=_DONE,
+            num_warps=8 if groups == _MOST_GROUPS else 4, enable_fp_fusion=False,
         )  # fmt: skip
     return flags
 
@@ -182,8 +204,8 @@ def first_flagged(flags: Tensor, keys: Tensor | None, counts: Tensor, max_detect
 
 def suppress_by_walks(
     boxes: Tensor, labels: Tensor | None, keys: Tensor | None, counts: Tensor, thresholds: tuple[float, float],
-    max_detections: int,
+    max_detections: int, progress: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The fields of Kept, in two launches; the arguments are those of ``suppress_by_blocks``."""
-    flags = flag_by_walks(boxes, labels, keys, counts, thresholds, max_detections)
+    """The fields of Kept, in two launches; the arguments are those of ``flag_by_walks``."""
+    flags = flag_by_walks(boxes, labels, keys, counts, thresholds, max_detections, progress)
     return first_flagged(flags, keys, counts, max_detections)

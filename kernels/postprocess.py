@@ -2,7 +2,7 @@
 
 It is the four operations one after another, each of which is defined in a file of its own. In one operation their seams
 cost nothing: a candidate's box is decoded where its place is found, and the kept boxes are written, scaled, by the
-kernel that finds them. Eight launches serve an image in half precision.
+kernel that finds them. Eight launches serve a batch in half precision.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from retina_fast.kernels.candidate_selection import candidate_selection, candida
 from retina_fast.kernels.dispatch import is_differentiated, runs_triton, tl, triton
 from retina_fast.kernels.levels import check_levels, flatten_all
 from retina_fast.kernels.nms_blocks import suppress_by_blocks
-from retina_fast.kernels.nms_walk import flag_by_walks
+from retina_fast.kernels.nms_walk import flag_by_walks, progress_blocks
 from retina_fast.kernels.side_distributions import box_channels
 from retina_fast.kernels.take_kept import take_kept
 
@@ -113,12 +113,12 @@ def _op(
     """See :func:`postprocess`; the levels are ``(B, N_l, K)`` and ``(B, N_l, C)``, and D is at most their width."""
     width = candidates_width(logits, topk)
     decoding = Decoding([level.contiguous() for level in deltas], anchors, image_sizes, reg_max)
-    found = search_keys(logits, logit(score_thresh), topk)
+    found = search_keys(logits, logit(score_thresh), topk, len(logits[0]) * progress_blocks(width))
     boxes, scores, labels, counts = write_candidates(found, width, num_classes, decoding)
     if not is_walked(width, max_detections, True):
         kept = suppress_by_blocks(boxes, labels, None, counts, thresholds_of(iou_thresh), max_detections)
         return *take_kept(boxes, scores, labels, *kept, image_sizes, original_sizes), kept[1]
-    flags = flag_by_walks(boxes, labels, None, counts, thresholds_of(iou_thresh), max_detections)
+    flags = flag_by_walks(boxes, labels, None, counts, thresholds_of(iou_thresh), max_detections, found.zeros)
     shape = len(boxes), max_detections
     out = boxes.new_empty(*shape, 4), scores.new_empty(shape), labels.new_empty(shape), torch.empty_like(counts)
     with torch.cuda.device_of(boxes):

@@ -60,15 +60,19 @@ def matching_scene(batch: int, count: int) -> Scene:
 
 
 def _kept(batch: int, boxes: Tensor, scores: Tensor | None, labels: Tensor, survivors: float = 0.0) -> Scene:
-    """Returns, of the fullest program of NMS, its boxes and those that it keeps."""
-    launches = launches_of(functools.partial(kernel_calls.call_batched_nms, True, True, batch))
-    groups = labels % launches[0].kwargs["GROUPS"]
-    kept = groups[nms_image(boxes, scores, labels, postprocess.IOU)]
+    """Returns, of the fullest program of NMS, its boxes and those that it keeps, as far as the programs walk."""
+    constants = launches_of(functools.partial(kernel_calls.call_batched_nms, True, True, batch))[0].kwargs
+    groups = labels % constants["GROUPS"]
+    order = torch.arange(len(boxes)) if scores is None else scores.argsort(descending=True, stable=True)
+    kept = nms_image(boxes, scores, labels, postprocess.IOU)[: postprocess.KEPT]
+    last = int((order == kept[-1]).nonzero()) if len(kept) == postprocess.KEPT else len(boxes) - 1
+    walked = order[: (last // constants["SCAN"] + 1) * constants["SCAN"]]
     return Scene(
         survivors=survivors,
         candidates=len(boxes),
-        members=int(groups.bincount().max()),
-        kept=min(postprocess.KEPT, int(kept.bincount().max())),
+        members=int(groups[walked].bincount().max()),
+        kept=int(groups[kept].bincount().max()),
+        walked=len(walked),
     )
 
 

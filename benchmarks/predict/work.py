@@ -30,6 +30,7 @@ class Scene:
     candidates: int = 0  # boxes that NMS is given
     members: int = 0  # the most of these that one of its programs decides on, or that are of one group of classes
     kept: int = 0  # how many that program keeps
+    walked: int = 0  # of the candidates, those that programs decide on before they end; 0 if all
     near: float = 0.0  # tiles of 128 anchors whose centres a ground truth meets, on average
     most_near: int = 0  # the most that any ground truth meets
     inside: float = 0.0  # anchors whose centres a ground truth surrounds, on average
@@ -148,7 +149,7 @@ def _fullest(runs: int, length: int, share: float) -> float:
 def _search(launch: Launch, row: Row, scene: Scene) -> Work:
     """The first launch reads the lists and appends what stays; the others find nothing left to do. Where the lists are
     too short, the launches read the logits, and two are taken to be needed: higher logits are coarser."""
-    levels, digit, (shares, batch), tile = launch.args[0], launch.args[17], launch.grid, launch.kwargs["TILE"]
+    levels, digit, (shares, batch), tile = launch.args[0], launch.args[-1], launch.grid, launch.kwargs["TILE"]
     programs, listed = math.prod(launch.grid), scene.survivors <= 1 / 32
     if digit > (0 if listed else 1) or not scene.survivors:
         return Work(0, programs * row.path, 0, ALONE * row.path + 2 * L2)
@@ -169,28 +170,31 @@ def _sort_runs(launch: Launch, row: Row, scene: Scene) -> Work:
     return Work(16 * batch * scene.candidates, programs * path, 0, ALONE * path + 3 * L2)
 
 
-def _places(launch: Launch, row: Row, scene: Scene) -> Work:
+def _sort(launch: Launch, row: Row, scene: Scene) -> Work:
     """Keys are compared with all keys, or look for their place in each run by binary search, of which each step waits
     for what the step before has read."""
-    (_, batch), keys, parts = launch.grid, launch.kwargs["KEYS"], len(launch.args[2]) - 1
+    (_, batch), keys = launch.grid, launch.kwargs["KEYS"]
     programs = batch * math.ceil(scene.candidates / keys)
     if launch.kwargs["COUNTED"]:
-        turns = parts * math.ceil(scene.candidates / parts / launch.kwargs["CHUNK"])
-        path = row.through[-1] + (turns - 1) * row.loops[-1] + (parts - 1) * sum(row.loops[:-1])
-        waits = (turns + 3) * L2 + parts * REDUCTION
+        turns = math.ceil(scene.candidates / launch.kwargs["CHUNK"])
+        path, waits = row.through[-1] + (turns - 1) * row.loops[-1], (turns + 3) * L2 + REDUCTION
     else:
         path, waits = row.code, (launch.kwargs["RUN"].bit_length() + 3) * L2  # the search is unrolled
     return Work(16 * batch * scene.candidates, programs * path, 0, ALONE * path + waits)
 
 
 def _place(launch: Launch, row: Row, scene: Scene) -> Work:
-    """What a key stands for is written: an anchor or a box, a score and a label. A box gathers 32 bytes of deltas and
-    32 of anchors."""
-    work = _places(launch, row, scene)
-    decoded = launch.args[6] is not None
-    work.bytes += (76 if decoded else 12) * launch.grid[1] * scene.candidates
-    work.longest += 2 * DRAM if decoded else 0
-    return work
+    """A tile's keys are compared with those in the same bins, taken to be a 25th of all, as the goals have them. What a
+    key stands for is written: an anchor or a box, a score and a label. A box gathers 32 bytes of deltas and 32 of
+    anchors."""
+    (_, batch), constants = launch.grid, launch.kwargs
+    programs = batch * math.ceil(scene.candidates / constants["KEYS"])
+    turns = math.ceil(scene.candidates / 25 / constants["CHUNK"])
+    path = row.path if constants["SORTED"] else row.through[0] + (turns - 1) * row.loops[0]
+    decoded = launch.args[7] is not None
+    size = (92 if decoded else 28) * batch * scene.candidates
+    waits = (4 + turns) * L2 + 4 * REDUCTION + (2 * DRAM if decoded else 0)
+    return Work(size, programs * path, 0, ALONE * path + waits)
 
 
 def _box_decode(launch: Launch, row: Row, scene: Scene) -> Work:
@@ -200,17 +204,18 @@ def _box_decode(launch: Launch, row: Row, scene: Scene) -> Work:
 
 
 def _suppress(launch: Launch, row: Row, scene: Scene) -> Work:
-    """A program goes through the boxes of its classes, 32 at a time, and compares them with those kept so far."""
+    """A program goes through the boxes of its classes, 32 at a time, and compares them with those kept so far. After
+    each scan it learns whether all have kept enough."""
     deal, compare, *rest = row.loops  # a third settles the tile, unless the compiler has made no loop of it
-    settle, lanes = sum(rest), launch.kwargs["LANES"]
-    steps = math.ceil(scene.members / 32)
+    settle, lanes, (_, batch) = sum(rest), launch.kwargs["LANES"], launch.grid
+    walked = scene.walked or scene.candidates
+    dealt = math.ceil(walked / launch.kwargs["SCAN"])
+    steps = max(dealt, math.ceil(scene.members / 32))
     compared = sum(math.ceil(scene.kept * step / steps / lanes) for step in range(steps))
-    dealt = math.ceil(scene.candidates / launch.kwargs["SCAN"])
     keep = row.through[1] - row.path - compare  # what is executed only to decide on a tile: hardly ever a division
     path = row.path + dealt * deal + steps * (keep + 2 * settle) + compared * compare
-    waits = dealt * (2 * L2 + REDUCTION) + steps * (3 * L2 + 6 * REDUCTION) + compared * (2 * L2 + 2 * REDUCTION)
-    _, batch = launch.grid
-    return Work(32 * batch * scene.candidates, math.prod(launch.grid) * path, 0, ALONE * path + waits)
+    waits = dealt * (3 * L2 + REDUCTION) + steps * (3 * L2 + 6 * REDUCTION) + compared * (2 * L2 + 2 * REDUCTION)
+    return Work(32 * batch * walked, math.prod(launch.grid) * path, 0, ALONE * path + waits)
 
 
 def _deal(launch: Launch, row: Row, scene: Scene) -> Work:
@@ -311,7 +316,7 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_list_kernel": _list,
     "_search_kernel": _search,
     "_sort_runs_kernel": _sort_runs,
-    "_sort_kernel": _places,
+    "_sort_kernel": _sort,
     "_place_kernel": _place,
     "_box_decode_kernel": _box_decode,
     "_suppress_kernel": _suppress,

@@ -174,8 +174,9 @@ def test_scenes_are_those_of_the_benchmarks():
     assert 1 < scene.met < scene.most_met <= 16
     assert 0.05 < scene.foreground < 0.5
     assert goals.nms_scene(32).candidates == 5000
-    assert 5000 / 16 < goals.nms_scene(32).members < 500
-    assert 5000 / 91 < goals.nms_scene(1).members < goals.nms_scene(32).members
+    assert goals.nms_scene(32).walked == goals.nms_scene(1).walked == 512  # of which 300 are kept
+    assert 512 / 16 < goals.nms_scene(32).members < 64
+    assert 512 / 91 < goals.nms_scene(1).members < goals.nms_scene(32).members
     found = goals.postprocess_scene(1)
     assert found.survivors == 0.01
     assert 4000 < found.candidates <= 5000  # a thousand of each level, and fewer of the smallest

@@ -34,12 +34,12 @@ def equal(ours, expected):
 
 @pytest.fixture(params=["walks", "blocks"])
 def small_tiles(request, monkeypatch):
-    """Both ways of suppression, whatever the size. Walks have few programs and short scans, so that members wait in the
-    ring and classes share a program; blocks are short, so that there are several."""
+    """Both ways of suppression, whatever the size. Walks have few programs and short scans, so that classes share a
+    program and all come to the end of several scans; blocks are short, so that there are several."""
     walked = 0 if request.param == "blocks" else 10**9
     for name in ("_WALKED", "_WALKED_OF_ONE_CLASS"):
         monkeypatch.setattr(module, name, walked)
-    for name, value in (("_FEWEST_GROUPS", 2), ("_MOST_GROUPS", 2), ("_SCAN", 32), ("_FLAGS", 32)):
+    for name, value in (("_FEWEST_GROUPS", 2), ("_MOST_GROUPS", 2), ("_SCAN", 64), ("_FLAGS", 32)):
         monkeypatch.setattr(nms_walk, name, value)
     for name, value in (("_BLOCK", 64), ("_COLUMNS", 32), ("_ROWS", 16), ("_SHARES", 2), ("_STRIPS", 2)):
         monkeypatch.setattr(nms_blocks, name, value)
@@ -150,6 +150,24 @@ def test_a_count_above_the_width_means_all(device, small_tiles):
     for ranking in (scores, None):
         rows = [None if row is None else row.to(device) for row in (boxes, ranking, labels, many)]
         equal(by_kernels(*rows, 0.5, 60), batched_nms_reference(boxes, ranking, labels, all_of_them, 0.5, 60))
+
+
+def test_a_program_ends_where_all_of_them_have_kept_enough(device, monkeypatch):
+    """Interpreted programs run one after another, so the last one sees how far the first has come."""
+    if device.type == "cuda":
+        pytest.skip("on a GPU it depends on the order")
+    for name, value in (("_FEWEST_GROUPS", 2), ("_MOST_GROUPS", 2), ("_SCAN", 32)):
+        monkeypatch.setattr(nms_walk, name, value)
+    boxes, labels = sets("none overlapping", 100)[None], torch.arange(100)[None] % 2
+    for most, decided in ((20, 32), (32, 32), (33, 64), (100, 100)):
+        progress = torch.zeros(1, nms_walk.progress_blocks(100), dtype=torch.int32)
+        torch.use_deterministic_algorithms(True)  # fills empty buffers
+        try:
+            flags = nms_walk.flag_by_walks(boxes, labels, None, torch.tensor([100]), (0.5, 0.51), most, progress)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert flags[0, :decided].tolist() == [1] * decided
+        assert (flags[0, decided:][labels[0, decided:] == 1] > 1).all()
 
 
 @pytest.mark.parametrize(("batch", "groups"), [(0, 128), (1, 128), (4, 128), (5, 64), (8, 64), (32, 16), (600, 16)])

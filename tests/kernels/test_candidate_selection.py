@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from retina_fast.kernels import candidate_list, candidate_search, key_sort
+from retina_fast.kernels import candidate_list, candidate_places, candidate_search
 from retina_fast.kernels import candidate_selection as module
 from retina_fast.kernels.candidate_selection import candidate_selection, candidate_selection_reference, logit
 from tests.ptx.cases import OTHER_ORDERS, check, names
@@ -41,8 +41,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 32)
     monkeypatch.setattr(candidate_search, "_SEARCH_PROGRAMS", 16)
     monkeypatch.setattr(candidate_search, "_SLACK", 1)
-    for name in ("COUNTED", "MERGED"):
-        monkeypatch.setattr(key_sort, name, 256)
+    monkeypatch.setattr(candidate_places, "_TILES", ((math.inf, 256, 64, 1),))
 
 
 def brute_force(levels, k, threshold, topk):
@@ -114,7 +113,7 @@ def test_kernels_match_the_reference(dtype, k, threshold, topk, device, small_ti
 def test_values_that_share_a_bin(values, dtype, device, monkeypatch):
     """Where one of the first bins has more keys than there is room for, they are counted in finer ones."""
     monkeypatch.setattr(candidate_search, "_SEARCH_PROGRAMS", 2)
-    monkeypatch.setattr(key_sort, "COUNTED", 256)
+    monkeypatch.setattr(candidate_places, "_TILES", ((math.inf, 256, 64, 1),))
     noise = torch.randn(1, 3000, 1, generator=torch.Generator().manual_seed(0))
     level = {
         "near zero": noise * 1e-3, "two near zero": 1e-3 + (noise > 0) * 1e-9, "very high": 200 + noise,

@@ -1,5 +1,6 @@
 """The detection path as a whole: against torchvision's, as one graph, and on fake CUDA tensors."""
 
+import math
 from collections import Counter
 from unittest.mock import patch
 
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from retina_fast import RetinaNet, retinanet_resnet18_fpn
 from retina_fast.detections import Detections, Thresholds, detect
 from retina_fast.forward import HeadOutputs
-from retina_fast.kernels import candidate_search, key_sort, nms_walk, postprocess
+from retina_fast.kernels import candidate_places, candidate_search, nms_walk, postprocess
 from tests.instruments import agreement, kernel_calls
 from tests.instruments.fake_gpu import launches_of
 
@@ -81,7 +82,7 @@ def test_detect_by_the_kernels_matches_torchvisions_exact_path(dtype, device, mo
         monkeypatch.setattr(nms_walk, "_MOST_GROUPS", 2)
         monkeypatch.setattr(candidate_search, "_SEARCH_TILE", 1 << 15)
         monkeypatch.setattr(candidate_search, "_SEARCH_PROGRAMS", 8)
-        monkeypatch.setattr(key_sort, "COUNTED", 256)
+        monkeypatch.setattr(candidate_places, "_TILES", ((math.inf, 256, 64, 1),))
     monkeypatch.setattr(postprocess, "runs_triton", lambda *tensors: True)
     theirs, _ = agreement.models()
     theirs.topk_candidates, theirs.detections_per_img = 60, 90

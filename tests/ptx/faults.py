@@ -47,7 +47,7 @@ FAULTS = {
         "candidate_selection bf16 K=91", "misaligned",
     ),
     "a barrier removed": Planted(
-        "candidate_list.py", "list_ptr += slot\n            tl.debug_barrier()", "list_ptr += slot",
+        "candidate_list.py", "list_ptr += slot\n                tl.debug_barrier()", "list_ptr += slot",
         "candidate_selection bf16 K=7 mixed",
         "race on",
     ),
@@ -55,8 +55,8 @@ FAULTS = {
         "nms_walk.py", "tl.debug_barrier()  # members", "# members", "batched_nms class-agnostic unaligned", "race on",
     ),
     "a load and a store for an atomic": Planted(
-        "candidate_search.py", 'slot = tl.atomic_add(count_ptr, total, sem="relaxed")',
-        "slot = tl.load(count_ptr)\n        tl.store(count_ptr, slot + total)",
+        "candidate_search.py", 'tl.atomic_add(count_ptr, total, sem="relaxed")',
+        "tl.store(count_ptr, tl.load(count_ptr) + total)",
         "candidate_selection bf16 K=91", "race on",
     ),
     "an atomic whose order shows": Planted(
