@@ -84,7 +84,8 @@ class Report:
     runtime_choice: RuntimeChoice | None = None
     """Of an engine whose runtime was chosen by timing."""
     ways: dict[tuple[int, ...], Mapping[str, int]] = field(default_factory=dict)
-    """Of each batch shape at which the ways of the convs were timed: how many calls of convs run in which way."""
+    """Of each batch shape at which the ways of the convs were timed: how many calls of convs run in which way;
+    as ``tail``, how many ends of bottlenecks do, whose convs are counted as if they ran apart."""
     streams: dict[tuple[int, ...], int] = field(default_factory=dict)
     """Of each batch shape at which that was timed: on how many CUDA streams its graph runs trunk and heads."""
     compiled: dict[tuple[int, ...], float] = field(default_factory=dict)
