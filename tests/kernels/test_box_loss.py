@@ -82,9 +82,14 @@ def assert_close(grads, expected, tolerance):
 
 # Rounded once, as the expected gradient is; the interpreter truncates to bfloat16, by a unit in the last place.
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)]
+    ("dtype", "tolerance", "channels_last"),
+    [
+        (torch.float32, 1e-5, True),
+        (torch.float32, 1e-5, False),
+        (torch.bfloat16, 2**-7, True),
+        (torch.float16, 2**-10, False),
+    ],
 )
-@pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_matches_torchvision_in_float64(loss_fn, place, loss_type, dtype, tolerance, channels_last):
     arguments = (*case(dtype, channels_last, place), loss_type)

@@ -18,7 +18,13 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("name", LIMITS)
+NIGHTLY = ("candidate_selection bf16 none above", "group_norm_relu bf16 forward")  # tests/benchmarks/test_static.py
+# counts the instructions of the one and the bytes an access of both as they are written
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in NIGHTLY else name for name in LIMITS]
+)
 def test_instructions_and_sectors(name):
     kernel, instructions, sectors = LIMITS[name]
     launches = [(result, each) for result, each in count(name) if result.name == kernel]
