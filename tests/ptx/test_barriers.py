@@ -12,14 +12,15 @@ from tests.ptx.launch import emulated
 
 
 @triton.jit
-def _reverse_twice(a, n, NEVER: tl.constexpr):
+def _reverse_twice(a, zeros, n, NEVER: tl.constexpr):
     i = tl.arange(0, 128)
     x = tl.load(a + 127 - i)
     tl.debug_barrier()
     tl.store(a + i, x)
     tl.debug_barrier()
+    nothing = tl.load(zeros + i)  # or Triton 3.6 would merge the two barriers
     tl.debug_barrier()
-    x = tl.load(a + 127 - i)
+    x = tl.load(a + 127 - i) + nothing
     tl.debug_barrier()
     tl.store(a + i, x)
     if n > NEVER:
@@ -30,7 +31,7 @@ def _reverse_twice(a, n, NEVER: tl.constexpr):
 def test_each_barrier_is_judged():
     a, study = torch.arange(128), Study()
     with emulated(before=study):
-        _reverse_twice[(1,)](a, 5, NEVER=7)
+        _reverse_twice[(1,)](a, torch.zeros_like(a), 5, NEVER=7)
     assert torch.equal(a, torch.arange(128))  # the launch itself ran unchanged
     needed, redundant = "race", "redundant"
     assert [*study.seen_as.values()] == [needed, redundant, redundant, needed, "never reached"]
