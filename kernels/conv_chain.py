@@ -27,7 +27,7 @@ from retina_fast.kernels.dispatch import INTERPRETED, TensorDescriptor, is_diffe
 _WIDEN = INTERPRETED  # then the products are float32's: the interpreter's read bfloat16 as integers
 _DESCRIBES = True  # copies whole blocks by descriptors (TMA); the emulator knows none
 _WIDE, _NEXT, _NARROW, _FILTERED = 1024, 256, 128, 64  # most channels of y, of y', of x, and with the 3x3 conv
-_FEW = 2**15  # pixels, of which large programs would leave a part of a GPU idle
+_FEW = 2**16  # pixels, of which large programs would leave a part of a GPU idle
 Shortcut = tuple[Tensor, Tensor]  # input and weight of a second conv
 Before = tuple[Tensor, Tensor]  # weight and bias of a 3x3 conv
 
@@ -145,9 +145,12 @@ def _conv_chain_kernel(
 
 def _tile(pixels: int, channels_next: int, filtered: bool) -> tuple[int, int, int, int, int]:
     """Rows and columns of pixels, BLOCK_N, warps and stages."""
+    few = pixels < _FEW
+    if filtered and few:
+        return 8, 8, 64 if channels_next <= 64 else 32, 4, 3
     if filtered:
         return (8, 16, 64, 4, 3) if channels_next <= 64 else (8, 16, 32, 4, 4)
-    if pixels < _FEW:
+    if few:
         return 1, 64, 64, 4, 2
     return (1, 128, 32, 8, 3) if channels_next <= 128 else (1, 64, 32, 4, 3)
 

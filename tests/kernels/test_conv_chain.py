@@ -85,6 +85,15 @@ def test_the_kernel_gives_its_definition(shape, channels, following, second, fil
             assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("filtered", [0, 64])
+@pytest.mark.parametrize("following", [64, 256])
+def test_large_programs(following, filtered, device, monkeypatch):
+    """Which many pixels take."""
+    monkeypatch.setattr(module, "_FEW", 0)
+    given = case((2, 64, 9, 18), 64, following, 0, filtered, device=device)
+    close(kernel(*given), given)
+
+
 def test_without_a_sum(device):
     given = (*case(device=device)[:5], None, None, None)
     close(kernel(*given), given)
