@@ -69,9 +69,7 @@ def close(ours, given):
 # Matches the reference
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16])
-@pytest.mark.parametrize("filtered", [0, 16])
-@pytest.mark.parametrize("second", [0, 32])
+@pytest.mark.parametrize(("dtype", "second", "filtered"), [(BF16, 0, 0), (F16, 32, 0), (F16, 0, 16), (BF16, 32, 16)])
 @pytest.mark.parametrize(
     ("shape", "channels", "following"), [((2, 16, 5, 7), 64, 32), ((1, 64, 13, 11), 128, 16), ((3, 32, 1, 1), 16, 64)]
 )
