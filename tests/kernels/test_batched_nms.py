@@ -1,6 +1,5 @@
 """Non-maximum suppression against a plain Python loop, and against torchvision where that is exact."""
 
-from functools import partial
 from unittest import mock
 
 import pytest
@@ -14,8 +13,6 @@ from retina_fast.kernels import batched_nms as module
 from retina_fast.kernels import nms_blocks, nms_deal, nms_walk
 from retina_fast.kernels.batched_nms import Kept, batched_nms, batched_nms_reference
 from retina_fast.kernels.dispatch import INTERPRETED
-from tests.instruments.fake_gpu import launches_of
-from tests.instruments.kernel_calls import call_batched_nms
 from tests.ptx.cases import CASES, OTHER_ORDERS, check, division_of_zero_faults, names, run_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy's, of interpreted kernels
@@ -168,17 +165,6 @@ def test_a_program_ends_where_all_of_them_have_kept_enough(device, monkeypatch):
             torch.use_deterministic_algorithms(False)
         assert flags[0, :decided].tolist() == [1] * decided
         assert (flags[0, decided:][labels[0, decided:] == 1] > 1).all()
-
-
-@pytest.mark.parametrize(("batch", "groups"), [(0, 128), (1, 128), (4, 128), (5, 64), (8, 64), (32, 16), (600, 16)])
-def test_classes_are_shared_out_to_as_many_programs_as_the_batch_leaves_room_for(batch, groups):
-    (launch,) = [
-        launch
-        for launch in launches_of(partial(call_batched_nms, True, True, batch))
-        if launch.kernel.__name__ == "_suppress_kernel"
-    ]
-    assert launch.kwargs["GROUPS"] == groups
-    assert launch.grid == (groups, batch)
 
 
 @pytest.mark.parametrize(

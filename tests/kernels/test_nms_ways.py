@@ -77,3 +77,14 @@ def test_small_and_large_classes_of_the_reference():
             classes = [(labels == label).nonzero().squeeze(1) for label in labels.unique()]
             kept = torch.cat([own[ops.nms(boxes[own], scores[own].to(dtype), threshold)] for own in classes])
             assert torch.equal(ours.sort().values, kept.sort().values)
+
+
+@pytest.mark.parametrize(("batch", "groups"), [(0, 128), (1, 128), (4, 128), (5, 64), (8, 64), (32, 16), (600, 16)])
+def test_classes_are_shared_out_to_as_many_programs_as_the_batch_leaves_room_for(batch, groups):
+    (launch,) = [
+        launch
+        for launch in launches_of(partial(call_batched_nms, True, True, batch))
+        if launch.kernel.__name__ == "_suppress_kernel"
+    ]
+    assert launch.kwargs["GROUPS"] == groups
+    assert launch.grid == (groups, batch)
