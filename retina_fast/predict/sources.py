@@ -29,6 +29,7 @@ from retina_fast.predict.video import VIDEO_SUFFIXES, frame_count, frames, is_vi
 
 _WEB = ("http", "https")
 _STREAMS = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "tcp", "rtp")
+_NO_WORD = "source is an empty word: give a path, or . for the folder that you are in"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://.")
 _TIMEOUT = 30  # s that a server may be silent
 _IN_MEMORY = (np.ndarray, Tensor, Image.Image)
@@ -132,6 +133,8 @@ def open_files(inputs: Sequence[str | Path], say: Say = silent, drawn_in: Path |
     """
     places: list[str | Path | int] = []
     for word in map(str, inputs):
+        if not word:
+            raise UserError(_NO_WORD)
         if _URL.match(word) or Path(word).is_char_device():
             places.append(word)
         elif word.isdigit() and not Path(word).exists():
@@ -159,7 +162,7 @@ def _named(source: str | Path, say: Say) -> Source:
     """A path, URL or glob."""
     word = str(source)
     if source == "":
-        raise UserError("source is an empty word: give a path, or . for the folder that you are in")
+        raise UserError(_NO_WORD)
     scheme = _URL.match(word)
     if scheme and scheme[1].lower() in _STREAMS:
         return Source(partial(_frames, word), endless=True)

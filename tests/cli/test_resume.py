@@ -214,9 +214,11 @@ def test_rows_of_tiles_go_on(photos, tmp_path):
 def test_after_ctrl_c_files_stay_only_for_resume(photos, tmp_path, monkeypatch, resume):
     output = tmp_path / "out"
     drawn = module.write_picture
+    for i in range(3, COUNT + 1):
+        (photos / f"{i}.png").unlink()
 
     def stop(image, file, partial):
-        if file.name == "3.jpg":
+        if file.name == "2.jpg":
             partial.write_bytes(b"half")
             raise KeyboardInterrupt
         drawn(image, file, partial)
@@ -232,11 +234,18 @@ def test_after_ctrl_c_files_stay_only_for_resume(photos, tmp_path, monkeypatch, 
     monkeypatch.undo()
     result = CliRunner().invoke(cli.app, [*arguments, "--resume"])
     assert result.exit_code == 0
-    assert len(json.loads((output / "detections.json").read_text())["images"]) == COUNT
+    assert len(json.loads((output / "detections.json").read_text())["images"]) == 2
     assert not list(output.glob("*.partial"))
 
 
-def test_a_camera_cannot_go_on(tmp_path):
-    result = CliRunner().invoke(cli.app, ["detect", "0", "--output", str(tmp_path / "out"), "--resume"])
-    assert result.exit_code == 1
-    assert "error: a camera or stream shows nothing twice: leave out --resume" in result.output
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("0", "a camera or stream shows nothing twice: leave out --resume"),
+        ("", "source is an empty word: give a path, or . for the folder"),  # as of a variable that is not set
+    ],
+)
+def test_sources_from_which_no_run_goes_on(tmp_path, source, message):
+    with pytest.raises(UserError, match=message):
+        detect(Finder(), CONTENT, [source], tmp_path / "out", resume=True)
+    assert not (tmp_path / "out").exists()

@@ -152,17 +152,23 @@ def test_a_gradient_penalty_is_torchvisions():
     assert (grads[1] - grads[0]).norm() <= 1e-4 * grads[0].norm()
 
 
-@pytest.mark.parametrize("call", ["eval", "train", "predict", "tiles", "without engine", "step"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("eval", "train", "predict"),
+        *(pytest.param(call, marks=pytest.mark.slow) for call in ("tiles", "without engine", "step")),
+    ],
+)
 def test_another_default_device_changes_nothing(call):
     """`torch.set_default_device("cuda")` must not move what belongs on the host: in a CUDA graph it would be a copy. On
     the meta device it would have no values."""
-    image, targets = torch.rand(3, 64, 80), [{"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}]
+    image, targets = torch.rand(3, 32, 40), [{"boxes": torch.tensor([[4.0, 4, 30, 30]]), "labels": torch.tensor([1])}]
     pixels = (image * 255).to(torch.uint8)
 
     def run():
         torch.manual_seed(0)
         with torch.device("cpu"):
-            sizes = {"min_size": 48, "score_thresh": 0.0}
+            sizes = {"min_size": 24, "score_thresh": 0.0}
             model = retina_fast.retinanet_resnet18_fpn_lite(num_classes=3, weights_backbone=None, **sizes)
         model.train(call in ("train", "step"))
         if call == "eval":
@@ -172,7 +178,7 @@ def test_another_default_device_changes_nothing(call):
         if call == "step":
             return retina_fast.TrainingStep(model, torch.optim.SGD(model.parameters(), 0.01))([image], targets)
         return model.predict(
-            pixels, 0.1, tile=40 if call == "tiles" else None, engine="without" not in call
+            pixels, 0.1, tile=20 if call == "tiles" else None, engine="without" not in call
         ).detections()
 
     expected = run()
