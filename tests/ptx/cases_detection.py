@@ -40,15 +40,16 @@ ops = torch.ops.retina_fast
 def anchor_matching(
     generator: Generator, low_quality: bool, boxes_each: int = 37, anchors: int = 500, shift: int = 0
 ) -> Run:
-    """Three images: one with equal ground truths and one far from every anchor, one without any, one with a single.
-    Many anchors have an IoU that is a threshold but for rounding."""
+    """Four images: with equal ground truths, without any, with a single one, and with one far from every anchor, which
+    all of them tie for. Many anchors have an IoU that is a threshold but for rounding."""
     drawn = random_boxes(generator, boxes_each)
     near = torch.cat((boxes_near(drawn, 0.5), boxes_near(drawn, 0.4)))
     places = shifted(torch.cat((random_boxes(generator, anchors), near)), shift)
     far = torch.tensor([[900.0, 900.0, 910.0, 910.0]])
-    boxes = torch.cat((drawn, places[[40 % anchors] * 2], far, places[77 % anchors][None]))
+    boxes = torch.cat((drawn, places[[40 % anchors] * 2], places[77 % anchors][None], drawn[:1], far))
     boxes = shifted(boxes, shift)
-    offsets = torch.tensor([0, boxes_each + 3, boxes_each + 3, boxes_each + 4])
+    offsets = torch.tensor([0, 2, 2, 3, 5])
+    offsets[1:] += boxes_each
     labels = torch.randint(0, 91, (len(boxes),), generator=generator)
     arguments = places, boxes, labels, offsets, 0.5, 0.4, low_quality
     expected = anchor_matching_reference(*arguments)

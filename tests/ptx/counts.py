@@ -52,7 +52,7 @@ def box_loss(loss_type: str, foreground: float) -> Count:
     anchors, boxes = random_boxes(generator, 4096), random_boxes(generator, 32)
     indices = torch.where(torch.rand(1, 4096, generator=generator) < foreground, 1, -1).int()
     rest = anchors, indices, boxes, torch.tensor([0, 32]), torch.tensor([3.0]), None
-    return Count(4096, partial(ops.box_loss, levels, *rest, loss_type, True, True))
+    return Count(4096, partial(ops.box_loss, levels, *rest, loss_type, True, True, None))
 
 
 def scale(dtype: torch.dtype) -> Count:

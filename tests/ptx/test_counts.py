@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.ptx.counts import count
+from tests.ptx.counts import COUNTS, count
 
 # For each case: the kernel, its instructions an element, and the sectors of a request over those that its bytes need.
 LIMITS = {
@@ -32,6 +32,12 @@ def test_instructions_and_sectors(name):
     for kind in ("global ld", "global st"):
         traffic = [result.total(kind) for result, _ in launches]
         assert sum(t.moved for t in traffic) <= sectors * sum(t.ideal for t in traffic)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in COUNTS if name not in LIMITS])
+def test_what_has_no_limit_is_counted(name):
+    assert all(instructions > 0 for _, instructions in count(name))
 
 
 def test_barriers_of_a_focal_loss():
