@@ -64,8 +64,8 @@ FAULTS = {
         "matches: error",
     ),
     "a read of what nobody wrote": Planted(
-        "candidate_search.py", "zeros = first.new_zeros(", "zeros = first.new_empty(", "candidate_selection bf16 K=91",
-        "never written",
+        "candidate_search.py", "first.new_zeros(sum(parts)", "first.new_empty(sum(parts)",
+        "candidate_selection bf16 K=91", "never written",
     ),
     "another read of what nobody wrote": Planted(
         "anchor_matching.py", "anchors.new_zeros(", "anchors.new_empty(", "anchor_matching",
