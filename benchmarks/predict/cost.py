@@ -1,6 +1,6 @@
 """Computes what training costs, from the convolutions' arithmetic and a rate: the tables of docs/coco.md.
 
-    python -m benchmarks.predict.cost                   at the goal for one H200, 420 images a second at 800x800
+    python -m benchmarks.predict.cost                   at 420 images a second at 800x800, the first goal for one H200
     python -m benchmarks.predict.cost --rate 300        at a rate that was measured there
 
 Every figure is computed. The convolutions are counted for retinanet_resnet50_fpn with 3 trainable stages. The rest of a
@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-GOAL_RATE = 420  # images a second at 800x800, batch 16: the goal for one H200, not a measurement
+GOAL_RATE = 420  # images a second at 800x800, batch 16: the first goal for one H200, not a measurement
 LIMIT_RATE = 850  # the same where the tensor cores, at 700 TFLOP/s of bf16, bound the whole step
 COCO_IMAGES, EPOCHS = 117_266, 26  # the images that have objects
 
