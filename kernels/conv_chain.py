@@ -44,8 +44,8 @@ def conv_chain_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition, differentiable; see :func:`conv_chain`."""
     if before is not None:
-        weight0, bias0 = map(at_least_float32, before)
-        x = F.conv2d(at_least_float32(x), weight0, bias0, padding=1).relu().to(x.dtype)
+        weight0, bias0 = at_least_float32(before[0]), before[1]
+        x = F.conv2d(at_least_float32(x), weight0, bias0.to(weight0.dtype), padding=1).relu().to(x.dtype)
     y = conv_pointwise_reference(x, weight, bias, z, "relu", 1, None if shortcut is None else (*shortcut, 1))
     return y, conv_pointwise_reference(y, next_weight, next_bias, None, "relu")
 

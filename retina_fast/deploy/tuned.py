@@ -208,13 +208,14 @@ def choose_ways(model: nn.Module, run: Callable[[], object], chooser: Chooser) -
     convs = [module for module in model.modules() if isinstance(module, FusedConv)]
     hook = partial(_choose_way, chooser, counts)
     handles = [conv.register_forward_pre_hook(hook, with_kwargs=True) for conv in convs]
+    tails = tails_of(model)
     try:
-        run()
+        _run_choosing(tails, _set_apart, run)
     finally:
         for handle in handles:
             handle.remove()
-    if tails := tails_of(model):
-        _choose_tails(tails, run, chooser, counts)
+    if tails:
+        _run_choosing(tails, partial(_choose_tail, chooser, counts), run)
     chooser.save()
     return counts
 
@@ -235,15 +236,20 @@ def _choose_way(
     counts[choice] += 1
 
 
-def _choose_tails(tails: list[FusedTail], run: Callable[[], object], chooser: Chooser, counts: Counter[str]) -> None:
-    """Convs in a row run as one kernel where that is faster than the ways that were chosen for each."""
+def _run_choosing(tails: list[FusedTail], choose: Callable[..., None], run: Callable[[], object]) -> None:
+    """A forward pass in which each tail's way is chosen at its call."""
     for tail in tails:
-        tail.choose = partial(_choose_tail, chooser, counts)
+        tail.choose = choose
     try:
         run()
     finally:
         for tail in tails:
             tail.choose = None
+
+
+def _set_apart(tail: FusedTail, x: Tensor, *_: object) -> None:
+    """Lets each conv run by itself, whatever was chosen before, perhaps in another dtype."""
+    tail.ways = {shape: way for shape, way in tail.ways.items() if shape != x.shape}
 
 
 def _choose_tail(
@@ -255,6 +261,7 @@ def _choose_tail(
     overwrite_z: bool,
     shortcut: FusedConv | None,
 ) -> None:
+    """Convs in a row run as one kernel where that is faster than the ways that were chosen for each."""
     scratch = z.clone() if overwrite_z else z
 
     def way(name: str) -> Way:

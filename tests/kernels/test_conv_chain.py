@@ -115,6 +115,19 @@ def test_the_reference_is_torchs_own_operations():
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_biases_of_another_dtype(dtype, device):
+    x, *pair, z, _, (weight0, bias0) = case(filtered=16, dtype=dtype, device=device)
+    other = {F32: F64, F64: F32}[dtype]
+    pair[1], pair[3], bias0 = (bias.to(F32).to(other) for bias in (pair[1], pair[3], bias0))
+    expected = conv_chain(
+        x, pair[0], pair[1].to(dtype), pair[2], pair[3].to(dtype), z, None, (weight0, bias0.to(dtype))
+    )
+    for found, exact in zip(conv_chain(x, *pair, z, None, (weight0, bias0)), expected, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, exact)
+
+
 def test_gradients():
     inputs = [x.requires_grad_() for x in case((1, 4, 3, 2), 3, 2, dtype=F64)[:6]]
     assert torch.autograd.gradcheck(conv_chain, inputs)
