@@ -226,7 +226,7 @@ def search_keys(levels: list[Tensor], threshold: float, topk: int, zeros: int = 
         levels: the logits, each ``(B, N_l, K)``.
         threshold: logits must exceed it.
         topk: the most candidates of an image and level.
-        zeros: how many the result has, which so take no launch of their own.
+        zeros: how many zeros the result is to have, so that they take no launch of their own.
     """
     first, *_ = levels = [level.contiguous() for level in levels]
     batch, logits = len(first), [level.shape[1] * level.shape[2] for level in levels]
