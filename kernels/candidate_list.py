@@ -3,8 +3,8 @@
 The logits are read once. The survivors of each image and level are listed, each as one integer key that orders it, and
 counted in a histogram of 512 bins. A list has room for 3% of the logits; where more survive, the list is of no use.
 
-Once the bins from one on hold topk survivors, no lower one can become a candidate. This bin is the floor of its level
-and image: programs that start later leave out what lies below it. So of 80,000 survivors a few thousand are listed.
+Once the bins from some bin on hold topk survivors, none of a lower bin can become a candidate. This bin is the floor of
+its level and image: later programs leave out what lies below it. So of 80,000 survivors a few thousand are listed.
 """
 
 import math
@@ -48,7 +48,7 @@ class Survivors(NamedTuple):
     """(B * levels,) int32: how many survivors of each segment were found, at least topk if it has so many. With more
     than its list has room for, the list is of no use."""
     histograms: Tensor
-    """(B * levels * BINS,) int32: how many each bin has, from the floor's on all."""
+    """(B * levels * BINS,) int32: how many survivors each bin has; below the floor's bin some may be missing."""
     list_starts: tuple[int, ...]
     """Encoded: where each level's list begins in a row, and the length of the row."""
     first_bin: int
@@ -190,8 +190,8 @@ def _list_kernel(
     LANES: tl.constexpr,
 ):  # fmt: skip
     """Program t * images + b lists the survivors of tile t, counted through the levels, of image b. The floor is raised
-    whenever another 2^renewed survivors were found. No branch may hang on a floor: programs raise it while others run,
-    and a branch with a barrier that some warps of a program take and others do not counts survivors wrongly."""
+    whenever another 2^renewed survivors were found. Other programs raise it meanwhile, so no branch may hang on what a
+    warp has read by itself: with a barrier in a branch that only some warps take, survivors are counted wrongly."""
     tile = tl.program_id(0) // images
     image = (tl.program_id(0) % images).to(tl.int64)
     level = level_of(first_tiles, tile)

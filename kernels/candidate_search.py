@@ -109,7 +109,7 @@ def _append(keys, chosen, above, first_bin, index_bits, row_ptr, filled_ptr, cou
 def _append_from(x_ptr, in_level, start, threshold, lowest, end, needed, room, above_bins, first_bin, index_bits,
                  row_ptr, filled_ptr, count_ptr, DROP: tl.constexpr, TILE: tl.constexpr,
                  BINS: tl.constexpr):  # fmt: skip
-    """One program appends keys from a range of which all are equal in value, or which is rare: at least the needed
+    """One program appends keys of a range in which all have one value, or which is rarely met: at least the needed
     greatest ones, and no more than have room."""
     first, stop = 0, in_level
     if (lowest >> index_bits) == ((end - 1) >> index_bits):  # equal values: a range of indices
@@ -226,7 +226,7 @@ def search_keys(levels: list[Tensor], threshold: float, topk: int, zeros: int = 
         levels: the logits, each ``(B, N_l, K)``.
         threshold: logits must exceed it.
         topk: the most candidates of an image and level.
-        zeros: how many the result has, which so take no launch of their own.
+        zeros: how many zeros the result is to have, so that they take no launch of their own.
     """
     first, *_ = levels = [level.contiguous() for level in levels]
     batch, logits = len(first), [level.shape[1] * level.shape[2] for level in levels]

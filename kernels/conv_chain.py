@@ -7,9 +7,9 @@ and the first conv of the next block.
 
 y is the wide tensor, four times as wide as x and y'. Two kernels write it and read it again; here a program keeps its
 pixels of x, goes through y in blocks of channels, writes each, and multiplies it by its rows of W' while it is there.
-So of M (K + 3 N + N') numbers M N are not read. With the 3x3 conv in the same kernel x is not written and read either,
-nor is there a pass for its bias. Where the shortcut of the block is a pointwise conv, its product x2 W2 goes into the
-sum in z's place.
+So of the M (K + 3 N + N') numbers that two kernels move, M N are not read. With the 3x3 conv in the same kernel x is
+not written and read either, nor is there a pass for its bias. Where the shortcut of the block is a pointwise conv, its
+product x2 W2 goes into the sum in z's place.
 
 x and y are rounded to their dtype before the next product, as where that product reads them from memory.
 """
@@ -24,10 +24,10 @@ from retina_fast.kernels.arguments import at_least_float32, check_devices, check
 from retina_fast.kernels.conv_pointwise import conv_pointwise_reference, may_be_described, serves_pointwise
 from retina_fast.kernels.dispatch import INTERPRETED, TensorDescriptor, is_differentiated, runs_triton, tl, triton
 
-_WIDEN = INTERPRETED  # then the products are float32's: the interpreter's read bfloat16 as integers
+_WIDEN = INTERPRETED  # then products are computed in float32: the interpreter would read bfloat16 as integers
 _DESCRIBES = True  # copies whole blocks by descriptors (TMA); the emulator knows none
 _WIDE, _NEXT, _NARROW, _FILTERED = 1024, 256, 128, 64  # most channels of y, of y', of x, and with the 3x3 conv
-_FEW = 2**16  # pixels, of which large programs would leave a part of a GPU idle
+_FEW = 2**16  # pixels; with fewer, large tiles would leave a part of a GPU idle
 Shortcut = tuple[Tensor, Tensor]  # input and weight of a second conv
 Before = tuple[Tensor, Tensor]  # weight and bias of a 3x3 conv
 

@@ -11,7 +11,7 @@ from retina_fast.kernels.dispatch import tl, triton
 from retina_fast.kernels.labels import BACKGROUND, TL_BACKGROUND
 
 FIRST = (1 << 31) - 1
-"""Less the index of a ground truth, it is the lower half of a key whose greatest is wanted: the first of equal ones."""
+"""This less the index of a ground truth is a key's lower half: of equal numbers the first then has the greatest key."""
 TL_FIRST = tl.constexpr(FIRST)
 
 NONE = tl.constexpr(0x7FFFFFFFFFFFFFFF)

@@ -85,9 +85,9 @@ def _suppress_kernel(
     """Program (g, b) handles the classes of image b whose low bits are g. It sets the flags of its boxes, by falling
     score, as far down as it walks: 1 where it keeps the box, which it does at most max_kept times.
 
-    It decides its own of SCAN boxes of the image after another. Of each such block the programs add up how many have
-    decided theirs, times DONE, and how many boxes they have kept by then. So a program learns that all have come to the
-    end of a block, and max_kept boxes are kept before it: what lies behind is of no use."""
+    The image's boxes are decided in blocks of SCAN. For each block the programs add up, in one number, how many of them
+    have decided theirs, times DONE, and how many boxes these had kept by then. So a program learns that all have come
+    to the end of a block with max_kept boxes kept: what lies behind is of no use."""
     group = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     count = count_of(counts_ptr, image, width)

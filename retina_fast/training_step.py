@@ -73,8 +73,8 @@ class TrainingStep:
     user's own is captured, too: it must not read values on the host, nor draw random numbers from other than torch's
     default generator.
 
-    Unless the model has parts or hooks of the user's own, maps are kept in channels_last, on a GPU weights as well, and
-    convs take frozen norms, bias, sums and ReLU along, on a CPU in float32 only. There large 3x3 convs run by
+    Unless the model has parts or hooks of the user's own, feature maps are kept in channels_last, on a GPU weights as
+    well, and convs take frozen norms, bias, sums and ReLU along, on a CPU in float32 only. There large 3x3 convs run by
     Winograd's algorithm, 1e-6 from PyTorch's in relative norm. ``model(images, targets)`` itself rounds as
     torchvision's does.
 

@@ -1,7 +1,7 @@
 """The engine: a model made ready to detect, from images as they are to detections, as fast as the device allows.
 
 A copy of the model has its BatchNorm folded into its convs, which add bias and residual and apply the activation
-themselves, and its weights in channels_last memory and in half precision.
+themselves; its weights lie in channels_last memory, in half precision where that is faster.
 For each batch shape that comes, the engine keeps what that shape needs: a batch to be filled, the anchors, and on a GPU
 the whole way from images to detections as one CUDA graph. Images have any sizes: the graph reads addresses and sizes
 from a table that one small upload replaces. At most `max_shapes` are kept; the least recently used one goes.

@@ -32,7 +32,7 @@ def eight_bits(proto: Any, images: Iterable[Tensor], float32_share: float = 0.0)
 
     Warns:
         UserWarning: for few images, for images in which nothing is found, and if detections change by more than the
-            bound of ``kept.py``.
+            bound of ``agreement.py``.
     """
     takes_uint8 = proto.graph.input[0].type.tensor_type.elem_type == 2  # TensorProto.UINT8
     compared: list[Any] = []
