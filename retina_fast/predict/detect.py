@@ -135,6 +135,7 @@ def detect(
     processes.any(False)  # Now all have looked at what is there.
     if processes.first:
         parts.discard_earlier()
+    processes.any(False)  # And none finds there what the first one deletes.
     named = enumerate(picture_names(source.pictures(), lambda name: must_stay(output / f"{name}.jpg")), start=1)
     waiting: deque[tuple[int, str, Stamp]] = deque()
     batch_size = 1 if source.endless else default_batch(detector)

@@ -111,6 +111,24 @@ def test_without_resume_a_run_begins_anew(photos, tmp_path):
     assert run(photos, tmp_path / "out", resume=False)[0] == COUNT
 
 
+def test_without_resume_no_process_takes_up_rows_that_the_first_one_deletes(photos, tmp_path):
+    output, met = tmp_path / "out", []
+    options: Any = {"workers": 0, "tile": 8, "overlap": 0.0}
+
+    class Second(Share):
+        def any(self, wish: bool) -> bool:
+            met.append(wish)
+            for file in output.glob("*.partial") if len(met) == 2 else []:  # as late as the first one may be
+                file.unlink()
+            return wish
+
+    finder = Finder()
+    finder.die_after = 3
+    killed(lambda: detect(finder, CONTENT, [photos], output, 0.1, processes=Share(1, 2), **options))
+    assert list(output.glob("tiles.*.partial"))
+    assert detect(Finder(), CONTENT, [photos], output, 0.2, processes=Second(1, 2), **options) is None
+
+
 def test_a_finished_run_leaves_nothing_to_go_on_from(photos, tmp_path):
     assert [run(photos, tmp_path / "out")[0] for _ in range(2)] == [COUNT, COUNT]
 
