@@ -152,7 +152,7 @@ def detect(
 
     def tiled(tiling: Tiling) -> Iterator[Results]:
         for picture in pictures():
-            with_rows = replace(tiling, resume=parts.rows(picture, waiting[-1][2]))
+            with_rows = replace(tiling, resume=parts.rows(picture, *waiting[-1][1:]))
             yield from tiled_results_of(detector, [picture], score, *names, with_rows, batch_size, keep=True)
 
     share = None if count is None else max(0, len(processes.share(count)) - parts.found_before // processes.count)

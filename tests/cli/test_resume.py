@@ -22,6 +22,8 @@ from retina_fast.data.errors import UserError
 from retina_fast.data.processes import Processes
 from retina_fast.predict import detect as module
 from retina_fast.predict.detect import detect
+from retina_fast.predict.parts import Parts
+from retina_fast.predict.sources import Picture, Read
 
 CONTENT = Checkpoint("", {}, ["thing"], [7], {})
 COUNT = 9
@@ -226,6 +228,13 @@ def test_rows_of_tiles_go_on(photos, tmp_path):
     with pytest.raises(UserError, match=r"another tile \(16, not 32\)"):
         run(photos, output, tile=32, overlap=0.0)
     assert run(photos, output, resume=False, **options)[0] == 8
+
+
+def test_a_picture_that_comes_twice_has_two_files_of_rows(tmp_path):
+    picture = Picture("a.png", lambda: Read(torch.zeros(3, 4, 4)), "photos/a.png")
+    parts = Parts(tmp_path, {}, resume=True, rank=0)
+    assert parts.rows(picture, "a", [1, 2]) == parts.rows(picture, "a", [1, 2])
+    assert len({parts.rows(picture, name, [1, 2]) for name in ("a", "a_2")}) == 2
 
 
 @pytest.mark.parametrize("resume", [True, False])
