@@ -12,6 +12,8 @@ from retina_fast import checkpoint, cli
 from retina_fast.data.errors import UserError
 from retina_fast.data.files import replacing
 from retina_fast.data.outputs import check_file, check_folder, check_plot
+from retina_fast.deploy.export.exported import may_be_replaced
+from retina_fast.deploy.export.onnx_file import checksum
 from retina_fast.predict.detect import detect
 from retina_fast.predict.image_files import picture_names
 from retina_fast.predict.load import TREES
@@ -179,12 +181,17 @@ def test_export_replaces_neither_its_checkpoint_nor_what_it_was_not_told_to(tmp_
         "best.pt": TREES.read_bytes(),
         "loss.csv": b"step,loss\n",
         "a.pt2": b"PK",
+        "theirs.onnx": b"\x08\x08 of another program",
+        "photo.xml": b"<annotation><filename>photo.PNG</filename></annotation>",
     }
     for name, content in others.items():
         (tmp_path / name).write_bytes(content)
         error = problem("export", model, "--size", "64x64", "--format", "onnx", "--output", name)
         assert f"{name}: is there already, and is no exported model; give another name" in error
         assert (tmp_path / name).read_bytes() == content
+    for name, content in (("a.onnx", b"model" + checksum(b"model")), ("a.xml", b"<net/><!-- sha256 00 -->\n")):
+        (tmp_path / name).write_bytes(content)
+        assert may_be_replaced(tmp_path / name)
 
 
 def test_devices_and_pipes_are_not_replaced(tmp_path):
