@@ -15,6 +15,7 @@ from retina_fast.data.outputs import check_file, check_folder, check_plot
 from retina_fast.deploy.export.exported import may_be_replaced
 from retina_fast.deploy.export.onnx_file import checksum
 from retina_fast.predict.detect import detect
+from retina_fast.predict.drawn_pictures import is_drawn
 from retina_fast.predict.image_files import picture_names
 from retina_fast.predict.load import TREES
 from tests.cli.test_detect import CONTENT, Finder
@@ -210,6 +211,7 @@ def test_devices_and_pipes_are_not_replaced(tmp_path):
     invoke("detect", tmp_path / "in", "--output", tmp_path, "--workers", 0)
     assert {"a.jpg", "a_2.jpg"} <= {file.name for file in tmp_path.iterdir()}
     assert (tmp_path / "a.jpg").is_fifo()
+    assert not is_drawn(tmp_path / "a.jpg")  # and does not wait for somebody to write into it
 
 
 @pytest.mark.parametrize("name", ["model.pt", "best.pt", "step-00000500.ckpt", "loss.png", "log.csv", "last.ckpt"])
