@@ -235,6 +235,7 @@ def test_a_picture_that_comes_twice_has_two_files_of_rows(tmp_path):
     parts = Parts(tmp_path, {}, resume=True, rank=0)
     assert parts.rows(picture, "a", [1, 2]) == parts.rows(picture, "a", [1, 2])
     assert len({parts.rows(picture, name, [1, 2]) for name in ("a", "a_2")}) == 2
+    assert parts.rows(picture, "a", None) is None  # a URL, which may give another picture next time
 
 
 @pytest.mark.parametrize("resume", [True, False])
