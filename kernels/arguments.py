@@ -111,7 +111,8 @@ def check_matched_levels(
         ValueError: if the shapes do not fit, indices or offsets are not integers, or the tensors lie on different
             devices.
     """
-    shape = len(levels[0]), check_levels(levels, channels)
+    count = check_levels(levels, channels)
+    shape = len(levels[0]), count
     check_anchors(anchors, *shape)
     check_shape("indices", indices, "(B, N)", shape)
     check_shape("boxes", boxes, "(G, 4)", (len(boxes), 4))

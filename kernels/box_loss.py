@@ -271,7 +271,7 @@ def box_loss(
     """
     if loss_type not in LOSS_TYPES:
         raise AssertionError(f"Unsupported loss: {loss_type!r}; choose one of {', '.join(LOSS_TYPES)}")
-    first, shape = deltas[0], check_matched_levels(deltas, 4, anchors, indices, boxes, offsets)
+    shape, first = check_matched_levels(deltas, 4, anchors, indices, boxes, offsets), deltas[0]
     normalizers = loss_normalizers(normalizers, shape[0], first)
     if first.dtype != torch.float64:
         anchors, boxes = anchors.float(), boxes.float()

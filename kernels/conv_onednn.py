@@ -29,10 +29,10 @@ def serves_dtype(dtype: torch.dtype) -> bool:
         return False
     if not all(hasattr(_OPS, name) for name in _NAMES):
         return False
-    x = torch.ones(1, 16, 2, 2, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.ones(1, 16, 2, 2, dtype=dtype, device="cpu").contiguous(memory_format=torch.channels_last)
     unit = (1, 1), (0, 0), (1, 1), 1
     try:
-        packed = pack_weight(torch.ones(16, 16, 1, 1, dtype=dtype), x.shape, *unit)
+        packed = pack_weight(torch.ones(16, 16, 1, 1, dtype=dtype, device="cpu"), x.shape, *unit)
         outputs = [onednn_conv(x, packed, None, z, "relu", *unit) for z in (None, x)]
     except RuntimeError:  # of a processor without the dtype's instructions
         return False

@@ -315,7 +315,8 @@ def distribution_loss(
     channels = box_channels(reg_max)
     if reg_max < 1:
         raise ValueError(f"reg_max must be at least 1, got {reg_max}")
-    first, shape = distributions[0], check_matched_levels(distributions, channels, anchors, indices, boxes, offsets)
+    shape = check_matched_levels(distributions, channels, anchors, indices, boxes, offsets)
+    first = distributions[0]
     normalizers = loss_normalizers(normalizers, shape[0], first)
     if first.dtype != torch.float64:
         anchors, boxes = anchors.float(), boxes.float()

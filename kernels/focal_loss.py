@@ -315,7 +315,7 @@ def focal_loss(
         >>> focal_loss(logits, labels, torch.tensor([2.0, 2.0]), num_classes=91).shape
         torch.Size([])
     """
-    first, count = logits[0], check_levels(logits, num_classes)
+    count, first = check_levels(logits, num_classes), logits[0]
     check_shape("labels", labels, "(B, N)", (first.shape[0], count))
     check_integers(labels=labels)
     check_devices(first.device, labels=labels)

@@ -188,7 +188,7 @@ def soft_focal_loss(
         >>> soft_focal_loss(logits, labels, quality, torch.ones(1), num_classes=3)
         tensor(1.3863)
     """
-    first, count = logits[0], check_levels(logits, num_classes)
+    count, first = check_levels(logits, num_classes), logits[0]
     for name, tensor in (("labels", labels), ("quality", quality)):
         check_shape(name, tensor, "(B, N)", (first.shape[0], count))
     check_integers(labels=labels)

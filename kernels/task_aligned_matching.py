@@ -295,8 +295,9 @@ def task_aligned_matching(
         >>> matches.indices, matches.targets
         (tensor([[ 0,  0, -1]], dtype=torch.int32), tensor([[0.3521, 0.6203, 0.0000]]))
     """
-    first, channels = logits[0], (num_classes, box_channels(reg_max))
+    channels = num_classes, box_channels(reg_max)
     count, _ = check_levels(logits, num_classes), check_levels(deltas, channels[1])
+    first = logits[0]
     found = [
         (len(levels[0]), [count_anchors(level, each) for level in levels])
         for levels, each in zip((logits, deltas), channels, strict=True)

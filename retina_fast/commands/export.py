@@ -31,7 +31,7 @@ def export(
 ) -> None:
     """Write a detector to one file that runs without this package."""
     with one_sentence():
-        from retina_fast.deploy.export.exported import is_exported
+        from retina_fast.deploy.export.exported import may_be_replaced
         from retina_fast.deploy.export.formats import FORMATS
         from retina_fast.deploy.export.openvino_files import weights_file
         from retina_fast.deploy.export.write import export as run
@@ -46,7 +46,7 @@ def export(
             raise UserError(f"{file}: is there already; to replace it, give its name as --output")
         for written in (file, weights_file(file)) if format == "openvino" else (file,):
             check_file(written, [path])
-        if file.is_file() and file.stat().st_size and not is_exported(file):
+        if file.is_file() and file.stat().st_size and not may_be_replaced(file):
             raise UserError(f"{file}: is there already, and is no exported model; give another name")
         model, content = load_model(path)
         height, width = map(int, sides)

@@ -46,13 +46,13 @@ def trace(model: RetinaNet, multiple: int) -> Any:
         multiple: of which H and W are multiples.
     """
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    pixels = torch.zeros(2, 3, 4 * multiple, 6 * multiple)
+    pixels = torch.zeros(2, 3, 4 * multiple, 6 * multiple, device="cpu")
     height, width = (multiple * torch.export.Dim(name, min=1) for name in ("height", "width"))
     shapes = {"pixels": {0: torch.export.Dim("batch", min=1), 2: height, 3: width}}
     with torch.no_grad():
         outputs = _Outputs(model).eval()
         program = torch.export.export(outputs, (pixels,), dynamic_shapes=shapes)
-        count = len(outputs(torch.zeros(1, 3, multiple, multiple)))
+        count = len(outputs(torch.zeros(1, 3, multiple, multiple, device="cpu")))
     return translate(program, shapes, [f"output{i}" for i in range(count)], QUANTIZED_OPSET)
 
 

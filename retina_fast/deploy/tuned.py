@@ -225,12 +225,18 @@ def _choose_way(
 ) -> None:
     x, z = (*args, None)[:2]
     overwrite, shortcut = bool(keywords.get("overwrite_z")), keywords.get("shortcut")
-    scratch = z.clone() if overwrite and z is not None else z
+    scratch = torch.empty_like(z) if overwrite and z is not None else None
+    begun: set[str] = set()
 
-    def way(name: str) -> Way:
-        return lambda: conv.run(name, x, z if name == "eager" else scratch, overwrite, shortcut)
+    def run(name: str) -> Tensor:
+        if name == "eager" or z is None or scratch is None:
+            return conv.run(name, x, z, overwrite, shortcut)
+        if name not in begun:  # the way before may have written into it; the first call is checked and not timed
+            scratch.copy_(z)
+            begun.add(name)
+        return conv.run(name, x, scratch, overwrite, shortcut)
 
-    ways = {name: way(name) for name in conv.possible_ways(x, z, shortcut)}
+    ways = {name: partial(run, name) for name in conv.possible_ways(x, z, shortcut)}
     choice = chooser.choose(conv.describe(x, z, shortcut), ways)
     conv.ways = {**conv.ways, tuple(x.shape): choice}
     counts[choice] += 1

@@ -135,6 +135,7 @@ def detect(
     processes.any(False)  # Now all have looked at what is there.
     if processes.first:
         parts.discard_earlier()
+    processes.any(False)  # And none finds there what the first one deletes.
     named = enumerate(picture_names(source.pictures(), lambda name: must_stay(output / f"{name}.jpg")), start=1)
     waiting: deque[tuple[int, str, Stamp]] = deque()
     batch_size = 1 if source.endless else default_batch(detector)
@@ -151,7 +152,7 @@ def detect(
 
     def tiled(tiling: Tiling) -> Iterator[Results]:
         for picture in pictures():
-            with_rows = replace(tiling, resume=parts.rows(picture, waiting[-1][2]))
+            with_rows = replace(tiling, resume=parts.rows(picture, *waiting[-1][1:]))
             yield from tiled_results_of(detector, [picture], score, *names, with_rows, batch_size, keep=True)
 
     share = None if count is None else max(0, len(processes.share(count)) - parts.found_before // processes.count)

@@ -68,6 +68,8 @@ def is_drawn(file: Path) -> bool:
         >>> is_drawn(Path("there/is/none.jpg"))
         False
     """
+    if not file.is_file():
+        return False
     try:
         with file.open("rb") as begin:
             return _MARK in begin.read(1024)

@@ -94,10 +94,14 @@ class Parts:
         """The file of what a process finds; or of what it keeps of an earlier run."""
         return self._output / f"detections.{self._number}.{rank}.{'kept.' if kept else ''}partial"
 
-    def rows(self, picture: Picture, stamp: Stamp) -> Path:
-        """The file of the finished rows of tiles of a picture."""
-        name = sha256(f"{picture.path} {stamp}".encode(errors="surrogatepass")).hexdigest()[:16]
-        file = self._output / f"tiles.{name}.partial"
+    def rows(self, picture: Picture, name: str, stamp: Stamp) -> Path | None:
+        """The file of the finished rows of tiles of a picture; the arguments are those of :meth:`kept`. A picture that
+        comes twice, perhaps to two processes at once, has two; what is no file on disk has none, since it may be
+        another picture when the run goes on."""
+        if stamp is None:
+            return None
+        code = sha256(f"{picture.path} {name} {stamp}".encode(errors="surrogatepass")).hexdigest()[:16]
+        file = self._output / f"tiles.{code}.partial"
         self._rows.append(file)
         return file
 

@@ -12,7 +12,10 @@ from retina_fast import checkpoint, cli
 from retina_fast.data.errors import UserError
 from retina_fast.data.files import replacing
 from retina_fast.data.outputs import check_file, check_folder, check_plot
+from retina_fast.deploy.export.exported import may_be_replaced
+from retina_fast.deploy.export.onnx_file import checksum
 from retina_fast.predict.detect import detect
+from retina_fast.predict.drawn_pictures import is_drawn
 from retina_fast.predict.image_files import picture_names
 from retina_fast.predict.load import TREES
 from tests.cli.test_detect import CONTENT, Finder
@@ -179,12 +182,17 @@ def test_export_replaces_neither_its_checkpoint_nor_what_it_was_not_told_to(tmp_
         "best.pt": TREES.read_bytes(),
         "loss.csv": b"step,loss\n",
         "a.pt2": b"PK",
+        "theirs.onnx": b"\x08\x08 of another program",
+        "photo.xml": b"<annotation><filename>photo.PNG</filename></annotation>",
     }
     for name, content in others.items():
         (tmp_path / name).write_bytes(content)
         error = problem("export", model, "--size", "64x64", "--format", "onnx", "--output", name)
         assert f"{name}: is there already, and is no exported model; give another name" in error
         assert (tmp_path / name).read_bytes() == content
+    for name, content in (("a.onnx", b"model" + checksum(b"model")), ("a.xml", b"<net/><!-- sha256 00 -->\n")):
+        (tmp_path / name).write_bytes(content)
+        assert may_be_replaced(tmp_path / name)
 
 
 def test_devices_and_pipes_are_not_replaced(tmp_path):
@@ -203,6 +211,7 @@ def test_devices_and_pipes_are_not_replaced(tmp_path):
     invoke("detect", tmp_path / "in", "--output", tmp_path, "--workers", 0)
     assert {"a.jpg", "a_2.jpg"} <= {file.name for file in tmp_path.iterdir()}
     assert (tmp_path / "a.jpg").is_fifo()
+    assert not is_drawn(tmp_path / "a.jpg")  # and does not wait for somebody to write into it
 
 
 @pytest.mark.parametrize("name", ["model.pt", "best.pt", "step-00000500.ckpt", "loss.png", "log.csv", "last.ckpt"])

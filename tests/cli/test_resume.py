@@ -22,6 +22,8 @@ from retina_fast.data.errors import UserError
 from retina_fast.data.processes import Processes
 from retina_fast.predict import detect as module
 from retina_fast.predict.detect import detect
+from retina_fast.predict.parts import Parts
+from retina_fast.predict.sources import Picture, Read
 
 CONTENT = Checkpoint("", {}, ["thing"], [7], {})
 COUNT = 9
@@ -109,6 +111,24 @@ def test_without_resume_a_run_begins_anew(photos, tmp_path):
     kill_run(photos, tmp_path / "out", 4, resume=True)
     assert list((tmp_path / "out").glob("*.partial"))
     assert run(photos, tmp_path / "out", resume=False)[0] == COUNT
+
+
+def test_without_resume_no_process_takes_up_rows_that_the_first_one_deletes(photos, tmp_path):
+    output, met = tmp_path / "out", []
+    options: Any = {"workers": 0, "tile": 8, "overlap": 0.0}
+
+    class Second(Share):
+        def any(self, wish: bool) -> bool:
+            met.append(wish)
+            for file in output.glob("*.partial") if len(met) == 2 else []:  # as late as the first one may be
+                file.unlink()
+            return wish
+
+    finder = Finder()
+    finder.die_after = 3
+    killed(lambda: detect(finder, CONTENT, [photos], output, 0.1, processes=Share(1, 2), **options))
+    assert list(output.glob("tiles.*.partial"))
+    assert detect(Finder(), CONTENT, [photos], output, 0.2, processes=Second(1, 2), **options) is None
 
 
 def test_a_finished_run_leaves_nothing_to_go_on_from(photos, tmp_path):
@@ -208,6 +228,14 @@ def test_rows_of_tiles_go_on(photos, tmp_path):
     with pytest.raises(UserError, match=r"another tile \(16, not 32\)"):
         run(photos, output, tile=32, overlap=0.0)
     assert run(photos, output, resume=False, **options)[0] == 8
+
+
+def test_a_picture_that_comes_twice_has_two_files_of_rows(tmp_path):
+    picture = Picture("a.png", lambda: Read(torch.zeros(3, 4, 4)), "photos/a.png")
+    parts = Parts(tmp_path, {}, resume=True, rank=0)
+    assert parts.rows(picture, "a", [1, 2]) == parts.rows(picture, "a", [1, 2])
+    assert len({parts.rows(picture, name, [1, 2]) for name in ("a", "a_2")}) == 2
+    assert parts.rows(picture, "a", None) is None  # a URL, which may give another picture next time
 
 
 @pytest.mark.parametrize("resume", [True, False])

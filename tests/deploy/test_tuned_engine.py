@@ -64,6 +64,23 @@ def test_winograds_algorithm_is_among_the_ways(path, monkeypatch):
     assert calls == [1]
 
 
+def test_no_way_reads_a_sum_that_another_has_overwritten(path, monkeypatch):
+    model: Any = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1)).requires_grad_(False)
+    x, z = (torch.randn(1, 8, 9, 9).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    expected, found = model(x) + z, {}
+    fuse_convs(model, lambda: model(x))
+
+    def try_all(_, layer, ways):
+        found.update({name: way().clone() for name, way in ways.items()})
+        return "eager"
+
+    monkeypatch.setattr(Chooser, "choose", try_all)
+    choose_ways(model, lambda: model[0](x, z, overwrite_z=True), Chooser(path, CPU))
+    assert [*found] == ["eager", "fused", "winograd"]
+    for result in found.values():
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+
+
 def test_ways_are_chosen_anew_in_another_dtype(path, monkeypatch):
     monkeypatch.setattr(Chooser, "choose", lambda _, layer, ways: [*ways][-1])
     pictures = images((40, 50))

@@ -222,6 +222,20 @@ def test_levels_that_do_not_belong_together():
             call("candidate_selection", {"logits": levels, "num_classes": 3})
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        (name, key)
+        for name, given in arguments().items()
+        for key in ("logits", "deltas", "distributions")
+        if key in given
+    ],
+)
+def test_no_level_is_named(name, key):
+    with pytest.raises(ValueError, match="levels must hold at least one level"):
+        call(name, arguments()[name] | {key: []})
+
+
 def test_an_image_on_another_device_is_named():
     """Its address would go into a table that the GPU reads."""
 

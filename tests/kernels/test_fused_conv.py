@@ -226,6 +226,15 @@ def test_a_build_without_onednn_runs_eagerly(monkeypatch):
     serves_dtype.cache_clear()
 
 
+def test_another_default_device_does_not_turn_onednn_off():
+    expected = serves_dtype(torch.float32)
+    serves_dtype.cache_clear()
+    with torch.device("meta"):
+        found = serves_dtype(torch.float32)
+    serves_dtype.cache_clear()
+    assert found == expected
+
+
 def test_arguments_that_do_not_fit_are_named():
     (x, weight, bias, z), _, geometry = case("3x3")
     for arguments, message in (

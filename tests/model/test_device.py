@@ -69,6 +69,20 @@ def test_values_of_a_cpu_are_there_at_once():
     assert late.wait().tolist() == [3, 4]
 
 
+def test_values_of_a_gpu_go_to_pinned_memory_of_the_host_whatever_the_default_device(monkeypatch):
+    Timeline(monkeypatch)
+    made = []
+
+    def empty(shape, **options):
+        made.append(options)
+        return SimpleNamespace(copy_=lambda values, non_blocking: None)
+
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
+    monkeypatch.setattr(torch, "empty", empty)
+    LateRead(SimpleNamespace(device=torch.device("cuda"), shape=(2,), dtype=torch.int64))
+    assert made == [{"dtype": torch.int64, "device": "cpu", "pin_memory": True}]
+
+
 @pytest.mark.parametrize("amx", [False, True])
 def test_bfloat16_on_a_cpu_needs_amx(monkeypatch, amx):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)

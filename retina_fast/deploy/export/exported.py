@@ -112,6 +112,22 @@ def is_exported(path: Path) -> bool:
             return file.read(1) == b"\x08"  # the version, with which ONNX begins; a pickle begins with another byte
 
 
+def may_be_replaced(path: Path) -> bool:
+    """Whether an export may take a file's place: it looks like one of ours, and, if its name alone says so, ends in the
+    checksum of ours.
+
+    Example::
+
+        >>> may_be_replaced(Path("annotations.xml"))  # doctest: +SKIP
+        False
+    """
+    if path.suffix.lower() not in (".onnx", ".xml"):
+        return is_exported(path)
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 128))
+        return b"sha256" in file.read()
+
+
 class _Damaged(Exception):
     """What is in a file is not what was written."""
 
