@@ -119,11 +119,12 @@ def test_the_reference_is_torchs_own_operations():
 def test_biases_of_another_dtype(dtype, device):
     x, *pair, z, _, (weight0, bias0) = case(filtered=16, dtype=dtype, device=device)
     other = {F32: F64, F64: F32}[dtype]
-    pair[1], pair[3], bias0 = (bias.to(F32).to(other) for bias in (pair[1], pair[3], bias0))
-    expected = conv_chain(
-        x, pair[0], pair[1].to(dtype), pair[2], pair[3].to(dtype), z, None, (weight0, bias0.to(dtype))
-    )
-    for found, exact in zip(conv_chain(x, *pair, z, None, (weight0, bias0)), expected, strict=True):
+    weight, bias, next_weight, next_bias = pair
+    bias, next_bias, bias0 = (bias.to(F32).to(other) for bias in (bias, next_bias, bias0))
+    found_all = conv_chain(x, weight, bias, next_weight, next_bias, z, None, (weight0, bias0))
+    rounded = [bias.to(dtype) for bias in (bias, next_bias, bias0)]
+    expected = conv_chain(x, weight, rounded[0], next_weight, rounded[1], z, None, (weight0, rounded[2]))
+    for found, exact in zip(found_all, expected, strict=True):
         assert found.dtype == dtype
         torch.testing.assert_close(found, exact)
 
