@@ -2,6 +2,7 @@
 
 import contextlib
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,8 @@ def test_values_of_a_gpu_go_to_pinned_memory_of_the_host_whatever_the_default_de
 
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
     monkeypatch.setattr(torch, "empty", empty)
-    LateRead(SimpleNamespace(device=torch.device("cuda"), shape=(2,), dtype=torch.int64))
+    values: Any = SimpleNamespace(device=torch.device("cuda"), shape=(2,), dtype=torch.int64)
+    LateRead(values)
     assert made == [{"dtype": torch.int64, "device": "cpu", "pin_memory": True}]
 
 
