@@ -67,11 +67,12 @@ class Parts:
         files = output.glob("detections.*.partial")
         numbered = sorted((int(match[1]), file) for file in files if (match := _NAME.fullmatch(file.name)))
         self._number = 1 + max((number for number, _ in numbered), default=0)
-        self._earlier = [file for _, file in numbered if _is_own(file)]
-        self._rows = [file for file in output.glob("tiles.*.partial") if _is_own(file)]
+        earlier = [file for _, file in numbered if _is_own(file)]
+        self._earlier = earlier + [file for file in output.glob("tiles.*.partial") if _is_own(file)]
+        self._rows: list[Path] = []
         self._places: dict[tuple[str, str], tuple[Path, int]] = {}
         if resume:
-            for file in self._earlier:
+            for file in earlier:
                 self._check(file)
                 self._places |= {(entry["path"], entry["name"]): (file, place) for place, entry in _entries(file)}
 
@@ -108,7 +109,7 @@ class Parts:
     def discard_earlier(self) -> None:
         """Deletes what a run that was killed has left, unless this run goes on from it. One process does it for all."""
         if not self._resume:
-            _delete(*self._earlier, *self._rows)
+            _delete(*self._earlier)
 
     @contextmanager
     def opened(self) -> Iterator[tuple[IO[str], IO[str]]]:
@@ -125,6 +126,7 @@ class Parts:
             if not self._resume:
                 _delete(*files, *self._rows)
             raise
+        _delete(*self._rows)  # of pictures that could not be read to the end; others are gone
 
     def kept(self, picture: Picture, name: str, stamp: Stamp) -> dict[str, Any] | None:
         """What an earlier run has found in a picture; None if it did not get so far, or the picture has changed.
@@ -155,7 +157,7 @@ class Parts:
     def delete(self, count: int) -> None:
         """Deletes the files of `count` processes, and those of earlier runs."""
         own = [self.part(rank, kept) for rank in range(count) for kept in (False, True)]
-        _delete(*own, *self._earlier, *self._rows)
+        _delete(*own, *self._earlier)
 
 
 def _delete(*files: Path) -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from retina_fast import cli
 from retina_fast.checkpoint import Checkpoint
-from retina_fast.data.errors import UserError
+from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.processes import Processes
 from retina_fast.predict import detect as module
 from retina_fast.predict.detect import detect
@@ -236,6 +236,21 @@ def test_a_picture_that_comes_twice_has_two_files_of_rows(tmp_path):
     assert parts.rows(picture, "a", [1, 2]) == parts.rows(picture, "a", [1, 2])
     assert len({parts.rows(picture, name, [1, 2]) for name in ("a", "a_2")}) == 2
     assert parts.rows(picture, "a", None) is None  # a URL, which may give another picture next time
+
+
+def test_no_process_leaves_rows_of_a_picture_that_it_could_not_read_to_the_end(photos, tmp_path):
+    class Failing(Finder):
+        def forward(self, images):
+            if self.seen == 3:
+                self.seen += 1
+                raise ImageError("2.png: damaged")
+            return super().forward(images)
+
+    output = tmp_path / "out"
+    processes = Share(1, 2)
+    detect(Failing(), CONTENT, [photos], output, 0.1, tile=8, overlap=0.0, workers=0, processes=processes)
+    assert "2.png: damaged" in (output / "detections.1.1.partial").read_text()
+    assert not list(output.glob("tiles.*"))
 
 
 @pytest.mark.parametrize("resume", [True, False])
