@@ -112,7 +112,7 @@ def check_matched_levels(
             devices.
     """
     count = check_levels(levels, channels)
-    shape = len(levels[0]), count
+    shape = levels[0].shape[0], count
     check_anchors(anchors, *shape)
     check_shape("indices", indices, "(B, N)", shape)
     check_shape("boxes", boxes, "(G, 4)", (len(boxes), 4))

@@ -197,7 +197,7 @@ def box_decode(
         >>> box_decode([torch.zeros(1, 2, 4)], anchors, torch.tensor([[1]]), torch.tensor([[12, 20]]))
         tensor([[[ 5.,  5., 15., 12.]]])
     """
-    count, batch = check_levels(deltas, box_channels(reg_max)), len(deltas[0])
+    count, batch = check_levels(deltas, box_channels(reg_max)), deltas[0].shape[0]
     check_anchors(anchors, batch, count)
     check_shape("index", index, "(B, M)", (batch, index.shape[-1]))
     check_shape("image_sizes", image_sizes, "(B, 2)", (batch, 2))

@@ -109,7 +109,14 @@ def table(record: dict[str, Any], predicted: dict[str, float]) -> str:
         cells = speed + limit, "; ".join(ratios), f"{share:.0%}{_wanted(100 * share, goal.share and 100 * goal.share)}"
         lines.append(f"| {name} | {goal.what} | {' | '.join(cells)} | {guess} |")
     ceilings = f"copy {environment['copy_gb_s']:.0f} GB/s, product {environment['bf16_tflop_s']:.0f} TFLOP/s"
-    return "\n".join([*lines, "", f"{caption(environment)}; {ceilings}; `make gpu`, `make report`."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{caption(environment)}; {ceilings}; `make gpu`, `make report`. "
+            "Measured is a CUDA graph's time where there is one, and ratios are of calls.",
+        ]
+    )
 
 
 def _wanted(value: float, goal: float | None) -> str:

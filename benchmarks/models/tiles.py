@@ -28,7 +28,7 @@ from retina_fast.data.images import read_image
 from retina_fast.predict.geotiff import RasterFile
 from retina_fast.predict.load import TREES, load_model
 from retina_fast.predict.tiles import Tiles, Window, detect_tiles
-from tests.predict.planted import find, label_of
+from tests.instruments.planted import find, label_of
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[2] / "examples" / "photographs").glob("*.jpg"))
 TILE, OVERLAP = 800, 0.2

@@ -28,7 +28,7 @@ _LIBRARY = "retina_fast"
 _TEXT = """# {title}
 
 A RetinaNet ([Lin et al. 2017](https://arxiv.org/abs/1708.02002)) of
-[retina_fast](https://pypi.org/project/retina-fast), built by `{builder}`{arguments}.
+retina_fast, built by `{builder}`{arguments}.
 
 ```python
 import retina_fast

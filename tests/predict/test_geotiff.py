@@ -12,7 +12,7 @@ from retina_fast.data.errors import ImageError
 from retina_fast.predict.georeference import georeference
 from retina_fast.predict.geotiff import RasterFile
 from retina_fast.predict.tiles import Pixels, Window, detect_tiles
-from tests.predict.planted import find, plant
+from tests.instruments.planted import find, plant
 
 rasterio = pytest.importorskip("rasterio")
 from rasterio.enums import ColorInterp  # noqa: E402

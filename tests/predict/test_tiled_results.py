@@ -10,7 +10,7 @@ from torch import nn
 
 from retina_fast.data.errors import ImageError, UserError
 from retina_fast.predict.method import Predicts
-from tests.predict.planted import find, label_of, plant
+from tests.instruments.planted import find, label_of, plant
 
 HEIGHT, WIDTH = 190, 260
 BOXES = [(60, 10, 85, 25), (95, 95, 120, 120), (3, 140, 20, 149), (60, 150, 130, 180)]

@@ -11,7 +11,7 @@ import torch
 from retina_fast.data.errors import UserError
 from retina_fast.predict import tiles as module
 from retina_fast.predict.tiles import Pixels, Tiles, Window, detect_tiles
-from tests.predict.planted import find, label_of, plant
+from tests.instruments.planted import find, label_of, plant
 
 HEIGHT, WIDTH, TILE, OVERLAP = 290, 360, 100, 0.3  # tiles begin every 70 pixels, and the last ones end at the edge
 
