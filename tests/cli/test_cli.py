@@ -172,6 +172,7 @@ def test_a_missing_extra_is_named(monkeypatch):
         importlib.import_module("retina_fast.cli")
 
 
+@pytest.mark.slow
 def test_spinenet_by_the_same_commands(data, tmp_path):
     arguments = ("--model", "retinanet_spinenet49s", "--crop", 128, "--batch-size", 2, "--steps", 2, "--workers", 0)
     result = invoke("train", *data, *arguments, "--output", tmp_path / "run", "--image-scale", 1.25)

@@ -115,7 +115,8 @@ def test_a_run_is_resumed_by_another_number_of_processes(data, run_by, tmp_path)
     assert_close(run_by(1), tmp_path)
 
 
-@pytest.mark.parametrize("by", ["srun", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["srun", "torchrun"])
 def test_processes_that_are_killed_or_stopped_are_resumed_to_the_same_weights(by, data, run_by, tmp_path):
     """One of two processes is killed. The run is resumed and stopped, and then resumed to its end."""
     line = training(data, tmp_path)

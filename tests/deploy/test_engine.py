@@ -104,7 +104,9 @@ def test_torchvision_models_and_heads_of_the_users_own(device):
     )
 
 
-@pytest.mark.parametrize("size_divisible", [128, 32])  # the latter is less than the backbone needs
+@pytest.mark.parametrize(
+    "size_divisible", [pytest.param(128, marks=pytest.mark.slow), 32]
+)  # the latter is less than the backbone needs
 def test_spinenet(size_divisible):
     torch.manual_seed(0)
     model = retinanet_spinenet49s(num_classes=3, min_size=128, max_size=200, size_divisible=size_divisible)

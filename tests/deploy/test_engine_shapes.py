@@ -62,10 +62,10 @@ def test_a_capture_that_fails_keeps_nothing_half_made(with_graphs, monkeypatch):
 
 
 def test_random_batches_give_right_results_in_bounded_memory():
-    seen = soak(25, max_shapes=4)
+    seen = soak(14, max_shapes=4)
     assert seen["shapes"] > 8
     assert seen["captures"] >= seen["shapes"]
-    assert seen["detections"] > 25
+    assert seen["detections"] > 12
 
 
 def test_the_graph_reads_images_by_the_kernel(with_graphs, monkeypatch, device):

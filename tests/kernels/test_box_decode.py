@@ -111,7 +111,7 @@ def test_opcheck(device):
     torch.library.opcheck(module._op, (levels, *(t.to(device) for t in (anchors, index, sizes)), 0))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiles_whole(dynamic, device):
     deltas, anchors, index, sizes = case()
     arguments = [level.to(device) for level in deltas], *(t.to(device) for t in (anchors, index, sizes))

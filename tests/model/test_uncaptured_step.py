@@ -143,7 +143,9 @@ def recorded_sgd(model, gradients):
     return optimizer
 
 
-@pytest.mark.parametrize("change", [lambda model: model, viewing], ids=["stock", "own part"])
+@pytest.mark.parametrize(
+    "change", [lambda model: model, pytest.param(viewing, marks=pytest.mark.slow)], ids=["stock", "own part"]
+)
 def test_gradients_by_winograds_algorithm(change, winograd):
     """On a batch without a value so near to 0 that rounding decides whether ReLU keeps it, as it does now and then."""
     ours, plain = change(pretrained()), change(pretrained())

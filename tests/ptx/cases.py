@@ -199,6 +199,8 @@ NIGHTLY = (
     "box_loss bf16 ciou",
     "group_norm_relu fp32 C=256",
     "candidate_selection bf16 K=7 equal",
+    "candidate_selection bf16 K=7 mixed",
+    "candidate_selection bf16 K=91",
     "candidate_selection fp32 K=7 mixed",
     "batched_nms best first",
 )

@@ -147,7 +147,7 @@ def test_parameter_groups_are_torchvisions(recipe, data):
 
 
 @pytest.mark.usefixtures("_published")
-@pytest.mark.parametrize("recipe", [V1, V2])
+@pytest.mark.parametrize("recipe", [V1, pytest.param(V2, marks=pytest.mark.slow)])
 def test_a_step_is_torchvisions(recipe, data, tmp_path, monkeypatch):
     """The step is in float64, where a difference would not be rounding."""
     seen: list[tuple[Any, Any, Any]] = []
