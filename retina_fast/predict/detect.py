@@ -32,7 +32,7 @@ from retina_fast.predict.georeference import Georeference
 from retina_fast.predict.image_files import picture_names, silent
 from retina_fast.predict.outputs import FORMATS, check_earlier, yolo
 from retina_fast.predict.page import small_jpeg
-from retina_fast.predict.parts import Parts, Stamp, stamp_of
+from retina_fast.predict.parts import FileStamp, Parts, file_stamp
 from retina_fast.predict.predict import check_score, default_batch, detector_of, digest_of, results_of
 from retina_fast.predict.results import Results
 from retina_fast.predict.sources import Picture, open_files
@@ -137,13 +137,13 @@ def detect(
         parts.discard_earlier()
     processes.any(False)  # And none finds there what the first one deletes.
     named = enumerate(picture_names(source.pictures(), lambda name: must_stay(output / f"{name}.jpg")), start=1)
-    waiting: deque[tuple[int, str, Stamp]] = deque()
+    waiting: deque[tuple[int, str, FileStamp]] = deque()
     batch_size = 1 if source.endless else default_batch(detector)
     names = content.classes, content.category_ids
 
     def pictures() -> Iterator[Picture]:
         for image_id, (picture, name) in islice(named, processes.rank, None, processes.count):
-            stamp = stamp_of(picture)
+            stamp = file_stamp(picture)
             if entry := parts.kept(picture, name, stamp):
                 kept.write(json.dumps(entry | {"id": image_id}) + "\n")
                 continue

@@ -23,16 +23,16 @@ from retina_fast.predict.sources import Picture
 _BEGIN = "detections of"  # the key of the first line
 _NAME = re.compile(r"detections\.(\d+)\.\d+\.(kept\.)?partial")
 
-Stamp = list[int] | None
+FileStamp = list[int] | None
 """The size of a file in bytes, and when it was last changed, in nanoseconds; None for what is no file on disk."""
 
 
-def stamp_of(picture: Picture) -> Stamp:
+def file_stamp(picture: Picture) -> FileStamp:
     """The stamp of a picture's file, or of the video that it is a frame of, to be taken before it is read.
 
     Example::
 
-        >>> stamp_of(Picture("a.jpg", read, "there/is/no/a.jpg")) is None  # doctest: +SKIP
+        >>> file_stamp(Picture("a.jpg", read, "there/is/no/a.jpg")) is None  # doctest: +SKIP
         True
     """
     file = picture.file or Path((picture.path or "").rpartition("#")[0])
@@ -95,7 +95,7 @@ class Parts:
         """The file of what a process finds; or of what it keeps of an earlier run."""
         return self._output / f"detections.{self._number}.{rank}.{'kept.' if kept else ''}partial"
 
-    def rows(self, picture: Picture, name: str, stamp: Stamp) -> Path | None:
+    def rows(self, picture: Picture, name: str, stamp: FileStamp) -> Path | None:
         """The file of the finished rows of tiles of a picture; the arguments are those of :meth:`kept`. A picture that
         comes twice, perhaps to two processes at once, has two; what is no file on disk has none, since it may be
         another picture when the run goes on."""
@@ -128,7 +128,7 @@ class Parts:
             raise
         _delete(*self._rows)  # of pictures that could not be read to the end; others are gone
 
-    def kept(self, picture: Picture, name: str, stamp: Stamp) -> dict[str, Any] | None:
+    def kept(self, picture: Picture, name: str, stamp: FileStamp) -> dict[str, Any] | None:
         """What an earlier run has found in a picture; None if it did not get so far, or the picture has changed.
 
         Args:
