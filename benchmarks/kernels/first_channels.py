@@ -65,7 +65,8 @@ def build(setting: Setting, device: torch.device, with_compile: bool) -> Built:
         baselines["torch.compile"] = functools.partial(call, torch.compile(plain, dynamic=False))
 
     def check() -> None:
-        found, expected = call(padded), call(plain)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            found, expected = call(padded), call(plain)
         for ours, theirs in zip(found, expected, strict=True) if setting.gradients else [(found, expected)]:
             error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
             assert error <= {"float32": 1e-5, "bfloat16": 2**-7}[setting.dtype], (setting, error)

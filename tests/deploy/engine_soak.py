@@ -145,6 +145,7 @@ def soak(batches: int, max_shapes: int = 8) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # results are compared at float32's precision
     seen = soak(int(sys.argv[1]) if len(sys.argv) > 1 else 5000)
     print(
         f"{seen['batches']} batches of {seen['shapes']} shapes, {seen['captures']} captures, "
