@@ -1,5 +1,10 @@
 """retina_fast: torchvision's RetinaNet, drop-in, made fast."""
 
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
 from retina_fast import ops
 from retina_fast.builders import (
     RetinaNet_ResNet50_FPN_V2_Weights,
@@ -78,3 +83,28 @@ __all__ = [
     "retinanet_spinenet190",
     "save_pretrained",
 ]
+
+
+class _Moved(ModuleType):
+    """A module under an earlier name. What is asked of it comes from its place of today, which is imported then."""
+
+    def __init__(self, name: str, place: str) -> None:
+        super().__init__(name, f"Moved to {place}.")
+        self._place = place
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by tools that walk over all modules
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self._place), name)
+
+
+for _name, _folder in {
+    "draw": "predict",
+    "engine": "deploy",
+    "errors": "data",
+    "exported": "deploy.export",
+    "files": "data",
+    "metrics": "data",
+}.items():
+    globals()[_name] = _Moved(f"retina_fast.{_name}", f"retina_fast.{_folder}.{_name}")
+    sys.modules[f"retina_fast.{_name}"] = globals()[_name]

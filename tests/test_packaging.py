@@ -93,6 +93,29 @@ def test_every_subpackage_is_listed():
     assert not (ROOT / "kernels" / "__init__.py").exists()  # it would hide Hugging Face's package of that name
 
 
+MOVED = """
+import inspect, sys
+import retina_fast
+inspect.getmodule(lambda: 0)  # asks every module for its file
+print("faster_coco_eval" in sys.modules)
+from retina_fast.errors import UserError
+from retina_fast.metrics import coco_metrics
+import retina_fast.exported, retina_fast.engine as engine
+print(UserError.__module__, coco_metrics.__module__, engine.Engine.__module__, retina_fast.exported.Exported.__module__)
+try:
+    from retina_fast.metrics import nothing
+except ImportError as error:
+    print("nothing" in str(error))
+"""
+
+
+def test_modules_that_moved_are_found_under_their_earlier_names(tmp_path):
+    """And nothing is imported for them before it is asked for."""
+    places = "data.errors", "data.metrics", "deploy.engine", "deploy.export.exported"
+    expected = ["False", " ".join(f"retina_fast.{place}" for place in places), "True"]
+    assert run("-W", "ignore", "-c", MOVED, folder=tmp_path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1") == expected
+
+
 def needed_by(extra: str) -> set[str]:
     """The names of the distributions that the package asks for with an extra, or without one: ''."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
