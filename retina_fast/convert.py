@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from torchvision.models.detection import retinanet as tv
+from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 
 from retina_fast.backbones.frozen_norm import as_torchvision
 from retina_fast.device import lay_out
@@ -16,7 +16,7 @@ from retina_fast.model import RetinaNet
 @functools.cache
 def _fast_class(cls: Any) -> type[RetinaNet]:
     """A class with the bases ``cls`` and this package's RetinaNet, in this order, so that overrides of ``cls`` win."""
-    if cls is tv.RetinaNet:
+    if cls is TorchvisionRetinaNet:
         return RetinaNet
     members = {
         "__module__": cls.__module__,
@@ -31,7 +31,7 @@ def _new_fast(cls: Any) -> RetinaNet:
     return fast.__new__(fast)
 
 
-def from_torchvision(model: tv.RetinaNet) -> RetinaNet:
+def from_torchvision(model: TorchvisionRetinaNet) -> RetinaNet:
     """A live torchvision RetinaNet, or a subclass of it, turned fast; parameters, buffers and parts are shared.
 
     Args:
@@ -51,7 +51,7 @@ def from_torchvision(model: tv.RetinaNet) -> RetinaNet:
     """
     if isinstance(model, RetinaNet):
         return model
-    if not isinstance(model, tv.RetinaNet):
+    if not isinstance(model, TorchvisionRetinaNet):
         raise TypeError(f"model must be a torchvision RetinaNet, got {type(model).__module__}.{type(model).__name__}")
     fast = _new_fast(type(model))
     for name, value in vars(model).items():
@@ -61,7 +61,7 @@ def from_torchvision(model: tv.RetinaNet) -> RetinaNet:
     return fast
 
 
-def to_torchvision(model: RetinaNet) -> tv.RetinaNet:
+def to_torchvision(model: RetinaNet) -> TorchvisionRetinaNet:
     """A copy of the model that is torchvision's own: the same weights, parts and settings, run by torchvision's code.
 
     Warns:
@@ -70,7 +70,7 @@ def to_torchvision(model: RetinaNet) -> tv.RetinaNet:
     Example::
 
         >>> from retina_fast import retinanet_resnet18_fpn
-        >>> type(to_torchvision(retinanet_resnet18_fpn(weights_backbone=None))) is tv.RetinaNet
+        >>> type(to_torchvision(retinanet_resnet18_fpn(weights_backbone=None))) is TorchvisionRetinaNet
         True
     """
     if model.classification_loss != "focal" or model.focal_gamma != 2:
@@ -79,22 +79,22 @@ def to_torchvision(model: RetinaNet) -> tv.RetinaNet:
     return torchvision_detector(model)
 
 
-def torchvision_detector(model: RetinaNet) -> tv.RetinaNet:
+def torchvision_detector(model: RetinaNet) -> TorchvisionRetinaNet:
     """The same for detection alone, which the losses do not matter to.
 
     Example::
 
         >>> from retina_fast import retinanet_resnet18_fpn
-        >>> type(torchvision_detector(retinanet_resnet18_fpn(weights_backbone=None))) is tv.RetinaNet
+        >>> type(torchvision_detector(retinanet_resnet18_fpn(weights_backbone=None))) is TorchvisionRetinaNet
         True
     """
     twin: Any = copy.deepcopy(model)
-    twin.__class__ = tv.RetinaNet
+    twin.__class__ = TorchvisionRetinaNet
     as_torchvision(twin)
     return twin.to(memory_format=torch.contiguous_format)
 
 
-def _rebind_hooks(fast: RetinaNet, model: tv.RetinaNet) -> None:
+def _rebind_hooks(fast: RetinaNet, model: TorchvisionRetinaNet) -> None:
     """Point the hooks that hold ``model`` (weakly, or as bound methods) at ``fast``."""
     for name, value in vars(fast).items():
         if not name.endswith("_hooks") or not isinstance(value, dict):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import retinanet as tv
+from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
 
 from retina_fast.anchors import batch_anchors
 from retina_fast.heads import reg_max_of, run_head
@@ -26,7 +26,7 @@ from retina_fast.transform import batch_images, check_images, is_stock_transform
 Images = Sequence[Tensor] | Tensor
 Targets = Sequence[Mapping[str, Tensor]]
 Sizes = list[tuple[int, int]]
-Convs = Callable[[tv.RetinaNet, Tensor], tuple[list[Tensor], Mapping[str, Any]]]
+Convs = Callable[[RetinaNet, Tensor], tuple[list[Tensor], Mapping[str, Any]]]
 
 LOGITS, DELTAS = "cls_logits", "bbox_regression"
 """torchvision's names of the two outputs of a head."""
@@ -76,7 +76,7 @@ class HeadOutputs(NamedTuple):
 
 
 def make_batch(
-    model: tv.RetinaNet,
+    model: RetinaNet,
     images: Images,
     targets: Targets | None,
     check: TargetCheck | None,
@@ -113,7 +113,7 @@ def make_batch(
     return Batch(images, None, image_sizes, original_sizes, targets, truths)
 
 
-def run(model: tv.RetinaNet, batch: Batch) -> HeadOutputs:
+def run(model: RetinaNet, batch: Batch) -> HeadOutputs:
     """From a batch to the outputs of the heads."""
     pixels = batch.pixels
     if pixels is None:
@@ -121,7 +121,7 @@ def run(model: tv.RetinaNet, batch: Batch) -> HeadOutputs:
     return run_network(model, pixels, batch.image_sizes)
 
 
-def run_convs(model: tv.RetinaNet, pixels: Tensor) -> tuple[list[Tensor], Mapping[str, Any]]:
+def run_convs(model: RetinaNet, pixels: Tensor) -> tuple[list[Tensor], Mapping[str, Any]]:
     """Trunk and heads of ``pixels`` (B, C, H, W): the levels of the pyramid, and what the heads return."""
     features = model.backbone(pixels)
     levels = [features] if isinstance(features, Tensor) else list(features.values())
@@ -129,7 +129,7 @@ def run_convs(model: tv.RetinaNet, pixels: Tensor) -> tuple[list[Tensor], Mappin
 
 
 def run_network(
-    model: tv.RetinaNet, pixels: Tensor, image_sizes: Sequence[tuple[int, int]] = (), convs: Convs = run_convs
+    model: RetinaNet, pixels: Tensor, image_sizes: Sequence[tuple[int, int]] = (), convs: Convs = run_convs
 ) -> HeadOutputs:
     """From pixels to the outputs of the heads.
 
@@ -173,7 +173,7 @@ def head_outputs(
     levels = {
         name: _as_levels(returned[name], anchors.shape[-2], cells) for name in (LOGITS, DELTAS) if name in returned
     }
-    own = not isinstance(head, tv.RetinaNetHead) or overrides(head, tv.RetinaNetHead, "forward")
+    own = not isinstance(head, RetinaNetHead) or overrides(head, RetinaNetHead, "forward")
     returned = returned if own else {}
     return HeadOutputs(levels, anchors, _num_classes(head, levels), returned, tuple(cells or ()), reg_max_of(head))
 

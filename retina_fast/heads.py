@@ -11,8 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.retinanet import (
+    RetinaNet,
+    RetinaNetClassificationHead,
+    RetinaNetHead,
+    RetinaNetRegressionHead,
+)
 from torchvision.ops.misc import Conv2dNormActivation
 
 from retina_fast.kernels.arguments import at_least_float32
@@ -87,7 +92,7 @@ class LevelNormTower(nn.Module):
         return x
 
 
-class LevelNormClassificationHead(tv.RetinaNetClassificationHead):
+class LevelNormClassificationHead(RetinaNetClassificationHead):
     def __init__(self, tower: LevelNormTower, num_anchors: int, num_classes: int) -> None:
         super().__init__(tower.convs[-1].out_channels, num_anchors, num_classes)
         self.conv = tower
@@ -99,7 +104,7 @@ class LevelNormClassificationHead(tv.RetinaNetClassificationHead):
         return torch.cat(flatten_all(level_outputs(self, x), self.num_classes), dim=1)
 
 
-class LevelNormRegressionHead(tv.RetinaNetRegressionHead):
+class LevelNormRegressionHead(RetinaNetRegressionHead):
     def __init__(self, tower: LevelNormTower, num_anchors: int) -> None:
         super().__init__(tower.convs[-1].out_channels, num_anchors)
         self.conv = tower
@@ -123,7 +128,7 @@ class DistributionCoder(BoxCoder):
         return decode(codes, boxes.to(codes.dtype))
 
 
-class DistributionRegressionHead(tv.RetinaNetRegressionHead):
+class DistributionRegressionHead(RetinaNetRegressionHead):
     """A regression head that predicts a distribution for each side of a box, see
     :mod:`retina_fast.kernels.side_distributions`.
 
@@ -135,7 +140,7 @@ class DistributionRegressionHead(tv.RetinaNetRegressionHead):
         ValueError: for a ``reg_max`` that is no whole number of at least 1.
     """
 
-    def __init__(self, head: tv.RetinaNetRegressionHead, reg_max: int) -> None:
+    def __init__(self, head: RetinaNetRegressionHead, reg_max: int) -> None:
         nn.Module.__init__(self)
         if type(reg_max) is not int or reg_max < 1:
             raise ValueError(f"reg_max must be a whole number of at least 1, got {reg_max!r}")
@@ -173,7 +178,7 @@ class DistributionRegressionHead(tv.RetinaNetRegressionHead):
         )
 
 
-def give_distributions(model: tv.RetinaNet, reg_max: int) -> None:
+def give_distributions(model: RetinaNet, reg_max: int) -> None:
     """Gives a model's boxes distributions, by a last layer of the regression head with random weights.
 
     Raises:
@@ -181,7 +186,7 @@ def give_distributions(model: tv.RetinaNet, reg_max: int) -> None:
         ValueError: for a ``reg_max`` that is no whole number of at least 1.
     """
     head = getattr(model.head, "regression_head", None)
-    if not isinstance(head, tv.RetinaNetRegressionHead):
+    if not isinstance(head, RetinaNetRegressionHead):
         raise TypeError(f"reg_max needs torchvision's regression head, the model has {type(head)}")
     model.head.regression_head = DistributionRegressionHead(head, reg_max)
     model.box_coder = DistributionCoder()
@@ -211,16 +216,16 @@ def as_separable(conv: Any) -> Any:
     return other
 
 
-def fresh_logits(head: tv.RetinaNetClassificationHead, num_classes: int) -> nn.Module:
+def fresh_logits(head: RetinaNetClassificationHead, num_classes: int) -> nn.Module:
     """A last layer for another class count, of the same kind, device and dtype as the head's.
 
     Example::
 
-        >>> fresh_logits(tv.RetinaNetClassificationHead(8, num_anchors=9, num_classes=3), 5).out_channels
+        >>> fresh_logits(RetinaNetClassificationHead(8, num_anchors=9, num_classes=3), 5).out_channels
         45
     """
     old: Any = head.cls_logits
-    fresh = tv.RetinaNetClassificationHead(old.in_channels, head.num_anchors, num_classes).cls_logits
+    fresh = RetinaNetClassificationHead(old.in_channels, head.num_anchors, num_classes).cls_logits
     if isinstance(old, SeparableConv2d):
         fresh = as_separable(fresh)
         nn.init.normal_(fresh.weight, std=1e-5)
@@ -237,7 +242,7 @@ def level_norm_head(
     norm_layer: Callable[[int], nn.Module] = batch_norm,
     activation_layer: Callable[..., nn.Module] = nn.ReLU,
     separable: bool = False,
-) -> tv.RetinaNetHead:
+) -> RetinaNetHead:
     """torchvision's RetinaNetHead with another tower: ``depth`` convs to ``width`` channels, a norm for each level.
 
     Args:
@@ -261,7 +266,7 @@ def level_norm_head(
     def tower() -> LevelNormTower:
         return LevelNormTower(in_channels, width, depth, num_levels, norm_layer, activation_layer, separable)
 
-    head = tv.RetinaNetHead.__new__(tv.RetinaNetHead)  # its own towers would be made to be thrown away
+    head = RetinaNetHead.__new__(RetinaNetHead)  # its own towers would be made to be thrown away
     nn.Module.__init__(head)
     head.classification_head = LevelNormClassificationHead(tower(), num_anchors, num_classes)
     head.regression_head = LevelNormRegressionHead(tower(), num_anchors)
@@ -284,15 +289,15 @@ def run_head(head: Any, features: Sequence[Tensor]) -> Mapping[str, Any]:
 
 def head_runs_by_level(head: Any) -> bool:
     """Whether neither the head nor a part of it is the user's own."""
-    stock = is_stock(head, tv.RetinaNetHead, "forward")
+    stock = is_stock(head, RetinaNetHead, "forward")
     return stock and all(runs_by_level(getattr(head, part)) for part in HEAD_PARTS.values())
 
 
 def runs_by_level(part: Any) -> bool:
     """Whether :func:`level_outputs` may replace this head's ``forward``: it has no user's class, method or hook."""
     known = (
-        tv.RetinaNetClassificationHead,
-        tv.RetinaNetRegressionHead,
+        RetinaNetClassificationHead,
+        RetinaNetRegressionHead,
         LevelNormClassificationHead,
         LevelNormRegressionHead,
         DistributionRegressionHead,
@@ -303,7 +308,7 @@ def runs_by_level(part: Any) -> bool:
 def level_outputs(part: Any, features: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a classification or regression head as its convs write them, ``(B, A*C, H, W)`` a level."""
     levels = part.conv(features) if isinstance(part.conv, LevelNormTower) else run_tower(part.conv, features)
-    last = part.cls_logits if isinstance(part, tv.RetinaNetClassificationHead) else part.bbox_reg
+    last = part.cls_logits if isinstance(part, RetinaNetClassificationHead) else part.bbox_reg
     return [last(level) for level in levels]
 
 

@@ -11,8 +11,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection._utils import Matcher
+from torchvision.models.detection.retinanet import (
+    RetinaNetClassificationHead,
+    RetinaNetHead,
+    RetinaNetRegressionHead,
+)
 
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
 from retina_fast.heads import DistributionRegressionHead, is_known_coder
@@ -148,17 +152,17 @@ def has_stock_losses(head: Any, matcher: Any) -> bool:
     is one of this package."""
     if (
         not has_stock_loss_functions()
-        or not isinstance(head, tv.RetinaNetHead)
-        or overrides(head, tv.RetinaNetHead, "compute_loss")
+        or not isinstance(head, RetinaNetHead)
+        or overrides(head, RetinaNetHead, "compute_loss")
     ):
         return False
     classification, regression = head.classification_head, head.regression_head
     distributed = isinstance(regression, DistributionRegressionHead)
-    of_boxes = DistributionRegressionHead if distributed else tv.RetinaNetRegressionHead
+    of_boxes = DistributionRegressionHead if distributed else RetinaNetRegressionHead
     return (
-        isinstance(classification, tv.RetinaNetClassificationHead)
-        and not overrides(classification, tv.RetinaNetClassificationHead, "compute_loss")
-        and isinstance(regression, tv.RetinaNetRegressionHead)
+        isinstance(classification, RetinaNetClassificationHead)
+        and not overrides(classification, RetinaNetClassificationHead, "compute_loss")
+        and isinstance(regression, RetinaNetRegressionHead)
         and not overrides(regression, of_boxes, "compute_loss")
         and is_known_coder(regression.box_coder)
         and (

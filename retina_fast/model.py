@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from retina_fast import forward as network
@@ -25,14 +26,14 @@ from retina_fast.heads import fresh_logits, give_distributions, is_known_coder
 from retina_fast.kernels.levels import count_anchors
 from retina_fast.losses import check_losses, detection_losses, has_stock_losses, matcher_of, refuse_arguments
 from retina_fast.predict.method import Predicts
-from retina_fast.stock import has_stock_detection_functions, overrides
+from retina_fast.stock import has_stock_detection_functions, is_replaced, note_methods, overrides
 from retina_fast.targets import GroundTruths, TargetCheck, gather_targets, target_check, unlabelled, with_truths
-from retina_fast.transform import RetinaNetTransform, check_images, is_stock_transform, resize_batch, size_rows
+from retina_fast.transform import check_images, is_stock_transform, resize_batch, scaling_transform, size_rows
 
 _TRANSFORM_ARGUMENTS = {"size_divisible", "fixed_size", "_skip_resize", "image_scale"}
 
 
-class RetinaNet(Predicts, tv.RetinaNet):
+class RetinaNet(Predicts, TorchvisionRetinaNet):
     """torchvision's RetinaNet, drop-in: the same weights, arguments and results, computed faster.
 
     Args:
@@ -129,19 +130,9 @@ class RetinaNet(Predicts, tv.RetinaNet):
         unknown = sorted(set(kwargs) - _TRANSFORM_ARGUMENTS)
         if unknown:
             warnings.warn(f"RetinaNet ignores the unknown arguments {', '.join(unknown)}", stacklevel=2)
-        plain: GeneralizedRCNNTransform = self.transform
         if min_size is not None and kwargs.get("image_scale", 1.0) != 1:
             raise ValueError(f"image_scale needs min_size=None, got min_size={min_size}")
-        self.transform: GeneralizedRCNNTransform = RetinaNetTransform(
-            plain.min_size,
-            plain.max_size,
-            plain.image_mean,
-            plain.image_std,
-            plain.size_divisible,
-            plain.fixed_size,
-            _skip_resize=plain._skip_resize,
-            image_scale=kwargs.get("image_scale", 1.0),
-        )
+        self.transform: GeneralizedRCNNTransform = scaling_transform(self.transform, kwargs.get("image_scale", 1.0))
         if classification_loss is not None:
             self.classification_loss = classification_loss
         self.box_weights = box_weights
@@ -170,6 +161,8 @@ class RetinaNet(Predicts, tv.RetinaNet):
                 evaluation they are not needed; only the boxes are then checked.
         """
         network.refuse_tracing()
+        if is_replaced(TorchvisionRetinaNet, "forward"):
+            return super().forward(images, targets)
         if self.training and targets is None:
             raise AssertionError("targets should not be none when in training mode")
         if targets is not None and not self.training:
@@ -224,7 +217,7 @@ class RetinaNet(Predicts, tv.RetinaNet):
         head = self.head.classification_head
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if not isinstance(head, tv.RetinaNetClassificationHead):
+        if not isinstance(head, RetinaNetClassificationHead):
             raise TypeError(f"set_num_classes knows torchvision's classification head, not {type(head)}")
         head.cls_logits = fresh_logits(head, num_classes)
         head.num_classes, self.classes, self.category_ids = num_classes, None, None
@@ -348,3 +341,6 @@ class RetinaNet(Predicts, tv.RetinaNet):
         pixels, image_sizes = resize_batch(self.transform, images)
         outputs = network.run_network(self, pixels)
         return detect(outputs, image_sizes, size_rows(images, *images.shape[2:]), Thresholds.of(self))
+
+
+note_methods(RetinaNet, "forward", "eager_outputs", "compute_loss", "postprocess_detections")

@@ -119,7 +119,8 @@ def _batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: flo
         return _nms_by_offsets(boxes, scores, idxs, iou_threshold)
     if not torch.compiler.is_compiling() and not boxes.numel():  # whatever the other arguments are
         return torch.empty(0, dtype=torch.int64, device=boxes.device)
-    if not _is_served(boxes, scores, iou_threshold) or idxs.shape != scores.shape:
+    served = _is_served(boxes, scores, iou_threshold) and isinstance(idxs, Tensor) and idxs.shape == scores.shape
+    if not served:
         return torchvision_batched_nms(boxes, scores, idxs, iou_threshold)
     return _nms_op(boxes.detach(), scores.detach(), idxs, iou_threshold)
 
@@ -129,8 +130,11 @@ def _is_scripted_or_onnx() -> bool:
 
 
 def _is_served(boxes: Tensor, scores: Tensor, iou_threshold: float) -> bool:
-    """Whether shapes and dtypes are such that this package's suppression takes them."""
-    fits = boxes.dim() == 2 and boxes.shape[1] == 4 and scores.shape == boxes.shape[:1]
+    """Whether these are tensors of shapes and dtypes that this package's suppression takes."""
+    if not isinstance(boxes, Tensor) or not isinstance(scores, Tensor):
+        return False
+    fits = not boxes.is_meta and boxes.layout == torch.strided
+    fits = fits and boxes.dim() == 2 and boxes.shape[1] == 4 and scores.shape == boxes.shape[:1]
     floats = boxes.is_floating_point() and boxes.dtype == scores.dtype
     return fits and floats and isinstance(iou_threshold, int | float)
 

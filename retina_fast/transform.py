@@ -12,7 +12,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from retina_fast.device import to_device
 from retina_fast.kernels.image_batch import image_batch
-from retina_fast.stock import is_stock
+from retina_fast.stock import TRANSFORM_STEPS, has_stock_transform, is_stock, note_methods
 from retina_fast.targets import GroundTruths
 
 
@@ -31,12 +31,23 @@ class RetinaNetTransform(GeneralizedRCNNTransform):
         return GeneralizedRCNNTransform.resize(fixed, image, target)
 
 
-_STEPS = ("forward", "normalize", "resize", "torch_choice", "batch_images", "max_by_axis", "postprocess")
+note_methods(RetinaNetTransform, *TRANSFORM_STEPS)
+
+
+def scaling_transform(plain: GeneralizedRCNNTransform, image_scale: float) -> GeneralizedRCNNTransform:
+    """A :class:`RetinaNetTransform` with the settings of torchvision's transform; one of another class as it is."""
+    if type(plain) is not GeneralizedRCNNTransform:
+        return plain
+    sizes, normalisation = (plain.min_size, plain.max_size), (plain.image_mean, plain.image_std)
+    padding = plain.size_divisible, plain.fixed_size
+    skip = plain._skip_resize
+    return RetinaNetTransform(*sizes, *normalisation, *padding, _skip_resize=skip, image_scale=image_scale)
 
 
 def is_stock_transform(transform: object) -> bool:
     """Whether ``transform`` is torchvision's or ours, with none of its steps a user's own and no hooks."""
-    return any(is_stock(transform, cls, *_STEPS) for cls in (RetinaNetTransform, GeneralizedRCNNTransform))
+    classes = RetinaNetTransform, GeneralizedRCNNTransform
+    return has_stock_transform() and any(is_stock(transform, cls, *TRANSFORM_STEPS) for cls in classes)
 
 
 def check_images(images: Sequence[Tensor] | Tensor, channels: int, take_uint8: bool = False) -> list[Tensor]:

@@ -8,7 +8,7 @@ package `deepforest` need not be installed to open one.
 from collections.abc import Mapping
 from typing import Any
 
-from torchvision.models.detection import retinanet as tv
+from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 
 from retina_fast.checkpoint import Checkpoint
 from retina_fast.convert import from_torchvision
@@ -29,7 +29,7 @@ def is_deepforest(thing: Any) -> bool:
     """
     if isinstance(thing, Mapping):
         return "state_dict" in thing and "label_dict" in thing
-    return isinstance(getattr(thing, "label_dict", None), Mapping) and isinstance(_network(thing), tv.RetinaNet)
+    return isinstance(getattr(thing, "label_dict", None), Mapping) and isinstance(_network(thing), TorchvisionRetinaNet)
 
 
 def from_deepforest(model: Any) -> tuple[RetinaNet, list[str]]:

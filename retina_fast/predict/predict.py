@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torchvision.models.detection import retinanet as tv
+from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 
 from retina_fast.convert import from_torchvision
 from retina_fast.data.coco import Sample
@@ -235,7 +235,7 @@ def detector_of(model: Any) -> Any:
         >>> detector_of(model) is detector_of(model)
         True
     """
-    if not isinstance(model, tv.RetinaNet):
+    if not isinstance(model, TorchvisionRetinaNet):
         return model
     network = from_torchvision(model)
     try:

@@ -1,14 +1,17 @@
 """What other code does around the drop-in: replaced functions, seeds, tracing, and the order in which errors come."""
 
 import copy
+import functools
 from functools import partial
 
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.detection import _utils, transform
 from torchvision.models.detection import retinanet as tv
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import boxes
 
 import retina_fast
 
@@ -78,6 +81,103 @@ def test_functions_of_ours_in_torchvisions_place_are_no_reason_to_step_aside(mon
     assert fast.uses_fast_detections()
 
 
+def _more(value):
+    """Half as much again of whatever a function of torchvision's returns."""
+    if isinstance(value, dict):
+        return {key: _more(of_key) for key, of_key in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_more, value))
+    changed = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return (value * 1.5).to(value.dtype) if changed else value
+
+
+def _grown(function):
+    return functools.wraps(function)(lambda *args, **kwargs: _more(function(*args, **kwargs)))
+
+
+def _found(model, training):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return model.train(training)(IMAGES, TARGETS) if training else model.eval()(IMAGES)
+
+
+OF_BOX_LOSSES = {"generalized_box_iou_loss": "giou", "distance_box_iou_loss": "diou", "complete_box_iou_loss": "ciou"}
+OF_LOSSES = [
+    (tv, "_sum"),
+    (boxes, "box_area"),
+    *((_utils, name) for name in OF_BOX_LOSSES),
+    *((cls, "compute_loss") for cls in (tv.RetinaNet, tv.RetinaNetHead, tv.RetinaNetClassificationHead)),
+    (tv.RetinaNetRegressionHead, "compute_loss"),
+    (retina_fast.RetinaNet, "compute_loss"),
+    (_utils.BoxCoder, "encode_single"),
+]
+OF_DETECTIONS = [
+    (transform, "resize_boxes"),
+    (boxes, "clip_boxes_to_image"),
+    (_utils.BoxCoder, "decode_single"),
+    (tv.RetinaNet, "postprocess_detections"),
+    (retina_fast.RetinaNet, "postprocess_detections"),
+    (transform.GeneralizedRCNNTransform, "postprocess"),
+]
+OF_BOTH = [
+    (transform, "_resize_image_and_masks"),
+    (tv.RetinaNet, "forward"),
+    *((cls, "forward") for cls in (tv.RetinaNetHead, tv.RetinaNetClassificationHead, tv.RetinaNetRegressionHead)),
+    (AnchorGenerator, "forward"),
+    (AnchorGenerator, "grid_anchors"),
+    (transform.GeneralizedRCNNTransform, "normalize"),
+    (transform.GeneralizedRCNNTransform, "resize"),
+    (transform.GeneralizedRCNNTransform, "batch_images"),
+]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "training"),
+    [
+        *((*place, True) for place in OF_LOSSES + OF_BOTH),
+        *((*place, False) for place in OF_DETECTIONS + OF_BOTH),
+    ],
+)
+def test_what_stands_in_another_functions_place_is_called(monkeypatch, owner, name, training):
+    """Whether it stands in a module or on a class, of torchvision's or ours, and under whatever name."""
+    models = pair()
+    if name in OF_BOX_LOSSES:
+        for model in models:
+            model.head.regression_head._loss_type = OF_BOX_LOSSES[name]
+    before = _found(models[1], training)
+    monkeypatch.setattr(owner, name, _grown(getattr(owner, name)))
+    expected, found = (_found(model, training) for model in models)
+    expected = _more(before) if owner is retina_fast.RetinaNet else expected
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-4)
+
+
+class _Darker(transform.GeneralizedRCNNTransform):
+    def normalize(self, image):
+        return super().normalize(image / 2)
+
+
+class _Surer(tv.RetinaNetHead):
+    def forward(self, x):
+        return {name: 2 * output for name, output in super().forward(x).items()}
+
+
+@pytest.mark.parametrize(("name", "own"), [("GeneralizedRCNNTransform", _Darker), ("RetinaNetHead", _Surer)])
+def test_classes_in_torchvisions_place_make_the_parts_of_a_model(monkeypatch, name, own):
+    def made(cls):
+        torch.manual_seed(0)
+        backbone = nn.Conv2d(3, 16, 8, 8)
+        backbone.out_channels = 16
+        return cls(backbone, 3, min_size=64, anchor_generator=AnchorGenerator(((16, 24),), ((0.5, 1.0),)))
+
+    before = _found(made(tv.RetinaNet), True)
+    monkeypatch.setattr(tv, name, own)
+    expected, found = (_found(made(cls), True) for cls in (tv.RetinaNet, retina_fast.RetinaNet))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert abs(found["classification"] - before["classification"]) > 1e-3
+
+
 # Random numbers
 
 
@@ -111,11 +211,11 @@ def test_a_trace_is_refused_with_the_way_that_works(export, tmp_path):
 # Errors
 
 
-@pytest.mark.parametrize("boxes", [0.0, torch.rand(4), torch.rand(1, 5), torch.tensor([[1, 3, 1, 4], [2, 4, 3, 4]])])
+@pytest.mark.parametrize("given", [0.0, torch.rand(4), torch.rand(1, 5), torch.tensor([[1, 3, 1, 4], [2, 4, 3, 4]])])
 @pytest.mark.parametrize("labels", [{}, {"labels": "none"}, {"labels": torch.rand(2)}])
-def test_boxes_are_looked_at_before_labels(boxes, labels):
+def test_boxes_are_looked_at_before_labels(given, labels):
     with pytest.raises(AssertionError):
-        pair()[1](IMAGES * 2, [*TARGETS, {"boxes": boxes, **labels}])
+        pair()[1](IMAGES * 2, [*TARGETS, {"boxes": given, **labels}])
 
 
 def test_where_boxes_are_right_the_labels_are_named():
