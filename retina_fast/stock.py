@@ -136,7 +136,7 @@ for _cls, *_methods in (
     *((cls, "forward") for cls in (nn.BatchNorm2d, FrozenBatchNorm2d, nn.MaxPool2d, nn.ReLU, nn.Sequential)),
     *((cls, "forward") for cls in (BasicBlock, Bottleneck)),
 ):
-    note_methods(_cls, *_methods)
+    note_methods(_cls, *_methods)  # type: ignore[arg-type]
 
 _Rows = list[tuple[Any, str, list[Any]]]  # the module that holds a function, its name, and what may be there
 

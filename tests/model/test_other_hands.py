@@ -169,9 +169,13 @@ def test_classes_in_torchvisions_place_make_the_parts_of_a_model(monkeypatch, na
         torch.manual_seed(0)
         backbone = nn.Conv2d(3, 16, 8, 8)
         backbone.out_channels = 16
-        return cls(backbone, 3, min_size=64, anchor_generator=AnchorGenerator(((16, 24),), ((0.5, 1.0),)))
+        model = cls(backbone, 3, min_size=64, anchor_generator=AnchorGenerator(((16, 24),), ((0.5, 1.0),)))
+        for conv in model.head.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.normal_(conv.weight, std=0.1)
+        return model
 
-    before = _found(made(tv.RetinaNet), True)
+    before = _found(made(retina_fast.RetinaNet), True)
     monkeypatch.setattr(tv, name, own)
     expected, found = (_found(made(cls), True) for cls in (tv.RetinaNet, retina_fast.RetinaNet))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
