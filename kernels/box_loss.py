@@ -23,7 +23,7 @@ from retina_fast.kernels.arguments import (
     loss_weights,
 )
 from retina_fast.kernels.box_decode import MAX_LOG_SCALE, decode
-from retina_fast.kernels.dispatch import HAS_TRITON, runs_triton, tl, triton
+from retina_fast.kernels.dispatch import HAS_TRITON, needs_reference, runs_triton, tl, triton
 from retina_fast.kernels.iou_losses import IOU_LOSSES, iou_loss_and_slopes
 from retina_fast.kernels.levels import (
     flatten_all,
@@ -202,7 +202,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_outputs):
     *tensors, weights = ctx.saved_tensors[:6]
     levels, nothing = list(ctx.saved_tensors[6:]), [None] * 10
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_reference(grad_outputs[0]):
         reference = functools.partial(_reference_of_levels, (*tensors, ctx.loss_type, weights))
         return grads_by_reference("box_loss", reference, levels, grad_outputs[0]), *nothing
     return _box_loss_op(levels, *tensors, grad_outputs[0], ctx.loss_type, False, True, weights), *nothing

@@ -49,6 +49,12 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
     return recorded or is_transformed(*tensors)
 
 
+def needs_reference(*grads: Tensor | None) -> bool:
+    """Whether a backward pass is asked for what finished gradients cannot give: derivatives of them, or several of them
+    at once, by ``create_graph=True`` or ``is_grads_batched=True``."""
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_transformed(*grads))
+
+
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -32,7 +32,7 @@ from retina_fast.kernels.arguments import (
     loss_weights,
 )
 from retina_fast.kernels.box_decode import decode
-from retina_fast.kernels.dispatch import runs_triton, tl, triton
+from retina_fast.kernels.dispatch import needs_reference, runs_triton, tl, triton
 from retina_fast.kernels.iou_losses import IOU_LOSSES, iou_loss_and_slopes
 from retina_fast.kernels.levels import (
     flatten_all,
@@ -243,7 +243,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_outputs):
     *tensors, weights = ctx.saved_tensors[:6]
     levels, nothing = list(ctx.saved_tensors[6:]), [None] * 11
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_reference(grad_outputs[0]):
         reference = functools.partial(_reference_of_levels, (*tensors, *ctx.constants, weights))
         return grads_by_reference("distribution_loss", reference, levels, grad_outputs[0]), *nothing
     return _distribution_loss_op(levels, *tensors, grad_outputs[0], *ctx.constants, False, True, weights), *nothing

@@ -29,7 +29,7 @@ from retina_fast.kernels.arguments import (
     check_shape,
     loss_normalizers,
 )
-from retina_fast.kernels.dispatch import PTX, is_transformed, runs_triton, tl, triton
+from retina_fast.kernels.dispatch import PTX, is_transformed, needs_reference, runs_triton, tl, triton
 from retina_fast.kernels.fast_math import reciprocal, widen
 from retina_fast.kernels.focal_loss_cpu import HardTerms, focal_loss_cpu, weights
 from retina_fast.kernels.focal_terms import loss_and_slope, soft_loss_and_slope
@@ -261,7 +261,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_outputs):
     *levels, labels, normalizers = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_reference(grad_outputs[0]):
         reference = functools.partial(_reference_of_levels, labels, normalizers, ctx.constants)
         return grads_by_reference("focal_loss", reference, levels, grad_outputs[0]), *[None] * 8
     constants = *ctx.constants, False, True

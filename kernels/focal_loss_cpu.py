@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retina_fast.kernels.arguments import at_least_float32
+from retina_fast.kernels.dispatch import needs_reference
 from retina_fast.kernels.labels import BACKGROUND, IGNORED
 from retina_fast.kernels.levels import count_anchors, flatten
 from retina_fast.kernels.one_pass import grads_by_reference
@@ -245,7 +246,7 @@ class _FocalLoss(torch.autograd.Function):
         labels, quality, scales, *saved = ctx.saved_tensors
         levels, grads = saved[: ctx.count], saved[ctx.count :]
         nothing = [None] * 7
-        if torch.is_grad_enabled():
+        if needs_reference(grad_loss):
             return *nothing, *grads_by_reference(ctx.name, ctx.reference, levels, grad_loss)
         if ctx.half:
             _, grads = _pass(levels, labels, quality, scales * grad_loss, True, *ctx.constants)

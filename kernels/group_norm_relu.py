@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retina_fast.kernels.arguments import check_devices
-from retina_fast.kernels.dispatch import runs_triton, tl, triton
+from retina_fast.kernels.dispatch import needs_reference, runs_triton, tl, triton
 from retina_fast.kernels.levels import check_levels, decode_size, encode_sizes, pick, pick_size
 from retina_fast.kernels.one_pass import grads_by_reference
 
@@ -282,7 +282,7 @@ def _backward(ctx, grad_outputs):
         torch.zeros_like(level) if grad is None else grad.to(level.dtype).contiguous(memory_format=torch.channels_last)
         for grad, level in zip(grad_outputs[:-1], levels, strict=True)
     ]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_reference(*grads):
         num_groups, eps = ctx.constants
 
         def reference(*inputs):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retina_fast.kernels.dispatch import tl, triton
+from retina_fast.kernels.dispatch import needs_reference, tl, triton
 from retina_fast.kernels.levels import decode_size, encode_sizes
 
 _TILE = 4096
@@ -73,10 +73,10 @@ def _(tensors, factor):
 def grads_by_reference(
     name: str, reference: Callable[..., Any], inputs: Sequence[Tensor], grad_outputs: Any
 ) -> list[Tensor | None]:
-    """Gradients in a form that can be differentiated again, as backward with create_graph=True asks for.
+    """Gradients that can be differentiated again, as backward with create_graph=True asks for, or several at once.
 
-    What the kernels compute is a finished gradient, which has no history. So the reference computes the operation once
-    more. It is as slow as PyTorch's own, and a warning says so.
+    What the kernels compute is a finished gradient, which has no history, of one loss. So the reference computes the
+    operation once more. It is as slow as PyTorch's own, and a warning says so.
 
     Args:
         name: of the operation, for the warning.
@@ -84,10 +84,13 @@ def grads_by_reference(
         inputs: as forward was given them, with their history.
         grad_outputs: the gradient of each output.
     """
-    warnings.warn(f"{name}: create_graph=True computes gradients by the PyTorch reference, which is slow", stacklevel=2)
+    again = torch.is_grad_enabled()
+    what = "create_graph=True" if again else "is_grads_batched"
+    warnings.warn(f"{name}: {what} computes gradients by the PyTorch reference, which is slow", stacklevel=2)
     wanted = [x for x in inputs if x.requires_grad]
-    outputs = reference(*inputs)
-    grads = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, materialize_grads=True))
+    with torch.enable_grad():
+        outputs = reference(*inputs)
+    grads = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=again, materialize_grads=True))
     return [next(grads) if x.requires_grad else None for x in inputs]
 
 
@@ -116,7 +119,7 @@ class OnePass(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         levels, grads = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        if torch.is_grad_enabled():
+        if needs_reference(factor):
             return None, None, None, *grads_by_reference(ctx.name, ctx.reference, levels, factor)
         if torch._C._autograd._get_current_graph_task_keep_graph():
             grads = [grad.clone() for grad in grads]  # a second backward needs them unchanged

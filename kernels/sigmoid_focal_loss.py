@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss as sigmoid_focal_loss_reference
 
-from retina_fast.kernels.dispatch import PTX, runs_triton, tl, triton
+from retina_fast.kernels.dispatch import PTX, needs_reference, runs_triton, tl, triton
 from retina_fast.kernels.fast_math import exp2, log2, reciprocal, sigmoid
 from retina_fast.kernels.one_pass import grads_by_reference
 
@@ -111,7 +111,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_output):
     logits, targets = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_reference(grad_output):
         if ctx.output == "sums":  # of tiles
             grad_output = grad_output.repeat_interleave(_TILE)[: logits.numel()].view_as(logits)
         (grad,) = grads_by_reference(

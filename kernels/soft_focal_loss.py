@@ -32,7 +32,7 @@ from retina_fast.kernels.arguments import (
     check_shape,
     loss_normalizers,
 )
-from retina_fast.kernels.dispatch import is_transformed, runs_triton
+from retina_fast.kernels.dispatch import is_transformed, needs_reference, runs_triton
 from retina_fast.kernels.focal_loss import launch_focal_loss
 from retina_fast.kernels.focal_loss_cpu import focal_loss_cpu
 from retina_fast.kernels.labels import IGNORED
@@ -127,7 +127,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_outputs):
     *levels, labels, quality, normalizers = ctx.saved_tensors
     tensors, nothing = (labels, quality, normalizers), [None] * 9
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_reference(grad_outputs[0]):
         reference = functools.partial(_reference_of_levels, tensors, ctx.constants)
         return grads_by_reference("soft_focal_loss", reference, levels, grad_outputs[0]), *nothing
     return _soft_focal_loss_op(levels, *tensors, grad_outputs[0], *ctx.constants, False, True), *nothing

@@ -10,6 +10,8 @@ from torchvision.models.detection import retinanet as tv
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
 from retina_fast.kernels.postprocess import postprocess
 
+_NO_LIMIT = 2**31 - 1
+
 
 class Detections(NamedTuple):
     """The detections of B images, padded to D; the first counts[b] of row b count, highest score first."""
@@ -62,8 +64,18 @@ class Thresholds(NamedTuple):
 
     @classmethod
     def of(cls, model: tv.RetinaNet) -> "Thresholds":
-        """The model's present thresholds."""
-        return cls(model.score_thresh, model.topk_candidates, model.nms_thresh, model.detections_per_img)
+        """The model's present thresholds. A ``detections_per_img`` of None is no limit, as in torchvision.
+
+        Raises:
+            TypeError: for a score or IoU of None, or numbers of candidates or detections that are not whole.
+        """
+        limit = _NO_LIMIT if model.detections_per_img is None else model.detections_per_img
+        found = cls(model.score_thresh, model.topk_candidates, model.nms_thresh, limit)
+        for name, value in zip(cls._fields, found, strict=True):
+            if value is None or (isinstance(value, float) and not name.endswith("thresh")):
+                kind = "a number" if name.endswith("thresh") else "a whole number"
+                raise TypeError(f"model.{name} must be {kind}, got {value}")
+        return found
 
 
 def detect(outputs: HeadOutputs, image_sizes: Tensor, original_sizes: Tensor, thresholds: Thresholds) -> Detections:

@@ -194,6 +194,11 @@ def _num_classes(head: Any, levels: Mapping[str, list[Tensor]]) -> int:
     return logits[0].shape[2] if logits[0].dim() == 3 else head.classification_head.num_classes
 
 
+def are_float64(levels: Sequence[Tensor]) -> bool:
+    """Whether levels have the precision that only torchvision's postprocessing keeps."""
+    return any(level.dtype == torch.float64 for level in levels)
+
+
 def refuse_tracing() -> None:
     """Refuse torch.jit.trace and torch.onnx.export(dynamo=False): a trace would fix the number of detections."""
     if torch.jit.is_tracing():

@@ -251,7 +251,7 @@ def detection_losses(
         ValueError: if the matcher has to know the levels, and the outputs were joined; or for l1 or smooth_l1 where
             sides are distributions.
     """
-    anchors = outputs.anchors.float()
+    anchors, truths = outputs.anchors.float(), truths._replace(boxes=truths.boxes.detach())
     matches = _match(outputs, anchors, truths, matcher)
     batch = torch.tensor(
         len(truths.counts), dtype=torch.float32, device="cpu"

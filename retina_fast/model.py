@@ -23,6 +23,7 @@ from retina_fast.detections import Detections, Thresholds, detect
 from retina_fast.device import lay_out, to_device
 from retina_fast.forward import Batch, HeadOutputs, Images, Sizes, Targets
 from retina_fast.heads import fresh_logits, give_distributions, is_known_coder
+from retina_fast.kernels.dispatch import is_differentiated
 from retina_fast.kernels.levels import count_anchors
 from retina_fast.losses import check_losses, detection_losses, has_stock_losses, matcher_of, refuse_arguments
 from retina_fast.predict.method import Predicts
@@ -201,7 +202,7 @@ class RetinaNet(Predicts, TorchvisionRetinaNet):
             raise RuntimeError("detect needs evaluation mode: call model.eval() first")
         if not self.uses_fast_detections():
             made = self.make_batch(batch, None)
-            return Detections.from_list(self.detections_of(made, network.run(self, made)), self.detections_per_img)
+            return Detections.from_list(self.detections_of(made, network.run(self, made)), self.detections_per_img or 0)
         if is_stock_transform(self.transform) and is_stock_generator(self.anchor_generator):
             return self._detect_alike(batch)
         made = self.make_batch(batch, None)
@@ -244,7 +245,7 @@ class RetinaNet(Predicts, TorchvisionRetinaNet):
         self, head_outputs: Mapping[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: Sizes
     ) -> list[dict[str, Tensor]]:
         """Detections in the pixels of the batch, from levels ``(B, N_l, C)`` and each image's anchors ``(N_l, 4)``."""
-        if not self._has_stock_postprocessing():
+        if not self._has_stock_postprocessing() or network.are_float64(head_outputs[network.LOGITS]):
             return super().postprocess_detections(head_outputs, anchors, image_shapes)
         outputs = network.head_outputs(self.head, head_outputs, torch.stack([torch.cat(levels) for levels in anchors]))
         sizes = to_device(torch.tensor(image_shapes, device="cpu"), outputs.anchors.device)
@@ -277,8 +278,8 @@ class RetinaNet(Predicts, TorchvisionRetinaNet):
             return self.compute_loss(resized, outputs.joined(), anchors)
 
     def detections_of(self, batch: Batch, outputs: HeadOutputs) -> list[dict[str, Tensor]]:
-        """The detections of a batch, in the pixels of its images as they were given."""
-        if self.uses_fast_detections():
+        """The detections of a batch, in the pixels of its images as they were given; float64 where the outputs are."""
+        if self.uses_fast_detections() and not network.are_float64(outputs.levels[network.LOGITS]):
             return self._padded_detections(batch, outputs).to_list()
         lengths = [count_anchors(level, outputs.num_classes) for level in outputs.levels[network.LOGITS]]
         split = {name: list(output.split(lengths, dim=1)) for name, output in outputs.joined().items()}
@@ -314,7 +315,10 @@ class RetinaNet(Predicts, TorchvisionRetinaNet):
         check_losses(self.classification_loss, None, None, self.box_weights)  # they may have been set since
         if isinstance(self.proposal_matcher, str):
             raise TypeError(f"proposal_matcher must be a matcher, such as AtssMatcher(), got {self.proposal_matcher!r}")
-        if has_stock_losses(self.head, self.proposal_matcher):
+        torchvisions = self.classification_loss == "focal" and isinstance(self.proposal_matcher, Matcher)
+        # Ours have no derivative with respect to the ground truths.
+        aside = torchvisions and not self.box_weights and is_differentiated(truths.boxes)
+        if has_stock_losses(self.head, self.proposal_matcher) and not aside:
             loss_type = self.head.regression_head._loss_type
             matcher, gamma, chosen = self.proposal_matcher, self.focal_gamma, self.classification_loss
             return detection_losses(outputs, truths, matcher, loss_type, gamma, chosen, self.box_weights)

@@ -7,6 +7,7 @@ object nor in torchvision's class itself, and it has no hooks.
 
 from typing import Any
 
+import torch
 from torch import nn
 from torchvision.models.detection import _utils as tv_utils
 from torchvision.models.detection import retinanet as tv
@@ -81,10 +82,9 @@ def is_stock(part: object, cls: type, *methods: str) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` would run forward or backward hooks."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Whether calling ``module`` would run forward or backward hooks, its own or those of all modules."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or torch.nn.modules.module._has_any_global_hook()
 
 
 def is_plain_conv(module: object) -> bool:

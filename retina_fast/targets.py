@@ -50,7 +50,7 @@ def gather_targets(
     for i, target in enumerate(targets):
         _check_boxes(i, target)
     counts = [len(target["boxes"]) for target in targets]
-    boxes = torch.cat([target["boxes"].detach().float() for target in targets])  # cast first: cat would promote to fp16
+    boxes = torch.cat([target["boxes"].float() for target in targets])  # cast first: cat would promote to fp16
     try:
         for i, target in enumerate(targets):
             _check_labels(i, target)
@@ -77,6 +77,8 @@ def _check_boxes(i: int, target: Mapping[str, Tensor]) -> None:
         raise AssertionError(
             f"Expected target boxes to be a tensor of shape [N, 4]: targets[{i}]['boxes'] is {tuple(boxes.shape)}."
         )
+    if boxes.is_complex():
+        raise NotImplementedError(f"targets[{i}]['boxes'] must be real numbers, got {boxes.dtype}")
 
 
 def _check_labels(i: int, target: Mapping[str, Tensor]) -> None:
@@ -101,6 +103,8 @@ def with_truths(targets: Sequence[Mapping[str, Tensor]], truths: GroundTruths) -
 
 def unlabelled(targets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Targets as torchvision reads them in evaluation: only their boxes count, labels may be anything or missing."""
+    for i, target in enumerate(targets):
+        _check_boxes(i, target)
     return [
         {**target, "labels": target["boxes"].new_zeros(len(target["boxes"]), dtype=torch.int64)} for target in targets
     ]

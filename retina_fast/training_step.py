@@ -271,7 +271,7 @@ class TrainingStep:
         assert truths is not None
         graph.table.copy_(image_table(batch.images, batch.image_sizes), non_blocking=True)
         count = len(truths.boxes)
-        buffers.boxes[:count].copy_(truths.boxes)
+        buffers.boxes[:count].copy_(truths.boxes.detach())
         buffers.labels[:count].copy_(truths.labels)
         buffers.offsets.copy_(truths.offsets)
         graph.graph.replay()

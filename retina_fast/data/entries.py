@@ -71,10 +71,10 @@ def as_name(value: Any) -> str | None:
 
     Example::
 
-        >>> as_name("Tree"), as_name(5), as_name("e" + chr(0x301)) == chr(0xE9), as_name(None)
-        ('Tree', '5', True, None)
+        >>> as_name("Tree"), as_name(5), as_name("e" + chr(0x301)) == chr(0xE9), as_name(None), as_name(float("nan"))
+        ('Tree', '5', True, None, None)
     """
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
     text = as_text(value)
     return text and unicodedata.normalize("NFC", text)

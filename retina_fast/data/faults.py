@@ -35,6 +35,7 @@ class Kind(StrEnum):
     DEGENERATE = "box without an extent"
     OUTSIDE = "box outside its image"
     CUT = "box that reaches out of its image"
+    SPECK = "box smaller than a pixel"
     DUPLICATE = "duplicate box"
     TWO_LABELS = "box with two labels"
     UNTOUCHED = "box that no anchor touches"
@@ -121,14 +122,17 @@ def box_fault(box: Sequence[float], size: Size | None) -> tuple[Kind, str] | Non
     x1, y1, x2, y2 = array("f", (box[0], box[1], box[0] + box[2], box[1] + box[3]))  # as in training, float32
     if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 <= x1 or y2 <= y1:
         return Kind.DEGENERATE, f"has bbox {box}, which has no extent"
+    speck = None
+    if x2 - x1 < 1 and y2 - y1 < 1:
+        speck = Kind.SPECK, f"with bbox {box} is smaller than a pixel: x, y, width and height are counted in pixels"
     if size is None:
-        return None
+        return speck
     height, width = size
     if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
         return Kind.OUTSIDE, f"with bbox {box} lies outside its image of {width}x{height}"
     if min(x1, y1) < -_SLACK or x2 > width + _SLACK or y2 > height + _SLACK:
         return Kind.CUT, f"with bbox {box} reaches out of its image of {width}x{height}"
-    return None
+    return speck
 
 
 def twins(annotations: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Kind, Mapping[str, Any], Mapping[str, Any]]]:

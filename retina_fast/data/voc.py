@@ -124,6 +124,9 @@ def read_voc(
     trees = {stem: _parsed(file, found) for stem, file in files.items()}
     if not trees:
         raise UserError(f"{folder}: holds no .xml file of Pascal VOC")
+    deeper = [file for file in folder.glob("*/**/*.xml") if _counts(file)] if path.is_dir() else []
+    if deeper:
+        warnings.warn(f"{folder}: {len(deeper)} .xml files in folders in it are not read, as {deeper[0]}", stacklevel=2)
     wanted = list(trees) if path.is_dir() else _split(path, trees)
     if classes is None:
         items = (item for tree in trees.values() if tree is not None for item in tree.iter("object"))

@@ -1,6 +1,7 @@
 """What `docs/faults.md` says of COCO files, by the answers of check, of the loader of train, and of evaluate."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,11 @@ COCO: dict[str, list[Change]] = {
         first("annotations", bbox=[50, 10, 30, 20]),
         several(first("annotations", bbox=[50, 10, 30, 20]), without("images", "width", "height")),
     ],
+    "a bbox smaller than a pixel, as fractions of the image are": [
+        first("annotations", bbox=[0.1, 0.2, 0.5, 0.4]),
+        several(first("annotations", bbox=[0.1, 0.2, 0.5, 0.4]), without("images", "width", "height")),
+        each("annotations", bbox=lambda bbox: [x / 100 for x in bbox]),
+    ],
     "a bbox twice": [again("annotations", id=99), again("annotations", id=99, category_id=2)],
     "an area null, missing, 0 or a word": [
         *of_each("annotations", "area", None, 0, "324", "big", -1, float("nan"), [], True, 10**400),
@@ -238,8 +244,9 @@ COCO: dict[str, list[Change]] = {
         *of_first("images", "file_name", None, "", " ", 7, ["p0.png"], "\ud800", "a\0b")
     ],
     "a file name with Windows' separators": [in_a_folder_of_windows],
-    "a null name of a class": [
-        *of_first("categories", "name", None, "", "  ", [], {}, True, "\ud800"), without("categories", "name")
+    "a null name of a class, or NaN": [
+        *of_first("categories", "name", None, math.nan, math.inf, "", "  ", [], {}, True, "\ud800"),
+        without("categories", "name"),
     ],
     "a number as the name of a class": [first("categories", name=5), first("categories", name=0)],
     "two classes of one name": [

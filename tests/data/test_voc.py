@@ -125,6 +125,14 @@ def test_a_file_without_a_size_takes_that_of_its_image(tmp_path):
     assert open_data(root)[0][1]["boxes"].canvas_size == (HEIGHT, WIDTH)
 
 
+def test_files_in_deeper_folders_are_not_passed_over_in_silence(tmp_path):
+    root = write_voc(tmp_path / "voc", {"a": [("cat", (1, 1, 9, 9))]})
+    (root / "Annotations" / "front").mkdir()
+    (root / "Annotations" / "front" / "b.xml").write_text(xml("b", [("cat", (1, 1, 9, 9))]))
+    with pytest.warns(UserWarning, match=r"Annotations: 1 \.xml files in folders in it are not read, as .*b\.xml"):
+        assert len(open_data(root)) == 1
+
+
 def test_train_and_evaluate_take_voc(one_thread, tmp_path):
     objects = {name: [("cat", (5, 5, 30, 30)), ("dog", (35, 10, 60, 40))] for name in "abc"}
     root = write_voc(tmp_path / "voc", objects)

@@ -72,8 +72,29 @@ def test_images_of_any_channels(channels):
         models[1]([IMAGES[0][:1], torch.rand(max(2, channels), 64, 64), torch.rand(7, 64, 64)])
 
 
-@pytest.mark.parametrize("limit", [0, 1, 10**9])
-@pytest.mark.parametrize("name", ["detections_per_img", "topk_candidates"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("score_thresh", None),
+        ("nms_thresh", None),
+        ("topk_candidates", None),
+        ("topk_candidates", 2.5),
+        ("detections_per_img", 2.5),
+    ],
+)
+def test_thresholds_that_are_no_numbers_are_named(model, name, value):
+    setattr(model.eval(), name, value)
+    with pytest.raises(TypeError, match=rf"model\.{name} must be a .*number, got {value}"):
+        model(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("detections_per_img", None),
+        *((name, limit) for name in ("detections_per_img", "topk_candidates") for limit in (0, 1, 10**9)),
+    ],
+)
 def test_extreme_limits(model, name, limit):
     """A very large number is how users say that there is no limit: it must not be allocated."""
     plain = torchvision_model().eval()

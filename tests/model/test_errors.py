@@ -37,6 +37,7 @@ REFUSED = {
     "fewer targets than images": (good_targets()[:1], IndexError, "1 entries for 2 images"),
     "one dict": (good_targets()[0], TypeError, r"targets\[0\] must be a dict"),
     "no boxes": ([{"labels": torch.tensor([1])}] * 2, KeyError, r"targets\[0\] has no 'boxes'"),
+    "complex boxes": (with_boxes(torch.ones(2, 4) * 1j), NotImplementedError, r"targets\[0\]\['boxes'\] must be real"),
     "no labels": ([{"boxes": torch.tensor([[1.0, 2, 3, 4]])}] * 2, KeyError, r"targets\[0\] has no 'labels'"),
 }
 
@@ -45,6 +46,13 @@ REFUSED = {
 def test_bad_targets_are_refused(model, targets, error, message):
     with pytest.raises(error, match=message):
         model(IMAGES, targets)
+
+
+@pytest.mark.parametrize("name", ["boxes not a tensor", "boxes not N by 4", "one dict", "no boxes", "complex boxes"])
+def test_bad_boxes_are_refused_in_evaluation(model, name):
+    targets, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        model.eval()(IMAGES, list(targets))
 
 
 def test_bad_images_are_refused(model):

@@ -182,6 +182,17 @@ def test_classes_in_torchvisions_place_make_the_parts_of_a_model(monkeypatch, na
     assert abs(found["classification"] - before["classification"]) > 1e-3
 
 
+@pytest.mark.parametrize("cls", [tv.RetinaNetHead, AnchorGenerator, transform.GeneralizedRCNNTransform])
+def test_hooks_of_all_modules_see_the_parts(cls):
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        pair()[1](IMAGES, TARGETS)
+    finally:
+        hook.remove()
+    assert sum(isinstance(module, cls) for module in seen) == 1
+
+
 # Random numbers
 
 
@@ -244,6 +255,38 @@ def test_torch_func_sees_into_losses_and_scores():
         ]
         torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
         assert found[1][1].any()
+
+
+@pytest.mark.parametrize("loss_type", ["l1", "giou"])
+def test_boxes_of_the_targets_have_derivatives(loss_type):
+    found = []
+    for model in pair():
+        model.head.regression_head._loss_type = loss_type
+        target, labels = TARGETS[0]["boxes"], TARGETS[0]["labels"]
+        loss = lambda boxes, m=model, n=labels: sum(m(IMAGES, [{"boxes": boxes, "labels": n}]).values())  # noqa: E731
+        (slope,) = torch.autograd.grad(loss(given := target.clone().requires_grad_()), given)
+        change = torch.func.jvp(loss, (target,), (torch.ones_like(target),))[1]
+        found.append((slope, torch.func.grad(loss)(target), change))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert found[0][0].any()
+
+
+@pytest.mark.parametrize("loss_type", ["l1", "giou"])
+def test_gradients_of_several_losses_at_once(loss_type):
+    found = []
+    for model in pair():
+        model.head.regression_head._loss_type = loss_type
+        losses = torch.stack(list(model(IMAGES, TARGETS).values()))
+        found.append(torch.autograd.grad(losses, model.backbone[0].weight, torch.eye(2), is_grads_batched=True))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_in_double_precision_detects_in_it():
+    slow, fast = (model.double().eval() for model in pair(score_thresh=0.3))
+    with torch.no_grad():
+        expected, found = (model([image.double() for image in IMAGES]) for model in (slow, fast))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert found[0]["boxes"].dtype == found[0]["scores"].dtype == torch.float64
 
 
 def test_a_gradient_penalty_is_torchvisions():
