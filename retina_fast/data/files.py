@@ -69,6 +69,8 @@ def damage(path: Path) -> str | None:
             begin = file.read(1024)
         if begin.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:
+                if not archive.namelist():
+                    return "it is an archive with nothing in it"
                 return "its content does not agree with its checksum" if archive.testzip() else None
     except OSError as error:
         return f"it cannot be read ({error.strerror})"

@@ -57,6 +57,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "pointer of Git LFS"),
     "cut short": (lambda path: cut(path, 300), "it is cut short"),
     "the begin of an archive": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(5000)), "it is cut short"),
+    "an empty archive": (lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)), "an archive with nothing in it"),
     "a byte changed": (flipped, "does not agree with its checksum"),
     "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), ""),
     "a bare pickle": (lambda path: path.write_bytes(pickle.dumps([1, 2])), ""),
