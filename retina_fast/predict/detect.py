@@ -33,9 +33,10 @@ from retina_fast.predict.image_files import picture_names, silent
 from retina_fast.predict.outputs import FORMATS, check_earlier, yolo
 from retina_fast.predict.page import small_jpeg
 from retina_fast.predict.parts import FileStamp, Parts, file_stamp
+from retina_fast.predict.pictures import Picture
 from retina_fast.predict.predict import check_score, default_batch, detector_of, digest_of, results_of
 from retina_fast.predict.results import Results
-from retina_fast.predict.sources import Picture, open_files
+from retina_fast.predict.sources import open_files
 from retina_fast.predict.tiled_results import Tiling, tiled_results_of
 
 if TYPE_CHECKING:  # rich is needed only where progress is shown

@@ -1,6 +1,8 @@
 """Rasters on disk, read in windows by rasterio: GeoTIFF and whatever else GDAL reads."""
 
+import warnings
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +17,7 @@ from retina_fast.predict.tiles import Window
 
 _SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img", ".ecw")
 _ORIENTATION = 0x0112  # the tag of TIFF and EXIF
+_FILTERS = Lock()  # warnings' filters are those of all threads
 _CACHE = 256  # megabytes of decoded blocks that GDAL keeps; by itself it takes 5% of all memory
 
 
@@ -52,8 +55,8 @@ class RasterFile:
     """A raster file, of which windows are read as RGB uint8.
 
     The bands are those that the file calls red, green and blue, in whatever order they lie; a palette's colours; else
-    the first three, or the first one alone as grey. Alpha is not shown. Of 16 bits the upper 8 are kept. Pixels without
-    data, by the file's nodata value, mask or alpha, are black.
+    the first three, or the first one alone as grey, where the file may say that 0 is white. Alpha is not shown. Of 16
+    bits the upper 8 are kept. Pixels without data, by the file's nodata value, mask or alpha, are black.
 
     Args:
         path: the file.
@@ -81,7 +84,8 @@ class RasterFile:
         self._errors: Any = rasterio.errors.RasterioError
         self._environment = rasterio.Env(GDAL_CACHEMAX=_CACHE)
         try:
-            with self._environment:
+            with self._environment, _FILTERS, warnings.catch_warnings():
+                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
                 self._file = rasterio.open(path)
         except (self._errors, OSError) as error:
             raise ImageError(f"{path}: not a readable raster ({_reason(error)})") from error
@@ -90,6 +94,7 @@ class RasterFile:
         if kinds - {"uint8", "uint16"}:
             raise UnknownPixels(f"{path}: its pixels must be uint8 or uint16, got {', '.join(sorted(kinds))}")
         self._bands, self._colours = _bands(self._file)
+        self._white_is_zero = self._file.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
         names = [colour.name for colour in self._file.colorinterp]
         self._alpha = names.index("alpha") + 1 if "alpha" in names else None  # GDAL knows it only as the last band
         self._masked = any("all_valid" not in [flag.name for flag in flags] for flags in self._file.mask_flag_enums)
@@ -121,6 +126,8 @@ class RasterFile:
             pixels = (pixels >> 8).astype(np.uint8)
         if self._colours is not None:
             pixels = np.moveaxis(self._colours[pixels[0]], -1, 0)
+        elif self._white_is_zero:
+            pixels = 255 - pixels
         if valid is not None:
             pixels = np.where(valid > 0, pixels, np.uint8(0))
         return torch.from_numpy(np.array(np.broadcast_to(pixels, (3, *pixels.shape[1:]))))

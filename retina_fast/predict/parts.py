@@ -18,7 +18,7 @@ from stat import S_ISREG
 from typing import IO, Any
 
 from retina_fast.data.errors import UserError
-from retina_fast.predict.sources import Picture
+from retina_fast.predict.pictures import Picture
 
 _BEGIN = "detections of"  # the key of the first line
 _NAME = re.compile(r"detections\.(\d+)\.\d+\.(kept\.)?partial")

@@ -15,8 +15,8 @@ from retina_fast.predict.again import Again, Stamp, check_unchanged, stamp_of
 from retina_fast.predict.batches import detections_of
 from retina_fast.predict.draw import above
 from retina_fast.predict.geotiff import RasterFile, is_raster, is_turned
+from retina_fast.predict.pictures import Picture
 from retina_fast.predict.results import Results
-from retina_fast.predict.sources import Picture
 from retina_fast.predict.tiles import Found, Pixels, Window, detect_tiles
 
 

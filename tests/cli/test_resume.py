@@ -23,7 +23,7 @@ from retina_fast.data.processes import Processes
 from retina_fast.predict import detect as module
 from retina_fast.predict.detect import detect
 from retina_fast.predict.parts import Parts
-from retina_fast.predict.sources import Picture, Read
+from retina_fast.predict.pictures import Picture, Read
 
 CONTENT = Checkpoint("", {}, ["thing"], [7], {})
 COUNT = 9
