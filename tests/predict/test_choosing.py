@@ -56,9 +56,9 @@ def test_what_is_no_index(which):
 
 
 def test_more_that_is_no_index():
-    for which in (torch.tensor([1, 0, 1, 0], dtype=torch.uint8), [[0, 1]], torch.ones(4, 4, dtype=torch.bool), (1, 2)):
+    for masks in (torch.tensor([1, 0, 1, 0], dtype=torch.uint8), torch.ones(4, 4, dtype=torch.bool), [[0, 1]], (1, 2)):
         with pytest.raises(TypeError, match="objects are given by an index, slice"):
-            results()[which]
+            results()[masks]
     for which, message in ((4, "the index 4"), ([0, -5], "the index -5"), ([True], "a mask of 1")):
         with pytest.raises(IndexError, match=f"there are 4 objects, got {message}"):
             results()[which]

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,5 +211,6 @@ def test_options_are_checked_before_anything_is_read(options, message):
 
 
 def test_numbers_of_numpy(tmp_path):
-    options = {"tile": np.int64(8), "overlap": np.float32(0.25), "batch_size": np.int32(2), "score": np.float32(0.5)}
-    assert len(model.predict(IMAGE, resume=tmp_path / "rows", **options)) == 0
+    numbers: dict[str, Any] = {"tile": np.int64(8), "overlap": np.float32(0.25), "batch_size": np.int32(2)}
+    numbers["score"] = np.float32(0.5)
+    assert len(model.predict(IMAGE, resume=tmp_path / "rows", **numbers)) == 0

@@ -33,7 +33,7 @@ def write(file, bands, names=None, mask=None, colours=None, **options):
 
 COLOURS = {value: (value, 255 - value, 7, 255) for value in range(256)}
 BLACK = np.where(HOLE == 0, 0, BANDS)
-KINDS = {
+KINDS: dict[str, tuple[tuple, dict, np.ndarray]] = {
     "as it is": ((BANDS,), {}, BANDS),
     "nodata": ((BANDS,), {"nodata": 200}, BLACK),
     "mask": ((BANDS, None, HOLE), {}, BLACK),
