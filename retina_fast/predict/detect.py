@@ -164,7 +164,7 @@ def detect(
         if tile is None:
             found = results_of(detector, pictures(), score, *names, batch_size, workers, keep=True)
         else:
-            found = tiled(Tiling(tile, overlap, about=digest))
+            found = tiled(Tiling(tile, overlap, about=digest, keep_rows=True))
         for results in tracked(found, "Detecting", share, console):
             image_id, name, stamp = waiting.popleft()
             entry: dict[str, Any] = {"id": image_id, "path": results.path, "name": name, "stamp": stamp}
@@ -182,6 +182,7 @@ def detect(
                     entry["jpeg"] = b64encode(small_jpeg(results)).decode()
             part.write(json.dumps(entry) + "\n")
             part.flush()
+            parts.delete_rows()  # Not before: drawing a large raster takes long enough to be killed in.
     processes.gather(None)  # Now all parts are written.
     if not processes.first:
         return None

@@ -25,7 +25,7 @@ class Tiling:
     """How pictures are cut and their boxes joined; see :func:`retina_fast.predict.tiles.detect_tiles`.
 
     Attributes:
-        tile, overlap, merge, merge_thresh, resume: its arguments.
+        tile, overlap, merge, merge_thresh, resume, keep_rows: its arguments.
         about: says, for ``resume``, which detector it is.
     """
 
@@ -35,6 +35,7 @@ class Tiling:
     merge_thresh: float = 0.5
     resume: Path | None = None
     about: str = ""
+    keep_rows: bool = False
 
 
 def tiled_results_of(
@@ -106,6 +107,7 @@ def _results(
             tiling.resume,
             about,
             console,
+            tiling.keep_rows,
         )
     return Results(
         found["boxes"],

@@ -167,6 +167,7 @@ def detect_tiles(
     resume: Path | None = None,
     about: str = "",
     console: Any = None,
+    keep_rows: bool = False,
 ) -> Found:
     """Find objects in a raster tile by tile.
 
@@ -183,6 +184,7 @@ def detect_tiles(
             again. It is deleted in the end.
         about: what the rows in ``resume`` depend on beside size, tile and overlap; a file of another is refused.
         console: of rich, where a bar over the rows of tiles is shown; nowhere by default.
+        keep_rows: whether the file ``resume`` stays in the end, for a caller that may be cut short after this call.
 
     Returns:
         ``boxes`` (N, 4) float32 in pixels of the raster, ``scores`` (N,) and ``labels`` (N,), best first; of equal
@@ -210,7 +212,7 @@ def detect_tiles(
     tiles = Tiles(raster.height, raster.width, tile, overlap)
     tiles.warn_of_many()
     header = {"size": [raster.height, raster.width], "tile": int(tile), "overlap": float(overlap), "about": about}
-    with TileRows(resume, header) as rows:
+    with TileRows(resume, header, keep_rows) as rows:
         left = range(rows.finished, len(tiles.rows))
         for number in tracked(left, "Detecting", len(left), console if len(left) > 1 else None):
             rows.add(_row(run, raster, tiles, number, batch_size))

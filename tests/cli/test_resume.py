@@ -230,6 +230,26 @@ def test_rows_of_tiles_go_on(photos, tmp_path):
     assert run(photos, output, resume=False, **options)[0] == 8
 
 
+def test_rows_of_tiles_stay_until_the_picture_is_drawn(photos, tmp_path, monkeypatch):
+    """Drawing a large raster takes minutes, too: a run that is killed then has all rows."""
+    output, options = tmp_path / "out", {"tile": 8, "overlap": 0.0}
+    for i in range(3, COUNT + 1):
+        (photos / f"{i}.png").unlink()
+
+    def draw(image, *_):
+        if image[0, 0, 0] == 2:
+            assert len(list(output.glob("tiles.*"))) == 1
+            raise KeyboardInterrupt
+        return image
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "draw_detections", draw)
+        with pytest.raises(KeyboardInterrupt):
+            run(photos, output, **options)
+    seen, found = run(photos, output, **options)
+    assert (seen, len(found["images"])) == (0, 2)
+
+
 def test_a_picture_that_comes_twice_has_two_files_of_rows(tmp_path):
     picture = Picture("a.png", lambda: Read(torch.zeros(3, 4, 4)), "photos/a.png")
     parts = Parts(tmp_path, {}, resume=True, rank=0)
