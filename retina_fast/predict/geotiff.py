@@ -18,6 +18,7 @@ from retina_fast.predict.tiles import Window
 _SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img", ".ecw")
 _ORIENTATION = 0x0112  # the tag of TIFF and EXIF
 _FILTERS = Lock()  # warnings' filters are those of all threads
+_STRIP = 1 << 24  # pixels that are held while a picture is reduced
 _CACHE = 256  # megabytes of decoded blocks that GDAL keeps; by itself it takes 5% of all memory
 
 
@@ -102,12 +103,27 @@ class RasterFile:
         code = self._file.crs.to_epsg() if placed else None
         self.georeference = Georeference(tuple(self._file.transform)[:6], f"EPSG:{code}") if code else None
 
-    def read(self, window: Window, size: tuple[int, int] | None = None) -> Tensor:
-        """The pixels of a window, (3, height, width) uint8.
+    def reduced(self, size: tuple[int, int]) -> Tensor:
+        """The whole raster in a picture of that (height, width), (3, height, width) uint8: of each part one pixel.
 
-        Args:
-            window: of the raster.
-            size: (height, width) to which they are reduced; by default they are not.
+        It is read strip by strip as it is, since GDAL takes minutes to shrink a raster that is compressed as JPEG.
+
+        Raises:
+            ImageError: if it cannot be decoded.
+        """
+        rows, columns = (
+            (torch.arange(small, device="cpu") * 2 + 1) * large // (2 * small)
+            for small, large in zip(size, (self.height, self.width), strict=True)
+        )
+        strips = []
+        for taken in rows.split(max(1, _STRIP // self.width * size[0] // self.height)):
+            top = int(taken[0])
+            strip = self.read(Window(0, top, self.width, int(taken[-1]) + 1 - top))
+            strips.append(strip[:, taken - top][:, :, columns])
+        return torch.cat(strips, dim=1)
+
+    def read(self, window: Window) -> Tensor:
+        """The pixels of a window, (3, height, width) uint8.
 
         Raises:
             ImageError: if they cannot be decoded.
@@ -117,9 +133,9 @@ class RasterFile:
         part = Part(window.x, window.y, window.width, window.height)
         try:
             with self._environment:
-                pixels = self._file.read(self._bands, window=part, out_shape=size and (len(self._bands), *size))
-                valid = self._file.dataset_mask(window=part, out_shape=size) if self._masked else None
-                valid = self._file.read(self._alpha, window=part, out_shape=size) if self._alpha else valid
+                pixels = self._file.read(self._bands, window=part)
+                valid = self._file.dataset_mask(window=part) if self._masked else None
+                valid = self._file.read(self._alpha, window=part) if self._alpha else valid
         except (self._errors, OSError) as error:
             raise ImageError(f"{self.path}: not readable at {window.x}, {window.y} ({_reason(error)})") from error
         if pixels.dtype == np.uint16:

@@ -151,4 +151,4 @@ class RasterImage:
         """Those of the whole raster in a picture of that (height, width), (3, height, width) uint8."""
         check_unchanged(self.path, self.stamp)
         with RasterFile(self.path) as raster:
-            return raster.read(Window(0, 0, raster.width, raster.height), size)
+            return raster.reduced(size) if size else raster.read(Window(0, 0, raster.width, raster.height))

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from retina_fast.predict import geotiff
+from retina_fast.predict.geotiff import RasterFile
 from tests.predict.test_odd_sources import model
 
 rasterio = pytest.importorskip("rasterio")
@@ -76,3 +78,23 @@ def test_without_rasterio_pillow_reads_it(tmp_path, monkeypatch):
     found = model.predict(file)
     assert torch.equal(found.image, torch.from_numpy(BANDS))
     assert found.georeference.crs == "EPSG:32611"
+
+
+@pytest.mark.parametrize("size", [(10, 17), (7, 5), (1, 1), (21, 34)])
+def test_a_reduced_picture_is_read_strip_by_strip(size, tmp_path, monkeypatch):
+    """It takes the pixel in the middle of each part, as GDAL does, and holds few rows at once."""
+    file = write(tmp_path / "a.tif", BANDS)
+    heights = []
+    read = RasterFile.read
+
+    def noted(self, window):
+        heights.append(window.height)
+        return read(self, window)
+
+    monkeypatch.setattr(RasterFile, "read", noted)
+    monkeypatch.setattr(geotiff, "_STRIP", 4 * 34)
+    with RasterFile(file) as raster:
+        small = raster.reduced(size)
+    with rasterio.open(file) as opened:
+        assert np.array_equal(small.numpy(), opened.read(out_shape=(3, *size)))
+    assert max(heights) <= 4
