@@ -232,7 +232,8 @@ def test_rows_of_tiles_go_on(photos, tmp_path):
 
 def test_rows_of_tiles_stay_until_the_picture_is_drawn(photos, tmp_path, monkeypatch):
     """Drawing a large raster takes minutes, too: a run that is killed then has all rows."""
-    output, options = tmp_path / "out", {"tile": 8, "overlap": 0.0}
+    output = tmp_path / "out"
+    options: Any = {"tile": 8, "overlap": 0.0}
     for i in range(3, COUNT + 1):
         (photos / f"{i}.png").unlink()
 
