@@ -1,6 +1,7 @@
 """Errors that a person can put right. The command line prints them in one sentence, without a traceback."""
 
 import unicodedata
+from numbers import Integral
 from typing import Any
 
 _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of what changes lines, colours or directions
@@ -43,6 +44,17 @@ def within(least: float, value: Any, most: float = float("inf")) -> bool:
         return bool(least <= value <= most)
     except (TypeError, ValueError, RuntimeError):  # the last two for arrays and tensors of several numbers
         return False
+
+
+def whole(least: int, value: Any) -> bool:
+    """Whether a value is a whole number of at least `least`, NumPy's among them. Truth values are none.
+
+    Example::
+
+        >>> whole(1, 2), whole(1, 0), whole(1, 2.0), whole(1, True)
+        (True, False, False, False)
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 class UserError(ValueError):

@@ -85,13 +85,15 @@ def pixels_of(picture: Image.Image, format: str | None = None) -> Tensor:
         format: of the file that it comes from: Pillow opens a PNG of 16 bits as numbers of 32.
 
     Raises:
-        ValueError: for pixels of 32 bits, whose range is unknown.
+        ValueError: for pixels of 32 bits, whose range is unknown, or for none at all.
 
     Example::
 
         >>> pixels_of(Image.new("L", (4, 2), 7))[:, 0, 0].tolist()
         [7, 7, 7]
     """
+    if not all(picture.size):
+        raise ValueError(f"it has no pixels: its size is {picture.width}x{picture.height}")
     if picture.mode.startswith("I;16") or (picture.mode == "I" and format == "PNG"):
         return torch.from_numpy((np.asarray(picture) >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
     if picture.mode in ("I", "F"):

@@ -9,7 +9,7 @@ from stat import S_ISREG
 from torch import Tensor
 
 from retina_fast.data.errors import ImageError
-from retina_fast.predict.sources import Picture, Read
+from retina_fast.predict.pictures import Picture, Read
 
 _COMPARED = 1 << 26  # bytes: the content of larger files, such as rasters, is not looked at
 

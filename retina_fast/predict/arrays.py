@@ -28,13 +28,13 @@ def pixels_of_array(array: np.ndarray, bgr: bool = False) -> Tensor:
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
         chw = " (a tensor may be (C, H, W))" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
         raise ValueError(f"an array must be (H, W), or (H, W, C) with 1, 3 or 4 channels{chw}, got {array.shape}")
-    if array.dtype == np.uint16:
-        array = array >> 8
-    elif array.dtype != np.uint8:
-        if not np.issubdtype(array.dtype, np.floating):
-            raise ValueError(f"an array must be {_TYPES}, got {array.dtype}")
+    if array.dtype.newbyteorder("=") == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+    elif np.issubdtype(array.dtype, np.floating):
         array = array.astype(np.float32)
-    values = torch.from_numpy(np.ascontiguousarray(array.astype(np.uint8) if array.dtype == np.uint16 else array))
+    elif array.dtype != np.uint8:
+        raise ValueError(f"an array must be {_TYPES}, got {array.dtype}")
+    values = torch.from_numpy(np.require(array, requirements=["C", "W"]))  # PyTorch warns of arrays that are read-only
     return _rgb(values.permute(2, 0, 1), bgr)
 
 
@@ -45,14 +45,20 @@ def pixels_of_tensor(image: Tensor, bgr: bool = False) -> Tensor:
         image: (H, W), (1, H, W), (3, H, W) or (4, H, W), with the dtypes of :func:`pixels_of_array`.
         bgr: whether its channels are in OpenCV's order.
 
+    Returns:
+        In memory of its own.
+
     Raises:
-        ValueError: for another shape or dtype, or values outside [0, 1].
+        ValueError: for another shape or dtype, values outside [0, 1], or a tensor that is sparse or has no data.
 
     Example::
 
         >>> pixels_of_tensor(torch.rand(1, 2, 4)).shape
         torch.Size([3, 2, 4])
     """
+    if image.is_nested or image.is_meta or image.layout != torch.strided:
+        kind = "nested" if image.is_nested else "on the device meta" if image.is_meta else f"a {image.layout}"
+        raise ValueError(f"a tensor must be dense and have data, got one that is {kind}")
     if image.dim() == 2:
         image = image[None]
     if image.dim() != 3 or image.shape[0] not in (1, 3, 4):
@@ -78,4 +84,4 @@ def _rgb(image: Tensor, bgr: bool) -> Tensor:
         image = (image.float() * 255).round().to(torch.uint8)
     if len(image) == 1:
         return image.expand(3, -1, -1).contiguous()
-    return image[:3].flip(0) if bgr else image[:3].contiguous()
+    return image[:3].flip(0) if bgr else image[:3].clone(memory_format=torch.contiguous_format)

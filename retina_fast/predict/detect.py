@@ -33,9 +33,10 @@ from retina_fast.predict.image_files import picture_names, silent
 from retina_fast.predict.outputs import FORMATS, check_earlier, yolo
 from retina_fast.predict.page import small_jpeg
 from retina_fast.predict.parts import FileStamp, Parts, file_stamp
+from retina_fast.predict.pictures import Picture
 from retina_fast.predict.predict import check_score, default_batch, detector_of, digest_of, results_of
 from retina_fast.predict.results import Results
-from retina_fast.predict.sources import Picture, open_files
+from retina_fast.predict.sources import open_files
 from retina_fast.predict.tiled_results import Tiling, tiled_results_of
 
 if TYPE_CHECKING:  # rich is needed only where progress is shown
@@ -163,7 +164,7 @@ def detect(
         if tile is None:
             found = results_of(detector, pictures(), score, *names, batch_size, workers, keep=True)
         else:
-            found = tiled(Tiling(tile, overlap, about=digest))
+            found = tiled(Tiling(tile, overlap, about=digest, keep_rows=True))
         for results in tracked(found, "Detecting", share, console):
             image_id, name, stamp = waiting.popleft()
             entry: dict[str, Any] = {"id": image_id, "path": results.path, "name": name, "stamp": stamp}
@@ -181,6 +182,7 @@ def detect(
                     entry["jpeg"] = b64encode(small_jpeg(results)).decode()
             part.write(json.dumps(entry) + "\n")
             part.flush()
+            parts.delete_rows()  # Not before: drawing a large raster takes long enough to be killed in.
     processes.gather(None)  # Now all parts are written.
     if not processes.first:
         return None

@@ -12,6 +12,8 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file begins
 _SCALE, _TIEPOINT, _MATRIX, _KEYS = 33550, 33922, 34264, 34735  # the tags
 _RASTER_TYPE, _GEODETIC, _PROJECTED = 1025, 2048, 3072  # the keys
 _POINT = 2  # the raster type in which coordinates are those of a pixel's middle
+_GDAL_METADATA, _GDAL_NODATA = 42112, 42113  # tags that GDAL has added
+_NOWHERE = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # a transform that says nothing
 _CODES = range(1024, 32767)  # those of EPSG; 32767 stands for a system of the file's own
 
 
@@ -39,17 +41,36 @@ def georeference(file: Path) -> Georeference | None:
         True
     """
     try:
-        with file.open("rb") as opened:
-            if not opened.read(4).startswith(_TIFF):
-                return None
-        with TiffImageFile(str(file)) as picture:
-            tags = dict(picture.tag_v2)
+        tags = _tags(file)
         keys = _keys(tags.get(_KEYS, ()))
         transform = _transform(tags, keys.get(_RASTER_TYPE) == _POINT)
     except Exception:  # A damaged file may make Pillow raise anything.
         return None
     code = keys.get(_PROJECTED) or keys.get(_GEODETIC)
-    return Georeference(transform, f"EPSG:{code}") if transform and code in _CODES else None
+    return Georeference(transform, f"EPSG:{code}") if transform not in (None, _NOWHERE) and code in _CODES else None
+
+
+def is_geotiff(file: Path) -> bool:
+    """Whether a file is a TIFF with tags of GeoTIFF's or GDAL's, which may say where it has no data.
+
+    Example::
+
+        >>> is_geotiff(Path("there/is/none.tif"))
+        False
+    """
+    try:
+        return not _tags(file).keys().isdisjoint((_SCALE, _MATRIX, _KEYS, _GDAL_METADATA, _GDAL_NODATA))
+    except Exception:  # A damaged file may make Pillow raise anything.
+        return False
+
+
+def _tags(file: Path) -> dict[int, Any]:
+    """The tags of a TIFF; none of another file."""
+    with file.open("rb") as opened:
+        if not opened.read(4).startswith(_TIFF):
+            return {}
+    with TiffImageFile(str(file)) as picture:
+        return dict(picture.tag_v2)
 
 
 def _keys(directory: Any) -> dict[int, int]:

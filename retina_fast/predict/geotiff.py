@@ -1,6 +1,8 @@
 """Rasters on disk, read in windows by rasterio: GeoTIFF and whatever else GDAL reads."""
 
+import warnings
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +17,8 @@ from retina_fast.predict.tiles import Window
 
 _SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img", ".ecw")
 _ORIENTATION = 0x0112  # the tag of TIFF and EXIF
+_FILTERS = Lock()  # warnings' filters are those of all threads
+_STRIP = 1 << 24  # pixels that are held while a picture is reduced
 _CACHE = 256  # megabytes of decoded blocks that GDAL keeps; by itself it takes 5% of all memory
 
 
@@ -52,8 +56,8 @@ class RasterFile:
     """A raster file, of which windows are read as RGB uint8.
 
     The bands are those that the file calls red, green and blue, in whatever order they lie; a palette's colours; else
-    the first three, or the first one alone as grey. Alpha is not shown. Of 16 bits the upper 8 are kept. Pixels without
-    data, by the file's nodata value, mask or alpha, are black.
+    the first three, or the first one alone as grey, where the file may say that 0 is white. Alpha is not shown. Of 16
+    bits the upper 8 are kept. Pixels without data, by the file's nodata value, mask or alpha, are black.
 
     Args:
         path: the file.
@@ -81,7 +85,8 @@ class RasterFile:
         self._errors: Any = rasterio.errors.RasterioError
         self._environment = rasterio.Env(GDAL_CACHEMAX=_CACHE)
         try:
-            with self._environment:
+            with self._environment, _FILTERS, warnings.catch_warnings():
+                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
                 self._file = rasterio.open(path)
         except (self._errors, OSError) as error:
             raise ImageError(f"{path}: not a readable raster ({_reason(error)})") from error
@@ -90,6 +95,7 @@ class RasterFile:
         if kinds - {"uint8", "uint16"}:
             raise UnknownPixels(f"{path}: its pixels must be uint8 or uint16, got {', '.join(sorted(kinds))}")
         self._bands, self._colours = _bands(self._file)
+        self._white_is_zero = self._file.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
         names = [colour.name for colour in self._file.colorinterp]
         self._alpha = names.index("alpha") + 1 if "alpha" in names else None  # GDAL knows it only as the last band
         self._masked = any("all_valid" not in [flag.name for flag in flags] for flags in self._file.mask_flag_enums)
@@ -97,12 +103,27 @@ class RasterFile:
         code = self._file.crs.to_epsg() if placed else None
         self.georeference = Georeference(tuple(self._file.transform)[:6], f"EPSG:{code}") if code else None
 
-    def read(self, window: Window, size: tuple[int, int] | None = None) -> Tensor:
-        """The pixels of a window, (3, height, width) uint8.
+    def reduced(self, size: tuple[int, int]) -> Tensor:
+        """The whole raster in a picture of that (height, width), (3, height, width) uint8: of each part one pixel.
 
-        Args:
-            window: of the raster.
-            size: (height, width) to which they are reduced; by default they are not.
+        It is read strip by strip as it is, since GDAL takes minutes to shrink a raster that is compressed as JPEG.
+
+        Raises:
+            ImageError: if it cannot be decoded.
+        """
+        rows, columns = (
+            (torch.arange(small, device="cpu") * 2 + 1) * large // (2 * small)
+            for small, large in zip(size, (self.height, self.width), strict=True)
+        )
+        strips = []
+        for taken in rows.split(max(1, _STRIP // self.width * size[0] // self.height)):
+            top = int(taken[0])
+            strip = self.read(Window(0, top, self.width, int(taken[-1]) + 1 - top))
+            strips.append(strip[:, taken - top][:, :, columns])
+        return torch.cat(strips, dim=1)
+
+    def read(self, window: Window) -> Tensor:
+        """The pixels of a window, (3, height, width) uint8.
 
         Raises:
             ImageError: if they cannot be decoded.
@@ -112,15 +133,17 @@ class RasterFile:
         part = Part(window.x, window.y, window.width, window.height)
         try:
             with self._environment:
-                pixels = self._file.read(self._bands, window=part, out_shape=size and (len(self._bands), *size))
-                valid = self._file.dataset_mask(window=part, out_shape=size) if self._masked else None
-                valid = self._file.read(self._alpha, window=part, out_shape=size) if self._alpha else valid
+                pixels = self._file.read(self._bands, window=part)
+                valid = self._file.dataset_mask(window=part) if self._masked else None
+                valid = self._file.read(self._alpha, window=part) if self._alpha else valid
         except (self._errors, OSError) as error:
             raise ImageError(f"{self.path}: not readable at {window.x}, {window.y} ({_reason(error)})") from error
         if pixels.dtype == np.uint16:
             pixels = (pixels >> 8).astype(np.uint8)
         if self._colours is not None:
             pixels = np.moveaxis(self._colours[pixels[0]], -1, 0)
+        elif self._white_is_zero:
+            pixels = 255 - pixels
         if valid is not None:
             pixels = np.where(valid > 0, pixels, np.uint8(0))
         return torch.from_numpy(np.array(np.broadcast_to(pixels, (3, *pixels.shape[1:]))))

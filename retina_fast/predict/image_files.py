@@ -52,7 +52,7 @@ def image_files(
         real = os.path.realpath(path)
         if real in seen or (os.path.dirname(real) in seen and counts_as_image(path)):
             continue
-        if path.is_dir():
+        if os.path.isdir(path):
             drawn = drawn_in is not None and real == os.path.realpath(drawn_in)
             yield from (file for file in _inside(path, say, drawn) if os.path.join(real, file.name) not in seen)
         elif path.suffix.lower() == ".txt":
@@ -69,7 +69,7 @@ def _inside(folder: Path, say: Callable[[str], object], without_drawn: bool) -> 
         with os.scandir(folder) as entries:
             for entry in entries:
                 file = folder / entry.name
-                if entry.is_dir():
+                if os.path.isdir(entry):  # entry.is_dir() raises for links that go round in circles
                     folders += 1
                 elif without_drawn and is_drawn(file):
                     others["drawn pictures"] += 1
@@ -96,7 +96,9 @@ def counts_as_image(path: Path) -> bool:
         >>> counts_as_image(Path("photo.jpg")), counts_as_image(Path("list.txt"))
         (True, False)
     """
-    return not path.is_dir() and (path.suffix.lower() in IMAGE_SUFFIXES or (path.is_file() and is_image(path)))
+    if os.path.isdir(path):
+        return False
+    return path.suffix.lower() in IMAGE_SUFFIXES or (os.path.isfile(path) and is_image(path))
 
 
 def _listed(path: Path) -> Iterator[Path | str]:

@@ -59,7 +59,11 @@ def table(file: Path, *_: object) -> Iterator[Add]:
         >>> with table(Path("detections.csv")) as add:  # doctest: +SKIP
         ...     add(results, 1)
     """
-    with replacing(file) as partial, partial.open("w", newline="", encoding="utf-8") as opened:
+    # A name that is no text in UTF-8, as file systems allow, is written with escapes.
+    with (
+        replacing(file) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as opened,
+    ):
         lines = csv.DictWriter(opened, COLUMNS)
         lines.writeheader()
         yield lambda results, *_: lines.writerows(results.records())
@@ -129,6 +133,7 @@ FORMATS: dict[str, tuple[Format, str]] = {
 }
 """By suffix, the files that hold the detections of many images, and how each of them begins."""
 
+_LISTING = (".json", ".html")  # they list the classes once, for all images
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 
 
@@ -161,7 +166,8 @@ def write(results: Any, file: str | Path) -> None:
 
     Raises:
         UserError: for another suffix, for several images where the file holds one, for a file that cannot be written,
-            or that is one of the images themselves.
+            or that is one of the images themselves, and for results of different classes where the file lists them.
+        ImageError: if the file holds one image, and that could not be read.
 
     Example::
 
@@ -177,12 +183,19 @@ def write(results: Any, file: str | Path) -> None:
     for result in every:
         if result.path and same_file(file, Path(result.path)):
             raise UserError(f"{file}: would replace the image itself; give another name")
+    if suffix not in FORMATS and every[0].error:
+        raise every[0].error
     if suffix in _PICTURES:
         with replacing(file) as partial:
             every[0].plot().save(partial, Image.registered_extensions()[suffix])
         return
-    classes, ids = (every[0].classes, every[0].category_ids) if every else ((), ())
+    read = {number: result for number, result in enumerate(every, start=1) if not result.error}
+    named = max(read.values(), key=lambda result: len(result.classes), default=every[0] if every else None)
+    classes, ids = (named.classes, named.category_ids) if named else ((), ())
+    for result in read.values() if suffix in _LISTING else ():
+        count = len(result.classes)
+        if result.classes != classes[:count] or result.category_ids != ids[:count]:
+            raise UserError(f"{file}: would hold results of different classes: write those of each model apart")
     with (yolo if suffix == ".txt" else FORMATS[suffix][0])(file, classes, ids) as add:
-        for number, result in enumerate(every, start=1):
-            if not result.error:
-                add(result, number)
+        for number, result in read.items():
+            add(result, number)

@@ -18,7 +18,7 @@ from stat import S_ISREG
 from typing import IO, Any
 
 from retina_fast.data.errors import UserError
-from retina_fast.predict.sources import Picture
+from retina_fast.predict.pictures import Picture
 
 _BEGIN = "detections of"  # the key of the first line
 _NAME = re.compile(r"detections\.(\d+)\.\d+\.(kept\.)?partial")
@@ -106,6 +106,11 @@ class Parts:
         self._rows.append(file)
         return file
 
+    def delete_rows(self) -> None:
+        """Deletes the rows of tiles of all pictures so far, since the lines of these pictures are written."""
+        _delete(*self._rows)
+        self._rows.clear()
+
     def discard_earlier(self) -> None:
         """Deletes what a run that was killed has left, unless this run goes on from it. One process does it for all."""
         if not self._resume:
@@ -126,7 +131,7 @@ class Parts:
             if not self._resume:
                 _delete(*files, *self._rows)
             raise
-        _delete(*self._rows)  # of pictures that could not be read to the end; others are gone
+        self.delete_rows()
 
     def kept(self, picture: Picture, name: str, stamp: FileStamp) -> dict[str, Any] | None:
         """What an earlier run has found in a picture; None if it did not get so far, or the picture has changed.

@@ -5,7 +5,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +14,7 @@ from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetin
 
 from retina_fast.convert import from_torchvision
 from retina_fast.data.coco import Sample
-from retina_fast.data.errors import ImageError, UserError, within
+from retina_fast.data.errors import ImageError, UserError, whole, within
 from retina_fast.data.processes import WORKERS
 from retina_fast.data.progress import tracked
 from retina_fast.deploy.detector_module import refuse_own_parts
@@ -27,9 +26,11 @@ from retina_fast.predict.again import Again, stamp_of
 from retina_fast.predict.batches import detections_of, read_ahead
 from retina_fast.predict.draw import above
 from retina_fast.predict.method import Predicts
+from retina_fast.predict.pictures import Picture, Read
 from retina_fast.predict.results import Results
-from retina_fast.predict.sources import Picture, Read, open_source
+from retina_fast.predict.sources import open_source
 from retina_fast.predict.tiled_results import Tiling, tiled_results_of
+from retina_fast.predict.tiles import check_tiling
 
 _BATCH = 8  # images that a GPU takes at once by default
 _ENGINES: WeakKeyDictionary[Any, tuple[Any, Engine]] = WeakKeyDictionary()
@@ -88,8 +89,8 @@ def predict(
         UserError: if a folder or list cannot be read, a package for the source is missing, or an exported model gives
             no such low score.
         TypeError: for what is no source.
-        ValueError: for a score outside [0, 1], a batch size below 1, a camera without ``stream``, or a model in
-            training mode that no engine stands for.
+        ValueError: for a score outside [0, 1], a batch size below 1, a tile, overlap or merge that cannot be, a camera
+            without ``stream``, or a model in training mode that no engine stands for.
 
     Example::
 
@@ -99,8 +100,9 @@ def predict(
         <Results 96x64 pixels: nothing>
     """
     check_score(model, score)
-    if batch_size is not None and not (isinstance(batch_size, Integral) and batch_size >= 1):
+    if batch_size is not None and not whole(1, batch_size):
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    check_tiling(1 if tile is None else tile, overlap, merge, merge_thresh)
     opened = open_source(source, bgr)
     if opened.endless and not stream:
         raise ValueError("a camera or stream does not end: give stream=True, and leave the loop when it is enough")

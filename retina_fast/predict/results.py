@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,38 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from retina_fast.data.coco import as_results
-from retina_fast.data.errors import ImageError, UserError, one_line
+from retina_fast.data.errors import ImageError, UserError, one_line, within
 from retina_fast.predict.draw import draw_detections
 from retina_fast.predict.georeference import Georeference
 from retina_fast.predict.outputs import COLUMNS, write
 
 Pixels = Tensor | Callable[[], Tensor]
+
+
+def _places(which: Any, count: int) -> Tensor:
+    """The places (N,) of the objects, of `count`, that an index, slice, boolean mask or list of indices means."""
+    wrong = TypeError(f"objects are given by an index, slice, boolean mask or list of indices, got {which!r}")
+    if isinstance(which, slice):
+        which = range(count)[which]
+    if isinstance(which, bool) or not isinstance(which, Integral | range | list | np.ndarray | Tensor):
+        raise wrong
+    try:
+        given = which if isinstance(which, Tensor) else torch.as_tensor(np.array(which), device="cpu")
+    except (ValueError, TypeError) as error:
+        raise wrong from error
+    if given.dtype == torch.bool and given.dim() == 1:
+        if len(given) != count:
+            raise IndexError(f"there are {count} objects, got a mask of {len(given)}")
+        return given.nonzero()[:, 0]
+    if given.shape == (0,):  # of any type: an empty list has none
+        return given.long()
+    if given.dim() > 1 or given.is_floating_point() or given.dtype in (torch.bool, torch.uint8):
+        raise wrong
+    given = given.reshape(-1).long()
+    beyond = given[(given < -count) | (given >= count)]
+    if len(beyond):
+        raise IndexError(f"there are {count} objects, got the index {int(beyond[0])}")
+    return given % count
 
 
 class Results:
@@ -100,16 +127,9 @@ class Results:
 
     def __getitem__(self, which: Any) -> "Results":
         """The results of some objects: by an index, a slice, a boolean mask (D,), or a list or tensor of indices."""
-        if isinstance(which, int | np.integer) or (isinstance(which, Tensor) and not which.dim()):
-            if not -len(self) <= which < len(self):
-                raise IndexError(f"there are {len(self)} objects, got the index {which}")
-            which = [int(which) % len(self)]
-        elif isinstance(which, slice):
-            which = list(range(*which.indices(len(self))))  # tensors take no negative step
-        elif not isinstance(which, Tensor | np.ndarray | list | range):
-            raise TypeError(f"objects are given by an index, slice, boolean mask or list of indices, got {which!r}")
+        places = _places(which, len(self)).to(self.boxes.device)
         some = copy(self)
-        some.boxes, some.scores, some.labels = self.boxes[which], self.scores[which], self.labels[which]
+        some.boxes, some.scores, some.labels = self.boxes[places], self.scores[places], self.labels[places]
         return some
 
     def __iter__(self) -> Iterator["Results"]:
@@ -123,8 +143,12 @@ class Results:
             classes: one or several names; by default all.
 
         Raises:
-            ValueError: for a name that is not among the classes.
+            ValueError: for a score outside [0, 1], or a name that is not among the classes.
         """
+        if not within(0, score, 1):
+            raise UserError(f"score must be at least 0 and at most 1, got {score!r}")
+        if not (classes is None or isinstance(classes, Iterable)):
+            raise TypeError(f"classes must be one or several names, got {classes!r}")
         wanted = self.classes if classes is None else [classes] if isinstance(classes, str) else list(classes)
         for name in wanted:
             if name not in self.classes:
@@ -154,6 +178,8 @@ class Results:
 
     def reduced(self, longest: int) -> "Results":
         """The results in a picture of at most that many pixels a side; of a raster's file, only these are read."""
+        if not within(1, longest):
+            raise UserError(f"longest must be at least 1 pixel, got {longest!r}")
         height, width = self.size
         if max(self.size) <= longest:
             return self

@@ -1,68 +1,43 @@
 """Turns whatever a user calls a source into an iterator of pictures, each read when it is needed."""
 
 import glob
+import os
 import re
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from io import IOBase
+from numbers import Integral
 from pathlib import Path
-from threading import Lock
-from typing import Any, NamedTuple
-from urllib.error import URLError
+from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from retina_fast.data.errors import ImageError, UserError
-from retina_fast.data.images import image_of_bytes, pixels_of, read_image
-from retina_fast.predict.arrays import pixels_of_array, pixels_of_tensor
-from retina_fast.predict.georeference import Georeference, georeference
-from retina_fast.predict.geotiff import RasterFile, UnknownPixels, is_raster
+from retina_fast.data.errors import UserError
 from retina_fast.predict.image_files import counts_as_image, image_files, silent
-from retina_fast.predict.tiles import Window
-from retina_fast.predict.video import VIDEO_SUFFIXES, frame_count, frames, is_video
+from retina_fast.predict.pictures import (
+    Picture,
+    failed_picture,
+    file_picture,
+    frame_pictures,
+    memory_picture,
+    read_now,
+    url_picture,
+)
+from retina_fast.predict.video import VIDEO_SUFFIXES, frame_count, is_video
 
 _WEB = ("http", "https")
 _STREAMS = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "tcp", "rtp")
 _NO_WORD = "source is an empty word: give a path, or . for the folder that you are in"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://.")
-_TIMEOUT = 30  # s that a server may be silent
 _IN_MEMORY = (np.ndarray, Tensor, Image.Image)
-_PILLOW = Lock()
+_NO_SOURCES = (bytes, bytearray, memoryview, dict, IOBase)  # which could be iterated over
 Say = Callable[[str], object]
-
-
-class Read(NamedTuple):
-    """A picture that was read: its pixels, RGB (3, H, W) uint8, and where on the earth they lie, if that is known."""
-
-    image: Tensor
-    georeference: Georeference | None = None
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image of a source.
-
-    Attributes:
-        name: what messages call it: its path or URL, ``clip.mp4#17``, or ``image 2`` of a list.
-        read: reads it; raises an ImageError that names it.
-        path: its path or URL, with ``#17`` for a frame of a video; None for an array.
-        file: the file on disk, if it holds just this image.
-        stem: the name of the picture that may be drawn of it, without a suffix.
-        read_again: the same as `read`, but holding no pixels of its own; by default `read`.
-    """
-
-    name: str
-    read: Callable[[], Read]
-    path: str | None = None
-    file: Path | None = None
-    stem: str = "image"
-    read_again: Callable[[], Read] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,15 +74,17 @@ def open_source(source: Any, bgr: bool = False, say: Say = warnings.warn) -> Sou
         >>> open_source(["a.jpg", "b.jpg"]).count()
         2
     """
-    if isinstance(source, str | Path):
-        return _named(source, say)
-    if isinstance(source, int) and not isinstance(source, bool):
-        return Source(partial(_frames, source), endless=True)
-    if isinstance(source, np.ndarray | Tensor) and source.ndim == 4:
+    if isinstance(source, str | os.PathLike):
+        return _named(source if isinstance(source, str) else Path(os.fsdecode(source)), say)
+    if _is_camera(source):
+        return Source(partial(frame_pictures, int(source)), endless=True)
+    if _holds_paths(source):
+        return _several(source.ravel().tolist(), bgr, say)
+    if _is_batch(source):
         return _several(list(source), bgr, say)
     if isinstance(source, _IN_MEMORY):
-        return _one(_in_memory(source, bgr, "the image"))
-    if isinstance(source, Iterable) and not isinstance(source, bytes | dict):
+        return _one(memory_picture(source, bgr, "the image"))
+    if isinstance(source, Iterable) and not isinstance(source, _NO_SOURCES):
         return _several(source, bgr, say)
     raise TypeError(
         "source must be a path, URL, folder, glob, video, camera number, Pillow image, array, tensor, or a list of "
@@ -135,9 +112,9 @@ def open_files(inputs: Sequence[str | Path], say: Say = silent, drawn_in: Path |
     for word in map(str, inputs):
         if not word:
             raise UserError(_NO_WORD)
-        if _URL.match(word) or Path(word).is_char_device():
+        if _URL.match(word) or _is_device(word):
             places.append(word)
-        elif word.isdigit() and not Path(word).exists():
+        elif word.isdigit() and not os.path.exists(word):
             places.append(int(word))
         else:
             places += _matches(word, say)
@@ -154,7 +131,7 @@ def open_files(inputs: Sequence[str | Path], say: Say = silent, drawn_in: Path |
     def count() -> int | None:
         return _total(_listed(place, say) for place in files(say))
 
-    endless = any(_listed(place, silent).endless for place in places if not isinstance(place, Path))
+    endless = any(open_source(place).endless for place in places if not isinstance(place, Path))
     return Source(pictures, count=count, endless=endless)
 
 
@@ -163,41 +140,54 @@ def _named(source: str | Path, say: Say) -> Source:
     word = str(source)
     if source == "":
         raise UserError(_NO_WORD)
-    scheme = _URL.match(word)
-    if scheme and scheme[1].lower() in _STREAMS:
-        return Source(partial(_frames, word), endless=True)
-    if scheme and scheme[1].lower() in _WEB:
-        if urlsplit(word).path.lower().endswith(VIDEO_SUFFIXES):
-            return Source(partial(_frames, word), count=partial(frame_count, word))
-        return _one(Picture(word, partial(_download, word), word, None, Path(urlsplit(word).path).stem or "image"))
-    if scheme:
-        raise UserError(f"{word}: is of no kind that is known: {', '.join((*_WEB, *_STREAMS))}, or a path")
+    if scheme := _URL.match(word):
+        return _at_url(word, scheme[1].lower())
     path = Path(source)
-    if path.is_char_device():
-        return Source(partial(_frames, word), endless=True)
-    if path.is_dir() or path.suffix.lower() == ".txt":
+    if _is_device(path):
+        return Source(partial(frame_pictures, word), endless=True)
+    if os.path.isdir(path) or path.suffix.lower() == ".txt":
 
         def pictures() -> Iterator[Picture]:
             for place in image_files([path], say):
                 yield from _listed(place, say).pictures()
 
         return Source(pictures, count=lambda: _total(_listed(place, silent) for place in image_files([path])))
-    if not path.exists() and glob.has_magic(word):
+    if not os.path.exists(path) and glob.has_magic(word):
         found = _matches(word, say)
         return _several(found, False, say) if found != [path] else _file(path)
     return _file(path)
 
 
+def _at_url(url: str, scheme: str) -> Source:
+    """An image or a video on the web, or a stream."""
+    if scheme not in (*_WEB, *_STREAMS):
+        raise UserError(f"{url}: is of no kind that is known: {', '.join((*_WEB, *_STREAMS))}, or a path")
+    try:
+        path = urlsplit(url).path.lower()
+    except ValueError as error:
+        raise UserError(f"{url}: is no address ({error})") from error
+    if scheme in _STREAMS:
+        return Source(partial(frame_pictures, url), endless=True)
+    if path.endswith(VIDEO_SUFFIXES):
+        return Source(partial(frame_pictures, url), count=partial(frame_count, url))
+    return _one(url_picture(url))
+
+
 def _listed(place: str | Path | int, say: Say) -> Source:
     """A file of a folder, list or glob; or another place, such as a URL of a list."""
-    return _file(place) if isinstance(place, Path) else open_source(place, say=say)
+    if isinstance(place, Path):
+        return _file(place)
+    try:
+        return open_source(place, say=say)
+    except UserError as error:
+        return _one(failed_picture(str(place), error))
 
 
 def _file(path: Path) -> Source:
     """A video, or else an image, even if it is missing."""
     if is_video(path):
-        return Source(partial(_frames, str(path)), count=partial(frame_count, str(path)))
-    return _one(Picture(str(path), partial(_read_file, path), str(path), path, path.stem))
+        return Source(partial(frame_pictures, str(path)), count=partial(frame_count, str(path)))
+    return _one(file_picture(path))
 
 
 def _total(sources: Iterable[Source]) -> int | None:
@@ -211,100 +201,83 @@ def _one(picture: Picture) -> Source:
 
 
 def _matches(word: str, say: Say) -> list[Path]:
-    """The images and videos that a glob matches; the path that the word is, if it is none or matches nothing."""
-    if Path(word).exists() or not glob.has_magic(word):
+    """The images and videos that a glob matches; the path that the word is, if it is none or matches nothing.
+
+    Where a link leads back to a folder above it, `**` finds each file again and again; once is kept."""
+    if os.path.exists(word) or not glob.has_magic(word):
         return [Path(word)]
-    found = sorted(path for path in map(Path, glob.iglob(word, recursive=True)) if path.is_file())
+    files = sorted((Path(path) for path in glob.iglob(word, recursive=True) if os.path.isfile(path)), key=_length)
+    folders = {folder: os.path.realpath(folder) for folder in {path.parent for path in files}}
+    found = sorted({(folders[path.parent], path.name): path for path in reversed(files)}.values())
     fitting = [path for path in found if is_video(path) or counts_as_image(path)]
     if len(fitting) < len(found):
         say(f"{word}: {len(found) - len(fitting)} other files that it matches are passed over")
     return fitting or [Path(word)]
 
 
-def _several(items: Iterable[Any], bgr: bool, say: Say) -> Source:
-    """The pictures of several sources, one after another."""
-    places = [item for item in items if isinstance(item, int | str | Path)] if isinstance(items, Sequence) else []
+def _length(path: Path) -> int:
+    return len(path.parts)
+
+
+def _several(items: Iterable[Any], bgr: bool, say: Say, at_once: bool = False) -> Source:
+    """The pictures of several sources, one after another. What one of them lacks does not end the others.
+
+    Args:
+        items: the sources.
+        bgr, say: see :func:`open_source`.
+        at_once: whether images in memory are converted when their turn comes, and not when they are read, in another
+            thread: those of an iterator always are, since it may fill one buffer again and again.
+    """
+    at_once = at_once or not isinstance(items, Sequence)
 
     def pictures() -> Iterator[Picture]:
         for number, item in enumerate(items):
-            if isinstance(item, _IN_MEMORY):
-                yield _in_memory(item, bgr, f"image {number}")
+            if _is_batch(item):
+                yield from _several(list(item), bgr, say, at_once).pictures()
+            elif isinstance(item, _IN_MEMORY) and not _holds_paths(item):
+                picture = memory_picture(item, bgr, f"image {number}")
+                yield read_now(picture) if at_once else picture
             else:
-                yield from open_source(item, bgr, say).pictures()
+                try:
+                    yield from open_source(item, bgr, say).pictures()
+                except UserError as error:
+                    yield failed_picture(str(item), error)
 
     def count() -> int | None:
-        if not isinstance(items, Sequence):
-            return None
-        return _total(open_source(item, bgr, silent) for item in items)
-
-    endless = any(isinstance(x, int) or (_URL.match(str(x)) and open_source(x).endless) for x in places)
-    return Source(pictures, count=count, endless=endless)
-
-
-def _in_memory(image: Any, bgr: bool, name: str) -> Picture:
-    """An array, tensor or Pillow image, which may know its file."""
-    path = getattr(image, "filename", None) or None
-    return Picture(path or name, partial(_convert, image, bgr, path or name), path)
-
-
-def _convert(image: Any, bgr: bool, name: str) -> Read:
-    try:
-        if isinstance(image, Image.Image):
-            with _PILLOW:  # Two threads must not load one image.
-                return Read(pixels_of(image, image.format))
-        return Read(pixels_of_tensor(image, bgr) if isinstance(image, Tensor) else pixels_of_array(image, bgr))
-    except (ValueError, OSError) as error:  # Pillow reads a file when its pixels are asked for.
-        raise ImageError(f"{name}: {error}") from error
-
-
-def _read_file(path: Path) -> Read:
-    """An image file, by Pillow and torchvision; what they cannot read of rasters, rasterio may."""
-    try:
-        return Read(read_image(path), georeference(path))
-    except ImageError as error:
-        if not is_raster(path) or not path.is_file():
-            raise
         try:
-            with RasterFile(path) as raster:
-                return Read(raster.read(Window(0, 0, raster.width, raster.height)), raster.georeference)
-        except UnknownPixels:
-            raise
-        except ImageError:
-            raise error from None
-        except UserError as missing:  # rasterio is not installed
-            raise ImageError(f"{error}; rasterio may read it: pip install rasterio") from missing
+            return _total(open_source(item, bgr, silent) for item in items) if isinstance(items, Sequence) else None
+        except UserError:
+            return None
+
+    return Source(pictures, count=count, endless=_is_endless(items))
 
 
-def _download(url: str) -> Read:
+def _is_endless(item: Any) -> bool:
+    """Whether there is a camera or a stream among a source, as far as that is known before it is iterated over."""
+    if isinstance(item, str | os.PathLike):
+        word = os.fsdecode(item)
+        scheme = _URL.match(word)
+        return scheme[1].lower() in _STREAMS if scheme else word.startswith("/dev/") and _is_device(word)
+    several = isinstance(item, Sequence) and not isinstance(item, _NO_SOURCES)
+    return _is_camera(item) or (several and any(map(_is_endless, item)))
+
+
+def _is_camera(item: Any) -> bool:
+    return isinstance(item, Integral) and not isinstance(item, bool)
+
+
+def _is_batch(item: Any) -> bool:
+    return isinstance(item, np.ndarray | Tensor) and not getattr(item, "is_nested", False) and item.ndim == 4
+
+
+def _holds_paths(item: Any) -> bool:
+    """Whether it is an array of words or objects, as columns of tables are."""
+    return isinstance(item, np.ndarray) and item.ndim == 1 and item.dtype.kind in "OUT"
+
+
+def _is_device(path: str | Path) -> bool:
+    """Whether there is a device of that name, such as a camera."""
     try:
-        with urlopen(Request(url, headers={"User-Agent": "retina_fast"}), timeout=_TIMEOUT) as answer:
-            content = answer.read()
-    except (URLError, OSError, ValueError) as error:
-        raise ImageError(f"{url}: cannot be downloaded ({getattr(error, 'reason', None) or error})") from error
-    return Read(image_of_bytes(content, url))
-
-
-def _frames(video: str | int) -> Iterator[Picture]:
-    """The frames of a video or camera. What cannot be decoded is a picture that cannot be read, and ends it."""
-    place = video if isinstance(video, str) else f"camera {video}"
-    stem = Path(urlsplit(place).path).stem or "frame"
-    number = 0
-    try:
-        for frame in frames(video):
-            name = f"{place}#{number}"
-            again = partial(_frame, video, number) if isinstance(video, str) else None
-            yield Picture(name, partial(Read, frame), name, None, f"{stem}_{number:06}", again)
-            number += 1
-    except ImageError as error:
-        yield Picture(f"{place}#{number}", partial(_fail, error), f"{place}#{number}", None, stem)
-
-
-def _frame(video: str, number: int) -> Read:
-    """One frame, which is decoded with all before it: their number, unlike a time, is exact."""
-    for frame in islice(frames(video), number, None):
-        return Read(frame)
-    raise ImageError(f"{video}#{number}: there is no such frame any more")
-
-
-def _fail(error: ImageError) -> Read:
-    raise error
+        return stat.S_ISCHR(os.stat(path).st_mode)
+    except (OSError, ValueError):  # ValueError for a zero byte in the name
+        return False

@@ -18,9 +18,9 @@ class TileRows:
     """The finished rows of tiles of one raster, added one after another.
 
     Args:
-        file: each row becomes a line of it, written before the next row begins; None keeps them in memory alone. At the
-            end of a ``with`` block without an error the file is deleted.
+        file: each row becomes a line of it, written before the next row begins; None keeps them in memory alone.
         header: what the rows depend on, for JSON.
+        keep: whether the file stays; by default it is deleted at the end of a ``with`` block without an error.
 
     Raises:
         UserError: if the file cannot be written, or holds something else than rows of the same header.
@@ -34,8 +34,8 @@ class TileRows:
         (1, torch.Size([1, 4]))
     """
 
-    def __init__(self, file: Path | None, header: dict[str, Any]) -> None:
-        self.file = file
+    def __init__(self, file: Path | None, header: dict[str, Any], keep: bool = False) -> None:
+        self.file, self._keep = file, keep
         self._rows: list[dict[str, Tensor]] = []
         self._opened: IO[str] | None = None
         if file is None:
@@ -99,5 +99,5 @@ class TileRows:
     ) -> None:
         if self._opened:
             self._opened.close()
-            if kind is None and self.file:
+            if kind is None and self.file and not self._keep:
                 self.file.unlink(missing_ok=True)

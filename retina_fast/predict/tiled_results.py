@@ -15,8 +15,8 @@ from retina_fast.predict.again import Again, Stamp, check_unchanged, stamp_of
 from retina_fast.predict.batches import detections_of
 from retina_fast.predict.draw import above
 from retina_fast.predict.geotiff import RasterFile, is_raster, is_turned
+from retina_fast.predict.pictures import Picture
 from retina_fast.predict.results import Results
-from retina_fast.predict.sources import Picture
 from retina_fast.predict.tiles import Found, Pixels, Window, detect_tiles
 
 
@@ -25,7 +25,7 @@ class Tiling:
     """How pictures are cut and their boxes joined; see :func:`retina_fast.predict.tiles.detect_tiles`.
 
     Attributes:
-        tile, overlap, merge, merge_thresh, resume: its arguments.
+        tile, overlap, merge, merge_thresh, resume, keep_rows: its arguments.
         about: says, for ``resume``, which detector it is.
     """
 
@@ -35,6 +35,7 @@ class Tiling:
     merge_thresh: float = 0.5
     resume: Path | None = None
     about: str = ""
+    keep_rows: bool = False
 
 
 def tiled_results_of(
@@ -106,6 +107,7 @@ def _results(
             tiling.resume,
             about,
             console,
+            tiling.keep_rows,
         )
     return Results(
         found["boxes"],
@@ -149,4 +151,4 @@ class RasterImage:
         """Those of the whole raster in a picture of that (height, width), (3, height, width) uint8."""
         check_unchanged(self.path, self.stamp)
         with RasterFile(self.path) as raster:
-            return raster.read(Window(0, 0, raster.width, raster.height), size)
+            return raster.reduced(size) if size else raster.read(Window(0, 0, raster.width, raster.height))

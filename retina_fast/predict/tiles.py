@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from retina_fast.data.errors import UserError, within
+from retina_fast.data.errors import UserError, whole, within
 from retina_fast.data.progress import tracked
 from retina_fast.kernels.batched_nms import batched_nms
 from retina_fast.kernels.greedy_nmm import best_first, greedy_nmm
@@ -93,10 +93,8 @@ class Tiles:
     """
 
     def __init__(self, height: int, width: int, tile: int, overlap: float) -> None:
-        if type(tile) is not int or tile < 1:
-            raise UserError(f"tile must be a whole number of pixels, got {tile!r}")
-        if not within(0, overlap, 1) or overlap == 1:
-            raise UserError(f"overlap must be at least 0 and below 1, got {overlap!r}")
+        check_tiling(tile, overlap)
+        tile, overlap = int(tile), float(overlap)
         self.height, self.width, self.overlap = height, width, overlap
         self.size = min(tile, height), min(tile, width)
         self.rows, self.columns = (_starts(length, tile, overlap) for length in (height, width))
@@ -129,6 +127,23 @@ class Tiles:
         return ~(x_alone & (boxes[:, 1] >= top[row]) & (boxes[:, 3] <= bottom[row]))
 
 
+def check_tiling(tile: Any, overlap: Any, merge: Any = MERGES[0], merge_thresh: Any = 0.5) -> None:
+    """Raise a UserError for options of :func:`detect_tiles` outside what they may be.
+
+    Example::
+
+        >>> check_tiling(800, 0.2)
+    """
+    if not whole(1, tile):
+        raise UserError(f"tile must be a whole number of pixels, got {tile!r}")
+    if not within(0, overlap, 1) or overlap == 1:
+        raise UserError(f"overlap must be at least 0 and below 1, got {overlap!r}")
+    if merge not in MERGES:
+        raise UserError(f"merge must be one of {', '.join(MERGES)}, got {merge!r}")
+    if not within(0, merge_thresh, 1) or merge_thresh == 0:
+        raise UserError(f"merge_thresh must be above 0 and at most 1, got {merge_thresh!r}")
+
+
 def _starts(length: int, tile: int, overlap: float) -> list[int]:
     """Where tiles begin along one axis."""
     step = tile - floor(tile * overlap)
@@ -152,6 +167,7 @@ def detect_tiles(
     resume: Path | None = None,
     about: str = "",
     console: Any = None,
+    keep_rows: bool = False,
 ) -> Found:
     """Find objects in a raster tile by tile.
 
@@ -168,6 +184,7 @@ def detect_tiles(
             again. It is deleted in the end.
         about: what the rows in ``resume`` depend on beside size, tile and overlap; a file of another is refused.
         console: of rich, where a bar over the rows of tiles is shown; nowhere by default.
+        keep_rows: whether the file ``resume`` stays in the end, for a caller that may be cut short after this call.
 
     Returns:
         ``boxes`` (N, 4) float32 in pixels of the raster, ``scores`` (N,) and ``labels`` (N,), best first; of equal
@@ -189,16 +206,13 @@ def detect_tiles(
         >>> detect_tiles(bright, Pixels(image), tile=100, overlap=0.3)["boxes"]
         tensor([[75., 40., 95., 60.]])
     """
-    if merge not in MERGES:
-        raise UserError(f"merge must be one of {', '.join(MERGES)}, got {merge!r}")
-    if not within(0, merge_thresh, 1) or merge_thresh == 0:
-        raise UserError(f"merge_thresh must be above 0 and at most 1, got {merge_thresh!r}")
-    if type(batch_size) is not int or batch_size < 1:
+    check_tiling(tile, overlap, merge, merge_thresh)
+    if not whole(1, batch_size):
         raise UserError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     tiles = Tiles(raster.height, raster.width, tile, overlap)
     tiles.warn_of_many()
-    header = {"size": [raster.height, raster.width], "tile": tile, "overlap": overlap, "about": about}
-    with TileRows(resume, header) as rows:
+    header = {"size": [raster.height, raster.width], "tile": int(tile), "overlap": float(overlap), "about": about}
+    with TileRows(resume, header, keep_rows) as rows:
         left = range(rows.finished, len(tiles.rows))
         for number in tracked(left, "Detecting", len(left), console if len(left) > 1 else None):
             rows.add(_row(run, raster, tiles, number, batch_size))

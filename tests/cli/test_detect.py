@@ -19,7 +19,7 @@ from retina_fast.commands.detect import print_found
 from retina_fast.data.errors import UserError
 from retina_fast.data.images import read_image
 from retina_fast.predict import detect as module
-from retina_fast.predict import sources as files_module
+from retina_fast.predict import pictures as files_module
 from retina_fast.predict.batches import read_ahead
 from retina_fast.predict.coco_writer import CocoWriter
 from retina_fast.predict.detect import detect

@@ -10,7 +10,7 @@ from PIL import Image
 
 from retina_fast.data.errors import UserError
 from retina_fast.predict import detect as module
-from retina_fast.predict import sources
+from retina_fast.predict import pictures
 from retina_fast.predict.detect import KINDS, detect
 from tests.cli.test_detect import CONTENT, Finder
 from tests.cli.test_outputs import invoke, photo
@@ -104,7 +104,7 @@ def test_a_camera_is_watched_until_it_is_interrupted(tmp_path, monkeypatch):
         yield from torch.zeros(2, 3, 32, 48, dtype=torch.uint8)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sources, "frames", frames)
+    monkeypatch.setattr(pictures, "frames", frames)
     monkeypatch.chdir(tmp_path)
     found = run(["7"], tmp_path / "out")
     assert found

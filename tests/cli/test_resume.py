@@ -23,7 +23,7 @@ from retina_fast.data.processes import Processes
 from retina_fast.predict import detect as module
 from retina_fast.predict.detect import detect
 from retina_fast.predict.parts import Parts
-from retina_fast.predict.sources import Picture, Read
+from retina_fast.predict.pictures import Picture, Read
 
 CONTENT = Checkpoint("", {}, ["thing"], [7], {})
 COUNT = 9
@@ -228,6 +228,27 @@ def test_rows_of_tiles_go_on(photos, tmp_path):
     with pytest.raises(UserError, match=r"another tile \(16, not 32\)"):
         run(photos, output, tile=32, overlap=0.0)
     assert run(photos, output, resume=False, **options)[0] == 8
+
+
+def test_rows_of_tiles_stay_until_the_picture_is_drawn(photos, tmp_path, monkeypatch):
+    """Drawing a large raster takes minutes, too: a run that is killed then has all rows."""
+    output = tmp_path / "out"
+    options: Any = {"tile": 8, "overlap": 0.0}
+    for i in range(3, COUNT + 1):
+        (photos / f"{i}.png").unlink()
+
+    def draw(image, *_):
+        if image[0, 0, 0] == 2:
+            assert len(list(output.glob("tiles.*"))) == 1
+            raise KeyboardInterrupt
+        return image
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "draw_detections", draw)
+        with pytest.raises(KeyboardInterrupt):
+            run(photos, output, **options)
+    seen, found = run(photos, output, **options)
+    assert (seen, len(found["images"])) == (0, 2)
 
 
 def test_a_picture_that_comes_twice_has_two_files_of_rows(tmp_path):
