@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all lint bench docs gpu-test gpu report clean
+.PHONY: demo test test-all test-oldest lint bench docs gpu-test gpu report clean
 
 # The versions of constraints.txt; where the index no longer has one of them, the newest that pyproject.toml allows.
 .venv/installed: pyproject.toml constraints.txt
@@ -22,6 +22,14 @@ test: .venv/installed  # one process for each core, of one thread: threads of se
 
 test-all: .venv/installed  # with the tests that take minutes each
 	$(PYTEST)
+
+# The oldest versions lie in front of the others, of which those of .venv are used.
+build/oldest: oldest.txt .venv/installed
+	rm -rf $@
+	$(PIP) --no-deps --target $@ --requirement oldest.txt
+
+test-oldest: build/oldest  # what depends on the versions of torch and Triton most, with the oldest that are supported
+	PYTHONPATH=$(CURDIR)/build/oldest $(PYTEST) -m 'not slow' tests/kernels tests/model tests/deploy/fusion
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -86,6 +86,14 @@ def sources():
     }
 
 
+def test_the_oldest_versions_are_those_that_the_package_needs():
+    pinned = dict(re.findall(r"^(\w+)==(\S+)\.0$", (ROOT / "oldest.txt").read_text(), re.MULTILINE))
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    bounds = dict(need.split(">=") for need in needed if ">=" in need)
+    assert bounds
+    assert bounds == {name: pinned.get(name) for name in bounds}
+
+
 def test_every_subpackage_is_listed():
     """setuptools takes the listed packages alone: one forgotten is missed only after installing."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]

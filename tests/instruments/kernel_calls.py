@@ -289,10 +289,10 @@ KERNEL_CALLS = {
     "group_norm_relu bf16 one group": KernelCall(lambda: _group_norm_relu(torch.bfloat16, 1)),
     "group_norm_relu bf16 one group backward": KernelCall(lambda: _group_norm_relu_backward(torch.bfloat16, 1)),
     "candidate_selection bf16": KernelCall(
-        lambda: _candidate_selection(torch.bfloat16), _TILE, 2, 6.5, 0.02, "_list_kernel"
+        lambda: _candidate_selection(torch.bfloat16), _TILE, 2, 6.6, 0.02, "_list_kernel"
     ),
     "candidate_selection fp32": KernelCall(
-        lambda: _candidate_selection(torch.float32), _TILE, 4, 6.5, 0.02, "_list_kernel"
+        lambda: _candidate_selection(torch.float32), _TILE, 4, 8, 0.02, "_list_kernel"
     ),
     "candidate_selection bf16 topk=5000": KernelCall(lambda: _candidate_selection(torch.bfloat16, 5000)),
     "candidate_selection bf16 one image": KernelCall(lambda: _candidate_selection(torch.bfloat16, batch=1)),
