@@ -19,20 +19,17 @@ looks for ties only where these two are equal. Beside the results, memory is 8 b
 truths are many, and 4 bytes for each tile of 128 anchors and ground truth.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from retina_fast.kernels.anchor_matching_cpu import Thresholds, match_indices
 from retina_fast.kernels.arguments import check_devices, check_integers, offsets_on_host
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
-from retina_fast.kernels.labels import BACKGROUND, IGNORED, TL_BACKGROUND, TL_IGNORED
+from retina_fast.kernels.labels import BACKGROUND, TL_BACKGROUND, TL_IGNORED
 from retina_fast.kernels.levels import load_rows
-from retina_fast.kernels.pair_iou import iou_with, pairwise_iou
-
-_TILE_ANCHORS = 1 << 14  # of a tile of the reference, at most
-_TILE_PAIRS = 1 << 17  # anchors times ground truths of a tile, at most: the IoUs of those that meet stay in the cache
+from retina_fast.kernels.pair_iou import iou_with
 
 
 class Matches(NamedTuple):
@@ -46,51 +43,6 @@ class Matches(NamedTuple):
     """(B,) int32: the number of anchors of each image that matched a ground truth."""
 
 
-class _Tile(NamedTuple):
-    """IoUs of some anchors; those with ground truths that are not near are 0."""
-
-    columns: Tensor  # (4, n), which vector instructions read one side of all boxes after the other
-    near: Tensor  # (g,) ground truths that meet the rectangle around the anchors
-    best: Tensor  # (n,) highest IoU of each anchor
-    peaks: Tensor  # (g,) highest IoU of each ground truth that is near
-
-
-def _tile(columns: Tensor, boxes: Tensor) -> _Tile:
-    corner, opposite = columns[:2].amin(dim=1), columns[2:].amax(dim=1)
-    near = ((boxes[:, :2] < opposite) & (boxes[:, 2:] > corner)).all(dim=1).nonzero().squeeze(1)
-    if not len(near):
-        return _Tile(columns, near, columns.new_zeros(columns.shape[1]), columns.new_zeros(0))
-    iou = pairwise_iou(boxes[near], columns.T)
-    return _Tile(columns, near, iou.amax(dim=0), iou.amax(dim=1))
-
-
-def _match_image(columns: Tensor, boxes: Tensor, fg: float, bg: float, low_quality: bool) -> Tensor:
-    """(N,) int64 matched indices of one image with at least one ground truth; the anchors are columns (4, N)."""
-    step = max(1, min(_TILE_ANCHORS, _TILE_PAIRS // len(boxes)))
-    tiles = [_tile(part, boxes) for part in columns.split(step, dim=1)]
-    highest = boxes.new_zeros(len(boxes))
-    for tile in tiles:
-        highest[tile.near] = torch.maximum(highest[tile.near], tile.peaks)
-    least = 0.0 if low_quality and not highest.all() else min(fg, bg)  # every anchor ties a highest IoU of 0
-    contends = []  # (n,) of each tile: whether an anchor can be other than background
-    for tile in tiles:
-        contends.append(tile.best >= least)
-        here = tile.near[(tile.peaks == highest[tile.near]) & (tile.peaks < least)]  # ties of others contend already
-        if low_quality and len(here):
-            ties = pairwise_iou(boxes[here], tile.columns.T) == highest[here, None]
-            contends[-1][ties.nonzero()[:, 1]] = True
-
-    matched = torch.full(columns.shape[1:], BACKGROUND, device=columns.device)
-    for part in torch.cat(contends).nonzero().squeeze(1).split(step):
-        iou = pairwise_iou(boxes, columns[:, part].T).nan_to_num_(0)  # (G, n)
-        value, index = iou.max(dim=0)
-        found = torch.where(value < bg, BACKGROUND, torch.where(value < fg, IGNORED, index))
-        if low_quality:
-            found = torch.where((iou == highest[:, None]).any(dim=0), index, found)
-        matched[part] = found
-    return matched
-
-
 def anchor_matching_reference(
     anchors: Tensor,
     boxes: Tensor,
@@ -102,18 +54,18 @@ def anchor_matching_reference(
 ) -> Matches:
     """The definition; see :func:`anchor_matching`."""
     rows = offsets_on_host(offsets, len(boxes))
-    batch = len(rows) - 1
-    shape = (batch, anchors.shape[-2])
-    indices = torch.full(shape, BACKGROUND, dtype=torch.int32, device=anchors.device)
-    classes, columns = indices.clone(), anchors.mT.contiguous()  # (4, N) or (B, 4, N)
-    for b, (start, stop) in enumerate(pairwise(rows)):
-        if start == stop:
-            continue
-        of_image = columns if columns.dim() == 2 else columns[b]
-        matched = _match_image(of_image, boxes[start:stop], fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches)
-        indices[b] = matched
-        classes[b] = torch.where(matched >= 0, labels[start:stop][matched.clamp(min=0)], matched)
-    return Matches(indices, classes, (indices >= 0).sum(dim=1, dtype=torch.int32))
+    batch, num_anchors = len(rows) - 1, anchors.shape[-2]
+    indices = torch.full((batch, num_anchors), BACKGROUND, dtype=torch.int32, device=anchors.device)
+    classes, counts = indices.clone(), indices.new_zeros(batch)
+    if num_anchors and rows[-1] > rows[0]:
+        thresholds = Thresholds(fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches)
+        places, matched = match_indices(anchors, boxes, rows, thresholds)
+        image, is_foreground = places // num_anchors, matched >= 0
+        own = labels[offsets[image] + matched.clamp(min=0)]
+        indices.view(-1)[places] = matched.int()
+        classes.view(-1)[places] = torch.where(is_foreground, own, matched).int()
+        counts += image[is_foreground].bincount(minlength=batch)
+    return Matches(indices, classes, counts)
 
 
 # Triton. The results equal the reference's exactly, so divisions round to nearest, and no product is contracted with a

@@ -7,14 +7,14 @@ With e = exp(x), s = log(1 + e) = softplus(x), p = e / (1 + e) = sigmoid(x) and 
 
 which are eight operations over a tile, whose tensors stay in the L2 cache. Setting e = 0 removes an element from loss
 and gradient. That is done for the class of each foreground anchor and for the rows of ignored anchors; the foreground
-elements of a level are then computed together. A tile in which exp overflows is computed once more, by sigmoid and
+elements of all levels are then computed together. A tile in which exp overflows is computed once more, by sigmoid and
 softplus, which are slower. The finished gradient is the only tensor of the logits' size that is made. Tiles are views
 of the levels in their own memory format, NCHW or channels_last.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,19 +65,57 @@ class _Memory:
         return self._taken[shape]
 
 
+class _Level(NamedTuple):
+    """A level and its gradient as they lie in memory."""
+
+    rows: Tensor  # (B, N_l, K), or (B * A, K, H * W) of an NCHW level
+    grads: Tensor | None  # as the rows
+    anchor_dim: int  # of a row: 0, or 1
+
+    @classmethod
+    def of(cls, level: Tensor, grad: Tensor | None, num_classes: int) -> "_Level":
+        is_nchw = level.dim() == 4 and not level.is_contiguous(memory_format=torch.channels_last)
+
+        def rows(level: Tensor) -> Tensor:
+            if is_nchw:
+                return level.flatten(2).unflatten(1, (-1, num_classes)).flatten(0, 1)
+            return flatten(level, num_classes)
+
+        return cls(rows(level), None if grad is None else rows(grad), int(is_nchw))
+
+    @property
+    def width(self) -> int:
+        """The anchors of a row."""
+        return self.rows.shape[1 + self.anchor_dim]
+
+    def in_order(self, of_anchors: Tensor) -> Tensor:
+        """Values (B, N_l), flat in the order in which the rows have their anchors."""
+        if self.anchor_dim:
+            of_anchors = of_anchors.unflatten(1, (self.width, -1)).transpose(1, 2)
+        return of_anchors.reshape(-1)
+
+    def elements(self, anchors: Tensor, classes: Tensor) -> Tensor:
+        """Where the classes of anchors lie in ``rows``, flat."""
+        k = self.rows.shape[2 - self.anchor_dim]
+        if not self.anchor_dim:
+            return anchors * k + classes
+        place = anchors % self.width
+        return (anchors - place) * k + classes * self.width + place
+
+
 class _Tile(NamedTuple):
     logits: Tensor  # (n, K), or (K, n) of an NCHW level
     grad: Tensor | None  # as the logits
     scale: float  # 1 / the image's normalizer
-    foreground: tuple[Tensor, Tensor]  # anchors and their classes, or the other way round, as the logits
-    ignored: Tensor  # anchors
+    own: Tensor | None  # the elements of the foreground anchors' own classes, flat
+    ignored: Tensor | None  # anchors
     anchor_dim: int  # 0, or 1
 
     def without_others(self, values: Tensor) -> Tensor:
-        """The values, in which what is not background is made 0."""
-        if len(self.foreground[0]):
-            values.index_put_(self.foreground, values.new_zeros(()))
-        if len(self.ignored):
+        """The contiguous values, in which what is not background is made 0."""
+        if self.own is not None:
+            values.view(-1).index_fill_(0, self.own, 0)
+        if self.ignored is not None:
             values.index_fill_(self.anchor_dim, self.ignored, 0)
         return values
 
@@ -109,61 +147,64 @@ def _modulated(p: Tensor, s: Tensor, modulation: Tensor, gamma: float) -> float:
     return float(torch.dot(modulation.view(-1), s.view(-1)))
 
 
-def _level_pass(
-    level: Tensor,
-    grad: Tensor | None,
-    labels: Tensor,
-    quality: Tensor | None,
-    scales: Tensor,
-    num_classes: int,
-    terms: Any,
-    memory: _Memory,
-) -> float:
-    """The loss of a level with labels and qualities (B, N_l); its gradient is written into ``grad`` if given."""
-    anchor_dim = int(_is_nchw(level))
-    rows, row_grads = _rows(level, num_classes), None if grad is None else _rows(grad, num_classes)
-    if anchor_dim:
-        cell = level.shape[1] // num_classes
-        shape = (-1, cell)  # (B * A, H * W), as the rows
-        labels = labels.unflatten(1, shape).transpose(1, 2).flatten(0, 1)
-        quality = None if quality is None else quality.unflatten(1, shape).transpose(1, 2).flatten(0, 1)
-        scales = scales.repeat_interleave(cell)
+def _by_tile(values: Tensor, counts: list[int]) -> list[Tensor | None]:
+    return [part if count else None for part, count in zip(values.split(counts), counts, strict=True)]
 
-    step = _anchors_of_tile(num_classes)
-    tiles_a_row = -(-labels.shape[1] // step)
-    row, anchor = (labels != BACKGROUND).nonzero(as_tuple=True)
-    classes = labels[row, anchor].long()
-    if len(classes) and int(classes.max()) >= num_classes:
-        raise ValueError(f"labels must be below num_classes = {num_classes}, got {int(classes.max())}")
-    tile, place = row * tiles_a_row + anchor // step, anchor % step
-    is_true, is_ignored = classes >= 0, classes == IGNORED
-    counts = [tile[which].bincount(minlength=len(rows) * tiles_a_row).tolist() for which in (is_true, is_ignored)]
-    row, anchor, classes, true_place = (values[is_true] for values in (row, anchor, classes, place))
 
-    def by_tile(tensor: Tensor) -> list[Tensor]:
-        return [part for one in tensor for part in one.split(step, dim=anchor_dim)]
-
-    tiles = zip(
-        by_tile(rows),
-        itertools.repeat(None) if row_grads is None else by_tile(row_grads),
-        scales.repeat_interleave(tiles_a_row).tolist(),
-        zip(*(values.split(counts[0]) for values in _ordered(true_place, classes, anchor_dim)), strict=True),
-        place[is_ignored].split(counts[1]),
-        itertools.repeat(anchor_dim),
-        strict=False,
+def _tiles(levels: Sequence[_Level], marked: Tensor, classes: Tensor, scales: Tensor, k: int) -> Iterator[_Tile]:
+    """The tiles of all levels. Anchors are counted level by level, each in the order of its rows; ``marked``
+    (S,) are those that are not background, in ascending order, and ``classes`` (S,) theirs."""
+    step, offset = _anchors_of_tile(k), 0
+    starts: list[int] = []
+    strides: list[tuple[int, int]] = []  # in a tile, between anchors and between classes
+    for level in levels:
+        for row in range(len(level.rows)):
+            for begin in range(0, level.width, step):
+                starts.append(offset + row * level.width + begin)
+                strides.append((1, min(step, level.width - begin)) if level.anchor_dim else (k, 1))
+        offset += len(level.rows) * level.width
+    first = torch.tensor(starts, dtype=torch.int64, device="cpu")
+    tile = torch.bucketize(marked, first, right=True) - 1
+    place = marked - first[tile]
+    stride = torch.tensor(strides, dtype=torch.int64, device="cpu").view(-1, 2)[tile]
+    element = place * stride[:, 0] + classes * stride[:, 1]
+    own, ignored = (
+        iter(_by_tile(values[which], tile[which].bincount(minlength=len(starts)).tolist()))
+        for values, which in ((element, classes >= 0), (place, classes == IGNORED))
     )
-    loss = sum(_background(_Tile(*fields), terms, memory) for fields in tiles)
+    for level in levels:
+        if not level.width:
+            continue
+        repeats = len(level.rows) // max(1, len(scales))
+        scale_of_row = scales.repeat_interleave(repeats).tolist()
+        row_grads = itertools.repeat(None) if level.grads is None else level.grads
+        for row, row_grad, scale in zip(level.rows, row_grads, scale_of_row, strict=False):
+            of_tiles = row.split(step, dim=level.anchor_dim)
+            tile_grads = itertools.repeat(None) if row_grad is None else row_grad.split(step, dim=level.anchor_dim)
+            for logits, grad in zip(of_tiles, tile_grads, strict=False):
+                yield _Tile(logits, grad, scale, next(own), next(ignored), level.anchor_dim)
 
-    elements = row, *_ordered(anchor, classes, anchor_dim)
-    own_quality = None if quality is None else quality[row, anchor]
-    losses, slopes = terms.of_class(at_least_float32(rows[elements]), own_quality)
-    if row_grads is not None:
-        row_grads[elements] = (slopes * scales[row]).to(row_grads.dtype)
-    return loss + float((losses * scales[row]).sum(dtype=torch.float64))
 
-
-def _ordered(anchors: Tensor, classes: Tensor, anchor_dim: int) -> tuple[Tensor, Tensor]:
-    return (classes, anchors) if anchor_dim else (anchors, classes)
+def _own_classes(
+    levels: Sequence[_Level], foreground: Tensor, classes: Tensor, quality: Tensor | None, scales: Tensor, terms: Any
+) -> float:
+    """The scaled loss of the elements (F,) of the foreground anchors' own classes, with anchors counted as for
+    :func:`_tiles`. Their gradients are written if the levels have some."""
+    starts = [*itertools.accumulate((len(level.rows) * level.width for level in levels), initial=0)]
+    counts = torch.bucketize(torch.tensor(starts, device="cpu"), foreground).diff().tolist()
+    parts = zip(levels, starts, foreground.split(counts), classes.split(counts), strict=False)
+    elements, scale = [], []
+    for level, start, anchors, own in parts:
+        elements.append(level.elements(anchors - start, own))
+        of_image = len(level.rows) * level.width // max(1, len(scales))
+        scale.append(scales[(anchors - start) // max(1, of_image)])
+    x = [level.rows.view(-1)[element] for level, element in zip(levels, elements, strict=True)]
+    losses, slopes = terms.of_class(at_least_float32(torch.cat(x)), quality)
+    all_scales = torch.cat(scale)
+    for level, element, slope in zip(levels, elements, (slopes * all_scales).split(counts), strict=True):
+        if level.grads is not None:
+            level.grads.view(-1)[element] = slope.to(level.grads.dtype)
+    return float((losses * all_scales).sum(dtype=torch.float64))
 
 
 def _laid_out(level: Tensor, num_classes: int) -> Tensor:
@@ -175,17 +216,6 @@ def _laid_out(level: Tensor, num_classes: int) -> Tensor:
     if level.is_contiguous() and not small:
         return level
     return level.contiguous(memory_format=torch.channels_last)
-
-
-def _is_nchw(level: Tensor) -> bool:
-    return level.dim() == 4 and level.is_contiguous() and not level.is_contiguous(memory_format=torch.channels_last)
-
-
-def _rows(level: Tensor, num_classes: int) -> Tensor:
-    """A view of a level: (B * A, K, H * W) if it is NCHW, else (B, N_l, K)."""
-    if _is_nchw(level):
-        return level.flatten(2).unflatten(1, (-1, num_classes)).flatten(0, 1)
-    return flatten(level, num_classes)
 
 
 def _anchors_of_tile(num_classes: int) -> int:
@@ -202,17 +232,25 @@ def _pass(
     terms: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, with image b multiplied by scales[b], and its gradients if wanted."""
-    levels = [_laid_out(level.detach(), num_classes) for level in levels]
-    grads = [torch.empty_like(level) for level in levels] if with_grads else []
-    size = num_classes * _anchors_of_tile(num_classes)
-    memory, loss, start = _Memory(levels[0].dtype, size, terms.gamma), 0.0, 0
-    for i, level in enumerate(levels):
-        stop = start + count_anchors(level, num_classes)
-        level_quality = None if quality is None else quality[:, start:stop]
-        level_grad = grads[i] if with_grads else None
-        level_labels = labels[:, start:stop]
-        loss += _level_pass(level, level_grad, level_labels, level_quality, scales, num_classes, terms, memory)
-        start = stop
+    laid_out = [_laid_out(level.detach(), num_classes) for level in levels]
+    grads = [torch.empty_like(level) for level in laid_out] if with_grads else []
+    of_levels = [_Level.of(*pair, num_classes) for pair in itertools.zip_longest(laid_out, grads)]
+    sizes = [count_anchors(level, num_classes) for level in levels]
+
+    def in_order(of_anchors: Tensor) -> Tensor:
+        parts = of_anchors.split(sizes, dim=1)
+        return torch.cat([level.in_order(part) for level, part in zip(of_levels, parts, strict=True)])
+
+    ordered = in_order(labels)
+    marked = (ordered != BACKGROUND).nonzero().squeeze(1)
+    classes = ordered[marked].long()
+    if len(classes) and int(classes.max()) >= num_classes:
+        raise ValueError(f"labels must be below num_classes = {num_classes}, got {int(classes.max())}")
+    memory = _Memory(levels[0].dtype, num_classes * _anchors_of_tile(num_classes), terms.gamma)
+    loss = sum(_background(tile, terms, memory) for tile in _tiles(of_levels, marked, classes, scales, num_classes))
+    foreground = marked[classes >= 0]
+    own_quality = None if quality is None else in_order(quality)[foreground]
+    loss += _own_classes(of_levels, foreground, classes[classes >= 0], own_quality, scales, terms)
     return scales.new_tensor(loss), grads
 
 

@@ -193,31 +193,45 @@ def convs_fused(model: nn.Module) -> Iterator[int]:
 
 def _forwards(model: nn.Module) -> tuple[dict[Any, Callable[..., Any]], list[_Conv]]:
     """What the modules run in place of their own forward, and the convs that take something along."""
-    places = Counter(child for part in model.modules() for child in part._modules.values())
+    parts, places = _walk(model)
     forwards: dict[Any, Callable[..., Any]] = {}
     convs: list[_Conv] = []
-    for part in model.modules():
-        if any(is_stock(part, cls, "forward") for cls in (BasicBlock, Bottleneck)):
+    for part in parts:
+        kind: Any = type(part)
+        if kind in (BasicBlock, Bottleneck) and is_stock(part, kind, "forward"):
             block: Any = part
-            numbers = [n for n in (1, 2, 3) if hasattr(block, f"conv{n}")]
+            numbers = (1, 2) if kind is BasicBlock else (1, 2, 3)
             pairs = [(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in numbers]
             alone = all(places[module] == 1 for pair in pairs for module in pair)
             if alone and all(_is_pair(*pair) for pair in pairs) and is_stock(block.relu, nn.ReLU, "forward"):
                 own = [_Conv(*pair) for pair in pairs]
                 forwards[part] = partial(_block, own, part)
                 convs += own
-        elif any(is_stock(part, cls, "forward") for cls in _CHAINS):
+        elif kind in _CHAINS and is_stock(part, kind, "forward"):
             convs += _fuse_chain(part, places, forwards)
-        elif is_stock(part, FeaturePyramidNetwork, "forward", *_PYRAMID_METHODS):
+        elif kind is FeaturePyramidNetwork and is_stock(part, kind, "forward", *_PYRAMID_METHODS):
             inner: Any = part.inner_blocks
             if all(len(block) == 1 and is_plain_conv(block[0]) and places[block[0]] == 1 for block in inner):
                 own = [_Conv(block[0]) for block in inner]
                 forwards[part] = partial(_pyramid, own, part)
                 convs += own
-    for part in model.modules():
+    for part in parts:
         if is_plain_conv(part) and part not in forwards and part.bias is not None:
             forwards[part] = _LastConv(part)
     return forwards, convs
+
+
+def _walk(model: nn.Module) -> tuple[list[nn.Module], Counter[nn.Module]]:
+    """Every module once, and in how many places of others each stands. An uncaptured step walks through the model, so
+    that it may change; ``modules()`` takes three times as long, since it builds names."""
+    parts, places = [model], Counter[nn.Module]()
+    for part in parts:
+        for child in part._modules.values():
+            if child is not None:
+                if child not in places:
+                    parts.append(child)
+                places[child] += 1
+    return parts, places
 
 
 def _fuse_chain(chain: Any, places: Mapping[Any, int], forwards: dict[Any, Callable[..., Any]]) -> list[_Conv]:

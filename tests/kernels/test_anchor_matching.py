@@ -12,6 +12,7 @@ from torchvision.ops import box_iou
 
 from retina_fast.anchors import batch_anchors
 from retina_fast.kernels import anchor_matching as module
+from retina_fast.kernels import anchor_matching_cpu
 from retina_fast.kernels.anchor_matching import Matches, anchor_matching, anchor_matching_reference
 from tests.instruments.fake_gpu import launches_of
 from tests.instruments.kernel_calls import KERNEL_CALLS
@@ -90,9 +91,32 @@ def test_matches_torchvision(path, anchors, integers, low_quality):
 
 @pytest.mark.parametrize("tile", [1, 17, 1 << 18])
 def test_tiles_do_not_show(anchors, tile, monkeypatch):
-    monkeypatch.setattr(module, "_TILE_PAIRS", tile * 20)
+    monkeypatch.setattr(anchor_matching_cpu, "_TILE", tile)
+    monkeypatch.setattr(anchor_matching_cpu, "_AT_ONCE", max(tile, 1000))
     boxes = random_boxes(20, 104, torch.Generator().manual_seed(1), integers=True)
-    assert_equals_torchvision("reference", anchors, [(boxes, torch.arange(20))])
+    images = [(boxes[:12], torch.arange(12)), (boxes[12:], torch.arange(8))]
+    assert_equals_torchvision("reference", anchors, images)
+    assert_equals_torchvision("reference", torch.stack((anchors, anchors + 3)), images)
+
+
+def test_ground_truths_of_other_sizes_than_any_anchor(anchors):
+    """No IoU of these reaches a threshold: what ties their highest is found by the bound of their areas."""
+    corner = torch.rand(40, 2, generator=torch.Generator().manual_seed(4)) * 80
+    for size in ([3.0, 3.0], [1.0, 90.0], [104.0, 2.0], [9.0, 30.0]):
+        boxes = torch.cat((corner, corner + torch.tensor(size)), dim=1)
+        for step in (1, 40):
+            images = [(boxes[i : i + step], torch.arange(step)) for i in range(0, 40, step)]
+            assert_equals_torchvision("reference", anchors, images)
+            assert_equals_torchvision("reference", anchors, images, fg=0.3, bg=0.1)
+
+
+def test_without_area_or_with_nan(anchors):
+    """A box of no area is the best of no anchor. One with NaN does not hide the others."""
+    boxes = torch.cat((anchors[700:701, [0, 1, 0, 1]], anchors[300:301]))
+    assert_equals_torchvision("reference", anchors, [(boxes, torch.arange(2))], low_quality=False)
+    assert_equals_torchvision("reference", anchors, [(boxes, torch.arange(2))])
+    boxes[0, 2] = float("nan")
+    assert match("reference", anchors, [(boxes, torch.tensor([3, 4]))]).labels[0, 300] == 4
 
 
 @PATHS

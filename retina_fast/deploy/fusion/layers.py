@@ -1,5 +1,6 @@
 """A conv that runs together with what follows it; ``fuse.py`` puts it into a model."""
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,10 @@ from retina_fast.kernels.first_channels import first_channels, padded_weight, su
 from retina_fast.kernels.fused_conv import output_shape
 from retina_fast.kernels.max_pool_relu import max_pool_relu
 from retina_fast.kernels.stem_conv import serves_stem, stem_conv
+
+_FEW_ROWS = 16  # oneDNN 3 packs otherwise up to 9
+_SMALL_INPUT = 20480  # elements, up to which PyTorch computes the conv of one image without oneDNN
+_SMALL_WORK, _SMALL_WEIGHT = 5 << 19, 1 << 17  # multiplications that take as long as a call of oneDNN; weights
 
 
 def _activated(x: Tensor, activation: str) -> Tensor:
@@ -65,7 +70,9 @@ class FusedConv(nn.Conv2d):
         way = self.ways.get(x.shape)
         if way is not None and way not in self.possible_ways(x, z, shortcut):  # chosen in another dtype or precision
             way = None
-        if way is None:
+        if way is None and self._is_small(x):
+            way = "eager"
+        elif way is None:
             gains = self.takes_winograd(x, z) and gains_from_winograd(x, self.weight)
             way = "winograd" if gains else "fused"
         return self.run(way, x, z, overwrite_z, shortcut)
@@ -185,9 +192,26 @@ class FusedConv(nn.Conv2d):
             return self.run_eager(x, z)
         fused = self.activation if z is None or self.activation == "relu" else "none"  # a sum takes no swish
         x = x.contiguous(memory_format=torch.channels_last)
-        weight = self._prepared_weight("packed", lambda: pack_weight(self.weight, x.shape, *self._geometry()))
+        form = self._packed_form(x)
+        weight = self._prepared_weight(form, lambda: pack_weight(self.weight, x.shape, *self._geometry()))
         y = onednn_conv(x, weight, self.bias, z, fused, *self._geometry(), overwrite_z=overwrite_z)
         return y if fused == self.activation else _activated(y, self.activation)
+
+    def _is_small(self, x: Tensor) -> bool:
+        """Whether PyTorch's own conv is the faster on a CPU: the work takes no longer than a call of oneDNN."""
+        if x.device.type != "cpu" or x.dtype != torch.float32 or len(x) != 1 or x.numel() > _SMALL_INPUT:
+            return False
+        if self.groups > 1 or max(self.kernel_size) > 3 or self.weight.numel() > _SMALL_WEIGHT:
+            return False
+        return math.prod(self.output_shape(x)[2:]) * self.weight.numel() <= _SMALL_WORK
+
+    def _packed_form(self, x: Tensor) -> str:
+        """The name of packed weights that serve x. In groups of 48 channels, which oneDNN prefers where they need the
+        least padding, it packs a larger kernel otherwise for outputs of few rows, and given the other packing it
+        repacks at each call, in milliseconds."""
+        rows = self.output_shape(x)[2]
+        depends = -(-self.out_channels // 16) % 3 == 0 and self.kernel_size != (1, 1) and rows <= _FEW_ROWS
+        return f"packed for {rows} rows" if depends else "packed"
 
     def run_eager(self, x: Tensor, z: Tensor | None) -> Tensor:
         """One operation of PyTorch after the other."""
