@@ -56,7 +56,7 @@ def _kept_below_zero(boxes: NDArray[Any], labels: NDArray[Any] | None, thresh: f
 
 def _on_host(x: Tensor) -> NDArray[Any]:
     """A tensor's numbers, without a copy where they lie on the host."""
-    x = x.detach()
+    x = x.detach().resolve_neg()  # a view may stand for the numbers' negatives
     return (x.cpu() if x.is_cuda else x).numpy()
 
 

@@ -128,6 +128,7 @@ def _batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: flo
 
 
 def _are_few(boxes: Tensor) -> bool:
+    """Whether torchvision's own function is the fastest, which also says what is wrong with its arguments."""
     if torch.compiler.is_compiling():
         return False
     return isinstance(boxes, Tensor) and boxes.is_cpu and boxes.dtype == torch.float32 and boxes.numel() <= 4 * FEW
@@ -147,7 +148,9 @@ def _is_scripted_or_onnx() -> bool:
 
 
 def _is_served(boxes: Tensor, scores: Tensor, iou_threshold: float) -> bool:
-    """Whether shapes and dtypes are such that this package's suppression takes them."""
+    """Whether kinds, shapes and dtypes are such that this package's suppression takes them."""
+    if not isinstance(scores, Tensor) or boxes.layout != torch.strided or scores.layout != torch.strided:
+        return False
     fits = boxes.dim() == 2 and boxes.shape[1] == 4 and scores.shape == boxes.shape[:1]
     floats = boxes.is_floating_point() and boxes.dtype == scores.dtype
     return fits and floats and isinstance(iou_threshold, int | float)
@@ -166,7 +169,11 @@ def _kept_positions(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_thre
 
 
 # A custom_op's checks at each call would take as long as the suppression of a hundred boxes on a CPU.
-torch.library.define("retina_fast::nms", torch.library.infer_schema(_kept_positions, mutates_args=()))
+torch.library.define(
+    "retina_fast::nms",
+    torch.library.infer_schema(_kept_positions, mutates_args=()),
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 torch.library.impl("retina_fast::nms", "default", _kept_positions)
 _nms_op = torch.ops.retina_fast.nms.default
 

@@ -92,17 +92,18 @@ def predicted() -> Iterator[str]:
 
 
 def _in_turns(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """Returns the medians of the calls' milliseconds of this process, which take turns."""
+    """Returns the medians of the calls' milliseconds of this process, which take turns for a second."""
     times: list[list[float]] = [[] for _ in calls]
-    for turn in range(8):
+    for turn in range(100):
         for call, taken in zip(calls, times, strict=True):
             start = time.process_time()
             call()
             taken.append(1e3 * (time.process_time() - start))
-        if turn == 0:
-            times = [[] for _ in calls] if sum(map(sum, times)) < 1e3 else times  # the first has warmed up
-        elif sum(map(sum, times)) > 2e3:
+        spent = sum(map(sum, times))
+        if spent > 1e3:
             break
+        if turn == 0:
+            times = [[] for _ in calls]  # it has warmed up
     return [statistics.median(taken) for taken in times]
 
 
