@@ -25,7 +25,7 @@ from retina_fast.kernels.arguments import at_least_float32, check_boxes, counts_
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.key_sort import pack, sort_keys
 from retina_fast.kernels.nms_blocks import suppress_by_blocks
-from retina_fast.kernels.nms_cpu import best_first, kept_of_image
+from retina_fast.kernels.nms_cpu import best_first, kept_class_by_class, kept_of_image
 from retina_fast.kernels.nms_overlap import POSITION_BITS, count_of
 from retina_fast.kernels.nms_walk import progress_blocks, suppress_by_walks
 
@@ -40,18 +40,6 @@ class Kept(NamedTuple):
 
 
 FEW = 256  # boxes of one class, up to which torchvision's own function is the fastest on a CPU
-
-
-def _kept_below_zero(boxes: NDArray[Any], labels: NDArray[Any] | None, thresh: float) -> NDArray[Any]:
-    """Rising positions of the boxes that stay, which lie best first, at a threshold below 0, where boxes suppress each
-    other that are apart."""
-    labels = np.zeros(len(boxes)) if labels is None else labels
-    stays = np.zeros(len(boxes), bool)
-    for label in np.unique(labels):
-        own = (labels == label).nonzero()[0]
-        falling = torch.from_numpy(np.arange(len(own), 0, -1).astype(boxes.dtype))
-        stays[own[torchvision_nms(torch.from_numpy(boxes[own]), falling, thresh).numpy()]] = True
-    return stays.nonzero()[0]
 
 
 def _on_host(x: Tensor) -> NDArray[Any]:
@@ -74,7 +62,10 @@ def nms_image(
     if order is not None:
         rows, classes = rows.take(order, axis=0), None if classes is None else classes.take(order)
     thresh = iou_thresh if rows.dtype == np.float64 else rounded_down(iou_thresh)
-    kept = _kept_below_zero(rows, classes, thresh)[:most] if thresh < 0 else kept_of_image(rows, classes, thresh, most)
+    if thresh < 0:  # boxes that are apart suppress each other
+        kept = kept_class_by_class(rows, classes, thresh)[:most]
+    else:
+        kept = kept_of_image(rows, classes, thresh, most)
     positions = torch.from_numpy(kept if order is None else order.take(kept))
     return positions.to(boxes.device) if boxes.is_cuda else positions
 

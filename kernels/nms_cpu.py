@@ -9,10 +9,13 @@ torchvision computes it, in the dtype of the boxes.
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torchvision.ops.boxes import nms as torchvision_nms  # bound now: ours may come to stand in its place
 
 _FEW = 32  # boxes that are compared pair by pair
 _LIST, _OF_A_CLASS = 2048, 8  # pairs within classes, in all or for each box, all of which are compared
+_MANY = 2048  # boxes of which some are decided on before any are sorted
 _PROBE = 16  # boxes that are compared with all others first
 _BLOCK = 2**16  # pairs of a block of best boxes with all others, so that they fit a cache
 _CHUNK = 2**16  # pairs that a sweep lists in one go
@@ -20,6 +23,7 @@ _KNOWN = 2**22  # pairs of overlapping boxes that a sweep has memory for
 _LISTED = 6  # pairs of a block take as long as one of a list
 _CALLS = 8192  # pairs that take as long as the calls of a block
 _LOOPED = 100  # pairs of overlapping boxes that a loop is fastest for
+_CALLED = 2**21  # pairs for which one call of torchvision's a class is fast enough
 _ALONE = 256  # boxes of a class, on average, that are decided on without the others
 _ROUNDS = 16  # in which nearly all sets of overlapping boxes are decided
 
@@ -134,20 +138,37 @@ def _decide_by_sweep(
     return _settled(np.minimum(i, j), np.maximum(i, j), len(order))
 
 
+def kept_class_by_class(boxes: NDArray[Any], labels: NDArray[Any] | None, thresh: float) -> NDArray[Any]:
+    """The rising positions of the boxes that stay, at any threshold, by one call of torchvision's for each class. The
+    boxes lie best first."""
+    labels = np.zeros(len(boxes)) if labels is None else labels
+    stays = np.zeros(len(boxes), bool)
+    for label in np.unique(labels):
+        own = (labels == label).nonzero()[0]
+        falling = torch.from_numpy(np.arange(len(own), 0, -1).astype(boxes.dtype))
+        stays[own[torchvision_nms(torch.from_numpy(boxes[own]), falling, thresh).numpy()]] = True
+    return stays.nonzero()[0]
+
+
 def _stay_of_able(boxes: NDArray[Any], areas: NDArray[Any], labels: NDArray[Any] | None, thresh: float) -> NDArray[Any]:
     """Which boxes stay, as bool: boxes with an area, best first."""
     stays, left = np.zeros(len(boxes), bool), np.arange(len(boxes))
     work = _PROBE * len(boxes) + _CALLS  # pairs of all blocks, if the first leaves nothing
     while len(left):
-        order, following = _swept(boxes, labels)
-        if _LISTED * int(following.sum()) <= work:
-            decided = _decide_by_sweep(boxes, areas, order, following, thresh)
-            if decided is not None:
-                stays[left] = decided
-                break
         count, is_first, compared = len(left), len(left) == len(stays), 0
-        if labels is not None and not is_first and count >= _ALONE * len(np.unique(labels)):
-            for label in np.unique(labels):
+        if not is_first or count <= _MANY:
+            order, following = _swept(boxes, labels)
+            if _LISTED * int(following.sum()) <= work:
+                decided = _decide_by_sweep(boxes, areas, order, following, thresh)
+                if decided is not None:
+                    stays[left] = decided
+                    break
+        classes = np.zeros(1) if labels is None else np.unique(labels)
+        if not is_first and len(classes) * _CALLS <= work <= _CALLED:
+            stays[left[kept_class_by_class(boxes, labels, thresh)]] = True
+            break
+        if labels is not None and not is_first and count >= _ALONE * len(classes):
+            for label in classes:
                 own = (labels == label).nonzero()[0]
                 stays[left[own]] = _stay_of_able(boxes[own], areas[own], None, thresh)
             break
@@ -188,7 +209,7 @@ def _stay(boxes: NDArray[Any], labels: NDArray[Any] | None, thresh: float) -> ND
         areas = sides[:, 0] * sides[:, 1]
         if len(boxes) <= _FEW:
             return _decide_block(boxes, areas, labels, len(boxes), thresh)[0]
-        if labels is not None:
+        if labels is not None and len(boxes) <= _MANY:
             order = labels.argsort(kind="stable")
             by_class = labels[order]
             following = by_class.searchsorted(by_class, "right") - np.arange(1, len(order) + 1)
