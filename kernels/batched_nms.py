@@ -12,10 +12,12 @@ of one class, are compared by the whole GPU, block by block (``nms_blocks.py``).
 nothing waits for the GPU.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops.boxes import nms as torchvision_nms  # bound now: ours may come to stand in its place
 
@@ -23,8 +25,8 @@ from retina_fast.kernels.arguments import at_least_float32, check_boxes, counts_
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.key_sort import pack, sort_keys
 from retina_fast.kernels.nms_blocks import suppress_by_blocks
+from retina_fast.kernels.nms_cpu import best_first, kept_class_by_class, kept_of_image
 from retina_fast.kernels.nms_overlap import POSITION_BITS, count_of
-from retina_fast.kernels.nms_pairs import kept_of_pairs
 from retina_fast.kernels.nms_walk import progress_blocks, suppress_by_walks
 
 
@@ -37,44 +39,35 @@ class Kept(NamedTuple):
     """(B,) int64."""
 
 
-_SMALL = 48  # boxes of a class, up to which comparing its pairs with all others is faster than a call of its own
+FEW = 256  # boxes of one class, up to which torchvision's own function is the fastest on a CPU
 
 
-def _falling(boxes: Tensor) -> Tensor:
-    """Scores of boxes that lie best first: no two are equal."""
-    return torch.arange(len(boxes), 0, -1, device=boxes.device).to(boxes.dtype)
+def _on_host(x: Tensor) -> NDArray[Any]:
+    """A tensor's numbers, without a copy where they lie on the host."""
+    x = x.detach().resolve_neg()  # a view may stand for the numbers' negatives
+    return (x.cpu() if x.is_cuda else x).numpy()
 
 
-def _kept_by_class(boxes: Tensor, lengths: Tensor, iou_thresh: float) -> Tensor:
-    """Positions of the boxes that stay, in any order. The boxes lie class after class, best first, and lengths (C,)
-    says how many each class has."""
-    small = lengths <= (0 if boxes.is_cuda else _SMALL)
-    thresh = iou_thresh if boxes.dtype == torch.float64 else rounded_down(iou_thresh)
-    if bool(small.all()):
-        return kept_of_pairs(boxes, lengths, thresh).nonzero().squeeze(1)
-    scores, start, found = _falling(boxes), 0, []
-    for length, is_small in zip(lengths.tolist(), small.tolist(), strict=True):
-        if not is_small:
-            found.append(start + torchvision_nms(boxes[start : start + length], scores[:length], iou_thresh))
-        start += length
-    if bool(small.any()):
-        positions = small.repeat_interleave(lengths).nonzero().squeeze(1)
-        found.append(positions[kept_of_pairs(boxes[positions], lengths[small], thresh)])
-    return torch.cat(found)
-
-
-def nms_image(boxes: Tensor, scores: Tensor | None, labels: Tensor | None, iou_thresh: float) -> Tensor:
-    """Positions of the kept boxes of one image, best first; without scores the boxes lie best first."""
-    order = None if scores is None else scores.sort(descending=True, stable=True).indices
-    boxes = at_least_float32(boxes)
-    boxes = boxes if order is None else boxes[order]
-    if labels is None or bool((labels == labels[:1]).all()):
-        kept = torchvision_nms(boxes, _falling(boxes), iou_thresh)
+def nms_image(
+    boxes: Tensor, scores: Tensor | None, labels: Tensor | None, iou_thresh: float, most: int | None = None
+) -> Tensor:
+    """Positions of the kept boxes of one image, best first, at most ``most``; without scores the boxes lie best first.
+    It runs on the CPU, wherever the tensors are."""
+    boxes = at_least_float32(boxes).detach()
+    rows = _on_host(boxes)
+    classes = None if labels is None else _on_host(labels)
+    if scores is not None and 1 < len(rows) <= FEW and (classes is None or not (classes != classes[0]).any()):
+        return torchvision_nms(boxes, scores.to(boxes.dtype), iou_thresh)[:most]
+    order = None if scores is None else best_first(_on_host(at_least_float32(scores)))
+    if order is not None:
+        rows, classes = rows.take(order, axis=0), None if classes is None else classes.take(order)
+    thresh = iou_thresh if rows.dtype == np.float64 else rounded_down(iou_thresh)
+    if thresh < 0:  # boxes that are apart suppress each other
+        kept = kept_class_by_class(rows, classes, thresh)[:most]
     else:
-        by_class = (labels if order is None else labels[order]).sort(stable=True)
-        lengths = by_class.values.unique_consecutive(return_counts=True)[1]
-        kept = by_class.indices[_kept_by_class(boxes[by_class.indices], lengths, iou_thresh)].sort().values
-    return kept if order is None else order[kept]
+        kept = kept_of_image(rows, classes, thresh, most)
+    positions = torch.from_numpy(kept if order is None else order.take(kept))
+    return positions.to(boxes.device) if boxes.is_cuda else positions
 
 
 def batched_nms_reference(
@@ -90,7 +83,7 @@ def batched_nms_reference(
     kept_counts = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     for b, count in enumerate(counts_on_host(counts)):
         image_scores, image_labels = (None if rows is None else rows[b, :count] for rows in (scores, labels))
-        kept = nms_image(boxes[b, :count], image_scores, image_labels, iou_thresh)[:max_detections]
+        kept = nms_image(boxes[b, :count], image_scores, image_labels, iou_thresh, max_detections)
         positions[b, : len(kept)] = kept
         kept_counts[b] = len(kept)
     return Kept(positions, kept_counts)
@@ -121,6 +114,7 @@ def _score_keys_kernel(
             tl.store(progress_ptr + image * blocks + block, tl.zeros([TILE], tl.int32), mask=block < blocks)
 
 
+@functools.cache
 def rounded_down(value: float) -> float:
     """The greatest float32 that is not above a float64: a float32 number exceeds either both or neither."""
     near = np.float32(value)

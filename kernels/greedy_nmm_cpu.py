@@ -57,12 +57,12 @@ def _ranges(lows: NDArray[Any], lengths: NDArray[Any]) -> tuple[NDArray[Any], ND
 
 def _overlaps(a: NDArray[Any], b: NDArray[Any], match_metric: str) -> NDArray[Any]:
     """The metric of pairs of boxes (P, 4), rounded as the reference rounds it."""
-    width = np.minimum(a[:, 2], b[:, 2]) - np.maximum(a[:, 0], b[:, 0])
-    height = np.minimum(a[:, 3], b[:, 3]) - np.maximum(a[:, 1], b[:, 1])
-    intersection = np.maximum(width, 0) * np.maximum(height, 0)
-    area, other = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) for box in (a, b))
-    whole = area + other - intersection if match_metric == "IOU" else np.minimum(area, other) + 0 * (area + other)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # the sum of two areas may be infinite
+        width = np.minimum(a[:, 2], b[:, 2]) - np.maximum(a[:, 0], b[:, 0])
+        height = np.minimum(a[:, 3], b[:, 3]) - np.maximum(a[:, 1], b[:, 1])
+        intersection = np.maximum(width, 0) * np.maximum(height, 0)
+        area, other = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) for box in (a, b))
+        whole = area + other - intersection if match_metric == "IOU" else np.minimum(area, other) + 0 * (area + other)
         return intersection / whole
 
 
@@ -72,7 +72,7 @@ def _owners(
     """(N,) the box that takes each box in, itself where it is kept; -1 where the search ended before. Best first."""
     with np.errstate(over="ignore", invalid="ignore"):
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        able = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & (2 * area < np.inf))
+        able = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & (area < np.inf))
     owners = np.arange(len(boxes))  # those without an area are alone
     owners[able] = -1
     if not len(able):

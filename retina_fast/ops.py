@@ -15,7 +15,7 @@ from torchvision.ops.boxes import nms as torchvision_nms
 
 from retina_fast.kernels.anchor_matching import Matches, anchor_matching
 from retina_fast.kernels.atss_matching import atss_matching
-from retina_fast.kernels.batched_nms import Kept, nms_image
+from retina_fast.kernels.batched_nms import FEW, Kept, nms_image
 from retina_fast.kernels.batched_nms import batched_nms as padded_batched_nms
 from retina_fast.kernels.box_decode import box_decode
 from retina_fast.kernels.box_loss import box_loss
@@ -109,9 +109,11 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
 
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    if _is_scripted_or_onnx() or not _is_served(boxes, scores, iou_threshold):
+    if _are_few(boxes) or _is_scripted_or_onnx() or not _is_served(boxes, scores, iou_threshold):
         return torchvision_nms(boxes, scores, iou_threshold)
-    return _nms_op(boxes.detach(), scores.detach(), None, iou_threshold)
+    boxes, scores = boxes.detach(), scores.detach()
+    run = _kept_positions if _is_eager_on_cpu(boxes, scores) else _nms_op
+    return run(boxes, scores, None, iou_threshold)
 
 
 def _batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -122,7 +124,24 @@ def _batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: flo
     served = _is_served(boxes, scores, iou_threshold) and isinstance(idxs, Tensor) and idxs.shape == scores.shape
     if not served:
         return torchvision_batched_nms(boxes, scores, idxs, iou_threshold)
-    return _nms_op(boxes.detach(), scores.detach(), idxs, iou_threshold)
+    run = _kept_positions if _is_eager_on_cpu(boxes, scores, idxs) else _nms_op
+    return run(boxes.detach(), scores.detach(), idxs, iou_threshold)
+
+
+def _are_few(boxes: Tensor) -> bool:
+    """Whether torchvision's own function is the fastest, which also says what is wrong with its arguments."""
+    if torch.compiler.is_compiling():
+        return False
+    return isinstance(boxes, Tensor) and boxes.is_cpu and boxes.dtype == torch.float32 and boxes.numel() <= 4 * FEW
+
+
+def _is_eager_on_cpu(*tensors: Tensor) -> bool:
+    """Whether nobody watches what is done with tensors on a CPU. The calls of an operation that others can see take as
+    long as the suppression of twenty boxes."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu for x in tensors)
+    return plain and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _is_scripted_or_onnx() -> bool:
@@ -130,17 +149,16 @@ def _is_scripted_or_onnx() -> bool:
 
 
 def _is_served(boxes: Tensor, scores: Tensor, iou_threshold: float) -> bool:
-    """Whether these are tensors of shapes and dtypes that this package's suppression takes."""
+    """Whether kinds, shapes and dtypes are such that this package's suppression takes them."""
     if not isinstance(boxes, Tensor) or not isinstance(scores, Tensor):
         return False
-    fits = not boxes.is_meta and boxes.layout == torch.strided
+    fits = not boxes.is_meta and boxes.layout == scores.layout == torch.strided
     fits = fits and boxes.dim() == 2 and boxes.shape[1] == 4 and scores.shape == boxes.shape[:1]
     floats = boxes.is_floating_point() and boxes.dtype == scores.dtype
     return fits and floats and isinstance(iou_threshold, int | float)
 
 
-@torch.library.custom_op("retina_fast::nms", mutates_args=())
-def _nms_op(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:
+def _kept_positions(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:
     """Positions (D,) of the kept boxes, best first; how many there are is the shape, which the host must know."""
     if idxs is not None and (idxs.is_floating_point() or idxs.dtype == torch.bool):
         idxs = idxs.unique(return_inverse=True)[1]
@@ -152,7 +170,17 @@ def _nms_op(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: f
     return kept.positions[0, : int(kept.counts)].clone()
 
 
-@_nms_op.register_fake
+# A custom_op's checks at each call would take as long as the suppression of a hundred boxes on a CPU.
+torch.library.define(
+    "retina_fast::nms",
+    torch.library.infer_schema(_kept_positions, mutates_args=()),
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("retina_fast::nms", "default", _kept_positions)
+_nms_op = torch.ops.retina_fast.nms.default
+
+
+@torch.library.register_fake("retina_fast::nms")
 def _(boxes, scores, idxs, iou_threshold):
     return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(min=0), dtype=torch.int64)
 

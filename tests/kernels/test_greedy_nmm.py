@@ -195,6 +195,16 @@ def test_float64_is_kept_and_half_precision_is_not():
     assert greedy_nmm(boxes.bfloat16(), scores.bfloat16(), labels, counts).boxes.dtype == torch.float32
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_sum_of_two_areas_may_be_infinite(metric):
+    """Where each is finite: two of the three boxes overlap nothing then, and the third overlaps both."""
+    side = 1.5e19  # an area of 2.25e38, of at most 3.4e38
+    boxes = torch.tensor([[[0, 0, side, side], [0, 0, side, side / 3], [0, 0, side, side]]])
+    arguments = boxes, torch.tensor([[0.9, 0.8, 0.7]]), None, torch.tensor([3]), metric, 0.2, 3
+    merged = greedy_nmm(*arguments)
+    assert merged.groups.tolist() == greedy_nmm_reference(*arguments).groups.tolist() == [[0, 0, 1]]
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
 def test_empty(shape, device):
     batch, width, limit = shape

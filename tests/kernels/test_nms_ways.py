@@ -5,13 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from retina_fast import ops
-from retina_fast.kernels import batched_nms as module
 from retina_fast.kernels import nms_blocks, nms_deal
 from retina_fast.kernels.batched_nms import batched_nms_reference
 from tests.instruments.fake_gpu import launches_of
 from tests.instruments.kernel_calls import call_batched_nms
-from tests.kernels.test_batched_nms import by_kernels, clusters, equal
+from tests.kernels.test_batched_nms import by_kernels, equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy's, of interpreted kernels
 
@@ -63,20 +61,6 @@ def test_classes_are_dealt_out_in_order(with_keys, device, monkeypatch):
         assert torch.equal(found[1][b, :n], ranks.int())
         assert torch.equal(found[0][b, :n], order[ranks].int())
         assert found[2][b].tolist() == [int((groups < g).sum()) for g in range(5)]
-
-
-def test_small_and_large_classes_of_the_reference():
-    """Small ones pair by pair and large ones by torchvision, in float32 and float64, against one call a class."""
-    for dtype in (torch.float32, torch.float64):
-        boxes, scores, _ = clusters(400, 7)
-        boxes, labels = boxes.to(dtype), (torch.rand(400) ** 4 * 30).long()
-        boxes[3, 1], boxes[5, 2:], boxes[7] = float("nan"), float("inf"), boxes[7].flip(0)
-        assert labels.bincount().max() > module._SMALL > labels.bincount().min()
-        for threshold in (-0.1, 0.0, 0.3, 1.0):
-            ours = ops.batched_nms(boxes, scores.to(dtype), labels, threshold)
-            classes = [(labels == label).nonzero().squeeze(1) for label in labels.unique()]
-            kept = torch.cat([own[ops.nms(boxes[own], scores[own].to(dtype), threshold)] for own in classes])
-            assert torch.equal(ours.sort().values, kept.sort().values)
 
 
 @pytest.mark.parametrize(("batch", "groups"), [(0, 128), (1, 128), (4, 128), (5, 64), (8, 64), (32, 16), (600, 16)])

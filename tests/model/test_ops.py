@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.tv_tensors import BoundingBoxes
 
 from retina_fast import ops
+from retina_fast.kernels import batched_nms
 
 EMPTY = torch.empty(0)
 BOXES = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8], [0, 0, 9, 9]])
@@ -37,17 +40,53 @@ ODD: dict[str, tuple[Any, ...]] = {
     "int8 idxs": ("batched_nms", BOXES, SCORES, IDXS.to(torch.int8), 0.5),
     "idxs (3, 1)": ("batched_nms", BOXES, SCORES, IDXS[:, None], 0.5),
     "2 idxs": ("batched_nms", BOXES, SCORES, IDXS[:2], 0.5),
+    "uint16 idxs": ("batched_nms", BOXES, SCORES, IDXS.to(torch.uint16), 0.5),
+    "idxs that are no numbers": ("batched_nms", BOXES, SCORES, torch.tensor([float("nan")] * 3), 0.5),
+    "scores that are a list": ("nms", BOXES, SCORES.tolist(), 0.5),
+    "no scores": ("nms", BOXES, None, 0.5),
+    "sparse boxes": ("nms", BOXES.to_sparse(), SCORES, 0.5),
+    "views of negatives": (
+        "batched_nms",
+        torch._neg_view(-BOXES),
+        torch._neg_view(-SCORES),
+        torch._neg_view(-IDXS),
+        0.5,
+    ),
+    "every second number": ("batched_nms", BOXES.repeat_interleave(2, 1)[:, ::2], SCORES, IDXS, 0.5),
+    "one number for all": ("batched_nms", BOXES[:1].expand(3, 4), SCORES[:1].expand(3), IDXS[:1].expand(3), 0.5),
+    "inputs with gradients": (
+        "batched_nms",
+        BOXES.clone().requires_grad_(),
+        SCORES.clone().requires_grad_(),
+        IDXS,
+        0.5,
+    ),
+    "boxes of torchvision's own kind": (
+        "batched_nms",
+        BoundingBoxes(BOXES, format="XYXY", canvas_size=(9, 9)),
+        SCORES,
+        IDXS,
+        0.5,
+    ),
+    "a threshold that is NaN": ("batched_nms", BOXES, SCORES, IDXS, float("nan")),
+    "a threshold of NumPy's": ("nms", BOXES, SCORES, np.float32(0.5)),
+    "a threshold below 0": ("nms", BOXES, SCORES, -0.1),
     "batched boxes (3, 5)": ("batched_nms", torch.rand(3, 5), SCORES, IDXS, 0.5),
 }
 
 
+@pytest.mark.parametrize("few", [ops.FEW, 0])
 @pytest.mark.parametrize("name", ODD)
-def test_odd_input_gets_what_torchvision_gives(name):
+def test_odd_input_gets_what_torchvision_gives(name, few, monkeypatch):
+    """Also where torchvision's own function does not serve a few boxes."""
     function, *arguments = ODD[name]
+    for module in (ops, batched_nms):
+        monkeypatch.setattr(module, "FEW", few)
 
     def outcome(module):
         try:
-            return getattr(module, function)(*arguments).tolist()
+            kept = getattr(module, function)(*arguments)
+            return type(kept), kept.tolist(), kept.dtype, kept.requires_grad
         except Exception as error:
             return type(error)
 
@@ -86,7 +125,7 @@ def many(count):
 
 def test_in_a_whole_compiled_graph():
     compiled = torch.compile(Suppress(), fullgraph=True, backend="aot_eager", dynamic=True)
-    for count in (40, 7):
+    for count in (40, 7, 300):
         for found, expected in zip(compiled(*many(count)), Suppress()(*many(count)), strict=True):
             assert torch.equal(found, expected)
 
