@@ -1,48 +1,186 @@
-"""The embedded detector in eight bits on the tree photographs: AP50 in each runtime, and the time against float32.
+"""Detectors in eight bits: their speed beside the runtimes' own 8-bit, and AP50 on the tree photographs.
 
-    python -m benchmarks.models.eight_bits
+    python -m benchmarks.models.eight_bits speed --threads 1 2
+    python -m benchmarks.models.eight_bits trees runs/mine/model.pt
 
-It is calibrated on 12 tiles of the training photographs, and judged on the held-out parts and two other forests. The
-engines take turns on one picture; beside the median of the wall clock stands that of the processor's time, which other
-work on the machine disturbs less.
+``speed`` takes the embedded detector and ResNet-50 v1 and v2 with 91 classes, at 800x800, from image to detections.
+The engine in float32 is the unit. Beside it runs the engine in eight bits by each runtime, and the same engine around
+trunk and heads as the runtimes' own tools quantise them, the last convs included: ONNX Runtime's ``quantize_static``
+with a scale a channel and uint8 activations, and ``nncf.quantize`` for OpenVINO, where nncf is installed. The
+ResNet-50s have random weights; their norms have seen the picture, and their logits are scaled and shifted so that one
+cell in twenty has a score above the threshold. The engines take turns; medians are given of the wall clock and of the
+processor's time, which other work on the machine disturbs less.
+
+``trees`` is AP50 of the embedded detector, or of a model file, in float32 and in eight bits by each runtime: calibrated
+on 12 tiles of the training photographs, judged on the held-out parts and two other forests.
 """
 
+import argparse
 import copy
 import statistics
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from demo.trees import prepare
-from retina_fast import compile_inference
+from retina_fast import RetinaNet, compile_inference, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
 from retina_fast.data.coco import CocoDataset, read_image
 from retina_fast.deploy.engine import Engine
-from retina_fast.deploy.onnx_network import RUNTIMES, Network
+from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
+from retina_fast.deploy.onnx_network import RUNTIMES, Network, trace
+from retina_fast.deploy.report import pixels_of
+from retina_fast.forward import LOGITS, run_convs
 from retina_fast.predict.evaluate import evaluate
 from retina_fast.predict.load import TREES, load_model
 
 SPLITS = ("heldout", "OSBS_029", "SOAP_061")
-SIDES = (512, 800)
+SIDE = 800
 ROUNDS = 7
+SAMPLES = 2
+"""Pictures for calibration where only the speed is asked for."""
+CELLS = 0.05
+"""The share of cells with a score above the threshold, of random weights."""
+
+
+class Rival(Network):
+    """Trunk and heads in the hands of another quantiser."""
+
+    def __init__(self, runtime: str, open_it: Callable[[], Callable[[Any], Sequence[Any]]]) -> None:
+        super().__init__(b"", runtime)
+        self.open_it = open_it
+        self.opened: dict[int, Callable[[Any], Sequence[Any]]] = {}
+
+    def run(self, pixels: Tensor) -> list[Tensor]:
+        """The outputs of the graph, by a session with as many threads as PyTorch has."""
+        threads = torch.get_num_threads()
+        if threads not in self.opened:
+            self.opened[threads] = self.open_it()
+        return [torch.from_numpy(output) for output in self.opened[threads](pixels.contiguous().numpy())]
+
+
+def onnxruntimes_own(proto: Any, batches: Sequence[Any]) -> Rival:
+    """onnxruntime.quantization by its defaults for processors with AVX-512 VNNI."""
+    import onnx
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):
+        left = iter([{"pixels": batch} for batch in batches])
+
+        def get_next(self) -> Any:
+            return next(self.left, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        given, folded, made = (str(Path(folder) / f"{name}.onnx") for name in ("given", "folded", "made"))
+        onnx.save(proto, given)
+        quantization.quant_pre_process(given, folded, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            folded,
+            made,
+            Reader(),
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            # Not InstanceNormalization, of which GroupNorm is made: the quantiser raises an error at its weights.
+            op_types_to_quantize=["Conv", "Relu", "Add", "MaxPool", "Resize"],
+        )
+        content = Path(made).read_bytes()
+    return Rival("ONNX Runtime", lambda: RUNTIMES["ONNX Runtime"](content))
+
+
+def openvinos_own(proto: Any, batches: Sequence[Any]) -> Rival:
+    """nncf.quantize by its defaults."""
+    import nncf
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(proto.SerializeToString(), b"")
+    made = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
+    made.reshape(list(batches[0].shape))
+
+    def opened() -> Callable[[Any], Sequence[Any]]:
+        options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        compiled = core.compile_model(made, "CPU", options | {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
+
+        def run(pixels: Any) -> list[Any]:
+            outputs = compiled(pixels, share_outputs=True)
+            return [outputs[i] for i in range(len(outputs))]
+
+        return run
+
+    return Rival("OpenVINO", opened)
+
+
+def with_network(engine: Engine, network: Network) -> Engine:
+    """A copy of the engine around another network."""
+    own = copy.deepcopy(engine)
+    own.settings = replace(own.settings, network=network)
+    own.prepare()
+    return own
 
 
 def by_runtime(engine: Engine) -> dict[str, Engine]:
     """The engine in eight bits by each runtime that is installed."""
+    network, choice = engine.settings.network, engine.report.runtime_choice
+    assert network is not None
+    assert choice is not None
+    return {
+        f"int8, {runtime}": with_network(engine, Network(network.content, runtime, network.sieve))
+        for runtime in RUNTIMES
+        if runtime in choice.seconds
+    }
+
+
+def rivals(model: RetinaNet, engine: Engine, pictures: Sequence[Tensor]) -> dict[str, Engine]:
+    """The engine around what the runtimes' own quantisers make of the model."""
+    own = copy.deepcopy(model).eval().requires_grad_(False)
+    fold_batch_norm(own, partial(conv_outputs, own, torch.rand(1, 3, 128, 128)))
+    proto = trace(own, own.transform.size_divisible)
+    batches = [pixels_of(own, picture).numpy() for picture in pictures]
+    engines = {}
+    for name, make in (("ONNX Runtime's own int8", onnxruntimes_own), ("OpenVINO's own int8", openvinos_own)):
+        try:
+            engines[name] = with_network(engine, make(proto, batches))
+        except ModuleNotFoundError as error:
+            print(f"{name} was left out: {error}")
+    return engines
+
+
+@torch.no_grad()
+def random_model(build: Callable[..., RetinaNet], picture: Tensor) -> RetinaNet:
+    """A model with random weights that has as many candidates as a trained one may have."""
+    torch.manual_seed(0)
+    model = build(num_classes=91, weights=None, weights_backbone=None, min_size=SIDE, max_size=SIDE)
+    pixels = pixels_of(model.eval(), picture)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+    model.backbone.train()(pixels)
+    model.eval()
+    last: Any = model.head.classification_head.cls_logits
+    last.weight.copy_(last.weight[:1] + last.weight / 5)  # what all classes share makes foreground and background
+    last.bias.zero_()
+    levels = run_convs(model, pixels)[1][LOGITS]
+    logits = torch.cat([level.permute(0, 2, 3, 1).flatten(0, 2) for level in levels])  # (cells, A*K)
+    scale, offsets = 2 / logits.std(), -4 * torch.rand(len(last.bias))
+    above = torch.quantile((scale * logits + offsets).amax(dim=1), 1 - CELLS)
+    last.weight *= scale
+    last.bias.copy_(offsets - above + torch.logit(torch.tensor(model.score_thresh)))
+    return model
+
+
+def candidates(engine: Engine, image: Tensor) -> float:
+    """The share of cells at which the last convs run in float32."""
     network = engine.settings.network
     assert network is not None
-    assert engine.report.runtime_choice is not None
-    engines = {}
-    for runtime in RUNTIMES:
-        if runtime in engine.report.runtime_choice.seconds:
-            engines[f"int8, {runtime}"] = own = copy.deepcopy(engine)
-            own.settings = replace(own.settings, network=Network(network.content, runtime))
-            own.prepare()
-    return engines
+    levels = network(engine.model, pixels_of(engine.model, image))[1][LOGITS]
+    return float(torch.cat([(level.amax(dim=1) > -torch.inf).flatten() for level in levels]).float().mean())
 
 
 def medians(engines: Mapping[str, Any], image: Tensor) -> dict[str, tuple[float, float]]:
@@ -59,30 +197,69 @@ def medians(engines: Mapping[str, Any], image: Tensor) -> dict[str, tuple[float,
     }
 
 
-def main() -> None:
-    """Print the report of the engine in eight bits, then the times, then AP50."""
+def speed(names: Sequence[str], threads: Sequence[int]) -> None:
+    """Print the time of each network in each way."""
+    tiles = training_tiles()[:SAMPLES]
+    pictures = [F.interpolate(tile[None].float(), size=SIDE)[0].to(torch.uint8) for tile in tiles]
+    for name in names:
+        if name == "embedded":
+            model = load_model(TREES)[0].cpu()
+            model.transform.min_size, model.transform.max_size = (SIDE,), SIDE
+        else:
+            build = {"resnet50": retinanet_resnet50_fpn, "resnet50_v2": retinanet_resnet50_fpn_v2}[name]
+            model = random_model(build, pictures[0])
+        engine = compile_inference(model, pictures, dtype=torch.int8)
+        engines = {"float32, PyTorch": compile_inference(model, dtype=torch.float32), **by_runtime(engine)}
+        engines |= rivals(model, engine, pictures)
+        print(f"{name}: {100 * candidates(engine, pictures[0]):.1f}% of the cells are candidates", flush=True)
+        for count in threads:
+            torch.set_num_threads(count)
+            found = medians({way: copy.deepcopy(engine) for way, engine in engines.items()}, pictures[0])
+            base = found["float32, PyTorch"]
+            for way, (wall, used) in found.items():
+                print(
+                    f"{name} at {SIDE}x{SIDE}, {count} threads, {way}: {1000 * wall:.0f} ms, {base[0] / wall:.2f} "
+                    f"times the speed; {1000 * used:.0f} ms of the processor, {base[1] / used:.2f} times",
+                    flush=True,
+                )
+
+
+def training_tiles() -> list[Tensor]:
+    """Twelve tiles of the training photographs."""
+    return [read_image(path).as_subclass(Tensor) for path in sorted((prepare() / "train").glob("*.png"))[::3][:12]]
+
+
+def trees(file: Path, float32_share: float) -> None:
+    """Print the report of the engine in eight bits, and AP50 in each runtime."""
     folder = prepare()
-    model, content = load_model(TREES)
-    tiles = [read_image(path).as_subclass(Tensor) for path in sorted((folder / "train").glob("*.png"))[::3][:12]]
-    engine = compile_inference(model, tiles, dtype=torch.int8)
+    model, content = load_model(file)
+    model = model.cpu()
+    engine = compile_inference(model, training_tiles(), dtype=torch.int8, float32_share=float32_share)
     print(engine, flush=True)
     engines = {"float32, PyTorch": compile_inference(model, dtype=torch.float32), **by_runtime(engine)}
-    for side in SIDES:
-        image = F.interpolate(tiles[0][None].float(), size=side)[0].to(torch.uint8)
-        found = medians(engines, image)
-        base = found["float32, PyTorch"]
-        for name, (wall, used) in found.items():
-            print(
-                f"{side}x{side}, {torch.get_num_threads()} threads, {name}: {1000 * wall:.0f} ms, {base[0] / wall:.2f} "
-                f"times the speed; {1000 * used:.0f} ms of the processor, {base[1] / used:.2f} times",
-                flush=True,
-            )
     for split in SPLITS:
         data = CocoDataset(folder / f"{split}.json", folder / split)
         for name, detector in engines.items():
             judged = evaluate(detector, content.classes, data, workers=0)
             if judged:
                 print(f"{name}: AP50 of {split} {100 * judged.metrics.values['AP50']:.2f}", flush=True)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    part = parts.add_parser("speed")
+    part.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    part.add_argument("--networks", nargs="+", default=["embedded", "resnet50", "resnet50_v2"])
+    part = parts.add_parser("trees")
+    part.add_argument("file", type=Path, nargs="?", default=TREES)
+    part.add_argument("--float32-share", type=float, default=0.0)
+    given = parser.parse_args()
+    if given.part == "speed":
+        speed(given.networks, given.threads)
+    else:
+        trees(given.file, given.float32_share)
 
 
 if __name__ == "__main__":

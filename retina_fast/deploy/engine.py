@@ -283,7 +283,7 @@ def compile_inference(
     if len(images):
         plain = copy.deepcopy(model).eval() if model.training else model
         with timed_convs():
-            engine.report.difference = difference(plain, own, images, network or run_convs)
+            engine.report.difference = difference(plain, own, images, network.everywhere if network else run_convs)
             if dtype == torch.int8 and other:
                 other.kept = compare_with(plain, engine, images)
     return engine

@@ -14,6 +14,7 @@ from retina_fast.data.errors import UserError
 from retina_fast.deploy.eight_bits.agreement import COMPARED, SEARCHED, Found, Kept, compare
 from retina_fast.deploy.eight_bits.calibration import calibration_images
 from retina_fast.deploy.eight_bits.quantize import Quantizer
+from retina_fast.deploy.eight_bits.sieve import sieved
 from retina_fast.deploy.fusion.fold import even_out_groups
 from retina_fast.deploy.onnx_network import RUNTIMES, Network, fastest, trace
 from retina_fast.deploy.report import RuntimeChoice, pixels_of
@@ -54,7 +55,7 @@ def choose_network(
         even_out_groups(model)
     pixels = pixels_of(model, images[0])
     proto = trace(model, model.transform.size_divisible)
-    layers, left = 0, []
+    layers, left, sieve = 0, [], None
     if eight_bits:
 
         def feeds() -> Iterator[Any]:
@@ -65,7 +66,12 @@ def choose_network(
         searched = [pixels_of(model, image).numpy() for image in images[:SEARCHED]]
         left += quantizer.most_changing(float32_share, searched) if float32_share else []
         proto, layers = quantizer.quantized(left), len(quantizer.layers) - len(left)
-    networks = {name: Network(proto.SerializeToString(), name) for name in RUNTIMES}
+        made = sieved(proto, quantizer.ranges)
+        if made:
+            proto, sieve = made
+            run = Network(proto.SerializeToString(), "ONNX Runtime").run
+            sieve = sieve.measured(run(pixels_of(model, image)) for image in images[:SEARCHED])
+    networks = {name: Network(proto.SerializeToString(), name, sieve) for name in RUNTIMES}
     runs: dict[str, Callable[[], Any]] = {name: partial(run, model, pixels) for name, run in networks.items()}
     if not eight_bits:
         batch = pixels.contiguous(memory_format=torch.channels_last)
@@ -75,7 +81,8 @@ def choose_network(
     if not seconds:
         raise UserError(f"no runtime runs the graph: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
     best = min(seconds, key=lambda name: seconds[name])
-    return networks.get(best), RuntimeChoice(best, tuple(pixels.shape[2:]), seconds, failed, layers, left, len(images))
+    size, margin = tuple(pixels.shape[2:]), sieve.margin if sieve else None
+    return networks.get(best), RuntimeChoice(best, size, seconds, failed, layers, left, len(images), margin)
 
 
 def compare_with(model: RetinaNet, engine: Callable[..., Any], images: Sequence[Tensor]) -> Kept:

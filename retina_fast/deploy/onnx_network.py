@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.deploy.export.onnx_file import QUANTIZED_OPSET, onnx_session, translate
 from retina_fast.forward import DELTAS, LOGITS, run_convs
 from retina_fast.model import RetinaNet
@@ -23,7 +24,10 @@ _COMPILED = 8  # shapes; the one compiled longest ago goes
 
 
 class _Outputs(nn.Module):
-    """What is traced: the levels of the logits, then those of the box offsets."""
+    """What is traced: the levels of the logits, then those of the box offsets, (B, H, W, channels) each.
+
+    That is how convs in channels_last memory write them, so that neither a runtime nor the postprocess turns them.
+    """
 
     def __init__(self, model: RetinaNet) -> None:
         super().__init__()
@@ -31,7 +35,8 @@ class _Outputs(nn.Module):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         returned = run_convs(self.model, pixels)[1]
-        return [level for name in (LOGITS, DELTAS) for level in _levels(returned[name])]
+        levels = [level for name in (LOGITS, DELTAS) for level in _levels(returned[name])]
+        return [level.permute(0, 2, 3, 1) if level.dim() == 4 else level for level in levels]
 
 
 def _levels(output: Any) -> list[Tensor]:
@@ -46,7 +51,8 @@ def trace(model: RetinaNet, multiple: int) -> Any:
         multiple: of which H and W are multiples.
     """
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    pixels = torch.zeros(2, 3, 4 * multiple, 6 * multiple, device="cpu")
+    # Large enough that no level has a single row, which the exporter would take for a constant.
+    pixels = torch.zeros(2, 3, 8 * multiple, 12 * multiple, device="cpu")
     height, width = (multiple * torch.export.Dim(name, min=1) for name in ("height", "width"))
     shapes = {"pixels": {0: torch.export.Dim("batch", min=1), 2: height, 3: width}}
     with torch.no_grad():
@@ -60,26 +66,47 @@ class Network:
     """Trunk and heads in another runtime: called in place of :func:`retina_fast.forward.run_convs`.
 
     Args:
-        content: an ONNX file of :func:`trace`, quantised or not.
+        content: an ONNX file of :func:`trace`, quantised or not; with a sieve, that of
+            :func:`retina_fast.deploy.eight_bits.sieve.sieved`.
         runtime: a key of :data:`RUNTIMES`.
+        sieve: what computes the last convs, at the cells in which a detection can be.
     """
 
-    def __init__(self, content: bytes, runtime: str) -> None:
-        self.content, self.runtime = content, runtime
+    def __init__(self, content: bytes, runtime: str, sieve: Sieve | None = None) -> None:
+        self.content, self.runtime, self.sieve = content, runtime, sieve
         self._run: Run | None = None
         self._forms: dict[tuple[int, ...], tuple[list[Tensor], dict[str, int | None]]] = {}
 
     def __call__(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Mapping[str, Any]]:
-        """``pixels`` (B, 3, H, W) float32. Of the features only the shapes are right: anchors need no more."""
+        """``pixels`` (B, 3, H, W) float32. Of the features only the shapes are right: anchors need no more.
+
+        With a sieve, logits are minus infinity where no score exceeds the model's threshold. What is returned may be
+        written over by the next call.
+        """
+        return self._outputs(model, pixels, model.score_thresh)
+
+    def everywhere(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Mapping[str, Any]]:
+        """The same, with the logits and box offsets of all cells."""
+        return self._outputs(model, pixels, 0.0)
+
+    def _outputs(self, model: Any, pixels: Tensor, threshold: float) -> tuple[list[Tensor], Mapping[str, Any]]:
+        features, counts = self._form(model, pixels)
+        outputs = self.run(pixels)
+        returned: dict[str, Any] = {}
+        if self.sieve:
+            returned[LOGITS], returned[DELTAS] = self.sieve(outputs, threshold)
+        else:
+            outputs = [level.permute(0, 3, 1, 2) if level.dim() == 4 else level for level in outputs]
+            for name, count in counts.items():
+                returned[name] = outputs[0] if count is None else outputs[:count]
+                outputs = outputs[count or 1 :]
+        return [level.expand(len(pixels), -1, -1, -1) for level in features], returned
+
+    def run(self, pixels: Tensor) -> list[Tensor]:
+        """The outputs of the graph."""
         if self._run is None:
             self._run = RUNTIMES[self.runtime](self.content)
-        features, counts = self._form(model, pixels)
-        outputs = [torch.from_numpy(output) for output in self._run(pixels.contiguous().numpy())]
-        returned: dict[str, Any] = {}
-        for name, count in counts.items():
-            returned[name] = outputs[0] if count is None else outputs[:count]
-            outputs = outputs[count or 1 :]
-        return [level.expand(len(pixels), -1, -1, -1) for level in features], returned
+        return [torch.from_numpy(output) for output in self._run(pixels.contiguous().numpy())]
 
     def _form(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], dict[str, int | None]]:
         """The features of one image, empty, and how many levels the heads return of each output."""
@@ -125,8 +152,8 @@ def _openvino(content: bytes) -> Run:
                 del compiled[next(iter(compiled))]
             model.reshape(list(pixels.shape))
             compiled[pixels.shape] = core.compile_model(model, "CPU", options)
-        outputs = compiled[pixels.shape](pixels)
-        return [outputs[i].copy() for i in range(len(outputs))]  # the next call writes over them
+        outputs = compiled[pixels.shape](pixels, share_outputs=True)  # the next call writes over them
+        return [outputs[i] for i in range(len(outputs))]
 
     return run
 

@@ -46,6 +46,9 @@ class RuntimeChoice:
     """The weights of those that do not, by ``float32_share``."""
     images: int
     """How many images were given, on which eight bits are calibrated."""
+    margin: float | None = None
+    """Where 8-bit logits decide at which cells the last convs run: what is added to them before they are compared with
+    the score threshold."""
     kept: Kept | None = None
     """What became of the detections in the images, in eight bits."""
 
@@ -59,6 +62,11 @@ class RuntimeChoice:
             lines.append(
                 f"{self.layers} layers in eight bits, {len(self.float32_layers)} left in float32, calibrated with "
                 f"{self.images} images"
+            )
+        if self.margin is not None:
+            lines.append(
+                "last convs in float32, at cells where a logit in eight bits plus "
+                f"{self.margin:.2g} exceeds the threshold"
             )
         if self.kept:
             lines.append(f"in eight bits: {self.kept}")

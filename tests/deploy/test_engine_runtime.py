@@ -51,7 +51,8 @@ def stand_in(monkeypatch, model):
 
         @torch.no_grad()
         def run(pixels):
-            return [output.numpy() for output in conv_outputs(model, torch.from_numpy(pixels))[levels:]]
+            outputs = conv_outputs(model, torch.from_numpy(pixels))[levels:]
+            return [output.permute(0, 2, 3, 1).numpy() for output in outputs]
 
         return run
 

@@ -19,6 +19,8 @@ SCORE = 0.1
 """... and a score that differs by at most this."""
 LEAST_KEPT = 0.95
 """If a smaller share of the detections is kept, or if more than the rest is new, it is warned of."""
+FEW_FOUND = 10
+"""Fewer detections than that are warned of: they say little."""
 
 Found = Mapping[str, Tensor]
 
@@ -64,7 +66,7 @@ class Kept:
         )
 
     def warn(self, what: str, stacklevel: int = 2) -> None:
-        """Warn if there was nothing to compare, or if more than one in twenty detections changed.
+        """Warn if there was little to compare, or if more than one in twenty detections changed.
 
         Args:
             what: the subject of the sentence, such as ``the file``.
@@ -76,7 +78,14 @@ class Kept:
                 "give images of the kind that the detector is for",
                 stacklevel=stacklevel + 1,
             )
-        elif self.kept < LEAST_KEPT * self.found or self.new > (1 - LEAST_KEPT) * self.found:
+            return
+        if self.found < FEW_FOUND:
+            warnings.warn(
+                f"the model finds {self.found} objects in {self.images} images for calibration, which is too few to "
+                f"show how good {what} is: give images of the kind that the detector is for",
+                stacklevel=stacklevel + 1,
+            )
+        if self.kept < LEAST_KEPT * self.found or self.new > (1 - LEAST_KEPT) * self.found:
             warnings.warn(
                 f"{what} detects differently in eight bits: {self}; give more images for calibration, or "
                 "leave layers in float32 by float32_share",

@@ -16,7 +16,7 @@ Images = Iterable[Tensor] | str | Path
 MOST_FILES = 300
 """Of a folder with more images, so many are read, evenly spread over their names: ranges have settled long before."""
 FEW = 8
-"""Fewer images than that are warned of."""
+"""Fewer images than that, without those of a single colour, are warned of."""
 
 
 def calibration_images(images: Images, size: tuple[int, int] | None = None, prepared: bool = False) -> Iterator[Tensor]:
@@ -33,7 +33,7 @@ def calibration_images(images: Images, size: tuple[int, int] | None = None, prep
             all have a single colour each: they would say nothing about the ranges.
 
     Warns:
-        UserWarning: for fewer than 8 images.
+        UserWarning: for fewer than 8 images, without those of a single colour.
 
     Example::
 
@@ -73,10 +73,11 @@ def _checked(named: Iterable[tuple[str, Tensor]], size: tuple[int, int] | None, 
     if plain == count:
         which = "the image" if count == 1 else f"the {count} images"
         raise UserError(f"{which} for calibration must show something, but have a single colour each")
-    if count < FEW:
+    if count - plain < FEW:
+        without = f" ({plain} more have a single colour each)" if plain else ""
         warnings.warn(
-            f"calibrated with {count} images alone, so that other images may exceed the ranges: give at least {FEW}, "
-            "better 50, of the kind that the detector will see",
+            f"calibrated with {count - plain} images alone{without}, so that other images may exceed the ranges: give "
+            f"at least {FEW}, better 50, of the kind that the detector will see",
             stacklevel=2,
         )
 

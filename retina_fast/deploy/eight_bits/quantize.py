@@ -59,7 +59,7 @@ class Quantizer:
         self.layers, self._nodes, self._in_float = _quantizable(proto)
         if not self.layers:
             raise UserError("the model has no conv that could compute in eight bits: all but the last ones would")
-        self._ranges = _ranges(_ahead_of_last_convs(proto, self._nodes), feeds)
+        self.ranges: Mapping[str, Any] = _ranges(_heads(proto), feeds)
 
     def quantized(self, but: Collection[str] = ()) -> Any:
         """The graph in eight bits, a new ModelProto, but for the layers of these names, which stay in float32."""
@@ -104,7 +104,7 @@ class Quantizer:
             False,  # 8 bits of weights, not 7
             QuantType.QInt8,
             QuantType.QUInt8,
-            self._ranges,
+            self.ranges,
             nodes,
             [],
             list(_TYPES),
@@ -206,13 +206,6 @@ def _change(before: Sequence[Any], after: Sequence[Any]) -> float:
         float(((ours - theirs) ** 2).mean() / max(theirs.var(), 1e-12))
         for theirs, ours in zip(before, after, strict=True)
     )
-
-
-def _ahead_of_last_convs(proto: Any, nodes: Collection[str]) -> Any:
-    """The part of a graph that computes the outputs of these nodes."""
-    chosen = [node for node in proto.graph.node if node.name in set(nodes)]
-    read = {name for node in chosen for name in node.input}
-    return _part(proto, [name for node in chosen for name in node.output if name not in read])
 
 
 def _part(proto: Any, ends: list[str]) -> Any:

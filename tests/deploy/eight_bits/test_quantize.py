@@ -206,8 +206,11 @@ def test_bad_calibration_images_are_named(tmp_path):
         list(calibration_images([good], (8, 12), prepared=True))
     with pytest.raises(UserError, match="prepared images cannot be read from image files"):
         calibration_images(tmp_path, prepared=True)
-    with pytest.warns(UserWarning, match="calibrated with 2 images alone"):
+    with pytest.warns(UserWarning, match="calibrated with 2 images alone, so"):
         list(calibration_images([good, good]))
+    black = torch.zeros_like(good)
+    with pytest.warns(UserWarning, match=r"calibrated with 1 images alone \(7 more have a single colour each\)"):
+        list(calibration_images([good] + [black] * 7))
 
 
 def found(*boxes, scores, labels=None):
@@ -236,6 +239,8 @@ def test_detections_that_are_kept():
     kept = compare([(nothing, nothing)])
     with pytest.warns(UserWarning, match="the model finds nothing in the images for calibration"):
         kept.warn("the file")
+    with pytest.warns(UserWarning, match="the model finds 8 objects in 4 images for calibration, which is too few"):
+        compare([(theirs, theirs)] * 4).warn("the file")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compare([(theirs, theirs)]).warn("the file")
+        compare([(theirs, theirs)] * 5).warn("the file")

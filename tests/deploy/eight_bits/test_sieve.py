@@ -1,0 +1,152 @@
+"""The last convs where a detection can be: exact there, and no cell above the threshold is missed."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from retina_fast.deploy.eight_bits.sieve import MARGIN, LastConv, Sieve, sieved
+from tests.deploy.eight_bits.test_quantize import noise
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def last_conv(outputs, kernel=(3, 3)):
+    weight = torch.randn(outputs, 5, *kernel).contiguous(memory_format=torch.channels_last)
+    above, left = (side // 2 for side in kernel)
+    return LastConv(weight, torch.randn(outputs), (above, left, above, left))
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (3, 5)])
+def test_a_conv_at_some_cells_and_at_all(kernel):
+    conv, features = last_conv(7, kernel), torch.randn(2, 6, 9, 5)
+    expected = F.conv2d(
+        features.permute(0, 3, 1, 2).double(), conv.weight.double(), conv.bias.double(), padding=conv.pads[:2]
+    ).permute(0, 2, 3, 1)
+    torch.testing.assert_close(conv.everywhere(features).double(), expected, rtol=1e-5, atol=1e-5)
+    cells = (torch.rand(2, 6, 9) < 0.5).nonzero(as_tuple=True)
+    given = features.clone()
+    torch.testing.assert_close(conv.at(features, cells).double(), expected[cells], rtol=1e-5, atol=1e-5)
+    assert torch.equal(features, given)
+
+
+def outputs_of(codes):
+    """One level of codes (H, W) as a graph gives them: the second of three logits has the code, the others 0."""
+    codes = torch.tensor(codes, dtype=torch.uint8)[None, :, :, None]
+    features = torch.randn(2, 1, *codes.shape[1:3], 5)
+    return [F.pad(codes, (1, 1)), *features]
+
+
+def test_cells_are_chosen_by_code_margin_and_threshold():
+    sieve = Sieve(last_conv(3), last_conv(4), ((0.5, 10),), margin=1.0)  # logit -5 has code 0, 0 has 10
+    outputs = outputs_of([[0, 7, 8, 255], [3, 4, 9, 0]])
+
+    def cells(threshold, sieve=sieve):
+        (logits,), (deltas,) = sieve(outputs, threshold)
+        assert logits.shape == (1, 3, 2, 4)
+        assert deltas.shape == (1, 4, 2, 4)
+        chosen = (logits > -math.inf).all(dim=1)[0]
+        exact = sieve.logits.everywhere(outputs[1])[0], sieve.deltas.everywhere(outputs[2])[0]
+        for given, right in zip((logits, deltas), exact, strict=True):
+            torch.testing.assert_close(given[0].permute(1, 2, 0)[chosen], right[chosen], rtol=1e-5, atol=1e-5)
+        assert (logits[0].amax(dim=0)[~chosen] == -math.inf).all()
+        assert not deltas[0][:, ~chosen].any()
+        return chosen.int().tolist()
+
+    assert cells(0.5) == [[0, 0, 1, 1], [0, 0, 1, 0]]  # logit 0, less the margin: -1, which has code 8
+    assert cells(0.5, replace(sieve, margin=0.0)) == [[0, 0, 0, 1], [0, 0, 0, 0]]
+    assert cells(torch.tensor(0.2).logit().neg().sigmoid().item()) == [[0, 0, 0, 1], [0, 0, 0, 0]]
+    assert cells(1.0) == [[0, 0, 0, 1], [0, 0, 0, 0]]  # 255 stands for any greater logit
+    everywhere = [[1] * 4] * 2
+    assert cells(0.0) == cells(-1.0) == cells(0.001) == everywhere  # code 0 stands for any lower logit
+    assert cells(0.1) == everywhere  # more than half of the cells: dense
+
+
+def graph(last="Conv"):
+    """Two levels, of 16x16 and 8x8 cells, whose logits and box offsets are convs of one tower each."""
+    onnx = pytest.importorskip("onnx")
+    make, array = onnx.helper.make_node, onnx.numpy_helper.from_array
+    pads = {"pads": [1, 1, 1, 1]}
+    nodes = [make("MaxPool", ["x"], ["x1"], "pool", kernel_shape=[2, 2], strides=[2, 2])]
+    for i, level in enumerate(("x", "x1")):
+        nodes += [
+            make("Conv", [level, "w", "b"], [f"c{i}"], f"tower{i}", **pads),
+            make("Relu", [f"c{i}"], [f"r{i}"], f"relu{i}"),
+            make("Conv", [f"r{i}", "w_logits", "b_logits"], [f"l{i}"], f"logits{i}", **pads),
+            make("Conv", [f"r{i}", "w_deltas"], [f"d{i}"], f"deltas{i}", **pads),
+        ]
+    for i, name in enumerate(("l0", "l1", "d0", "d1")):
+        nodes.append(make("Transpose", [name], [f"output{i}"], f"turn{i}", perm=[0, 2, 3, 1]))
+    if last != "Conv":
+        nodes[-1] = make("Tanh", ["d1"], ["output3"], "tanh")
+    values = {
+        "w": noise(4, 3, 3, 3), "b": noise(4), "w_logits": noise(6, 4, 3, 3, seed=1) / 3,
+        "b_logits": noise(6) - 4, "w_deltas": noise(8, 4, 3, 3, seed=2),
+    }  # fmt: skip
+    value = onnx.helper.make_tensor_value_info
+    made = onnx.helper.make_graph(
+        nodes,
+        "graph",
+        [value("x", 1, ["batch", 3, "height", "width"])],
+        [value(f"output{i}", 1, [None] * 4) for i in range(4)],
+        [array(np.asarray(number), name) for name, number in values.items()],
+    )
+    model = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def test_no_cell_above_the_threshold_is_missed():
+    onnx = pytest.importorskip("onnx")
+    ort = pytest.importorskip("onnxruntime")
+    from retina_fast.deploy.eight_bits.quantize import Quantizer
+
+    def run(proto, x):
+        session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        return [torch.from_numpy(output) for output in session.run(None, {"x": x})]
+
+    quantizer = Quantizer(graph(), (noise(1, 3, 16, 16, seed=i) for i in range(4)))
+    quantized = quantizer.quantized()
+    made = sieved(quantized, quantizer.ranges)
+    assert made
+    proto, sieve = made
+    onnx.checker.check_model(proto, full_check=True)
+    weights = {weight.name for weight in proto.graph.initializer}
+    assert not {"w_logits", "b_logits", "w_deltas"} & weights  # the sieve has them
+    samples = [run(proto, noise(1, 3, 16, 16, seed=i)) for i in range(4)]
+    sieve = sieve.measured(samples)
+    assert 0 < sieve.margin < 1
+    errors = [
+        (sieve.logits.everywhere(outputs[2 + i]) - scale * (outputs[i].float() - zero))[outputs[i] < 255].max()
+        for outputs in samples
+        for i, (scale, zero) in enumerate(sieve.codes)
+    ]
+    assert sieve.margin == pytest.approx(MARGIN * float(max(errors)))
+    x = noise(2, 3, 24, 16, seed=9)
+    exact = run(quantized, x)  # whose last convs are in float32
+    sifted = 0
+    for threshold in (0.02, 0.05, 0.3, 0.9):
+        logits, deltas = sieve(run(proto, x), threshold)
+        for i in range(2):
+            chosen = (logits[i] > -math.inf).all(dim=1)
+            assert not ((exact[i].sigmoid() > threshold).any(dim=3) & ~chosen).any()
+            for ours, theirs in ((logits[i], exact[i]), (deltas[i], exact[2 + i])):
+                torch.testing.assert_close(ours.permute(0, 2, 3, 1)[chosen], theirs[chosen], rtol=1e-4, atol=1e-4)
+            sifted += int((~chosen).sum())
+    assert sifted > 500
+
+
+def test_other_outputs_than_those_of_two_convs_are_left_alone():
+    pytest.importorskip("onnxruntime")
+    assert sieved(graph("Tanh"), {}) is None
+    apart = graph()
+    apart.graph.node[-5].input[1] = "w_other"  # the box offsets of the second level by another weight
+    other = apart.graph.initializer[-1]
+    apart.graph.initializer.add().CopyFrom(other)
+    apart.graph.initializer[-1].name = "w_other"
+    assert sieved(apart, {}) is None
