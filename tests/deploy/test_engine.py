@@ -38,8 +38,9 @@ def test_float32_finds_what_the_model_finds(trees, photograph, device):
     own = compile_inference(trees, dtype=torch.float32)
     batch = [photograph, photograph[:, 40:200, 20:]]
     for found, expected in zip(own(batch), trees([image.to(device) for image in floats(batch)]), strict=True):
-        assert len(expected["boxes"]) > 5
-        torch.testing.assert_close(found["boxes"], expected["boxes"], rtol=0, atol=0.01)
+        assert len(found["boxes"]) == len(expected["boxes"]) > 5
+        best = slice(0, 100)  # of the many below, scores that differ in their last bits come in any order
+        torch.testing.assert_close(found["boxes"][best], expected["boxes"][best], rtol=0, atol=0.01)
         torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=2e-4)
         assert torch.equal(found["labels"], expected["labels"])
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from retina_fast import compile_inference
+from retina_fast.deploy.fusion import layers
 from retina_fast.deploy.fusion.fuse import count_convs, fuse_convs
 from retina_fast.deploy.fusion.layers import FusedConv
 from retina_fast.deploy.tuned import Chooser, choose_ways
@@ -92,8 +93,9 @@ def test_ways_are_chosen_anew_in_another_dtype(path, monkeypatch):
     assert before["winograd"] > 0 == after["winograd"]
 
 
-def test_a_way_steps_aside_where_it_does_not_serve():
+def test_a_way_steps_aside_where_it_does_not_serve(monkeypatch):
     """In lower precision, and where somebody asks for gradients."""
+    monkeypatch.setattr(layers, "_SMALL_WORK", 0)  # below which PyTorch's own conv serves
     model: Any = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1))
     x = torch.randn(1, 8, 9, 9)
     fuse_convs(model, lambda: model(x))

@@ -227,7 +227,7 @@ def test_registration(anchors, device, low_quality):
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("path", ["reference", "launcher"])
+@pytest.mark.parametrize("path", [pytest.param("reference", marks=pytest.mark.slow), "launcher"])
 def test_memory_of_500_ground_truths_and_201600_anchors(path):
     counted = PeakBytes()
 

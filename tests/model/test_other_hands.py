@@ -1,8 +1,7 @@
 """What other code does around the drop-in: replaced functions, seeds, tracing, and the order in which errors come."""
 
 import copy
-import functools
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -35,8 +34,6 @@ TARGETS = [{"boxes": torch.tensor([[4.0, 5, 30, 40], [20, 20, 50, 44]]), "labels
 
 
 # Functions of torchvision's that somebody has replaced
-
-
 def _twice(function):
     return lambda *args, **kwargs: 2 * function(*args, **kwargs)
 
@@ -92,7 +89,7 @@ def _more(value):
 
 
 def _grown(function):
-    return functools.wraps(function)(lambda *args, **kwargs: _more(function(*args, **kwargs)))
+    return wraps(function)(lambda *args, **kwargs: _more(function(*args, **kwargs)))
 
 
 def _found(model, training):

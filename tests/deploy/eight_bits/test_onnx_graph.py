@@ -81,7 +81,8 @@ def test_the_file_holds_standard_operators_alone(written):
 
 
 def test_the_reference_evaluator_computes_the_same(written, images):
-    """As far as the heads: its GatherElements takes no more than 64 rows."""
+    """As far as the heads: its GatherElements takes no more than 64 rows. A sum that is rounded otherwise may be a
+    neighbouring code of 8 bits."""
     import onnx
     from onnx.reference import ReferenceEvaluator
 
@@ -93,7 +94,7 @@ def test_the_reference_evaluator_computes_the_same(written, images):
     reference: Any = ReferenceEvaluator(heads).run(None, batch)
     assert len(reference) == 4
     for ours, theirs in zip(onnx_session(heads.SerializeToString()).run(None, batch), reference, strict=True):
-        assert np.linalg.norm(ours - theirs) < 1e-3 * np.linalg.norm(theirs - theirs.mean())
+        assert np.linalg.norm(ours - theirs) < 1e-2 * np.linalg.norm(theirs - theirs.mean())
 
 
 def test_bad_calibration_is_refused_or_warned_of(model, images, tmp_path):
