@@ -96,7 +96,12 @@ def test_goals_stand_on_their_cases_only():
     assert {"inference, retinanet_resnet50_fpn_v2, batch 32, 800x800, 91 classes"} <= {name for name, _ in keys}
 
 
-@pytest.mark.parametrize("name", gpu.BENCHMARKS)
+NIGHTLY = "models.training_step", "models.spinenet"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in NIGHTLY else ()) for name in gpu.BENCHMARKS]
+)
 def test_cases_compute_what_they_time(name, one_thread, monkeypatch):
     """Each check runs on small shapes, and what torch.compile gets runs as it is."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)

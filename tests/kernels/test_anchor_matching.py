@@ -158,7 +158,7 @@ def test_nothing_at_all(path, anchors):
     assert (match(path, anchors, [none, none], fg=0.0, bg=0.0).indices == -1).all()
 
 
-@PATHS
+@pytest.mark.parametrize("path", [pytest.param("reference", marks=pytest.mark.slow), "kernel"])
 def test_ten_thousand_ground_truths(path, anchors, monkeypatch):
     monkeypatch.setattr(module, "_TILE", 4096)  # one tile, and chunks of 32: few loops for the interpreter
     monkeypatch.setattr(module, "_CHUNK", 32)
