@@ -22,7 +22,7 @@ from retina_fast import forward as network
 from retina_fast.anchors import cell_versions, is_stock_generator
 from retina_fast.backbones.fused_training import convs_fused, lay_out_weights
 from retina_fast.cuda_graph import CaptureStream, own_learning_rates
-from retina_fast.device import to_device, uploaded
+from retina_fast.device import keep_freed_memory, to_device, uploaded
 from retina_fast.forward import Batch
 from retina_fast.kernels.conv_calls import fast_convs
 from retina_fast.kernels.conv_winograd import Scratch
@@ -119,6 +119,8 @@ class TrainingStep:
             raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
         if accumulate < 1:
             raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+        if next(model.parameters()).device.type == "cpu":
+            keep_freed_memory()
         self.model, self.optimizer = model, optimizer
         self.accumulate, self.loss_weights = accumulate, dict(loss_weights or {})
         self.max_boxes, self.max_grad_norm, self.dtype = max_boxes, max_grad_norm, dtype

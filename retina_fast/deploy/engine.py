@@ -32,7 +32,7 @@ from retina_fast.deploy.plan import EngineSettings, Plan, seconds_of
 from retina_fast.deploy.report import Report, difference
 from retina_fast.deploy.tuned import Chooser, choose_ways, timed_convs, user_cache_file
 from retina_fast.detections import Detections, Thresholds
-from retina_fast.device import Uploads, best_dtype
+from retina_fast.device import Uploads, best_dtype, keep_freed_memory
 from retina_fast.forward import Convs, Sizes, run_convs
 from retina_fast.kernels.dispatch import HAS_TRITON
 from retina_fast.kernels.image_batch import batch_shape
@@ -260,6 +260,8 @@ def compile_inference(
         raise ValueError(f"dtype must be floating point, or int8, got {dtype}")
     if max_shapes < 0:
         raise ValueError(f"max_shapes must be at least 0, got {max_shapes}")
+    if device.type == "cpu":
+        keep_freed_memory()
     own = copy.deepcopy(model).eval().requires_grad_(False)
     # The batch is padded for the backbone at once, which then need not pad.
     own.transform.size_divisible = math.lcm(own.transform.size_divisible, getattr(own.backbone, "size_divisible", 1))

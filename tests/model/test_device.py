@@ -1,6 +1,8 @@
 """Uploads and late reads, by stand-ins for CUDA's streams and events; and what device computes in what."""
 
 import contextlib
+import os
+import resource
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from retina_fast import device
-from retina_fast.device import LateRead, Uploads, has_bfloat16
+from retina_fast.device import LateRead, Uploads, has_bfloat16, keep_freed_memory
 
 
 class Timeline:
@@ -96,3 +98,33 @@ def test_the_stream_has_an_id_only_where_cuda_is_in_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     assert device.stream_id(torch.device("cuda")) == 7
+
+
+@pytest.fixture
+def malloc_of_its_own(monkeypatch):
+    """As if nothing were set yet, by the environment or by a test before."""
+    for name in os.environ:
+        if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES":
+            monkeypatch.delenv(name)
+    keep_freed_memory.cache_clear()
+    yield
+    keep_freed_memory.cache_clear()
+
+
+def test_large_tensors_are_made_without_fresh_pages_once_freed_memory_is_kept(malloc_of_its_own):
+    if not keep_freed_memory():
+        pytest.skip("no glibc")
+    pages = []
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert max(pages[-3:]) < 16  # 16,384 make up 64 MB, or 32 where they are of 2 MB
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MALLOC_TRIM_THRESHOLD_", "1"), ("GLIBC_TUNABLES", "glibc.malloc.check=3")]
+)
+def test_settings_of_malloc_in_the_environment_stand(malloc_of_its_own, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert not keep_freed_memory()
