@@ -106,6 +106,7 @@ def main() -> None:
     for name, case in CASES.items():
         if not sys.argv[1:] or any(part in name for part in sys.argv[1:]):
             run_case(case, before=study)
+            print(f"{name}: {len(study.seen_as)} barriers so far", file=sys.stderr, flush=True)
     columns = sorted({*study.seen_as.values()})
     print("| kernel | line |", " | ".join(columns), "|\n|---|---|" + "---|" * len(columns))
     total: Counter[str] = Counter()
