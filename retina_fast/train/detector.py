@@ -16,6 +16,7 @@ from retina_fast.data.errors import ImageError, UserError
 from retina_fast.data.metrics import CocoMetrics, coco_metrics
 from retina_fast.data.processes import Processes
 from retina_fast.device import to_device
+from retina_fast.losses import AtssMatcher, TaskAlignedMatcher
 from retina_fast.train.recipes import all_trained, recipe_named
 from retina_fast.train.settings import ResolvedSettings
 from retina_fast.train.synced_norm import synced
@@ -67,6 +68,7 @@ class Detector(L.LightningModule):
         # channels_last is a tenth faster than the default layout on a CPU, too.
         self.model: Any = network.to(memory_format=torch.channels_last)
         self.model.focal_gamma = self.recipe.focal_gamma
+        self._matcher = self.model.proposal_matcher
         if processes.count > 1:
             self.model = synced(self.model)
         self.validated: CocoMetrics | None = None
@@ -99,6 +101,10 @@ class Detector(L.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # What the network itself draws must depend on the seed, the step and the process, and not on what ran before.
         torch.manual_seed(mixed_seed(self.settings.seed, self.global_step, self.processes.rank))
+        if isinstance(self._matcher, TaskAlignedMatcher):
+            # As its authors train: scores of random heads cannot tell which anchor fits an object.
+            early = self.global_step < self.settings.steps // 3
+            self.model.proposal_matcher = AtssMatcher() if early else self._matcher
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         images, targets = batch

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from retina_fast import checkpoint
+from retina_fast import AtssMatcher, TaskAlignedMatcher, checkpoint
 from retina_fast.data.augment import Flips
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
@@ -307,3 +307,18 @@ def test_a_run_that_was_begun_with_earlier_settings_is_resumed(data, whole, tmp_
         run(data, tmp_path, resume=True)
         with pytest.raises(UserError, match=r"has weights_backbone none, not IMAGENET1K_V1: give it the same"):
             run(data, tmp_path, replace(SETTINGS, weights_backbone="IMAGENET1K_V1"), resume=True)
+
+
+@pytest.mark.parametrize("chosen", ["task_aligned", "atss"])
+def test_task_aligned_assignment_begins_with_atss(data, tmp_path, monkeypatch, chosen):
+    original, matchers = Detector.training_step, []
+
+    def training_step(self, batch, batch_idx):
+        matchers.append(type(self.model.proposal_matcher))
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Detector, "training_step", training_step)
+    own = {"task_aligned": TaskAlignedMatcher, "atss": AtssMatcher}[chosen]
+    file = run(data, tmp_path, replace(SETTINGS, steps=6, every=6, arguments={"matcher": chosen}))
+    assert matchers == 2 * [AtssMatcher] + 4 * [own]
+    assert checkpoint.load(file).kwargs["matcher"] == chosen
