@@ -130,8 +130,11 @@ def test_processes_that_are_killed_or_stopped_are_resumed_to_the_same_weights(by
     os.kill(children(run.pid)[-1] if torchrun else others[0].pid, signal.SIGKILL)
     output, _ = run.communicate(timeout=120)
     assert run.returncode
-    assert "error: process 0 of 2 lost the others: one of them ended before its time" in " ".join(output.split())
-    assert not torchrun or "Signal 9 (SIGKILL)" in output  # its own summary
+    # torchrun has its own summary: it may stop the other process before that has noticed.
+    told = (
+        "Signal 9 (SIGKILL)" if torchrun else "error: process 0 of 2 lost the others: one of them ended before its time"
+    )
+    assert told in " ".join(output.split())
     saved = state(tmp_path)["global_step"]
     assert 3 <= saved < STEPS
 
