@@ -7,10 +7,11 @@ measure.
 
 import pickle
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,11 +55,15 @@ class Checkpoint:
             UserError: if this version of the package has no such builder, or the arguments or weights do not fit it.
         """
         try:
-            model = build(self.builder, len(self.classes), **self.kwargs)
+            model = build(self.builder, len(self.classes), fetch=False, **self.kwargs)
         except UserError:
             raise
         except Exception as error:  # whatever a builder says of arguments that are not its own
             raise UserError(f"the arguments {self.kwargs} do not fit {self.builder}: {error}") from error
+        for name, own in model.state_dict().items():
+            value = self.state_dict.get(name, own)  # load_state_dict would turn whatever it is into numbers of its own
+            if own.is_floating_point() and isinstance(value, Tensor) and not value.is_floating_point():
+                raise UserError(f"the weights do not fit {self.builder}: {name} is {value.dtype}, not floating point")
         try:
             problems = model.load_state_dict(self.state_dict, strict=False)
         except RuntimeError as error:  # the shapes differ
@@ -103,16 +108,48 @@ def build(builder: str, num_classes: int, fetch: bool = False, **kwargs: Any) ->
         ) from error
 
 
+def plain(checkpoint: Checkpoint) -> Checkpoint:
+    """The same content of the kinds that a file can hold: NumPy's numbers and words become Python's own.
+
+    Raises:
+        UserError: for what could not be read again; the message names it.
+
+    Example::
+
+        >>> plain(Checkpoint("retinanet_resnet18_fpn_lite", {}, ("Tree",), np.array([1]), {})).category_ids
+        [1]
+    """
+    lists = {name: getattr(checkpoint, name) for name in ("classes", "category_ids")}
+    lists = {name: list(value) if isinstance(value, tuple | np.ndarray) else value for name, value in lists.items()}
+    rest = {name: getattr(checkpoint, name) for name in ("builder", "kwargs", "metrics")}
+    checkpoint = replace(checkpoint, **{name: _plain(value, name) for name, value in (lists | rest).items()})
+    _refuse_other(vars(checkpoint), "the model")
+    return checkpoint
+
+
+def _plain(value: Any, name: str) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, dict):
+        return {key: _plain(entry, f"{name}[{key!r}]") for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(entry, f"{name}[{i}]") for i, entry in enumerate(value))
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UserError(f"the model cannot be written: its {name} is {value!r}, where numbers and words are expected")
+
+
 def save(checkpoint: Checkpoint, path: str | Path) -> None:
     """Write a model file; floats become float16.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if it cannot be written, or could not be read again.
 
     Example::
 
         >>> save(checkpoint, "model.pt")  # doctest: +SKIP
     """
+    checkpoint = plain(checkpoint)
     content = vars(checkpoint) | {"version": VERSION}
     content["state_dict"] = {name: _small(value) for name, value in checkpoint.state_dict.items()}
     with replacing(Path(path)) as partial:
@@ -196,37 +233,61 @@ def checked(content: Any, path: Path) -> Checkpoint:
     expected = set(Checkpoint.__dataclass_fields__)
     missing = expected - set(content) if isinstance(content, dict) else expected
     if missing:
-        raise UserError(f"{path}: not a model file of retina_fast: it has no {', '.join(sorted(missing))}")
+        names = ", ".join(sorted(missing))
+        raise UserError(f"{path}: not a model file of retina_fast: it has no {names}{_what_it_is(content)}")
     if content.get("version") != VERSION:
         raise UserError(
-            f"{path}: is of version {content.get('version')}, this package reads {VERSION}: update retina_fast"
+            f"{path}: is of version {content.get('version')!r}, this package reads {VERSION}: update retina_fast"
         )
+    _refuse_other(content, f"{path}: not a model file of retina_fast")
     checkpoint = Checkpoint(**{name: content[name] for name in expected})
-    kinds = {"builder": str, "kwargs": dict, "classes": list, "category_ids": list, "state_dict": dict}
-    for name, kind in kinds.items():
-        if not isinstance(content[name], kind):
-            raise UserError(f"{path}: not a model file of retina_fast: its {name} is no {kind.__name__}")
-    if not all(isinstance(value, Tensor) for value in checkpoint.state_dict.values()):
-        raise UserError(f"{path}: not a model file of retina_fast: its state_dict holds more than tensors")
-    nan = [name for name, value in checkpoint.state_dict.items() if _has_nan(value)]
-    if nan:
+    broken = [name for name, value in checkpoint.state_dict.items() if not _is_finite(value)]
+    if broken:
+        what = "NaN" if checkpoint.state_dict[broken[0]].isnan().any() else "infinite numbers"
         raise UserError(
-            f"{path}: damaged, or of a run that diverged: {nan[0]} holds NaN ({len(nan)} tensors in all), with which "
-            "nothing is found: take an earlier file"
+            f"{path}: damaged, or of a run that diverged: {broken[0]} holds {what} ({len(broken)} tensors in all), "
+            "with which nothing is found: take an earlier file"
         )
-    names, ids = checkpoint.classes, checkpoint.category_ids
-    if not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: not a model file of retina_fast: its classes are no list of names")
-    if len(ids) != len(names) or not all(type(number) is int for number in ids):
-        raise UserError(f"{path}: not a model file of retina_fast: its category_ids are not one number a class")
     checkpoint.state_dict = {
         name: value.float() if value.dtype == torch.float16 else value for name, value in checkpoint.state_dict.items()
     }
     return checkpoint
 
 
-def _has_nan(value: Tensor) -> bool:
-    return value.is_floating_point() and value.layout == torch.strided and value.is_cpu and bool(value.isnan().any())
+def _refuse_other(content: dict[str, Any], where: str) -> None:
+    """Raises a UserError if a part of a model file's content is of another kind than it must be."""
+    kinds = {"builder": str, "kwargs": dict, "classes": list, "category_ids": list, "state_dict": dict, "metrics": dict}
+    for name, kind in kinds.items():
+        if not isinstance(content[name], kind):
+            raise UserError(f"{where}: its {name} is no {kind.__name__}")
+    names, ids, weights = content["classes"], content["category_ids"], content["state_dict"]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
+        raise UserError(f"{where}: its state_dict holds more than tensors by their names")
+    for name, value in weights.items():
+        if value.layout == torch.strided and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{where}: its {name} is larger than the numbers that it holds")
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: its classes are no list of names")
+    if len(ids) != len(names) or not all(type(number) is int for number in ids):
+        raise UserError(f"{where}: its category_ids are not one number a class")
+    if not all(isinstance(number, int | float) for number in content["metrics"].values()):
+        raise UserError(f"{where}: its metrics are not one number a name")
+
+
+def _what_it_is(content: Any) -> str:
+    """What a file of weights is that is no model file, and what to do with it; empty if nobody knows."""
+    if not isinstance(content, dict):
+        return ""
+    if "pytorch-lightning_version" in content:
+        return ": it is a checkpoint of Lightning's, which goes on with --resume; the model is model.pt beside it"
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return ": it holds weights alone: give them to the network that they are of, by its load_state_dict"
+    return ""
+
+
+def _is_finite(value: Tensor) -> bool:
+    usual = value.is_floating_point() and value.layout == torch.strided and value.is_cpu
+    return not usual or bool(value.float().isfinite().all())
 
 
 def _small(value: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from retina_fast.data.errors import UserError
 
+_BLOWN = 100  # times the size of a file; PyTorch does not compress, and weights hardly can be
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -71,6 +73,8 @@ def damage(path: Path) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 if not archive.namelist():
                     return "it is an archive with nothing in it"
+                if sum(entry.file_size for entry in archive.infolist()) > _BLOWN * os.path.getsize(path):
+                    return f"it would unpack to more than {_BLOWN} times its size"
                 return "its content does not agree with its checksum" if archive.testzip() else None
     except OSError as error:
         return f"it cannot be read ({error.strerror})"

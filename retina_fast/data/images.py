@@ -73,7 +73,8 @@ def image_of_bytes(content: bytes, name: str) -> Tensor:
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
     except Exception as error:  # A damaged file may make a decoder raise anything.
-        reason = getattr(error, "strerror", None) or re.sub(r"^.*\.cpp:\d+, ", "", f"{error}\n".splitlines()[0])
+        words = str(error) or type(error).__name__  # MemoryError has none, for example
+        reason = getattr(error, "strerror", None) or re.sub(r"^.*\.cpp:\d+, ", "", words.splitlines()[0])
         raise ImageError(f"{name}: not a readable image ({reason})") from error
 
 

@@ -179,7 +179,7 @@ def _opened(model: Checkpoint | str | Path) -> Checkpoint:
     if not isinstance(model, Checkpoint):
         kind = type(model).__qualname__
         raise TypeError(f"model must be a model file, or a Checkpoint with the model's state_dict, got {kind}")
-    return model
+    return model_file.plain(model)
 
 
 def _write(content: Checkpoint, folder: Path, repository: str, license: str, data: str) -> None:
@@ -189,6 +189,8 @@ def _write(content: Checkpoint, folder: Path, repository: str, license: str, dat
     check_folder(folder, (WEIGHTS, CONFIG, CARD))
     if (folder / CONFIG).exists() and _config(folder / CONFIG).get("library_name") != _LIBRARY:
         raise UserError(f"{folder / CONFIG}: is of a model of another library; give another folder")
+    if (folder / WEIGHTS).exists() and not (folder / CONFIG).exists():
+        raise UserError(f"{folder / WEIGHTS}: is there already, without {CONFIG}; give another folder")
     card = None if (folder / CARD).exists() else _card(content, repository, license, data)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in content.state_dict.items()}
@@ -225,7 +227,7 @@ def _card(content: Checkpoint, repository: str, license: str, data: str) -> str:
 def _config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not readable as JSON ({_reason(error)})") from error
     if not isinstance(config, dict):
         raise UserError(f"{file}: must be a JSON object, got {type(config).__name__}")

@@ -169,6 +169,7 @@ def test_pixels_that_a_gif_does_not_give_are_not_what_was_in_memory(tmp_path):
         ("number.tiff", "numbers of 32 bits"),
         ("text.webp", "cannot identify image file"),
         ("empty.png", "non empty"),
+        ("huge.png", "MemoryError"),
     ],
 )
 def test_what_cannot_be_read_is_named(name, reason, tmp_path):
@@ -180,6 +181,10 @@ def test_what_cannot_be_read_is_named(name, reason, tmp_path):
         path.write_text("no image" * (name != "empty.png"))
     else:
         noise.save(path)
+    if name == "huge.png":  # 2**31 - 1 pixels wide and high
+        content = path.read_bytes()
+        head = b"IHDR" + b"\x7f\xff\xff\xff" * 2 + content[24:29]
+        path.write_bytes(content[:12] + head + struct.pack(">I", zlib.crc32(head)) + content[33:])
     if name.startswith("cut"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ImageError) as error:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
@@ -106,6 +107,26 @@ def test_refused(content, saved, tmp_path):
         mock.patch.dict("sys.modules", {"safetensors.torch": None}),
     ):
         hub.save_pretrained(content, tmp_path / "new", license="mit")
+
+
+def test_weights_of_another_library_stay(content, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"model\.safetensors: is there already, without config\.json"):
+        hub.save_pretrained(content, tmp_path, license="mit")
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
+
+
+def test_what_no_file_can_hold_leaves_no_folder(content, tmp_path):
+    with pytest.raises(UserError, match=r"its kwargs\['norm'\] is <class"):
+        hub.save_pretrained(replace(content, kwargs={"norm": dict}), tmp_path / "new", license="mit")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_configuration_nested_too_deeply(saved, tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"config\.json: not readable as JSON"):
+        hub.read_pretrained(tmp_path)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from retina_fast import checkpoint
 from retina_fast.checkpoint import Checkpoint
@@ -95,3 +97,36 @@ def test_weights_that_do_not_fit_are_named(lite):
         built(state_dict=lite.state_dict | {"extra": torch.zeros(1)})
     with pytest.raises(UserError, match=r"do not fit retinanet_resnet18_fpn_lite: size mismatch for .*cls_logits"):
         built(classes=["one"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_refused(lite, dtype):
+    """load_state_dict would make floats of them, and nothing would be found, in silence."""
+    weights = lite.state_dict | {"backbone.body.conv1.weight": torch.zeros(64, 3, 7, 7, dtype=dtype)}
+    with pytest.raises(UserError, match=rf"backbone.body.conv1.weight is {dtype}, not floating point"):
+        Checkpoint(**vars(lite) | {"state_dict": weights}).build()
+
+
+def test_numbers_and_words_of_numpy_are_read_again(lite, tmp_path):
+    own = {"classes": np.array(["cat", "dog"]), "category_ids": np.array([3, 8]), "metrics": {"AP50": np.float32(0.5)}}
+    checkpoint.save(Checkpoint(**vars(lite) | own | {"kwargs": {"score_thresh": np.float64(0.1)}}), tmp_path / "m.pt")
+    again = vars(checkpoint.load(tmp_path / "m.pt"))
+    assert {name: again[name] for name in (*own, "kwargs")} == {name: vars(lite)[name] for name in (*own, "kwargs")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"builder": checkpoint.build}, "its builder is <function build"),
+        ({"kwargs": {"norm": nn.BatchNorm2d}}, r"its kwargs\['norm'\] is <class"),
+        ({"kwargs": {"anchors": [object()]}}, r"its kwargs\['anchors'\]\[0\] is <object"),
+        ({"classes": "cat"}, "its classes is no list"),
+        ({"category_ids": [3]}, "its category_ids are not one number a class"),
+        ({"state_dict": nn.Linear(2, 2)}, "its state_dict is no dict"),
+        ({"state_dict": {"a": 1.5}}, "its state_dict holds more than tensors"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(lite, change, message, tmp_path):
+    with pytest.raises(UserError, match=f"the model.*: {message}"):
+        checkpoint.save(Checkpoint(**vars(lite) | change), tmp_path / "m.pt")
+    assert not (tmp_path / "m.pt").exists()

@@ -46,6 +46,15 @@ def cut(path: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
 
 
+def blown(path: Path) -> None:
+    """The same archive, compressed, with millions of zeros in it."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content + bytes(2_000_000))
+
+
 WEIGHTS = {"weight": torch.arange(1, 9, dtype=torch.uint8)}
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "it is empty"),
@@ -58,6 +67,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (lambda path: cut(path, 300), "it is cut short"),
     "the begin of an archive": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(5000)), "it is cut short"),
     "an empty archive": (lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)), "an archive with nothing in it"),
+    "an archive of zeros": (blown, "it would unpack to more than 100 times its size"),
     "a byte changed": (flipped, "does not agree with its checksum"),
     "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), ""),
     "a bare pickle": (lambda path: path.write_bytes(pickle.dumps([1, 2])), ""),
@@ -224,13 +234,30 @@ def test_no_code_runs(zipped, hub, run, tmp_path):
 def test_model_files_that_hold_something_else(tmp_path):
     whole = vars(checkpoint.Checkpoint("x", {}, ["a"], [1], {})) | {"version": checkpoint.VERSION}
     changes: list[dict] = [{"builder": 1}, {"kwargs": []}, {"classes": "abc"}, {"category_ids": 3}, {"state_dict": [1]}]
-    for change in changes:
+    for change in [*changes, {"metrics": None}]:
         saved(tmp_path / "m.pt", whole | change)
         (name,) = change
         with pytest.raises(UserError, match=rf"m\.pt: not a model file of retina_fast: its {name} is no "):
             checkpoint.load(tmp_path / "m.pt")
-    saved(tmp_path / "m.pt", whole | {"state_dict": {"a": 1}})
-    with pytest.raises(UserError, match="its state_dict holds more than tensors"):
+    others: tuple[tuple[dict, str], ...] = (
+        ({"state_dict": {"a": 1}}, "its state_dict holds more than tensors"),
+        ({"state_dict": {1: torch.zeros(1)}}, "its state_dict holds more than tensors by their names"),
+        ({"state_dict": {"a": torch.zeros(1).expand(10**12)}}, "its a is larger than the numbers that it holds"),
+        ({"metrics": {"AP50": "high"}}, "its metrics are not one number a name"),
+        ({"version": "1"}, "is of version '1', this package reads 1"),
+    )
+    for change, message in others:
+        saved(tmp_path / "m.pt", whole | change)
+        with pytest.raises(UserError, match=message):
+            checkpoint.load(tmp_path / "m.pt")
+
+
+def test_what_other_files_of_weights_are_is_said(tmp_path):
+    saved(tmp_path / "m.pt", WEIGHTS)
+    with pytest.raises(UserError, match=r"has no builder, .*: it holds weights alone: give them to the network"):
+        checkpoint.load(tmp_path / "m.pt")
+    saved(tmp_path / "m.pt", {"state_dict": WEIGHTS, "pytorch-lightning_version": "2.5"})
+    with pytest.raises(UserError, match=r"has no builder, .*: it is a checkpoint of Lightning's, .* model\.pt"):
         checkpoint.load(tmp_path / "m.pt")
 
 
@@ -248,6 +275,8 @@ def test_model_files_that_hold_something_else(tmp_path):
             {"state_dict": {"a.weight": torch.tensor([1.0, torch.nan])}},
             "of a run that diverged: a.weight holds NaN (1 ",
         ),
+        ({"state_dict": {"a.weight": torch.tensor([-torch.inf])}}, "a.weight holds infinite numbers (1 "),
+        ({"kwargs": {"fetch": True}}, "the arguments {'fetch': True} do not fit"),
         ({"builder": "__init__"}, "there is no model '__init__'"),
         ({"kwargs": {"num_classes": 3}}, "the arguments {'num_classes': 3} do not fit retinanet_resnet18_fpn_lite"),
         ({"kwargs": {"weights": "COCO_V1"}}, "the arguments {'weights': 'COCO_V1'} do not fit"),

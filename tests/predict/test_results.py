@@ -307,6 +307,7 @@ def test_load_says_what_it_takes(tmp_path, monkeypatch):
     assert retina_fast.load(str(TREES)).classes == ["Tree"]
     for name, message in {
         "none.pt": "no such model file, and no name of one: trees",
+        "x" * 5000: "no such model file",
         str(tmp_path): "is a folder",
     }.items():
         with pytest.raises(UserError, match=message):
