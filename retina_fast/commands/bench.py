@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
-from retina_fast.commands.shared import ModelFile, console, one_sentence
+from retina_fast.commands.shared import MOST_IMAGES, ModelFile, console, one_sentence
 from retina_fast.data.errors import UserError
 from retina_fast.data.outputs import check_file
 
@@ -17,7 +17,9 @@ def bench(
         list[Path] | None,
         typer.Argument(help="Image files, or folders of them; by default noise.", metavar="[IMAGE]..."),
     ] = None,
-    batch_sizes: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.  [default: 1 2 4]")] = None,
+    batch_sizes: Annotated[
+        list[int] | None, typer.Option(min=1, max=MOST_IMAGES, help="May be repeated.  [default: 1 2 4]")
+    ] = None,
     size: Annotated[
         int | None, typer.Option(min=32, help="Side of the noise images in pixels.  [default: 512]")
     ] = None,
@@ -50,6 +52,8 @@ def bench(
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
         place = next(network.parameters()).device
+        if place.type == "meta":
+            raise UserError(f"--device {device}: holds no numbers, so that nothing can be measured on it")
         side = size or 512
         noise = [torch.randint(0, 256, (3, side, side), dtype=torch.uint8)]
         files = list(image_files(inputs or [], warnings.warn))

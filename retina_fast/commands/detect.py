@@ -101,7 +101,7 @@ def detect(
             print_found(found, console)
             if not found.images:
                 raise UserError("not one of the images " + ("can be read" if found.unreadable else "fits the model"))
-            files = ", ".join(str(output / KINDS.get(kind, "labels")) for kind in kinds)
+            files = ", ".join(str(output / KINDS.get(kind, "labels")) for kind in dict.fromkeys(kinds))
             console.print(f"Wrote {files} and {found.images} pictures beside it", soft_wrap=True)
 
 

@@ -58,7 +58,7 @@ def evaluate(
         from retina_fast.predict.evaluate import evaluate as run
 
         if plot:
-            check_plot(plot, read_places(json, images))
+            check_plot(plot, [*read_places(json, images), *([checkpoint] if checkpoint else [])])
         network, content = chosen_model(checkpoint, model, weights)
         with said_once(processes):
             data = open_data(json, images)

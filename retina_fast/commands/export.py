@@ -40,6 +40,8 @@ def export(
         sides = size.split("x")
         if len(sides) != 2 or not all(side.isdecimal() for side in sides):
             raise UserError(f"--size must be a height and a width such as 512x640, got {size!r}")
+        if float32_share and not quantize:
+            raise UserError("--float32-share is of a model in eight bits: give --quantize, too, or leave it out")
         path = checkpoint or TREES
         file = output or Path(path.stem + (FORMATS[format].suffix if format in FORMATS else ""))
         if not output and file.exists():

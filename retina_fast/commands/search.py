@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from retina_fast.backbones.specification import LEARNED
-from retina_fast.commands.shared import Images, console, finite, one_sentence
+from retina_fast.commands.shared import MOST_IMAGES, Images, console, finite, one_sentence
 from retina_fast.data.augment import Flips
 from retina_fast.data.errors import UserError
 from retina_fast.data.voc import open_data
@@ -46,7 +46,7 @@ def search(
     alpha: Annotated[
         list[float] | None, typer.Option(min=0.01, max=4, help="Between which links choose; may be repeated.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampler and the training runs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampler and the training runs.")] = 0,
     storage: Annotated[
         str | None, typer.Option(help="The URL of a database for several machines: postgresql://..., mysql://...")
     ] = None,
@@ -55,10 +55,10 @@ def search(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of a training run.")] = 300,
     parts: Annotated[int, typer.Option(min=1, help="Of a run; after each it may be ended.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Images a step.")] = 4,
     crop: Annotated[int, typer.Option(min=32, help="Side of the training crops in pixels.")] = 256,
     image_scale: Annotated[
-        float, typer.Option(min=0.1, callback=finite, help="By which the network scales images.")
+        float, typer.Option(min=0.1, max=100, callback=finite, help="By which the network scales images.")
     ] = 1.0,
     flips: Annotated[Flips, typer.Option(help="As in train.")] = Flips.HORIZONTAL,
     metric: Annotated[
@@ -73,6 +73,9 @@ def search(
         from retina_fast.search.trained import MOBILE_PROXY_SIZE, PROXY_SIZE, Proxy
         from retina_fast.train import Stopped
 
+        for option, most, least in (("gmacs", max_gmacs, min_gmacs), ("mparams", max_mparams, 0.0)):
+            if most is not None and most <= least:
+                raise UserError(f"--max-{option} must be above {least:g}, got {most:g}")
         mobile = space == "mobile"
         chosen = model or ("retinanet_spinenet49_mobile" if mobile else "retinanet_spinenet49")
         settings = SearchSettings(

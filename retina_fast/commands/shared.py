@@ -19,7 +19,12 @@ console = Console(markup=False, emoji=False)  # names of files and classes are p
 
 DEFAULT_MODEL = "retinanet_resnet18_fpn_lite"
 
-Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare images.")]
+# PyTorch's words for tensors that the memory of the machine, or its numbers for sizes, cannot hold.
+_TOO_LARGE = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+
+MOST_IMAGES = 2**16  # at once: more than any memory holds, and few enough to be counted out
+
+Workers = Annotated[int, typer.Option(min=0, max=1024, help="Processes that prepare images.")]
 Images = Annotated[Path | None, typer.Option(help="The folder of their images; needed with COCO JSON.")]
 Annotations = Annotated[
     Path,
@@ -85,6 +90,10 @@ def one_sentence() -> Iterator[None]:
         problem = f"the disk is full{where}: make room, and go on" if full else f"{error.filename}: {error.strerror}"
     except torch.OutOfMemoryError:
         problem = "the GPU's memory is too small for this: give a smaller --batch-size or --crop, or --accumulate"
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TOO_LARGE):
+            raise
+        problem = "the memory is too small for this: give smaller numbers, of pixels or images at once for example"
     except KeyboardInterrupt:
         stderr.print("stopped before the end")
         raise typer.Exit(130) from None

@@ -7,6 +7,7 @@ import typer
 
 from retina_fast.commands.shared import (
     DEFAULT_MODEL,
+    MOST_IMAGES,
     Annotations,
     Images,
     Workers,
@@ -38,7 +39,8 @@ def train(
         typer.Option(min=1, help="Optimizer steps, rounded up to equal intervals; the recipe's, 6000, by default."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images a step, of all processes; the recipe's, 4, by default.")
+        int | None,
+        typer.Option(min=1, max=MOST_IMAGES, help="Images a step, of all processes; the recipe's, 4, by default."),
     ] = None,
     accumulate: Annotated[
         int, typer.Option(min=1, help="Parts in which a process computes its images of a step, to fit into memory.")
@@ -76,6 +78,7 @@ def train(
         float | None,
         typer.Option(
             min=0.1,
+            max=100,
             callback=finite,
             help="By which the model scales images, where it would resize them to a size of its own; crops have their "
             "own scales.",

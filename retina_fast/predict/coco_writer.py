@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-BEGIN = '{"images": ['
-"""How every file begins that a CocoWriter wrote."""
+BEGIN = '{"info": {"description": "detections of retina_fast"}, "images": ['
+"""How every file begins that a CocoWriter wrote, and no file of annotations."""
 
 
 class CocoWriter:

@@ -1,5 +1,6 @@
 """Detectors that are ready to detect: from a file, by the name of a network, or the one that comes with the package."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,10 @@ def load(name: Any) -> Any:
     if str(name) in MODELS:
         return load_published(str(name), "COCO_V1")[0]
     path = Path(name)
-    if path.is_dir() or (not path.exists() and _HUB.fullmatch(str(name)) and path.suffix not in _SUFFIXES):
+    there = os.path.exists(path)
+    if os.path.isdir(path) or (not there and _HUB.fullmatch(str(name)) and path.suffix not in _SUFFIXES):
         return from_pretrained(name)
-    if not path.exists():
+    if not there:
         raise UserError(f"{path}: no such model file, and no name of one: trees, {', '.join(sorted(MODELS))}")
     return load_exported(path) if is_exported(path) else load_model(path)[0]
 
@@ -146,7 +148,8 @@ def load_published(builder: str, weights: str) -> tuple[Any, Checkpoint]:
         model = MODELS[builder](weights=weights)
         classes = list(get_model_weights(builder)[weights].meta["categories"])
     except (KeyError, ValueError, ConnectionError) as error:
-        raise UserError(f"{builder} with the weights {weights}: {error.args[0]}") from error
+        reason = "there are none of that name" if isinstance(error, KeyError) else error.args[0]
+        raise UserError(f"{builder} with the weights {weights}: {reason}") from error
     content = Checkpoint(builder, {}, classes, list(range(len(classes))), {})
     return _ready(model, content), content
 

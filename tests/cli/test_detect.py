@@ -143,7 +143,7 @@ def test_no_image_at_all_is_an_empty_file(tmp_path):
     with CocoWriter(tmp_path / "detections.json", [{"id": 1}]):
         pass
     content = json.loads((tmp_path / "detections.json").read_text())
-    assert content == {"images": [], "annotations": [], "categories": [{"id": 1}]}
+    assert content == {"info": content["info"], "images": [], "annotations": [], "categories": [{"id": 1}]}
 
 
 def test_of_many_images_the_first_are_shown(photos, tmp_path):

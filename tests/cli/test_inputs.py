@@ -84,12 +84,39 @@ def test_numbers_that_are_none_are_refused(tmp_path):
         (*train, "--lr", "nan"),
         (*train, "--lr", "inf"),
         (*train, "--image-scale", "nan"),
+        (*train, "--image-scale", "1e300"),
         (*train, "--seed", 2**64),
+        (*train, "--batch-size", 10**20),
+        (*train, "--workers", 10**6),
+        ("search", "--output", tmp_path / "s", "--seed", 2**32),
+        ("bench", "--batch-sizes", 10**20),
         ("evaluate", "--json", tmp_path / "x.json", "--images", tmp_path, "--max-detections", 5),
     ):
         result = invoke(*line)
         assert result.exit_code == 2, line
         assert "Invalid value" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (("export", "--size", "100000000x100000000", "--output", "m.onnx"), "the memory is too small for this"),
+        (("bench", "--size", 10**11), "the memory is too small for this"),
+        (("bench", "--device", "meta"), "--device meta: holds no numbers"),
+        (("export", "--size", "64x64", "--float32-share", 0.5), "--float32-share is of a model in eight bits"),
+        (("search", "--max-gmacs", 0, "--output", "s"), "--max-gmacs must be above 0, got 0"),
+        (("search", "--max-gmacs", 1, "--min-gmacs", 5, "--output", "s"), "--max-gmacs must be above 5, got 1"),
+        (("search", "--max-mparams", 0, "--output", "s"), "--max-mparams must be above 0, got 0"),
+        (
+            ("detect", "x.jpg", "--model", "retinanet_resnet50_fpn", "--weights", "COCO_V9"),
+            "with the weights COCO_V9: there are none of that name",
+        ),
+    ],
+)
+def test_what_no_machine_can_do_is_said_in_a_sentence(line, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in problem(*line)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("size", [(3000, 1), (1, 3000)])

@@ -69,6 +69,16 @@ def test_a_plot_replaces_no_image_of_a_list(command, name, voc):
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_plot_does_not_replace_the_model(link, tmp_path):
+    json_file, images = write_shapes(tmp_path / "shapes", count=1)
+    shutil.copy(TREES, tmp_path / "m.pt")
+    link(tmp_path / "m.pt", tmp_path / "m.png")
+    data = ("--json", json_file, "--images", images, "--checkpoint", tmp_path / "m.pt")
+    assert "m.pt, which is read" in problem("evaluate", *data, "--plot", tmp_path / "m.png")
+    assert (tmp_path / "m.png").read_bytes() == TREES.read_bytes()
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
 def test_a_plot_takes_the_place_of_a_link_and_not_of_what_it_leads_to(link, tmp_path):
     old = photo(tmp_path / "old.png")
     link(tmp_path / "old.png", tmp_path / "newest.PNG")

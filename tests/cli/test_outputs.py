@@ -143,10 +143,11 @@ def test_a_picture_longer_than_a_jpeg_can_be(tmp_path):
 
 def test_annotations_of_the_name_of_the_detections_stay(tmp_path):
     photo(tmp_path / "in" / "x.png")
-    (tmp_path / "detections.json").write_text('[{"image_id": 1}]')
-    with pytest.raises(UserError, match=r"detections\.json: is no file of an earlier detection; give another folder"):
-        run([tmp_path / "in"], tmp_path)
-    assert (tmp_path / "detections.json").read_text() == '[{"image_id": 1}]'
+    for text in ('[{"image_id": 1}]', '{"images": [{"id": 1}], "annotations": []}', ""):
+        (tmp_path / "detections.json").write_text(text)
+        with pytest.raises(UserError, match=r"detections\.json: is no file of an earlier detection; give another"):
+            run([tmp_path / "in"], tmp_path)
+        assert (tmp_path / "detections.json").read_text() == text
 
 
 def test_a_run_that_is_interrupted_leaves_no_unfinished_file(tmp_path, monkeypatch):
