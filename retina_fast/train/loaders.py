@@ -10,6 +10,8 @@ from retina_fast.data.augment import TrainingSet, batches
 from retina_fast.data.coco import CocoDataset, Sample, Tried, plain
 from retina_fast.data.fitting import FittingImages
 from retina_fast.train.detector import Batch, Detector
+from retina_fast.train.recipes import recipe_named
+from retina_fast.train.settings import ResolvedSettings
 from retina_fast.train.stopping import ignore_signals
 
 
@@ -42,6 +44,17 @@ class StepSampler:
             yield keys[processes.rank * share :][:share]
 
 
+def crop_of(settings: ResolvedSettings, network: Any) -> int:
+    """The side of the training crops in pixels; 0 for whole images.
+
+    Example::
+
+        >>> crop_of(settings, network)  # doctest: +SKIP
+        256
+    """
+    return settings.crop or (network.transform.max_size if recipe_named(settings.recipe).crops_are_the_size else 0)
+
+
 def training_loader(module: Detector, data: CocoDataset, workers: int) -> DataLoader:
     """The batches of an interval, augmented by the recipe.
 
@@ -53,7 +66,7 @@ def training_loader(module: Detector, data: CocoDataset, workers: int) -> DataLo
         >>> images, targets = next(iter(training_loader(module, data, workers=2)))  # doctest: +SKIP
     """
     settings, recipe = module.settings, module.recipe
-    crop = settings.crop or (module.model.transform.max_size if recipe.crops_are_the_size else 0)
+    crop = crop_of(settings, module.model)
     images: Any = data if crop else FittingImages(data, module.model.transform)
     training_set = TrainingSet(images, recipe.augmentation(crop, settings.flips), settings.seed)
     training_set[0, 0]  # If no image can be read, the error is raised here, and not in a worker.

@@ -37,7 +37,8 @@ from retina_fast.data.errors import UserError
 from retina_fast.data.processes import ALONE, WORKERS, Processes
 from retina_fast.train.averaging import Averaging
 from retina_fast.train.detector import Detector
-from retina_fast.train.loaders import training_loader, validation_loader
+from retina_fast.train.few_values import warn_of_few_values
+from retina_fast.train.loaders import crop_of, training_loader, validation_loader
 from retina_fast.train.log import TrainLog
 from retina_fast.train.recipes import recipe_named
 from retina_fast.train.resume import check_new_run, check_resume, set_aside
@@ -115,6 +116,8 @@ def train(
 
     torch.manual_seed(settings.seed)
     network, about = starting_network(settings, data, start_from, resumed)
+    if processes.first:
+        warn_of_few_values(network, settings, data, crop_of(settings, network))
     module = Detector(network, about, settings, processes)
     loader = training_loader(module, data, workers)
     if not resume and processes.first:
