@@ -115,6 +115,15 @@ def test_errors_are_torchvisions(arguments, device):
         sigmoid_focal_loss(x, targets[0])
 
 
+@pytest.mark.parametrize("inputs", [[0.5], torch.ones(1).numpy(), None])
+def test_what_is_no_tensor_gets_torchvisions_error(inputs):
+    with pytest.raises(TypeError) as theirs:
+        reference(inputs, torch.ones(1))
+    with pytest.raises(TypeError) as ours:
+        sigmoid_focal_loss(inputs, torch.ones(1))
+    assert str(ours.value) == str(theirs.value)
+
+
 def test_gradients_of_the_targets_and_float64_take_torchvisions_way(device):
     x, targets = case(device)
     (grad,) = torch.autograd.grad(sigmoid_focal_loss(x, targets.requires_grad_()).sum(), targets)
