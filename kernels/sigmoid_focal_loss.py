@@ -169,7 +169,9 @@ def sigmoid_focal_loss(
 
 def _kernel_serves(inputs: Tensor, targets: Tensor, alpha: float, reduction: str) -> bool:
     return (
-        runs_triton(inputs, targets)
+        isinstance(inputs, Tensor)
+        and isinstance(targets, Tensor)
+        and runs_triton(inputs, targets)
         and inputs.device == targets.device
         and inputs.shape == targets.shape
         and not targets.requires_grad

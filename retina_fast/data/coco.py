@@ -9,6 +9,7 @@ import warnings
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 from PIL import Image
@@ -128,9 +129,10 @@ class CocoDataset(Dataset[Sample]):
         return self._path(self.images[index])
 
     def _path(self, record: dict[str, Any]) -> Path:
-        """The file of an image. Where none has its name, Windows' separators and Unicode's other spelling are tried."""
+        """The file of an image. Where none has its name, the spellings of Windows, of URLs and of Unicode are tried."""
         name = record["file_name"]
-        spellings = [name.replace("\\", "/"), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+        composed, apart = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+        spellings = [name.replace("\\", "/"), unquote(name), composed, apart]
         others = (self.folder / spelling for spelling in spellings if spelling != name)
         path = self.folder / name
         return path if os.path.isfile(path) else next(filter(os.path.isfile, others), path)

@@ -24,6 +24,7 @@ from retina_fast.data.faults import Fault, Kind
 from retina_fast.data.images import IMAGE_SUFFIXES
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_BOXED = ("object", "part")  # tags of what has a bndbox
 _DECLARED = re.compile(rb"""\s*<\?xml[^>]*?\bencoding\s*=\s*["']([\w.:-]+)["']""")
 _CHINESE = ("gb2312", "gbk")  # Programs that declare these write any character of gb18030, which contains both.
 _LITTER = ("thumbs.db", "desktop.ini", "__macosx")  # which Windows and macOS leave in folders and archives
@@ -145,6 +146,9 @@ def read_voc(
         sides = {side: tree.findtext(f"size/{side}", "").strip() for side in ("width", "height")}
         named = tree.findtext("filename", "").strip()
         records.append({"id": image_id, "file_name": pictures.of(stem, named), "source": str(file)} | sides)
+        for part in tree.iter():
+            if part.tag not in _BOXED and part.find("bndbox") is not None:
+                found(Fault(Kind.FILE, f"{file}: <{part.tag}>", "has a bndbox, which is read in an <object> alone"))
         for number, item in enumerate(tree.iter("object"), start=1):
             source, name, bbox = f"{file}: object {number}", _name(item), _bbox(item)
             if name not in ids:

@@ -95,6 +95,16 @@ def in_a_folder_of_windows(content: dict, images: Path) -> None:
     content["images"][0]["file_name"] = "a\\p0.png"
 
 
+def renamed(name: str, listed: str) -> Change:
+    """Another name of the first image's file, and the one that the data gives it."""
+
+    def change(content: dict, images: Path) -> None:
+        (images / "p0.png").rename(images / name)
+        content["images"][0]["file_name"] = listed
+
+    return change
+
+
 def nested(depth: int) -> list:
     """A list in a list in a list."""
     found: list = []
@@ -244,6 +254,7 @@ COCO: dict[str, list[Change]] = {
         *of_first("images", "file_name", None, "", " ", 7, ["p0.png"], "\ud800", "a\0b")
     ],
     "a file name with Windows' separators": [in_a_folder_of_windows],
+    "a file name escaped as in URLs: `my%20photo.png`": [renamed("my photo.png", "my%20photo.png")],
     "a null name of a class, or NaN": [
         *of_first("categories", "name", None, math.nan, math.inf, "", "  ", [], {}, True, "\ud800"),
         without("categories", "name"),

@@ -145,6 +145,10 @@ VOC: dict[str, list[Callable[[Path], Any]]] = {
         edited("<xmin>5<", f"<xmin>{value}<") for value in ("", "x", "5,5", "5 6", "0x5", "1_0")
     ] + [edited("<xmin>5</xmin>", "")],
     "an object without a name": [edited("<name>Tree</name>", ""), edited("<name>Tree<", "<name> <")],
+    "a box in another tag than `<object>` and `<part>`, as `<Object>`": [
+        several(edited("<object>", "<Object>"), edited("</object>", "</Object>")),
+        several(edited("<object>", "<objects>"), edited("</object>", "</objects>")),
+    ],
     "an .xml file of another kind": [
         lambda root: (root / "Annotations" / "x.xml").write_text("<annotations><image/></annotations>"),
         lambda root: (root / "Annotations" / "x.xml").write_text("<html/>"),
