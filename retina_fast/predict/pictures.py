@@ -1,7 +1,8 @@
 """One image of a source: what messages call it, and how it is read from a file, the web, a video or memory."""
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPException
@@ -43,7 +44,7 @@ class Picture:
         name: what messages call it: its path or URL, ``clip.mp4#17``, or ``image 2`` of a list.
         read: reads it; raises an ImageError that names it.
         path: its path or URL, with ``#17`` for a frame of a video; None for an array.
-        file: the file on disk, if it holds just this image.
+        file: the file on disk, if it holds just this image; it is found from other folders, too.
         stem: the name of the picture that may be drawn of it, without a suffix.
         read_again: the same as `read`, but holding no pixels of its own; by default `read`.
     """
@@ -98,15 +99,36 @@ def failed_picture(name: str, error: UserError) -> Picture:
     return Picture(name, partial(_fail, ImageError(*error.args)), name, None, Path(name).stem)
 
 
-def file_picture(path: Path) -> Picture:
+def file_picture(path: Path, here: str = "") -> Picture:
     """An image file, which need not be there.
+
+    Args:
+        path: of the file, by which the picture is called.
+        here: the folder that a relative path is of, by default the current one.
 
     Example::
 
         >>> file_picture(Path("photos/a.jpg")).stem
         'a'
     """
-    return Picture(str(path), partial(_read_file, path), str(path), path, path.stem)
+    file = Path(here, path)
+    return Picture(str(path), partial(_read_file, file, str(path)), str(path), file, path.stem)
+
+
+@contextmanager
+def called(file: Path | None, name: str) -> Iterator[None]:
+    """Errors in this block call a file by that name, and not by the whole path by which it is read.
+
+    Example::
+
+        >>> with called(Path("/home/me/a.jpg"), "a.jpg"): ...  # doctest: +SKIP
+    """
+    try:
+        yield
+    except UserError as error:
+        if file is None or str(file) == name:
+            raise
+        raise type(error)(str(error).replace(str(file), name, 1)) from error
 
 
 def url_picture(url: str) -> Picture:
@@ -120,26 +142,30 @@ def url_picture(url: str) -> Picture:
     return Picture(url, partial(_download, url), url, None, Path(urlsplit(url).path).stem or "image")
 
 
-def frame_pictures(video: str | int) -> Iterator[Picture]:
+def frame_pictures(video: str | int, here: str = "") -> Iterator[Picture]:
     """The frames of a video or camera. What cannot be decoded is a picture that cannot be read, and ends it.
 
     Args:
         video: a path or URL, or the number of a camera.
+        here: the folder that a relative path is of, by default the current one; empty for a URL.
 
     Example::
 
         >>> for picture in frame_pictures("clip.mp4"): ...  # doctest: +SKIP
     """
     place = video if isinstance(video, str) else f"camera {video}"
+    file = os.path.join(here, video) if isinstance(video, str) else video
     stem = Path(urlsplit(place).path).stem or "frame"
     number = 0
     try:
-        for frame in frames(video):
+        for frame in frames(file):
             name = f"{place}#{number}"
-            again = partial(_frame, video, number) if isinstance(video, str) else None
+            again = partial(_frame, file, number) if isinstance(file, str) else None
             yield Picture(name, partial(Read, frame), name, None, f"{stem}_{number:06}", again)
             number += 1
     except ImageError as error:
+        if isinstance(video, str):
+            error = ImageError(str(error).replace(str(file), video, 1))
         yield Picture(f"{place}#{number}", partial(_fail, error), f"{place}#{number}", None, stem)
 
 
@@ -164,7 +190,12 @@ def _convert(image: Any, bgr: bool, name: str) -> Read:
         raise ImageError(f"{name}: {error}") from error
 
 
-def _read_file(path: Path) -> Read:
+def _read_file(file: Path, name: str) -> Read:
+    with called(file, name):
+        return _read_path(file)
+
+
+def _read_path(path: Path) -> Read:
     """An image file. GeoTIFFs are read by rasterio, if it is installed, as they are in tiles; all else by Pillow and
     torchvision; what they cannot read of rasters, rasterio may."""
     if is_geotiff(path) and not is_turned(path):

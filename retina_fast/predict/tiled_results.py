@@ -15,7 +15,7 @@ from retina_fast.predict.again import Again, Stamp, check_unchanged, stamp_of
 from retina_fast.predict.batches import detections_of
 from retina_fast.predict.draw import above
 from retina_fast.predict.geotiff import RasterFile, is_raster, is_turned
-from retina_fast.predict.pictures import Picture
+from retina_fast.predict.pictures import Picture, called
 from retina_fast.predict.results import Results
 from retina_fast.predict.tiles import Found, Pixels, Window, detect_tiles
 
@@ -64,7 +64,9 @@ def tiled_results_of(
     """
     for picture in pictures:
         try:
-            yield _results(detector, picture, score, classes, category_ids, tiling, batch_size, keep, console)
+            with called(picture.file, picture.name):
+                found = _results(detector, picture, score, classes, category_ids, tiling, batch_size, keep, console)
+            yield found
         except ImageError as error:
             yield Results.unread(error, picture.path, classes or ())
 
@@ -117,6 +119,7 @@ def _results(
         classes=classes or (),
         category_ids=category_ids,
         path=picture.path,
+        file=picture.file,
         image=image,
         georeference=georeference,
     )

@@ -159,6 +159,38 @@ def test_links_that_go_round_in_circles(photo):
     assert [results.path for results in found] == [str(folder / name) for name in ("a.png", "b.png")]
 
 
+def test_relative_paths_are_those_of_the_folder_that_predict_was_called_in(photo, tmp_path, monkeypatch):
+    """What is shown stays as it was given; what is read later, or is not to be replaced, is found from anywhere."""
+    folder, elsewhere = photo.parent / "in", tmp_path / "elsewhere"
+    for place in (folder, elsewhere):
+        place.mkdir()
+    photo.rename(folder / "a.png")
+    Image.fromarray(PIXELS).save(folder / "b.tif")
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder.parent / "list.txt").write_text("in/a.png\nin/broken.png\nin/b.tif\n")
+    names = ["in/a.png", "in/b.tif", "in/broken.png"]
+    sources = [("in", names), ("in/*.*", names), ("list.txt", [names[0], names[2], names[1]]), (names, names)]
+    for source, expected in sources:
+        monkeypatch.chdir(folder.parent)
+        streams = [model.predict(source, stream=True, tile=tile) for tile in (None, 8)]
+        with pytest.warns(UserWarning, match=r"^in/broken\.png: not a readable image"):
+            found = model.predict(source, progress=False)
+        monkeypatch.chdir(elsewhere)
+        for stream in streams:
+            with pytest.warns(UserWarning, match=r"^in/broken\.png: not a readable"):
+                found += stream
+        assert [results.path for results in found] == 3 * expected
+        for results in found:
+            if not results.error:
+                assert torch.equal(results.image, IMAGE)
+                assert results.file == folder.parent / results.path
+    good = found[0]
+    good.save("a.png")  # another folder's
+    assert good.to_coco()["images"][0]["file_name"] == "in/a.png"
+    with pytest.raises(ValueError, match="would replace the image itself"):
+        good.save(folder / "a.png")
+
+
 @pytest.fixture
 def server(photo) -> Iterator[str]:
     """The address of a server that knows one image by an odd name, and ends another answer too early."""

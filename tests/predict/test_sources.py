@@ -244,47 +244,6 @@ def test_a_camera_is_a_stream_of_frames(model, photo, expected, tmp_path, monkey
     assert torch.equal(first.image, photo)
 
 
-def test_a_damaged_video_gives_the_frames_before_the_damage(model, photo, tmp_path):
-    whole = write_video(photo, tmp_path / "clip.mkv", frames=6).read_bytes()
-    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.mp4").write_text("no video")
-    cut = model.predict(tmp_path / "cut.mkv")
-    assert 1 <= len([results for results in cut if not results.error]) < 6
-    with pytest.warns(UserWarning, match=r"text\.mp4: not a readable video"):
-        (broken,) = model.predict(tmp_path / "text.mp4")
-    assert broken.error
-
-
-def test_a_video_turned_by_its_metadata_is_upright(photo, tmp_path):
-    av = pytest.importorskip("av")
-    from retina_fast.predict.video import frames, is_video
-
-    class Frame:
-        rotation = -90  # clockwise, as of a telephone that is held upright
-
-        def to_ndarray(self, format):
-            return array(photo)
-
-    class Container:
-        streams = type("Streams", (), {"video": [type("Stream", (), {})()]})
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def decode(self, _):
-            return [Frame()]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(av, "open", lambda *_, **__: Container())
-        (frame,) = frames("clip.mp4")
-    assert torch.equal(frame, torch.rot90(photo, -1, (1, 2)))
-    write_video(photo, tmp_path / "clip.mkv").rename(tmp_path / "no_suffix")
-    assert is_video(tmp_path / "no_suffix")
-
-
 class Nothing(torch.nn.Module):
     """Finds nothing, and notes how many images came at once."""
 
