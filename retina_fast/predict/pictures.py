@@ -16,8 +16,8 @@ from urllib.request import Request, urlopen
 from PIL import Image
 from torch import Tensor
 
-from retina_fast.data.errors import ImageError, UserError
-from retina_fast.data.images import image_of_bytes, pixels_of, read_image
+from retina_fast.data.errors import ImageError, UserError, one_line
+from retina_fast.data.images import IMAGE_SUFFIXES, image_of_bytes, pixels_of, read_image
 from retina_fast.predict.arrays import pixels_of_array, pixels_of_tensor
 from retina_fast.predict.georeference import Georeference, georeference, is_geotiff
 from retina_fast.predict.geotiff import RasterFile, UnknownPixels, is_raster, is_turned
@@ -88,15 +88,20 @@ def read_now(picture: Picture) -> Picture:
         return replace(picture, read=partial(_fail, error))
 
 
-def failed_picture(name: str, error: UserError) -> Picture:
-    """What stands for a source that has no pictures, such as an empty folder: reading it raises the error.
+def failed_picture(name: str, message: str, path: str | None) -> Picture:
+    """What stands for a source that has no pictures, such as an empty folder: reading it raises an error.
+
+    Args:
+        name: what messages call it.
+        message: of the error.
+        path: its path or URL, if it has one.
 
     Example::
 
-        >>> failed_picture("photos", UserError("photos: holds no image")).path
+        >>> failed_picture("photos", "photos: holds no image", "photos").path
         'photos'
     """
-    return Picture(name, partial(_fail, ImageError(*error.args)), name, None, Path(name).stem)
+    return Picture(name, partial(_fail, ImageError(message)), path, None, Path(name).stem)
 
 
 def file_picture(path: Path, here: str = "") -> Picture:
@@ -128,7 +133,7 @@ def called(file: Path | None, name: str) -> Iterator[None]:
     except UserError as error:
         if file is None or str(file) == name:
             raise
-        raise type(error)(str(error).replace(str(file), name, 1)) from error
+        raise type(error)(str(error).replace(one_line(str(file)), one_line(name), 1)) from error
 
 
 def url_picture(url: str) -> Picture:
@@ -186,11 +191,13 @@ def _convert(image: Any, bgr: bool, name: str) -> Read:
             with _PILLOW:  # Two threads must not load one image.
                 return Read(pixels_of(image, image.format))
         return Read(pixels_of_tensor(image, bgr) if isinstance(image, Tensor) else pixels_of_array(image, bgr))
-    except (ValueError, OSError) as error:  # Pillow reads a file when its pixels are asked for.
-        raise ImageError(f"{name}: {error}") from error
+    except Exception as error:  # Pillow reads a file when its pixels are asked for, and may then raise anything.
+        raise ImageError(f"{name}: {str(error) or 'its pixels cannot be loaded'}") from error
 
 
 def _read_file(file: Path, name: str) -> Read:
+    if not os.path.isfile(file):  # a pipe would never open
+        raise ImageError(f"{name}: no such image file")
     with called(file, name):
         return _read_path(file)
 
@@ -204,14 +211,16 @@ def _read_path(path: Path) -> Read:
     try:
         return Read(read_image(path), georeference(path))
     except ImageError as error:
-        if not is_raster(path) or not path.is_file():
+        if not is_raster(path):
             raise
         try:
             return _read_raster(path)
         except UnknownPixels:
             raise
         except ImageError:
-            raise error from None
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                raise error from None
+            raise
         except UserError as missing:  # rasterio is not installed
             raise ImageError(f"{error}; rasterio may read it: pip install rasterio") from missing
 

@@ -169,9 +169,10 @@ class Results:
         return Counter(self.classes[label] for label in self.labels.tolist())
 
     def __repr__(self) -> str:
-        where = f" {self.path}" if self.path else ""
+        path = one_line(self.path or "")
+        where = f" {path}" if path else ""
         if self.error:
-            return f"<Results{where}: {one_line(str(self.error).removeprefix(f'{self.path}: '))}>"
+            return f"<Results{where}: {str(self.error).removeprefix(f'{path}: ')}>"
         found = ", ".join(f"{count} {name}" for name, count in self.counts().most_common()) or "nothing"
         return one_line(f"<Results{where}{',' * bool(where)} {self.size[1]}x{self.size[0]} pixels: {found}>")
 

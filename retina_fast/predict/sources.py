@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from retina_fast.data.errors import UserError
+from retina_fast.predict.geotiff import is_raster
 from retina_fast.predict.image_files import counts_as_image, image_files, silent
 from retina_fast.predict.pictures import (
     Picture,
@@ -38,6 +39,10 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://.")
 _IN_MEMORY = (np.ndarray, Tensor, Image.Image)
 _NO_SOURCES = (bytes, bytearray, memoryview, dict, IOBase)  # which could be iterated over
 Say = Callable[[str], object]
+
+
+class NoSource(TypeError):
+    """Something that holds no images, such as None."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def open_source(source: Any, bgr: bool = False, say: Say = warnings.warn, here: 
         return _one(memory_picture(source, bgr, "the image"))
     if isinstance(source, Iterable) and not isinstance(source, _NO_SOURCES):
         return _several(source, bgr, say, here)
-    raise TypeError(
+    raise NoSource(
         "source must be a path, URL, folder, glob, video, camera number, Pillow image, array, tensor, or a list of "
         f"these, got {type(source).__module__}.{type(source).__qualname__}"
     )
@@ -183,7 +188,7 @@ def _listed(place: str | Path | int, say: Say, here: str = "") -> Source:
     try:
         return open_source(place, say=say, here=here)
     except UserError as error:
-        return _one(failed_picture(str(place), error))
+        return _one(failed_picture(str(place), error.args[0], str(place)))
 
 
 def _file(path: Path, here: str) -> Source:
@@ -214,7 +219,9 @@ def _matches(word: str, say: Say, here: str = "") -> list[Path]:
     files = sorted((Path(path) for path in matched if os.path.isfile(Path(here, path))), key=_length)
     folders = {folder: os.path.realpath(Path(here, folder)) for folder in {path.parent for path in files}}
     found = sorted({(folders[path.parent], path.name): path for path in reversed(files)}.values())
-    fitting = [path for path in found if is_video(Path(here, path)) or counts_as_image(Path(here, path))]
+    suffix = Path(word).suffix.lower()  # a glob of *.jp2 means rasters, which one of * passes over
+    asked = [path for path in found if is_raster(path) and path.suffix.lower() == suffix]
+    fitting = asked or [path for path in found if is_video(Path(here, path)) or counts_as_image(Path(here, path))]
     if len(fitting) < len(found):
         say(f"{word}: {len(found) - len(fitting)} other files that it matches are passed over")
     return fitting or [Path(word)]
@@ -246,13 +253,15 @@ def _several(items: Iterable[Any], bgr: bool, say: Say, here: str, at_once: bool
                 try:
                     yield from open_source(item, bgr, say, here).pictures()
                 except UserError as error:
-                    yield failed_picture(str(item), error)
+                    yield failed_picture(str(item), error.args[0], str(item))
+                except NoSource as error:
+                    yield failed_picture(f"image {number}", f"image {number}: {error}", None)
 
     def count() -> int | None:
         try:
             opened = (open_source(item, bgr, silent, here) for item in items)
             return _total(opened) if isinstance(items, Sequence) else None
-        except UserError:
+        except (UserError, NoSource):
             return None
 
     return Source(pictures, count=count, endless=_is_endless(items))

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _results(
     image: Tensor | Callable[[], Tensor]
     with ExitStack() as stack:
         raster: RasterFile | Pixels
-        if picture.file and is_raster(picture.file) and not is_turned(picture.file):
+        if picture.file and is_raster(picture.file) and isfile(picture.file) and not is_turned(picture.file):
             raster = stack.enter_context(RasterFile(picture.file))
             stamp = stamp_of(picture.file)
             about += f" {stamp}"

@@ -1,5 +1,6 @@
 """Frames of videos and cameras, decoded by PyAV (https://pyav.basswood-io.com), which brings FFmpeg with it."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ def is_video(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
         return suffix in VIDEO_SUFFIXES
+    if not os.path.isfile(path):  # a pipe would never open
+        return False
     try:
         with path.open("rb") as file:
             begin = file.read(12)

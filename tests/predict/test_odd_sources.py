@@ -65,16 +65,24 @@ def test_arrays_from_files(array):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
+        (np.full((4, 4), 1 + 1e-6), r"must be in \[0, 1\], got 1.000001 to 1.000001"),
         (IMAGE.float().div(255).to_sparse(), "dense and have data, got one that is a torch.sparse_coo"),
         (IMAGE.to("meta"), "got one that is on the device meta"),
         (torch.nested.as_nested_tensor([IMAGE[None], IMAGE[None]]), "got one that is nested"),
         (Image.new("RGB", (0, 5)), "the image: it has no pixels: its size is 0x5"),
     ],
-    ids=["sparse", "meta", "nested", "Pillow"],
+    ids=["over 1", "sparse", "meta", "nested", "Pillow"],
 )
 def test_images_without_pixels_to_read_are_refused(image, message):
     with pytest.raises(ImageError, match=message):
         model.predict(image)
+
+
+def test_a_pillow_image_that_is_closed(photo):
+    with Image.open(photo) as closed:
+        pass
+    with pytest.raises(ImageError, match=r"a\.png: "):
+        model.predict(closed)
 
 
 def test_results_do_not_share_memory_with_a_tensor():
@@ -92,12 +100,28 @@ def test_paths_of_other_kinds(photo):
         assert [results.path for results in model.predict(column)] == [str(photo)] * 2
 
 
-@pytest.mark.parametrize(
-    "source", [bytearray(b"a.png"), io.BytesIO(b"a.png"), [b"a.png"]], ids=["bytes", "file", "list"]
-)
+@pytest.mark.parametrize("source", [bytearray(b"a.png"), io.BytesIO(b"a.png")], ids=["bytes", "file"])
 def test_bytes_are_no_source(source):
     with pytest.raises(TypeError, match="source must be a path, URL"):
         model.predict(source)
+
+
+def test_what_is_no_source_among_others_does_not_end_the_run(photo):
+    """As in a column of a table in which a path is missing."""
+    with pytest.warns(UserWarning, match=r"^image 1: source must be a path, URL.* got builtins\.float"):
+        found = model.predict([photo, float("nan"), "\0.png"])
+    assert [results.path for results in found] == [str(photo), None, "\0.png"]
+    assert repr(found[1]).startswith("<Results: image 1: source must be")
+    assert repr(found[2]) == r"<Results \x00.png: no such image file>"
+
+
+def test_a_pipe_is_no_image(photo):
+    """It would never open."""
+    for name in ("a", "a.tif"):
+        os.mkfifo(photo.parent / name)
+        for tile in (None, 8):
+            with pytest.raises(ImageError, match=f"{name}: no such image file"):
+                model.predict(photo.parent / name, tile=tile)
 
 
 @pytest.mark.parametrize(
