@@ -8,6 +8,7 @@ from functools import partial
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -19,7 +20,7 @@ from torch import Tensor
 from retina_fast.data.errors import ImageError, UserError, one_line
 from retina_fast.data.images import IMAGE_SUFFIXES, image_of_bytes, pixels_of, read_image
 from retina_fast.predict.arrays import pixels_of_array, pixels_of_tensor
-from retina_fast.predict.georeference import Georeference, georeference, is_geotiff
+from retina_fast.predict.georeference import TIFF, Georeference, georeference, is_geotiff
 from retina_fast.predict.geotiff import RasterFile, UnknownPixels, is_raster, is_turned
 from retina_fast.predict.tiles import Window
 from retina_fast.predict.video import frames
@@ -237,4 +238,9 @@ def _download(url: str) -> Read:
             content = answer.read()
     except (OSError, ValueError, HTTPException) as error:  # the last for an answer that is cut short
         raise ImageError(f"{url}: cannot be downloaded ({getattr(error, 'reason', None) or error})") from error
-    return Read(image_of_bytes(content, url))
+    if not content.startswith(TIFF):
+        return Read(image_of_bytes(content, url))
+    with TemporaryDirectory() as folder:  # It may have bands and a place that are read from files alone.
+        file = Path(folder, "image.tif")
+        file.write_bytes(content)
+        return _read_file(file, url)

@@ -193,7 +193,7 @@ def test_one_bad_image_of_several_is_named_and_does_not_end_the_run(model, photo
         found[1].plot()
 
 
-def test_rasters_that_pillow_cannot_read(model, photo, expected, tmp_path, monkeypatch):
+def test_rasters_that_pillow_cannot_read(model, photo, files, server, expected, tmp_path, monkeypatch):
     rasterio = pytest.importorskip("rasterio")
     profile = {"driver": "GTiff", "height": 96, "width": 128, "count": 3, "dtype": "uint16", "crs": "EPSG:32611"}
     place = rasterio.transform.from_origin(500000, 4100000, 0.1, 0.1)
@@ -205,6 +205,11 @@ def test_rasters_that_pillow_cannot_read(model, photo, expected, tmp_path, monke
     (tmp_path / "cut.tif").write_bytes((tmp_path / "deep.tif").read_bytes()[:5000])
     with pytest.raises(ImageError, match=r"cut\.tif: not a readable image"):
         model.predict(tmp_path / "cut.tif")
+    (files / "deep.tif").write_bytes((tmp_path / "deep.tif").read_bytes())
+    from_web = model.predict(f"{server}/deep.tif")
+    assert from_web.georeference == found.georeference
+    assert torch.equal(from_web.image, found.image)
+    assert from_web.path == f"{server}/deep.tif"
     for dtype in ("int16", "float32"):
         with rasterio.open(tmp_path / "signed.tif", "w", **profile | {"dtype": dtype}, transform=place) as file:
             file.write(photo.numpy().astype(dtype))
