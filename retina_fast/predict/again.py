@@ -35,7 +35,7 @@ def stamp_of(file: Path | None) -> Stamp:
             return status.st_size, status.st_mtime_ns
         with file.open("rb") as content:
             return status.st_size, file_digest(content, "sha256").digest()
-    except OSError:
+    except (OSError, ValueError):  # ValueError for a zero byte in the name
         return None
 
 

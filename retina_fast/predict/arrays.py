@@ -80,7 +80,7 @@ def _rgb(image: Tensor, bgr: bool) -> Tensor:
     if image.is_floating_point():
         low, high = (float(value) for value in image.float().aminmax())
         if not (low >= 0 and high <= 1):  # NaN is neither
-            raise ValueError(f"values of floating point must be in [0, 1], got {low:g} to {high:g}: scale them")
+            raise ValueError(f"values of floating point must be in [0, 1], got {low:.8g} to {high:.8g}: scale them")
         image = (image.float() * 255).round().to(torch.uint8)
     if len(image) == 1:
         return image.expand(3, -1, -1).contiguous()

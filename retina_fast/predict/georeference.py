@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 from PIL.TiffImagePlugin import TiffImageFile
 
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file begins
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""How files of that kind begin."""
+
 _SCALE, _TIEPOINT, _MATRIX, _KEYS = 33550, 33922, 34264, 34735  # the tags
 _RASTER_TYPE, _GEODETIC, _PROJECTED = 1025, 2048, 3072  # the keys
 _POINT = 2  # the raster type in which coordinates are those of a pixel's middle
@@ -67,7 +69,7 @@ def is_geotiff(file: Path) -> bool:
 def _tags(file: Path) -> dict[int, Any]:
     """The tags of a TIFF; none of another file."""
     with file.open("rb") as opened:
-        if not opened.read(4).startswith(_TIFF):
+        if not opened.read(4).startswith(TIFF):
             return {}
     with TiffImageFile(str(file)) as picture:
         return dict(picture.tag_v2)

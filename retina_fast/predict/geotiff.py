@@ -172,5 +172,7 @@ def _bands(file: Any) -> tuple[list[int], Any]:
     return (shown[:3] if len(shown) >= 3 else shown[:1]) or [1], None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    while error.__cause__:  # of which rasterio says no more than that it is there
+        error = error.__cause__
     return f"{error}\n".splitlines()[0]

@@ -24,6 +24,7 @@ def image_files(
     say: Callable[[str], object] = silent,
     drawn_in: Path | None = None,
     seen: set[str] | None = None,
+    here: str = "",
 ) -> Iterator[Any]:
     """The image files that the inputs name, in turn: a file, those in a folder, or those in the lines of a .txt file.
 
@@ -36,9 +37,10 @@ def image_files(
         say: called with a sentence for each folder in which other files, or folders, are passed over.
         drawn_in: a folder in which drawn pictures are passed over, since they are written there.
         seen: the files and folders that earlier calls have seen, to which this one adds.
+        here: the folder that relative paths are of, by default the current one.
 
     Yields:
-        Paths; and, for the URLs of a list, words.
+        Paths, relative where the input is; and, for the URLs of a list, words.
 
     Raises:
         UserError: for a folder without images, or a list that cannot be read.
@@ -49,32 +51,34 @@ def image_files(
     """
     seen = set() if seen is None else seen
     for path in inputs:
-        real = os.path.realpath(path)
-        if real in seen or (os.path.dirname(real) in seen and counts_as_image(path)):
+        place = Path(here, path)
+        real = os.path.realpath(place)
+        if real in seen or (os.path.dirname(real) in seen and counts_as_image(place)):
             continue
-        if os.path.isdir(path):
+        if os.path.isdir(place):
             drawn = drawn_in is not None and real == os.path.realpath(drawn_in)
-            yield from (file for file in _inside(path, say, drawn) if os.path.join(real, file.name) not in seen)
+            inside = _inside(path, say, drawn, here)
+            yield from (file for file in inside if os.path.join(real, file.name) not in seen)
         elif path.suffix.lower() == ".txt":
-            yield from _listed(path)
+            yield from _listed(path, here)
         else:
             yield path
         seen.add(real)
 
 
-def _inside(folder: Path, say: Callable[[str], object], without_drawn: bool) -> list[Path]:
+def _inside(folder: Path, say: Callable[[str], object], without_drawn: bool, here: str) -> list[Path]:
     """The images in a folder by their names."""
     images, others, folders = [], Counter[str](), 0
     try:
-        with os.scandir(folder) as entries:
+        with os.scandir(Path(here, folder)) as entries:
             for entry in entries:
-                file = folder / entry.name
+                file = Path(entry.path)
                 if os.path.isdir(entry):  # entry.is_dir() raises for links that go round in circles
                     folders += 1
                 elif without_drawn and is_drawn(file):
                     others["drawn pictures"] += 1
                 elif counts_as_image(file):
-                    images.append(file)
+                    images.append(folder / entry.name)
                 else:
                     others[file.suffix or "no suffix"] += 1
     except OSError as error:
@@ -101,10 +105,11 @@ def counts_as_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES or (os.path.isfile(path) and is_image(path))
 
 
-def _listed(path: Path) -> Iterator[Path | str]:
+def _listed(path: Path, here: str) -> Iterator[Path | str]:
     """The files in the lines of a .txt file, and the URLs as words."""
     try:
-        with path.open(encoding=encoding_of(path)) as lines:
+        place = Path(here, path)
+        with place.open(encoding=encoding_of(place)) as lines:
             for line in lines:
                 if line.strip():
                     yield line.strip() if "://" in line else Path(line.strip())

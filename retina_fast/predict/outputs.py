@@ -181,7 +181,7 @@ def write(results: Any, file: str | Path) -> None:
         raise UserError(f"{file}: holds the results of one image, got those of {len(every)}")
     check_file(file)
     for result in every:
-        if result.path and same_file(file, Path(result.path)):
+        if result.path and same_file(file, result.file or Path(result.path)):
             raise UserError(f"{file}: would replace the image itself; give another name")
     if suffix not in FORMATS and every[0].error:
         raise every[0].error

@@ -38,7 +38,7 @@ def file_stamp(picture: Picture) -> FileStamp:
     file = picture.file or Path((picture.path or "").rpartition("#")[0])
     try:
         status = file.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError for a zero byte in the name
         return None
     return [status.st_size, status.st_mtime_ns] if S_ISREG(status.st_mode) else None
 

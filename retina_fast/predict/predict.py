@@ -174,6 +174,7 @@ def results_of(
             classes=classes or (),
             category_ids=category_ids,
             path=picture.path,
+            file=picture.file,
             image=image if keep else Again.of(picture, about["stamp"]),
             georeference=about["georeference"],
         )

@@ -60,7 +60,9 @@ class Results:
         size: (height, width) of the image in pixels.
         classes: class names by label; a label beyond them is called ``class 7``.
         category_ids: ids of the classes in COCO files, by label; by default the labels.
-        path: where the image comes from: a path or URL, with ``#17`` for a frame of a video; None for an array.
+        path: where the image comes from: a path, as it was given, or URL, with ``#17`` for a frame of a video; None for
+            an array.
+        file: the whole path of the image's file, if it has one of its own, which :meth:`save` never replaces.
         image: its pixels (3, H, W) uint8, or a function that reads them, for :meth:`plot`.
         georeference: where it lies on the earth, for :meth:`to_geojson`.
         error: why the image could not be read, or does not fit the model; there are no objects then.
@@ -87,9 +89,11 @@ class Results:
         image: Pixels | None = None,
         georeference: Georeference | None = None,
         error: ImageError | None = None,
+        file: Path | None = None,
     ) -> None:
         self.boxes, self.scores, self.labels = boxes, scores, labels
-        self.size, self.path, self.georeference, self.error = size, path, georeference, error
+        self.size, self.path, self.file = size, path, file
+        self.georeference, self.error = georeference, error
         count = max(len(classes), 1 + max(labels.tolist(), default=-1))
         self.classes = [*classes, *(f"class {label}" for label in range(len(classes), count))]
         ids = list(range(len(classes)) if category_ids is None else category_ids)
@@ -165,9 +169,10 @@ class Results:
         return Counter(self.classes[label] for label in self.labels.tolist())
 
     def __repr__(self) -> str:
-        where = f" {self.path}" if self.path else ""
+        path = one_line(self.path or "")
+        where = f" {path}" if path else ""
         if self.error:
-            return f"<Results{where}: {one_line(str(self.error).removeprefix(f'{self.path}: '))}>"
+            return f"<Results{where}: {str(self.error).removeprefix(f'{path}: ')}>"
         found = ", ".join(f"{count} {name}" for name, count in self.counts().most_common()) or "nothing"
         return one_line(f"<Results{where}{',' * bool(where)} {self.size[1]}x{self.size[0]} pixels: {found}>")
 

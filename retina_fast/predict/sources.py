@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from retina_fast.data.errors import UserError
+from retina_fast.predict.geotiff import is_raster
 from retina_fast.predict.image_files import counts_as_image, image_files, silent
 from retina_fast.predict.pictures import (
     Picture,
@@ -40,6 +41,10 @@ _NO_SOURCES = (bytes, bytearray, memoryview, dict, IOBase)  # which could be ite
 Say = Callable[[str], object]
 
 
+class NoSource(TypeError):
+    """Something that holds no images, such as None."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A source as a line of pictures.
@@ -57,13 +62,14 @@ class Source:
     endless: bool = False
 
 
-def open_source(source: Any, bgr: bool = False, say: Say = warnings.warn) -> Source:
+def open_source(source: Any, bgr: bool = False, say: Say = warnings.warn, here: str | None = None) -> Source:
     """Say what a source is; nothing of it is read yet.
 
     Args:
         source: see :func:`retina_fast.predict.predict.predict`.
         bgr: whether arrays and tensors have their channels in OpenCV's order.
         say: called with a sentence about files that are passed over.
+        here: the folder that relative paths are of; by default the current one, also if that changes afterwards.
 
     Raises:
         UserError: for a URL of an unknown kind; and, when its turn comes, for a folder or list that cannot be read.
@@ -74,19 +80,20 @@ def open_source(source: Any, bgr: bool = False, say: Say = warnings.warn) -> Sou
         >>> open_source(["a.jpg", "b.jpg"]).count()
         2
     """
+    here = _current_folder() if here is None else here
     if isinstance(source, str | os.PathLike):
-        return _named(source if isinstance(source, str) else Path(os.fsdecode(source)), say)
+        return _named(source if isinstance(source, str) else Path(os.fsdecode(source)), say, here)
     if _is_camera(source):
         return Source(partial(frame_pictures, int(source)), endless=True)
     if _holds_paths(source):
-        return _several(source.ravel().tolist(), bgr, say)
+        return _several(source.ravel().tolist(), bgr, say, here)
     if _is_batch(source):
-        return _several(list(source), bgr, say)
+        return _several(list(source), bgr, say, here)
     if isinstance(source, _IN_MEMORY):
         return _one(memory_picture(source, bgr, "the image"))
     if isinstance(source, Iterable) and not isinstance(source, _NO_SOURCES):
-        return _several(source, bgr, say)
-    raise TypeError(
+        return _several(source, bgr, say, here)
+    raise NoSource(
         "source must be a path, URL, folder, glob, video, camera number, Pillow image, array, tensor, or a list of "
         f"these, got {type(source).__module__}.{type(source).__qualname__}"
     )
@@ -135,7 +142,7 @@ def open_files(inputs: Sequence[str | Path], say: Say = silent, drawn_in: Path |
     return Source(pictures, count=count, endless=endless)
 
 
-def _named(source: str | Path, say: Say) -> Source:
+def _named(source: str | Path, say: Say, here: str) -> Source:
     """A path, URL or glob."""
     word = str(source)
     if source == "":
@@ -145,17 +152,18 @@ def _named(source: str | Path, say: Say) -> Source:
     path = Path(source)
     if _is_device(path):
         return Source(partial(frame_pictures, word), endless=True)
-    if os.path.isdir(path) or path.suffix.lower() == ".txt":
+    if os.path.isdir(Path(here, path)) or path.suffix.lower() == ".txt":
+
+        def files(say: Say) -> Iterator[Source]:
+            return (_listed(place, say, here) for place in image_files([path], say, here=here))
 
         def pictures() -> Iterator[Picture]:
-            for place in image_files([path], say):
-                yield from _listed(place, say).pictures()
+            for file in files(say):
+                yield from file.pictures()
 
-        return Source(pictures, count=lambda: _total(_listed(place, silent) for place in image_files([path])))
-    if not os.path.exists(path) and glob.has_magic(word):
-        found = _matches(word, say)
-        return _several(found, False, say) if found != [path] else _file(path)
-    return _file(path)
+        return Source(pictures, count=lambda: _total(files(silent)))
+    found = _matches(word, say, here)
+    return _several(found, False, say, here) if found != [path] else _file(path, here)
 
 
 def _at_url(url: str, scheme: str) -> Source:
@@ -173,21 +181,22 @@ def _at_url(url: str, scheme: str) -> Source:
     return _one(url_picture(url))
 
 
-def _listed(place: str | Path | int, say: Say) -> Source:
+def _listed(place: str | Path | int, say: Say, here: str = "") -> Source:
     """A file of a folder, list or glob; or another place, such as a URL of a list."""
     if isinstance(place, Path):
-        return _file(place)
+        return _file(place, here)
     try:
-        return open_source(place, say=say)
+        return open_source(place, say=say, here=here)
     except UserError as error:
-        return _one(failed_picture(str(place), error))
+        return _one(failed_picture(str(place), error.args[0], str(place)))
 
 
-def _file(path: Path) -> Source:
+def _file(path: Path, here: str) -> Source:
     """A video, or else an image, even if it is missing."""
-    if is_video(path):
-        return Source(partial(frame_pictures, str(path)), count=partial(frame_count, str(path)))
-    return _one(file_picture(path))
+    file = Path(here, path)
+    if is_video(file):
+        return Source(partial(frame_pictures, str(path), here), count=partial(frame_count, str(file)))
+    return _one(file_picture(path, here))
 
 
 def _total(sources: Iterable[Source]) -> int | None:
@@ -200,16 +209,19 @@ def _one(picture: Picture) -> Source:
     return Source(lambda: iter([picture]), one=True, count=lambda: 1)
 
 
-def _matches(word: str, say: Say) -> list[Path]:
+def _matches(word: str, say: Say, here: str = "") -> list[Path]:
     """The images and videos that a glob matches; the path that the word is, if it is none or matches nothing.
 
     Where a link leads back to a folder above it, `**` finds each file again and again; once is kept."""
-    if os.path.exists(word) or not glob.has_magic(word):
+    if not glob.has_magic(word) or os.path.exists(Path(here, word)):
         return [Path(word)]
-    files = sorted((Path(path) for path in glob.iglob(word, recursive=True) if os.path.isfile(path)), key=_length)
-    folders = {folder: os.path.realpath(folder) for folder in {path.parent for path in files}}
+    matched = glob.iglob(word, root_dir=here or None, recursive=True)
+    files = sorted((Path(path) for path in matched if os.path.isfile(Path(here, path))), key=_length)
+    folders = {folder: os.path.realpath(Path(here, folder)) for folder in {path.parent for path in files}}
     found = sorted({(folders[path.parent], path.name): path for path in reversed(files)}.values())
-    fitting = [path for path in found if is_video(path) or counts_as_image(path)]
+    suffix = Path(word).suffix.lower()  # a glob of *.jp2 means rasters, which one of * passes over
+    asked = [path for path in found if is_raster(path) and path.suffix.lower() == suffix]
+    fitting = asked or [path for path in found if is_video(Path(here, path)) or counts_as_image(Path(here, path))]
     if len(fitting) < len(found):
         say(f"{word}: {len(found) - len(fitting)} other files that it matches are passed over")
     return fitting or [Path(word)]
@@ -219,12 +231,12 @@ def _length(path: Path) -> int:
     return len(path.parts)
 
 
-def _several(items: Iterable[Any], bgr: bool, say: Say, at_once: bool = False) -> Source:
+def _several(items: Iterable[Any], bgr: bool, say: Say, here: str, at_once: bool = False) -> Source:
     """The pictures of several sources, one after another. What one of them lacks does not end the others.
 
     Args:
         items: the sources.
-        bgr, say: see :func:`open_source`.
+        bgr, say, here: see :func:`open_source`.
         at_once: whether images in memory are converted when their turn comes, and not when they are read, in another
             thread: those of an iterator always are, since it may fill one buffer again and again.
     """
@@ -233,20 +245,23 @@ def _several(items: Iterable[Any], bgr: bool, say: Say, at_once: bool = False) -
     def pictures() -> Iterator[Picture]:
         for number, item in enumerate(items):
             if _is_batch(item):
-                yield from _several(list(item), bgr, say, at_once).pictures()
+                yield from _several(list(item), bgr, say, here, at_once).pictures()
             elif isinstance(item, _IN_MEMORY) and not _holds_paths(item):
                 picture = memory_picture(item, bgr, f"image {number}")
                 yield read_now(picture) if at_once else picture
             else:
                 try:
-                    yield from open_source(item, bgr, say).pictures()
+                    yield from open_source(item, bgr, say, here).pictures()
                 except UserError as error:
-                    yield failed_picture(str(item), error)
+                    yield failed_picture(str(item), error.args[0], str(item))
+                except NoSource as error:
+                    yield failed_picture(f"image {number}", f"image {number}: {error}", None)
 
     def count() -> int | None:
         try:
-            return _total(open_source(item, bgr, silent) for item in items) if isinstance(items, Sequence) else None
-        except UserError:
+            opened = (open_source(item, bgr, silent, here) for item in items)
+            return _total(opened) if isinstance(items, Sequence) else None
+        except (UserError, NoSource):
             return None
 
     return Source(pictures, count=count, endless=_is_endless(items))
@@ -281,3 +296,10 @@ def _is_device(path: str | Path) -> bool:
         return stat.S_ISCHR(os.stat(path).st_mode)
     except (OSError, ValueError):  # ValueError for a zero byte in the name
         return False
+
+
+def _current_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # it was deleted
+        return ""

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from retina_fast.predict.again import Again, Stamp, check_unchanged, stamp_of
 from retina_fast.predict.batches import detections_of
 from retina_fast.predict.draw import above
 from retina_fast.predict.geotiff import RasterFile, is_raster, is_turned
-from retina_fast.predict.pictures import Picture
+from retina_fast.predict.pictures import Picture, called
 from retina_fast.predict.results import Results
 from retina_fast.predict.tiles import Found, Pixels, Window, detect_tiles
 
@@ -64,7 +65,9 @@ def tiled_results_of(
     """
     for picture in pictures:
         try:
-            yield _results(detector, picture, score, classes, category_ids, tiling, batch_size, keep, console)
+            with called(picture.file, picture.name):
+                found = _results(detector, picture, score, classes, category_ids, tiling, batch_size, keep, console)
+            yield found
         except ImageError as error:
             yield Results.unread(error, picture.path, classes or ())
 
@@ -84,7 +87,7 @@ def _results(
     image: Tensor | Callable[[], Tensor]
     with ExitStack() as stack:
         raster: RasterFile | Pixels
-        if picture.file and is_raster(picture.file) and not is_turned(picture.file):
+        if picture.file and is_raster(picture.file) and isfile(picture.file) and not is_turned(picture.file):
             raster = stack.enter_context(RasterFile(picture.file))
             stamp = stamp_of(picture.file)
             about += f" {stamp}"
@@ -117,6 +120,7 @@ def _results(
         classes=classes or (),
         category_ids=category_ids,
         path=picture.path,
+        file=picture.file,
         image=image,
         georeference=georeference,
     )

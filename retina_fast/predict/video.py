@@ -1,5 +1,6 @@
 """Frames of videos and cameras, decoded by PyAV (https://pyav.basswood-io.com), which brings FFmpeg with it."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpe
 """What the names of videos usually end in."""
 
 _BEGINNINGS = (b"\x1aE\xdf\xa3", b"\0\0\1\xba", b"FLV\1", b"\x30\x26\xb2\x75")  # Matroska, MPEG, Flash, Windows Media
+_WITH_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+"""FFmpeg's names of the formats that hold their length. FFmpeg ends without an error where such a file is cut short."""
+_MISSING = (0.5, 0.1)  # seconds, and part of the length, that a whole video may lack, since its last frame has no end
 _STILLS = (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis")  # brands of images in the container of MP4
 
 
@@ -30,6 +34,8 @@ def is_video(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
         return suffix in VIDEO_SUFFIXES
+    if not os.path.isfile(path):  # a pipe would never open
+        return False
     try:
         with path.open("rb") as file:
             begin = file.read(12)
@@ -47,7 +53,7 @@ def frames(video: str | int) -> Iterator[Tensor]:
 
     Raises:
         UserError: without PyAV.
-        ImageError: if it cannot be opened, or a frame cannot be decoded.
+        ImageError: if it cannot be opened, a frame cannot be decoded, or it ends before its time.
 
     Example::
 
@@ -60,9 +66,18 @@ def frames(video: str | int) -> Iterator[Tensor]:
                 raise ImageError(f"{_name(video)}: not a readable video (it holds no pictures)")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            for frame in container.decode(stream):
-                turns = round(frame.rotation / 90)  # counterclockwise
-                yield torch.from_numpy(np.rot90(frame.to_ndarray(format="rgb24"), turns).copy()).permute(2, 0, 1)
+            reached = 0.0
+            for packet in container.demux():
+                if packet.pts is not None:
+                    reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                if packet.stream.index != stream.index:
+                    continue
+                for frame in packet.decode():
+                    turns = round(frame.rotation / 90)  # counterclockwise
+                    yield torch.from_numpy(np.rot90(frame.to_ndarray(format="rgb24"), turns).copy()).permute(2, 0, 1)
+            length = (container.duration or 0) / av.time_base if container.format.name in _WITH_LENGTH else 0
+            if length - reached > max(_MISSING[0], _MISSING[1] * length):
+                raise ImageError(f"{_name(video)}: is cut short: it ends after {reached:.1f} of {length:.1f} seconds")
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(f"{_name(video)}: not a readable video ({reason})") from error

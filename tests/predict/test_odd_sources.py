@@ -65,16 +65,24 @@ def test_arrays_from_files(array):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
+        (np.full((4, 4), 1 + 1e-6), r"must be in \[0, 1\], got 1.000001 to 1.000001"),
         (IMAGE.float().div(255).to_sparse(), "dense and have data, got one that is a torch.sparse_coo"),
         (IMAGE.to("meta"), "got one that is on the device meta"),
         (torch.nested.as_nested_tensor([IMAGE[None], IMAGE[None]]), "got one that is nested"),
         (Image.new("RGB", (0, 5)), "the image: it has no pixels: its size is 0x5"),
     ],
-    ids=["sparse", "meta", "nested", "Pillow"],
+    ids=["over 1", "sparse", "meta", "nested", "Pillow"],
 )
 def test_images_without_pixels_to_read_are_refused(image, message):
     with pytest.raises(ImageError, match=message):
         model.predict(image)
+
+
+def test_a_pillow_image_that_is_closed(photo):
+    with Image.open(photo) as closed:
+        pass
+    with pytest.raises(ImageError, match=r"a\.png: "):
+        model.predict(closed)
 
 
 def test_results_do_not_share_memory_with_a_tensor():
@@ -92,12 +100,28 @@ def test_paths_of_other_kinds(photo):
         assert [results.path for results in model.predict(column)] == [str(photo)] * 2
 
 
-@pytest.mark.parametrize(
-    "source", [bytearray(b"a.png"), io.BytesIO(b"a.png"), [b"a.png"]], ids=["bytes", "file", "list"]
-)
+@pytest.mark.parametrize("source", [bytearray(b"a.png"), io.BytesIO(b"a.png")], ids=["bytes", "file"])
 def test_bytes_are_no_source(source):
     with pytest.raises(TypeError, match="source must be a path, URL"):
         model.predict(source)
+
+
+def test_what_is_no_source_among_others_does_not_end_the_run(photo):
+    """As in a column of a table in which a path is missing."""
+    with pytest.warns(UserWarning, match=r"^image 1: source must be a path, URL.* got builtins\.float"):
+        found = model.predict([photo, float("nan"), "\0.png"])
+    assert [results.path for results in found] == [str(photo), None, "\0.png"]
+    assert repr(found[1]).startswith("<Results: image 1: source must be")
+    assert repr(found[2]) == r"<Results \x00.png: no such image file>"
+
+
+def test_a_pipe_is_no_image(photo):
+    """It would never open."""
+    for name in ("a", "a.tif"):
+        os.mkfifo(photo.parent / name)
+        for tile in (None, 8):
+            with pytest.raises(ImageError, match=f"{name}: no such image file"):
+                model.predict(photo.parent / name, tile=tile)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +181,38 @@ def test_links_that_go_round_in_circles(photo):
     ]
     found = model.predict(f"{folder}/**/*.png")
     assert [results.path for results in found] == [str(folder / name) for name in ("a.png", "b.png")]
+
+
+def test_relative_paths_are_those_of_the_folder_that_predict_was_called_in(photo, tmp_path, monkeypatch):
+    """What is shown stays as it was given; what is read later, or is not to be replaced, is found from anywhere."""
+    folder, elsewhere = photo.parent / "in", tmp_path / "elsewhere"
+    for place in (folder, elsewhere):
+        place.mkdir()
+    photo.rename(folder / "a.png")
+    Image.fromarray(PIXELS).save(folder / "b.tif")
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder.parent / "list.txt").write_text("in/a.png\nin/broken.png\nin/b.tif\n")
+    names = ["in/a.png", "in/b.tif", "in/broken.png"]
+    sources = [("in", names), ("in/*.*", names), ("list.txt", [names[0], names[2], names[1]]), (names, names)]
+    for source, expected in sources:
+        monkeypatch.chdir(folder.parent)
+        streams = [model.predict(source, stream=True, tile=tile) for tile in (None, 8)]
+        with pytest.warns(UserWarning, match=r"^in/broken\.png: not a readable image"):
+            found = model.predict(source, progress=False)
+        monkeypatch.chdir(elsewhere)
+        for stream in streams:
+            with pytest.warns(UserWarning, match=r"^in/broken\.png: not a readable"):
+                found += stream
+        assert [results.path for results in found] == 3 * expected
+        for results in found:
+            if not results.error:
+                assert torch.equal(results.image, IMAGE)
+                assert results.file == folder.parent / results.path
+    good = found[0]
+    good.save("a.png")  # another folder's
+    assert good.to_coco()["images"][0]["file_name"] == "in/a.png"
+    with pytest.raises(ValueError, match="would replace the image itself"):
+        good.save(folder / "a.png")
 
 
 @pytest.fixture

@@ -193,7 +193,7 @@ def test_one_bad_image_of_several_is_named_and_does_not_end_the_run(model, photo
         found[1].plot()
 
 
-def test_rasters_that_pillow_cannot_read(model, photo, expected, tmp_path, monkeypatch):
+def test_rasters_that_pillow_cannot_read(model, photo, files, server, expected, tmp_path, monkeypatch):
     rasterio = pytest.importorskip("rasterio")
     profile = {"driver": "GTiff", "height": 96, "width": 128, "count": 3, "dtype": "uint16", "crs": "EPSG:32611"}
     place = rasterio.transform.from_origin(500000, 4100000, 0.1, 0.1)
@@ -205,6 +205,11 @@ def test_rasters_that_pillow_cannot_read(model, photo, expected, tmp_path, monke
     (tmp_path / "cut.tif").write_bytes((tmp_path / "deep.tif").read_bytes()[:5000])
     with pytest.raises(ImageError, match=r"cut\.tif: not a readable image"):
         model.predict(tmp_path / "cut.tif")
+    (files / "deep.tif").write_bytes((tmp_path / "deep.tif").read_bytes())
+    from_web = model.predict(f"{server}/deep.tif")
+    assert from_web.georeference == found.georeference
+    assert torch.equal(from_web.image, found.image)
+    assert from_web.path == f"{server}/deep.tif"
     for dtype in ("int16", "float32"):
         with rasterio.open(tmp_path / "signed.tif", "w", **profile | {"dtype": dtype}, transform=place) as file:
             file.write(photo.numpy().astype(dtype))
@@ -242,47 +247,6 @@ def test_a_camera_is_a_stream_of_frames(model, photo, expected, tmp_path, monkey
     assert [first.path, second.path] == ["camera 0#0", "camera 0#1"]
     assert_same(second, expected)
     assert torch.equal(first.image, photo)
-
-
-def test_a_damaged_video_gives_the_frames_before_the_damage(model, photo, tmp_path):
-    whole = write_video(photo, tmp_path / "clip.mkv", frames=6).read_bytes()
-    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.mp4").write_text("no video")
-    cut = model.predict(tmp_path / "cut.mkv")
-    assert 1 <= len([results for results in cut if not results.error]) < 6
-    with pytest.warns(UserWarning, match=r"text\.mp4: not a readable video"):
-        (broken,) = model.predict(tmp_path / "text.mp4")
-    assert broken.error
-
-
-def test_a_video_turned_by_its_metadata_is_upright(photo, tmp_path):
-    av = pytest.importorskip("av")
-    from retina_fast.predict.video import frames, is_video
-
-    class Frame:
-        rotation = -90  # clockwise, as of a telephone that is held upright
-
-        def to_ndarray(self, format):
-            return array(photo)
-
-    class Container:
-        streams = type("Streams", (), {"video": [type("Stream", (), {})()]})
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def decode(self, _):
-            return [Frame()]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(av, "open", lambda *_, **__: Container())
-        (frame,) = frames("clip.mp4")
-    assert torch.equal(frame, torch.rot90(photo, -1, (1, 2)))
-    write_video(photo, tmp_path / "clip.mkv").rename(tmp_path / "no_suffix")
-    assert is_video(tmp_path / "no_suffix")
 
 
 class Nothing(torch.nn.Module):

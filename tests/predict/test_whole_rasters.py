@@ -98,3 +98,19 @@ def test_a_reduced_picture_is_read_strip_by_strip(size, tmp_path, monkeypatch):
     with rasterio.open(file) as opened:
         assert np.array_equal(small.numpy(), opened.read(out_shape=(3, *size)))
     assert max(heights) <= 4
+
+
+VRT = """<VRTDataset rasterXSize="34" rasterYSize="21"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>
+<SourceFilename relativeToVRT="1">{}.tif</SourceFilename><SourceBand>1</SourceBand></SimpleSource></VRTRasterBand>
+</VRTDataset>"""
+
+
+@pytest.mark.parametrize("tile", [None, 16])
+def test_a_glob_of_rasters_that_pillow_does_not_read(tile, tmp_path):
+    write(tmp_path / "there.tif", BANDS[:1])
+    for name in ("there", "gone"):
+        (tmp_path / f"{name}.vrt").write_text(VRT.format(name))
+    with pytest.warns(UserWarning, match=r"gone\.vrt: not readable at .*gone\.tif: No such file"):
+        gone, there = model.predict(f"{tmp_path}/*.vrt", tile=tile, progress=False)
+    assert gone.error
+    assert torch.equal(there.image, torch.from_numpy(BANDS[:1]).expand(3, -1, -1))

@@ -25,7 +25,7 @@ class Exported(Predicts):
     Attributes:
         format: ``torch-export``, ``onnx``, ``openvino`` or ``aotinductor``.
         metadata: what the file says of itself: ``classes``, ``image_size``, ``input``, thresholds, ``version``.
-        path: of the file.
+        path: the whole path of the file.
         classes, category_ids: those of the metadata.
     """
 
@@ -87,7 +87,7 @@ def load_exported(path: str | Path) -> Exported:
             format, metadata, run = "openvino", *opened
         else:
             format, metadata, run = "onnx", *_open_onnx(path)
-        return Exported(format, metadata, run, path)
+        return Exported(format, metadata, run, path.absolute())
     except (_Damaged, OSError) as error:
         why = damage(path)
         problem = f"{path}: damaged, or not a file that retina-fast export wrote" + (f" ({why})" if why else "")
