@@ -5,11 +5,12 @@
 
 ``speed`` takes the embedded detector and ResNet-50 v1 and v2 with 91 classes, at 800x800, from image to detections.
 The engine in float32 is the unit. Beside it runs the engine in eight bits by each runtime, and the same engine around
-trunk and heads as the runtimes' own tools quantise them, the last convs included: ONNX Runtime's ``quantize_static``
-with a scale a channel and uint8 activations, and ``nncf.quantize`` for OpenVINO, where nncf is installed. The
-ResNet-50s have random weights; their norms have seen the picture, and their logits are scaled and shifted so that one
-cell in twenty has a score above the threshold. The engines take turns; medians are given of the wall clock and of the
-processor's time, which other work on the machine disturbs less.
+trunk and heads as the runtimes' own tools quantise them: ONNX Runtime's ``quantize_static`` with a scale a channel and
+uint8 activations, and ``nncf.quantize`` for OpenVINO, where nncf is installed. Each makes two networks: one with the
+last convs in float32, as the engine has them, and one with the last convs in eight bits, too. The ResNet-50s have
+random weights; their norms have seen the picture, and their logits are scaled and shifted so that one cell in twenty
+has a score above the threshold. The engines take turns; medians are given of the wall clock and of the processor's
+time, which other work on the machine disturbs less.
 
 ``trees`` is AP50 of the embedded detector, or of a model file, in float32 and in eight bits by each runtime: calibrated
 on 12 tiles of the training photographs, judged on the held-out parts and two other forests.
@@ -66,8 +67,20 @@ class Rival(Network):
         return [torch.from_numpy(output) for output in self.opened[threads](pixels.contiguous().numpy())]
 
 
-def onnxruntimes_own(proto: Any, batches: Sequence[Any]) -> Rival:
-    """onnxruntime.quantization by its defaults for processors with AVX-512 VNNI."""
+def last_convs(proto: Any) -> list[str]:
+    """The names of the convs on which no other conv depends: they give the logits and the box offsets."""
+    ahead: set[str] = set()  # the tensors on which a conv depends
+    names = []
+    for node in reversed(proto.graph.node):
+        leads = bool(ahead.intersection(node.output))
+        if node.op_type == "Conv" and not leads:
+            names.append(node.name)
+        ahead.update(node.input if leads or node.op_type == "Conv" else ())
+    return names
+
+
+def onnxruntimes_own(proto: Any, batches: Sequence[Any], but: Sequence[str]) -> Rival:
+    """onnxruntime.quantization by its defaults for processors with AVX-512 VNNI, but for the convs of these names."""
     import onnx
     from onnxruntime import quantization
 
@@ -89,19 +102,25 @@ def onnxruntimes_own(proto: Any, batches: Sequence[Any]) -> Rival:
             activation_type=quantization.QuantType.QUInt8,
             # Not InstanceNormalization, of which GroupNorm is made: the quantiser raises an error at its weights.
             op_types_to_quantize=["Conv", "Relu", "Add", "MaxPool", "Resize"],
+            nodes_to_exclude=list(but),
         )
         content = Path(made).read_bytes()
     return Rival("ONNX Runtime", lambda: RUNTIMES["ONNX Runtime"](content))
 
 
-def openvinos_own(proto: Any, batches: Sequence[Any]) -> Rival:
-    """nncf.quantize by its defaults."""
+def openvinos_own(proto: Any, batches: Sequence[Any], but: Sequence[str]) -> Rival:
+    """nncf.quantize by its defaults, but for the convs of these names."""
     import nncf
     import openvino
 
     core = openvino.Core()
     model = core.read_model(proto.SerializeToString(), b"")
-    made = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
+    convs = [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() == "Convolution"]
+    ignored = [name for name in convs if name.removesuffix("/WithoutBiases") in but]
+    if len(ignored) != len(but):
+        raise ValueError(f"OpenVINO has other names for some of the convs {but}: it has {convs}")
+    scope = nncf.IgnoredScope(names=ignored)
+    made = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), ignored_scope=scope)
     made.reshape(list(batches[0].shape))
 
     def opened() -> Callable[[Any], Sequence[Any]]:
@@ -146,7 +165,8 @@ def rivals(model: RetinaNet, engine: Engine, pictures: Sequence[Tensor]) -> dict
     engines = {}
     for name, make in (("ONNX Runtime's own int8", onnxruntimes_own), ("OpenVINO's own int8", openvinos_own)):
         try:
-            engines[name] = with_network(engine, make(proto, batches))
+            engines[f"{name}, last convs in float32"] = with_network(engine, make(proto, batches, last_convs(proto)))
+            engines[f"{name}, last convs, too"] = with_network(engine, make(proto, batches, ()))
         except ModuleNotFoundError as error:
             print(f"{name} was left out: {error}")
     return engines
