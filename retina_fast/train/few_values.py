@@ -18,8 +18,8 @@ from retina_fast.forward import run_convs
 from retina_fast.train.settings import ResolvedSettings
 from retina_fast.transform import resized_size
 
-_ENOUGH = 32
-"""Values of a channel. SpineNet-49S, which saw 16 at its coarsest level, had hundreds of times the loss in detection:
+_ENOUGH = 64
+"""Values of a channel. SpineNet-49S, which saw 32 at its coarsest level, had hundreds of times the loss in detection:
 docs/spinenet.md."""
 
 
