@@ -130,7 +130,7 @@ def keep_freed_memory() -> bool:
 
     By default glibc hands blocks of more than 32 MB back to the system as soon as they are freed, and the free end of
     its heap. A network's next feature map then touches fresh pages, each of which costs a fault and is filled with
-    zeros. What was once used remains with the process.
+    zeros. What was once used remains with the process. Heaps of other threads than the main one hold 64 MB at most.
 
     Returns:
         whether this was set. Settings of malloc in the environment stand, and other C libraries are left alone.
