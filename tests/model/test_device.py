@@ -136,7 +136,12 @@ def test_large_tensors_are_made_without_fresh_pages_once_freed_memory_is_kept(ma
 
 def test_malloc_is_told_to_keep_blocks_below_a_gigabyte_and_never_to_trim(malloc_of_its_own, monkeypatch):
     told = []
-    libc = SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda *option: told.append(option) or 1)
+
+    def mallopt(*option):
+        told.append(option)
+        return 1
+
+    libc = SimpleNamespace(gnu_get_libc_version=None, mallopt=mallopt)
     monkeypatch.setattr(device.ctypes, "CDLL", lambda name: libc)
     assert keep_freed_memory()
     assert told == [(-3, 2**30), (-1, -1)]
