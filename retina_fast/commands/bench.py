@@ -25,9 +25,8 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of which the median is taken.")] = 5,
     checkpoint: ModelFile = None,
-    model: Annotated[
-        str | None, typer.Option(help="A network with random weights and 91 classes, in place of a checkpoint.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="A network with random weights, in place of a checkpoint.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="How many --model has.  [default: 91]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")] = None,
     others: Annotated[
         bool, typer.Option("--others", help="Also ONNX Runtime, OpenVINO and torch.compile, where they are installed.")
@@ -44,9 +43,11 @@ def bench(
 
         if model is not None and checkpoint is not None:
             raise UserError("--model and --checkpoint exclude each other: give one of them")
+        if classes is not None and model is None:
+            raise UserError(f"--classes {classes}: a checkpoint has its own; it goes with --model")
         if inputs and size:
             raise UserError("--size is of the noise that is measured without images: leave it out, or the images")
-        network = build(model, 91).eval() if model else load_model(checkpoint or TREES)[0]
+        network = build(model, classes or 91).eval() if model else load_model(checkpoint or TREES)[0]
         try:
             network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except (RuntimeError, AssertionError) as error:
@@ -62,6 +63,6 @@ def bench(
                 check_file(output / name, files)
         images = [read_image(path) for path in files] if inputs else noise
         images = [image.as_subclass(torch.Tensor).to(place) for image in images]
-        name = model or str(checkpoint or "the embedded tree detector")
+        name = f"{model}, {classes or 91} classes" if model else str(checkpoint or "the embedded tree detector")
         run(network, images, batch_sizes or [1, 2, 4], rounds, output, name, console, others)
         console.print(f"Wrote bench.png and bench.json in {output}", soft_wrap=True)

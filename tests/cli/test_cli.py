@@ -231,9 +231,9 @@ def test_bench_on_noise_with_random_weights_beside_others(tmp_path, monkeypatch)
     found = [{"scores": torch.ones(1)}]
     monkeypatch.setattr("retina_fast.deploy.bench.other_runtimes", lambda *_: {"another": lambda images: found})
     options = "--size", 64, "--batch-sizes", 1, "--rounds", 1, "--output", tmp_path, "--device", "cpu", "--others"
-    result = invoke("bench", "--model", "retinanet_resnet18_fpn_lite", *options)
+    result = invoke("bench", "--model", "retinanet_resnet18_fpn_lite", "--classes", 7, *options)
     assert result.exit_code == 0, result.output
-    assert "retinanet_resnet18_fpn_lite, images of 64x64" in " ".join(result.output.split())
+    assert "retinanet_resnet18_fpn_lite, 7 classes, images of 64x64" in " ".join(result.output.split())
     names = [speed["name"] for speed in json.loads((tmp_path / "bench.json").read_text())["speeds"]]
     assert names[-1] == "another"
     assert "engine, float32" in names
@@ -243,5 +243,6 @@ def test_bench_says_what_is_wrong(tmp_path, data):
     assert "exclude each other" in problem("bench", "--model", "retinanet_resnet18_fpn", "--checkpoint", "model.pt")
     assert "there is no model 'yolo'" in problem("bench", "--model", "yolo")
     assert "--device abacus" in problem("bench", "--device", "abacus")
+    assert "--classes 7" in problem("bench", "--classes", 7)
     (tmp_path / "file").touch()
     assert "is a file" in problem("bench", *sorted(Path(data[3]).glob("*.png"))[:1], "--output", tmp_path / "file")
