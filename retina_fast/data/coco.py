@@ -280,22 +280,34 @@ def read_json(path: Path) -> dict[str, Any]:
         >>> read_json(Path("instances_val2017.json"))["categories"][0]["name"]  # doctest: +SKIP
         'person'
     """
+    twice: list[str] = []
     try:
-        content = json.loads(path.read_text(encoding=encoding_of(path)), object_hook=_without_mask)
+        text = path.read_text(encoding=encoding_of(path))
+        content = json.loads(text, object_pairs_hook=lambda pairs: _entry(pairs, twice))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except RecursionError as error:
         raise UserError(f"{path}: not a COCO detection file: its brackets are nested too deeply") from error
     except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
+        packed = path.read_bytes()[:2] == b"\x1f\x8b"
+        reason = "it is compressed by gzip: unpack it first" if packed else error
+        raise UserError(f"{path}: not a JSON file ({reason})") from error
+    if twice:
+        raise UserError(
+            f"{path}: has {twice[0]!r} twice in one place, with different values, of which one would be lost"
+        )
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"{path}: not a COCO detection file: it has no list called {key!r}")
     return content
 
 
-def _without_mask(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry without its mask, and without a `source`, a word by which readers of other formats name an entry."""
+def _entry(pairs: list[tuple[str, Any]], twice: list[str]) -> dict[str, Any]:
+    """The entry without its mask, and without a `source`, a word by which readers of other formats name an entry. Keys
+    that it has twice with different values are appended to `twice`."""
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        twice += [key for key, value in pairs if entry[key] != value]
     entry.pop("segmentation", None)
     entry.pop("source", None)
     return entry

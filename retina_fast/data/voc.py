@@ -25,6 +25,7 @@ from retina_fast.data.images import IMAGE_SUFFIXES
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _BOXED = ("object", "part")  # tags of what has a bndbox
+_ONCE = ("name", "bndbox", *(f"bndbox/{corner}" for corner in _CORNERS))  # in an object
 _DECLARED = re.compile(rb"""\s*<\?xml[^>]*?\bencoding\s*=\s*["']([\w.:-]+)["']""")
 _CHINESE = ("gb2312", "gbk")  # Programs that declare these write any character of gb18030, which contains both.
 _LITTER = ("thumbs.db", "desktop.ini", "__macosx")  # which Windows and macOS leave in folders and archives
@@ -151,7 +152,10 @@ def read_voc(
                 found(Fault(Kind.FILE, f"{file}: <{part.tag}>", "has a bndbox, which is read in an <object> alone"))
         for number, item in enumerate(tree.iter("object"), start=1):
             source, name, bbox = f"{file}: object {number}", _name(item), _bbox(item)
-            if name not in ids:
+            twice = [tag for tag in _ONCE if len(item.findall(tag)) > 1]
+            if twice:
+                found(Fault(Kind.FILE, source, f"has <{twice[0].rpartition('/')[2]}> more than once"))
+            elif name not in ids:
                 found(Fault(Kind.LABEL, source, f"is a {name!r}, not one of {', '.join(classes)}"))
             elif bbox is None:
                 found(Fault(Kind.FILE, source, f"has no numbers as {', '.join(_CORNERS)} of its bndbox"))

@@ -1,5 +1,6 @@
 """What `docs/faults.md` says of COCO files, by the answers of check, of the loader of train, and of evaluate."""
 
+import gzip
 import json
 import math
 from collections.abc import Callable
@@ -297,6 +298,11 @@ def encoded(encoding: str, name: str = "Tree") -> Callable[[str], bytes]:
     return lambda text: text.replace("Tree", name).encode(encoding)
 
 
+def twice(key: str, value: Any) -> Callable[[str], bytes]:
+    """A file in which the first such key is twice, with this value and with its own."""
+    return lambda text: text.replace(f'"{key}": ', f'"{key}": {json.dumps(value)}, "{key}": ', 1).encode()
+
+
 def cut(end: int) -> Callable[[str], bytes]:
     return lambda text: text[:end].encode()
 
@@ -311,6 +317,9 @@ FILES: dict[str, list[Callable[[str], bytes]]] = {
         for encoding in ("latin-1", "gb18030", "cp1252")
     ],
     "a file that ends too early": [cut(end) for end in (0, 1, 2, 100, -1)],
+    "packed by gzip": [lambda text: gzip.compress(text.encode())],
+    "a key twice with one value": [twice("image_id", 1), twice("width", 64)],
+    "a key twice with different values": [twice("image_id", 2), twice("images", [{}]), twice("name", "Bush")],
     "brackets nested too deeply": [lambda text: b"[" * 200_000, lambda text: b'{"images": ' * 100_000],
 }  # fmt: skip
 

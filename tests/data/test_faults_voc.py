@@ -137,6 +137,11 @@ VOC: dict[str, list[Callable[[Path], Any]]] = {
     "coordinates that are no whole numbers": [
         edited("<xmin>5<", "<xmin>5.75<"), edited("<xmax>30<", "<xmax>3.05e1<"), edited("<ymin>6<", "<ymin> 6.0\n<")
     ],
+    "an object with two `<bndbox>`, two names or two of a corner": [
+        edited("<bndbox>", "<bndbox><xmin>1</xmin></bndbox><bndbox>"),
+        edited("<xmin>5</xmin>", "<xmin>5</xmin><xmin>6</xmin>"),
+        edited("<difficult>0<", "<name>Tree</name><difficult>0<"),
+    ],
     "swapped corners": [
         edited("<xmin>5<", "<xmin>31<"), edited("<xmin>5<", "<xmin>30.5<"), edited("<ymax>40<", "<ymax>-40<"),
         edited("<ymax>40<", "<ymax>nan<"),
