@@ -30,8 +30,8 @@ def train(
     recipe: Annotated[
         str,
         typer.Option(
-            help="default; or, as published: torchvision-v1, torchvision-v2, spinenet-b, spinenet-c, spinenet-c-143, "
-            "spinenet-c-190, spinenet-mobile."
+            help="default; or, as published: torchvision-v1, torchvision-v2, atss-1x, gfl-1x, gfl-2x, vfnet-1x, "
+            "vfnet-2x, tood-1x, tood-2x, spinenet-b, spinenet-c, spinenet-c-143, spinenet-c-190, spinenet-mobile."
         ),
     ] = "default",
     steps: Annotated[

@@ -2,9 +2,11 @@
 
 `default` is this package's own, for small data sets and machines. `torchvision-v1` and `torchvision-v2` are the recipes
 of torchvision's published weights (https://github.com/pytorch/vision/tree/main/references/detection#retinanet and
-https://github.com/pytorch/vision/pull/5756); docs/coco.md has their commands. The others are the published protocols of
-SpineNet (https://arxiv.org/abs/1912.05027, table 2 of its code's model zoo), which train with SGD from random weights
-over hundreds of epochs; docs/spinenet.md says where they differ from what was published.
+https://github.com/pytorch/vision/pull/5756); docs/coco.md has their commands. `atss-1x` to `tood-2x` are the schedules
+of other matchers and losses, by the configurations of mmdetection for a ResNet-50
+(https://github.com/open-mmlab/mmdetection/tree/main/configs); docs/losses.md says what differs. The others are the
+published protocols of SpineNet (https://arxiv.org/abs/1912.05027, table 2 of its code's model zoo), which train with
+SGD from random weights over hundreds of epochs; docs/spinenet.md says where they differ from what was published.
 """
 
 import functools
@@ -22,7 +24,7 @@ from torchvision.transforms import v2
 from retina_fast.data.augment import Flips, augmentation, scale_jitter, whole_images
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
-from retina_fast.train.schedules import torchvision_steps, warmup_cosine, warmup_drops
+from retina_fast.train.schedules import epoch_drops, warmup_cosine, warmup_drops
 
 
 def trained_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -168,14 +170,50 @@ _SPINENET_C = functools.partial(_spinenet, epochs=500, scales=(0.5, 2.0), kwargs
 
 _TORCHVISION = functools.partial(
     Recipe,
-    schedule=torchvision_steps,
+    schedule=functools.partial(epoch_drops, epochs=26, drops=(16, 22), warmup=1000),
     batch_size=16,  # 8 GPUs with 2 images each
     gradient_norm=None,
     augmentation=whole_images,
     epochs=26,
+    weights_backbone="IMAGENET1K_V1",
     only_objects=True,
     group_size=2,  # the images of one GPU
 )
+
+_STRIDES = (8, 16, 32, 64, 128)
+_QUALITY = {"classification_loss": "quality_focal", "box_weights": "quality"}
+_METHODS: dict[str, dict[str, Any]] = {
+    "atss": {"matcher": "atss"},
+    "gfl": {"matcher": "atss", "reg_max": 16} | _QUALITY,
+    "vfnet": {"matcher": "atss", "classification_loss": "varifocal", "box_weights": "quality"},
+    "tood": {"matcher": "task_aligned"} | _QUALITY,
+}
+
+
+def _assigned(method: str, times: int) -> Recipe:
+    """The schedule of 12 epochs, or of twice as many with images of many sizes, for a way to assign anchors."""
+    sizes: dict[str, Any] = {}
+    if times > 1:  # The model draws the shorter side in training; in evaluation it takes the last one.
+        longest = 960 if method == "vfnet" else 800
+        sizes["min_size"] = [*range(801, longest + 1), *range(480, 801)]
+    drops, start = ((8, 11) if times == 1 else (16, 22)), 0.1 if method == "vfnet" else 1e-3
+    return _TORCHVISION(
+        optimizer=functools.partial(torch.optim.SGD, momentum=0.9),
+        schedule=functools.partial(epoch_drops, epochs=12 * times, drops=drops, warmup=500, start=start),
+        lr=0.01,
+        epochs=12 * times,
+        weight_decay=1e-4,
+        decayed_parameters=all_trained,
+        box_weight=2.0,
+        kwargs=_METHODS[method] | sizes | {
+            "box_loss": "giou",
+            "anchors": {"sizes": [[8 * stride] for stride in _STRIDES], "ratios": [1.0]},
+            "nms_thresh": 0.6,
+            "detections_per_img": 100,
+        },
+        model="retinanet_resn*_fpn*",
+    )  # fmt: skip
+
 
 RECIPES = {
     "default": Recipe(
@@ -196,7 +234,6 @@ RECIPES = {
         lr=0.01,
         weight_decay=1e-4,
         decayed_parameters=all_trained,
-        weights_backbone="IMAGENET1K_V1",
         model="retinanet_resn*_fpn",
     ),
     "torchvision-v2": _TORCHVISION(
@@ -210,6 +247,8 @@ RECIPES = {
         kwargs={"min_size": list(range(480, 801, 32))},
         model="retinanet_resn*_fpn_v2",
     ),
+    "atss-1x": _assigned("atss", 1),
+    **{f"{method}-{times}x": _assigned(method, times) for method in ("gfl", "vfnet", "tood") for times in (1, 2)},
     "spinenet-b": _spinenet(350, (0.5, 2.0)),
     "spinenet-c": _SPINENET_C(),
     "spinenet-c-143": _SPINENET_C(scales=(0.1, 1.9), kwargs=_SWISH | {"stochastic_depth": 0.16}),

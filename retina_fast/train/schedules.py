@@ -40,15 +40,23 @@ def warmup_drops(step: int, total: int, warmup: float, start: float, drops: Mapp
     return min((factor for begin, factor in drops.items() if done >= begin), default=1.0)
 
 
-def torchvision_steps(step: int, total: int) -> float:
-    """torchvision's over 26 epochs: rises from a thousandth in 1,000 steps, drops to a tenth after epochs 16 and 22.
+def epoch_drops(step: int, total: int, epochs: int, drops: tuple[int, ...], warmup: int, start: float = 1e-3) -> float:
+    """Rises from `start` to 1 in `warmup` steps, then falls to a tenth after each epoch of `drops`.
 
-    It rises in the first epoch, if that has fewer than 1,000 steps.
+    It rises in the first epoch, if that has fewer steps.
+
+    Args:
+        step: 0 to total - 1.
+        total: the number of steps.
+        epochs: how many of equal length they are.
+        drops: epochs, of which the first is 1.
+        warmup: a number of steps.
+        start: the factor at step 0.
 
     Example::
 
-        >>> [torchvision_steps(step, total=26_000) for step in (0, 2000, 16_000, 22_000)]
+        >>> [epoch_drops(step, 12_000, epochs=12, drops=(8, 11), warmup=500) for step in (0, 2000, 8000, 11_000)]
         [0.001, 1.0, 0.1, 0.01]
     """
-    warmup = min(1000, total // 26 - 1) / total
-    return warmup_drops(step, total, warmup, start=1 / 1000, drops={16 / 26: 0.1, 22 / 26: 0.01})
+    factors = {epoch / epochs: 10.0**-n for n, epoch in enumerate(drops, start=1)}
+    return warmup_drops(step, total, min(warmup, total // epochs - 1) / total, start, factors)

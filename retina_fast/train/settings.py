@@ -74,12 +74,13 @@ class TrainSettings:
     anchors: str | None = None
 
     def __post_init__(self) -> None:
-        pattern = recipe_named(self.recipe).model
-        if not fnmatchcase(self.model, pattern):
-            raise UserError(f"the recipe {self.recipe} is for models {pattern}, not {self.model}")
+        recipe = recipe_named(self.recipe)
+        if not fnmatchcase(self.model, recipe.model):
+            raise UserError(f"the recipe {self.recipe} is for models {recipe.model}, not {self.model}")
+        arguments = dict(recipe.kwargs) | self.arguments
         try:
-            matcher_of(self.arguments.get("matcher"))
-            check_losses(*map(self.arguments.get, ("classification_loss", "box_loss", "reg_max", "box_weights")))
+            matcher_of(arguments.get("matcher"))
+            check_losses(*map(arguments.get, ("classification_loss", "box_loss", "reg_max", "box_weights")))
         except ValueError as error:
             raise UserError(str(error)) from error
         if self.anchors not in (None, FITTED):

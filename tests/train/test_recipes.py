@@ -12,6 +12,7 @@ from retina_fast.data.augment import Flips, scale_jitter
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
 from retina_fast.data.processes import ALONE
+from retina_fast.losses import AtssMatcher, TaskAlignedMatcher
 from retina_fast.train import TrainSettings, train
 from retina_fast.train.detector import Detector
 from retina_fast.train.recipes import RECIPES, recipe_named
@@ -133,6 +134,46 @@ def test_a_short_run_by_a_published_recipe(data, tmp_path, monkeypatch, name):
     assert all(torch.equal(value, state["current_model_state"][key]) for key, value in state["state_dict"].items())
     with (tmp_path / "log.csv").open(newline="") as lines:
         assert all(float(row["classification"]) < 10 for row in csv.DictReader(lines))
+
+
+@pytest.mark.parametrize("name", ["atss-1x", "gfl-1x", "gfl-2x", "vfnet-1x", "vfnet-2x", "tood-1x", "tood-2x"])
+def test_the_network_of_a_recipe_with_another_matcher(data, name):
+    settings = TrainSettings("retinanet_resnet18_fpn", recipe=name, weights_backbone="none").resolve(data)
+    model, _ = starting_network(settings, data)
+    method = name.partition("-")[0]
+    assert type(model.proposal_matcher) is (TaskAlignedMatcher if method == "tood" else AtssMatcher)
+    assert model.classification_loss == {"atss": "focal", "vfnet": "varifocal"}.get(method, "quality_focal")
+    assert model.box_weights == (None if method == "atss" else "quality")
+    assert model.head.regression_head._loss_type == "giou"
+    assert model.head.regression_head.bbox_reg.out_channels == (4 * 17 if method == "gfl" else 4)
+    assert [anchors.tolist() for anchors in model.anchor_generator.cell_anchors] == [
+        [[-side / 2, -side / 2, side / 2, side / 2]] for side in (64, 128, 256, 512, 1024)
+    ]
+    assert (model.nms_thresh, model.detections_per_img, RECIPES[name].box_weight) == (0.6, 100, 2)
+    sizes = model.transform.min_size
+    assert sizes[-1] == 800  # by which the model is evaluated
+    ranges = {"gfl-2x": (480, 800), "tood-2x": (480, 800), "vfnet-2x": (480, 960)}
+    assert (min(sizes), max(sizes)) == ranges.get(name, (800, 800))
+
+
+def test_a_short_run_with_another_matcher(data, tmp_path, monkeypatch):
+    small = RECIPES["tood-1x"].kwargs | {"min_size": 96}  # type: ignore[operator]
+    monkeypatch.setitem(RECIPES, "tood-1x", replace(RECIPES["tood-1x"], kwargs=small))
+    seen = []
+    monkeypatch.setattr(Detector, "on_train_batch_end", lambda self, *_: seen.append(type(self.model.proposal_matcher)))
+    model = "retinanet_resnet18_fpn"
+    settings = TrainSettings(model, recipe="tood-1x", steps=3, batch_size=2, weights_backbone="none", bf16=False)
+    file = train(settings, data, output=tmp_path, workers=0)
+    assert seen == [AtssMatcher, TaskAlignedMatcher, TaskAlignedMatcher]  # the first third is by ATSS
+    assert type(checkpoint.load(file).build().proposal_matcher) is TaskAlignedMatcher
+    with (tmp_path / "log.csv").open(newline="") as lines:
+        assert all(float(row["classification"]) < 10 for row in csv.DictReader(lines))
+
+
+def test_a_recipe_and_losses_that_do_not_fit_each_other():
+    with pytest.raises(UserError, match="reg_max"):
+        TrainSettings("retinanet_resnet50_fpn", recipe="gfl-1x", arguments={"box_loss": "l1"})
+    TrainSettings("retinanet_resnet50_fpn", recipe="gfl-1x", arguments={"box_loss": "ciou", "matcher": "task_aligned"})
 
 
 def test_a_recipe_that_does_not_fit_is_named():

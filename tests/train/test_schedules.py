@@ -37,18 +37,22 @@ def test_learning_rate_rises_and_falls_to_a_hundredth():
     assert [warmup_cosine(0, total) for total in (1, 2)] == [1, 1]
 
 
-def published_rates(lr: float, epoch_steps: int) -> Iterator[float]:
-    """The rate of each step, by the schedulers of torchvision's reference for `--epochs 26 --lr-steps 16 22`."""
+def published_rates(
+    lr: float, epoch_steps: int, epochs: int = 26, drops: tuple[int, int] = (16, 22), warmup: int = 1000,
+    start: float = 1 / 1000,
+) -> Iterator[float]:  # fmt: skip
+    """The rate of each step, by PyTorch's schedulers: those of torchvision's reference for `--epochs 26 --lr-steps 16
+    22`, and others."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    drops = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[16, 22], gamma=0.1)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 1000, total_iters=min(1000, epoch_steps - 1))
-    for epoch in range(26):
+    dropping = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[*drops], gamma=0.1)
+    rising = torch.optim.lr_scheduler.LinearLR(optimizer, start, total_iters=min(warmup, epoch_steps - 1))
+    for epoch in range(epochs):
         for _ in range(epoch_steps):
             yield optimizer.param_groups[0]["lr"]
             optimizer.step()
             if epoch == 0:
-                warmup.step()
-        drops.step()
+                rising.step()
+        dropping.step()
 
 
 @pytest.mark.parametrize("epoch_steps", [1500, 40])
@@ -62,3 +66,17 @@ def test_the_rate_of_every_step_is_torchvisions(recipe, epoch_steps):
     assert rates == pytest.approx(list(published_rates(lr, epoch_steps)), rel=1e-9)
     assert rates[0] == lr / 1000
     assert rates[min(1000, epoch_steps - 1)] == lr
+
+
+@pytest.mark.parametrize("epoch_steps", [600, 40])
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "drops", "start"),
+    [("atss-1x", 12, (8, 11), 1 / 1000), ("gfl-2x", 24, (16, 22), 1 / 1000), ("tood-1x", 12, (8, 11), 1 / 1000),
+     ("vfnet-1x", 12, (8, 11), 0.1), ("vfnet-2x", 24, (16, 22), 0.1)],
+)  # fmt: skip
+def test_the_rate_of_every_step_is_mmdetections(recipe, epochs, drops, start, epoch_steps):
+    chosen = recipe_named(recipe)
+    assert (chosen.lr_at(16), chosen.weight_decay, chosen.gradient_norm) == (0.01, 1e-4, None)
+    total = chosen.steps_for(16 * epoch_steps + 9, 16)
+    rates = [0.01 * chosen.schedule(step, total=total) for step in range(total)]
+    assert rates == pytest.approx(list(published_rates(0.01, epoch_steps, epochs, drops, 500, start)), rel=1e-9)
