@@ -28,6 +28,9 @@ def export(
     float32_share: Annotated[
         float, typer.Option(min=0, max=1, help="With --quantize: how much of the work may stay in float32.")
     ] = 0.0,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="With --quantize: zero points of 0 alone, as TensorRT takes them.")
+    ] = False,
 ) -> None:
     """Write a detector to one file that runs without this package."""
     with one_sentence():
@@ -40,8 +43,9 @@ def export(
         sides = size.split("x")
         if len(sides) != 2 or not all(side.isdecimal() for side in sides):
             raise UserError(f"--size must be a height and a width such as 512x640, got {size!r}")
-        if float32_share and not quantize:
-            raise UserError("--float32-share is of a model in eight bits: give --quantize, too, or leave it out")
+        for option, given in (("--float32-share", float32_share), ("--symmetric", symmetric)):
+            if given and not quantize:
+                raise UserError(f"{option} is of a model in eight bits: give --quantize, too, or leave it out")
         path = checkpoint or TREES
         file = output or Path(path.stem + (FORMATS[format].suffix if format in FORMATS else ""))
         if not output and file.exists():
@@ -53,7 +57,8 @@ def export(
         model, content = load_model(path)
         height, width = map(int, sides)
         names = content.classes, content.category_ids
-        described = run(model, file, format, (height, width), preprocess, *names, quantize, float32_share)
+        eight_bits = quantize, float32_share, symmetric
+        described = run(model, file, format, (height, width), preprocess, *names, *eight_bits)
         if quantize:
             console.print(described["quantized"]["summary"], soft_wrap=True, highlight=False)
         console.print(f"Wrote {file}", soft_wrap=True)

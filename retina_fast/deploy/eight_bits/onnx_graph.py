@@ -13,7 +13,9 @@ from retina_fast.deploy.export.onnx_file import OUTPUTS, onnx_session
 from retina_fast.detections import Detections
 
 
-def eight_bits(proto: Any, images: Iterable[Tensor], float32_share: float = 0.0) -> tuple[Any, dict[str, Any]]:
+def eight_bits(
+    proto: Any, images: Iterable[Tensor], float32_share: float = 0.0, symmetric: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """The graph in eight bits, and what it cost.
 
     Args:
@@ -21,6 +23,7 @@ def eight_bits(proto: Any, images: Iterable[Tensor], float32_share: float = 0.0)
         images: for calibration, from :func:`retina_fast.deploy.eight_bits.calibration.calibration_images`.
         float32_share: how much of the work may stay in float32, see
             :meth:`retina_fast.deploy.eight_bits.quantize.Quantizer.most_changing`.
+        symmetric: as TensorRT has it, see :class:`retina_fast.deploy.eight_bits.quantize.Quantizer`.
 
     Returns:
         The new ModelProto, and what is written into the metadata: a ``summary`` in words, how many images it is
@@ -49,7 +52,7 @@ def eight_bits(proto: Any, images: Iterable[Tensor], float32_share: float = 0.0)
                 compared.append(feed)
             yield feed
 
-    quantizer = Quantizer(proto, feeds())
+    quantizer = Quantizer(proto, feeds(), symmetric)
     left = quantizer.most_changing(float32_share, compared[:SEARCHED]) if float32_share else []
     made = quantizer.quantized(left)
     before, after = (onnx_session(graph.SerializeToString()) for graph in (proto, made))

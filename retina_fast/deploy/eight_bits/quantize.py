@@ -42,6 +42,7 @@ class Quantizer:
     Args:
         proto: an ONNX ModelProto with one input, whose nodes have names.
         feeds: the arrays for that input, one after the other; only one is held at a time.
+        symmetric: whether activations are int8 with a zero point of 0, and biases stay in float32.
 
     Raises:
         UserError: if the graph has no conv that could compute in eight bits, or an array makes an activation that is
@@ -54,8 +55,8 @@ class Quantizer:
         >>> smaller = quantizer.quantized()  # doctest: +SKIP
     """
 
-    def __init__(self, proto: Any, feeds: Iterable[Any]) -> None:
-        self._proto = proto
+    def __init__(self, proto: Any, feeds: Iterable[Any], symmetric: bool = False) -> None:
+        self._proto, self._symmetric = proto, symmetric
         self.layers, self._nodes, self._in_float = _quantizable(proto)
         if not self.layers:
             raise UserError("the model has no conv that could compute in eight bits: all but the last ones would")
@@ -103,12 +104,12 @@ class Quantizer:
             True,  # a scale a channel
             False,  # 8 bits of weights, not 7
             QuantType.QInt8,
-            QuantType.QUInt8,
+            QuantType.QInt8 if self._symmetric else QuantType.QUInt8,
             self.ranges,
             nodes,
             [],
             list(_TYPES),
-            {},
+            {"ActivationSymmetric": self._symmetric, "QuantizeBias": not self._symmetric},
         )
         made = quantizer.quantize_model()
         _leave_in_float(made.graph, self._in_float)

@@ -66,6 +66,7 @@ def export(
     category_ids: Sequence[int] | None = None,
     quantize: Images | None = None,
     float32_share: float = 0.0,
+    symmetric: bool = False,
 ) -> dict[str, Any]:
     """Write a detector to one file that runs without this package; returns the metadata that the file holds.
 
@@ -89,6 +90,8 @@ def export(
             hundred are enough. The metadata say under ``quantized`` how many detections in them are kept.
         float32_share: of the multiplications of the layers in eight bits, how many may stay in float32. They go to the
             layers whose eight bits change logits and box offsets the most, each tried alone.
+        symmetric: with ``quantize``, activations as int8 with a zero point of 0, and biases in float32. TensorRT takes
+            no others; in ONNX Runtime and OpenVINO detections are less exact by it.
 
     Raises:
         UserError: for an unknown format, sizes, names or thresholds that cannot be, a file that cannot be
@@ -131,6 +134,9 @@ def export(
         raise UserError(f"quantize serves the format onnx alone, got {format!r}")
     if not 0 <= float32_share <= 1:
         raise UserError(f"float32_share must lie in [0, 1], got {float32_share}")
+    if quantize is None and (float32_share or symmetric):
+        given = f"float32_share={float32_share}" if float32_share else f"symmetric={symmetric}"
+        raise UserError(f"{given} is of a model in eight bits: give quantize, too, or leave it out")
     calibration = None if quantize is None else calibration_images(quantize, image_size, prepared=not preprocess)
     own = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", memory_format=torch.contiguous_format)
     if preprocess and min(resized_size(own.transform, *image_size)) < 1:
@@ -160,7 +166,7 @@ def export(
         if format == "onnx":
             proto = translate(program, opset=OPSET if calibration is None else QUANTIZED_OPSET)
             if calibration is not None:
-                proto, described["quantized"] = eight_bits(proto, calibration, float32_share)
+                proto, described["quantized"] = eight_bits(proto, calibration, float32_share, symmetric)
             write_onnx(proto, whole, described)
         elif format == "openvino":
             write_openvino(translate(program), whole, described)

@@ -105,12 +105,42 @@ def test_the_reference_evaluator_computes_the_same(written, images):
         assert np.linalg.norm(ours - theirs) < 1e-2 * np.linalg.norm(theirs - theirs.mean())
 
 
+def test_symmetric_as_tensorrt_takes_it(model, images, tmp_path):
+    """Its ONNX parser refuses other zero points than 0, and biases in 32 bits."""
+    import onnx
+    from onnx import numpy_helper
+
+    described = retina_fast.export(model, tmp_path / "m.onnx", "onnx", SIZE, quantize=images, symmetric=True)
+    quantized = described["quantized"]
+    assert quantized["kept"] > 0.85 * quantized["found"]
+    proto = onnx.load(tmp_path / "m.onnx")
+    constants = {weight.name: numpy_helper.to_array(weight) for weight in proto.graph.initializer}
+    made: dict[str, Any] = {output: node for node in proto.graph.node for output in node.output}
+    pairs = [node for node in proto.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    for node in pairs:
+        zero_point = constants[node.input[2]]
+        assert zero_point.dtype == np.int8
+        assert not zero_point.any()
+    convs = [node for node in proto.graph.node if node.op_type == "Conv"]
+    in_eight_bits = [conv for conv in convs if conv.input[1] in made]  # weights behind a DequantizeLinear
+    assert 0 < len(in_eight_bits) < len(convs)
+    assert any(len(conv.input) == 3 for conv in in_eight_bits)
+    for conv in in_eight_bits:
+        weight = made[conv.input[1]]
+        assert (weight.op_type, constants[weight.input[0]].dtype) == ("DequantizeLinear", np.int8)
+        assert constants[weight.input[1]].shape == constants[weight.input[0]].shape[:1]
+        assert made[conv.input[0]].op_type == "DequantizeLinear"
+        assert all(constants[bias].dtype == np.float32 for bias in conv.input[2:])
+
+
 def test_bad_calibration_is_refused_or_warned_of(model, images, tmp_path):
     path = tmp_path / "model.onnx"
     with pytest.raises(UserError, match="quantize serves the format onnx alone, got 'torch-export'"):
         retina_fast.export(model, path, "torch-export", SIZE, quantize=images)
     with pytest.raises(UserError, match=r"float32_share must lie in \[0, 1\], got 1.5"):
         retina_fast.export(model, path, "onnx", SIZE, quantize=images, float32_share=1.5)
+    with pytest.raises(UserError, match="symmetric=True is of a model in eight bits: give quantize, too"):
+        retina_fast.export(model, path, "onnx", SIZE, symmetric=True)
     with pytest.raises(UserError, match="absent: no such folder of images"):
         retina_fast.export(model, path, "onnx", SIZE, quantize=tmp_path / "absent")
     assert not list(tmp_path.iterdir())
@@ -153,7 +183,7 @@ def test_command_line(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "9 layers in eight bits" in result.output
     assert seen[1:5] == [tmp_path / "a.onnx", "onnx", (96, 128), True]
-    assert seen[-2:] == [tmp_path, 0]
+    assert seen[-3:] == [tmp_path, 0, False]
 
 
 @pytest.mark.slow
