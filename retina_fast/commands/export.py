@@ -57,8 +57,9 @@ def export(
         model, content = load_model(path)
         height, width = map(int, sides)
         names = content.classes, content.category_ids
-        eight_bits = quantize, float32_share, symmetric
-        described = run(model, file, format, (height, width), preprocess, *names, *eight_bits)
+        described = run(
+            model, file, format, (height, width), preprocess, *names, quantize, float32_share, symmetric
+        )  # fmt: skip
         if quantize:
             console.print(described["quantized"]["summary"], soft_wrap=True, highlight=False)
         console.print(f"Wrote {file}", soft_wrap=True)
