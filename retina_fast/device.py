@@ -105,6 +105,13 @@ def has_bfloat16(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in FP8 (E4M3): an NVIDIA GPU from compute capability 8.9 on. AMD's gfx942
+    has a format of its own, ``float8_e4m3fnuz``."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def best_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where it is faster; else float16 on a GPU and float32 on a CPU."""
     if has_bfloat16(device):

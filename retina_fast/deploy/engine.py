@@ -25,6 +25,8 @@ from retina_fast.convert import from_torchvision
 from retina_fast.cuda_graph import CaptureStream
 from retina_fast.deploy.branches import MOST_PIXELS, STREAMS, Branches
 from retina_fast.deploy.detector_module import DetectorModule, refuse_own_parts
+from retina_fast.deploy.eight_bits.float8 import forget_float8, keeps_float8, require_float8
+from retina_fast.deploy.engine_float8 import add_float8
 from retina_fast.deploy.engine_runtime import choose_network, compare_with
 from retina_fast.deploy.fusion.fold import conv_outputs, count_norms, fold_batch_norm
 from retina_fast.deploy.fusion.fuse import count_convs, fuse_convs
@@ -34,6 +36,7 @@ from retina_fast.deploy.tuned import Chooser, choose_ways, timed_convs, user_cac
 from retina_fast.detections import Detections, Thresholds
 from retina_fast.device import Uploads, best_dtype, keep_freed_memory
 from retina_fast.forward import Convs, Sizes, run_convs
+from retina_fast.kernels.conv_float8 import FLOAT8
 from retina_fast.kernels.dispatch import HAS_TRITON
 from retina_fast.kernels.image_batch import batch_shape
 from retina_fast.model import RetinaNet
@@ -80,6 +83,9 @@ class Engine(DetectorModule):
             raise TypeError(f"what {network.runtime} runs stays in float32 on the CPU: compile the model anew")
         way = {"dtype": weight.dtype, "graphs": _takes_graphs(weight.device, self.settings.max_shapes)}
         self.settings = replace(self.settings, **way)
+        if self.report.float8 and not self.report.float8.simulated and not keeps_float8(weight):
+            forget_float8(self.model)
+            self.report.float8 = None
         none: Any = {"difference": None, "ways": {}, "streams": {}, "compiled": {}, "not_compiled": {}}
         self.report = replace(self.report, device=str(weight.device), **way, **none)
 
@@ -228,7 +234,9 @@ def compile_inference(
         images: sample images, ``(C, H, W)`` each, on which the engine's difference from the model is measured.
         dtype: to compute in; by default bfloat16 on a GPU that has it and on a CPU with AMX, else float16 on a GPU and
             float32 on a CPU. Anchors, boxes and scores are float32 always. int8, on a CPU, calibrates eight bits on the
-            images, and runs trunk and heads by ONNX Runtime or OpenVINO, whichever is the faster.
+            images, and runs trunk and heads by ONNX Runtime or OpenVINO, whichever is the faster. float8_e4m3fn, on
+            an NVIDIA GPU of compute capability 8.9 or newer, is bfloat16 whose 1x1 convs may compute in FP8 (E4M3),
+            calibrated on the images; it was simulated, and not run on a GPU.
         max_shapes: how many batch shapes are kept ready; 0 keeps none, and captures no graph.
         try_compile: whether to time torch.compile's trunk against the eager one at each new shape, and keep the faster.
             That takes a minute a shape.
@@ -242,7 +250,8 @@ def compile_inference(
     Raises:
         TypeError: for anything but a RetinaNet, or if a part of the user's own would not run: a forward, transform,
             anchor generator, box coder or postprocessing.
-        ValueError: for a dtype that is not floating point, or a negative ``max_shapes``.
+        ValueError: for a dtype that is not floating point, a device without FP8 if that is asked for, or a negative
+            ``max_shapes``.
 
     Example::
 
@@ -256,8 +265,11 @@ def compile_inference(
     refuse_own_parts(model, "an engine")
     device = next(model.parameters()).device
     dtype = dtype or best_dtype(device)
-    if not dtype.is_floating_point and dtype != torch.int8:
-        raise ValueError(f"dtype must be floating point, or int8, got {dtype}")
+    weights = {torch.int8: torch.float32, FLOAT8: torch.bfloat16}.get(dtype, dtype)
+    if not weights.is_floating_point or weights.itemsize == 1:
+        raise ValueError(f"dtype must be floating point of at least 16 bits, {FLOAT8} or int8, got {dtype}")
+    if dtype == FLOAT8:
+        require_float8(device)
     if max_shapes < 0:
         raise ValueError(f"max_shapes must be at least 0, got {max_shapes}")
     if device.type == "cpu":
@@ -272,7 +284,7 @@ def compile_inference(
     with torch.no_grad(), timed_convs():  # else cuDNN would keep what its heuristics chose for these shapes
         folded = fold_batch_norm(own, outputs)
         fused = fuse_convs(own, outputs)
-    own = own.to(dtype=torch.float32 if dtype == torch.int8 else dtype, memory_format=torch.channels_last)
+    own = own.to(dtype=weights, memory_format=torch.channels_last)
     network, other = None, None
     if dtype == torch.int8 or try_runtimes:
         network, other = choose_network(own, images, dtype, float32_share)
@@ -282,8 +294,11 @@ def compile_inference(
     report = Report(str(device), dtype, graphs, max_shapes, norms, folded, count_convs(own), fused)
     report.runtime_choice = other
     engine = Engine(own, settings, report)
-    if len(images):
-        plain = copy.deepcopy(model).eval() if model.training else model
+    plain = copy.deepcopy(model).eval() if model.training else model
+    if dtype == FLOAT8:
+        with timed_convs():
+            report.float8, report.difference = add_float8(plain, engine, images, "float8")
+    elif len(images):
         with timed_convs():
             engine.report.difference = difference(plain, own, images, network.everywhere if network else run_convs)
             if dtype == torch.int8 and other:

@@ -74,6 +74,28 @@ class RuntimeChoice:
 
 
 @dataclass
+class Float8:
+    """Which convs may compute in FP8 (E4M3), and what that costs."""
+
+    convs: int
+    """How many 1x1 convs may. Each does at those shapes at which it is measured to be the faster way."""
+    images: int
+    """How many images were given, on which it is calibrated."""
+    simulated: bool
+    """Whether they all do, in float32 of rounded values."""
+    kept: Kept
+    """What became of the detections in the images, with all of these convs in FP8."""
+
+    def lines(self) -> list[str]:
+        """What it says, for a person."""
+        how = "compute in FP8 (E4M3), simulated" if self.simulated else "may compute in FP8 (E4M3)"
+        return [
+            f"{self.convs} 1x1 convs {how}, calibrated with {self.images} images",
+            f"with all of them in FP8: {self.kept}",
+        ]
+
+
+@dataclass
 class Report:
     """What the engine did to the model, and what it cost."""
 
@@ -91,6 +113,8 @@ class Report:
     difference: Difference | None = None
     runtime_choice: RuntimeChoice | None = None
     """Of an engine whose runtime was chosen by timing."""
+    float8: Float8 | None = None
+    """Of an engine whose 1x1 convs may compute in FP8."""
     ways: dict[tuple[int, ...], Mapping[str, int]] = field(default_factory=dict)
     """Of each batch shape at which the ways of the convs were timed: how many calls of convs run in which way;
     as ``tail``, how many ends of bottlenecks do, whose convs are counted as if they ran apart."""
@@ -110,6 +134,7 @@ class Report:
             f"{way}; at most {self.max_shapes} batch shapes kept ready",
         ]
         lines += self.runtime_choice.lines() if self.runtime_choice else []
+        lines += self.float8.lines() if self.float8 else []
         lines += [
             f"fastest ways of the convs at {'x'.join(map(str, shape))}: "
             + ", ".join(f"{count} {way}" for way, count in sorted(counts.items()))

@@ -108,18 +108,20 @@ class Chooser:
         self._new: dict[str, str] = {}
         self._idle = _IDLE_CYCLES[0]
 
-    def choose(self, layer: str, ways: Mapping[str, Way]) -> str:
+    def choose(self, layer: str, ways: Mapping[str, Way], definitions: Mapping[str, Way] | None = None) -> str:
         """The name of the fastest right way; a choice made before holds.
 
         Args:
             layer: names the work, with its shapes and dtype.
-            ways: by name. The first is known to be right, and the others are compared with it.
+            ways: by name. The first is known to be right, and the others are compared with it ...
+            definitions: ... or, those named here, with these, which compute in the same precision.
         """
         if self._known.get(layer) in ways:
             return self._known[layer]
         first, *others = ways
         expected = [tensor.clone() for tensor in _tensors(ways[first]())]  # a way may write where another has
-        right = [first, *(name for name in others if self._is_right(ways[name], expected))]
+        exact = {name: lambda: (*expected,) for name in others} | dict(definitions or {})
+        right = [first, *(name for name in others if self._is_right(ways[name], exact[name]))]
         seconds: dict[str, list[float]] = {name: [] for name in right}
         for _ in range(_ROUNDS if others else 0):
             for name in right:
@@ -140,11 +142,12 @@ class Chooser:
                 partial.write_text(json.dumps({"format": _FORMAT, "choices": choices}, indent=1, sort_keys=True))
             self._new = {}
 
-    def _is_right(self, way: Way, expected: list[Tensor]) -> bool:
-        """Whether the way computes what is expected, in memory that held NaN before."""
-        poison = [torch.full_like(tensor, torch.nan) for tensor in expected]
-        del poison  # the allocator is likely to give the way this memory
+    def _is_right(self, way: Way, definition: Way) -> bool:
+        """Whether the way computes what its definition does, in memory that held NaN before."""
         try:
+            expected = _tensors(definition())
+            poison = [torch.full_like(tensor, torch.nan) for tensor in expected]
+            del poison  # the allocator is likely to give the way this memory
             found = _tensors(way())
             return len(found) == len(expected) and all(map(_agree, found, expected))
         except Exception:  # whatever it is, the first way remains
@@ -237,7 +240,7 @@ def _choose_way(
         return conv.run(name, x, scratch, overwrite, shortcut)
 
     ways = {name: partial(run, name) for name in conv.possible_ways(x, z, shortcut)}
-    choice = chooser.choose(conv.describe(x, z, shortcut), ways)
+    choice = chooser.choose(conv.describe(x, z, shortcut), ways, {"float8": partial(run, "simulated")})
     conv.ways = {**conv.ways, tuple(x.shape): choice}
     counts[choice] += 1
 
@@ -275,6 +278,8 @@ def _choose_tail(
 
     ways = {name: way(name) for name in tail.possible_ways(x, z, shortcut)}
     if len(ways) > 1:
-        choice = chooser.choose(tail.describe(x, z, shortcut), ways)
+        in_float8 = any(conv.float8_factor is not None for conv in tail.convs)  # then `apart` may be less exact
+        exact = dict.fromkeys(ways, partial(tail.run, "eager", x, z, False, shortcut)) if in_float8 else {}
+        choice = chooser.choose(tail.describe(x, z, shortcut), ways, exact)
         tail.ways = {**tail.ways, tuple(x.shape): choice}
         counts[f"tail {choice}"] += 1

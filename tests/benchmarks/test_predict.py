@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu.goals import GOALS
 from benchmarks.gpu.report import PREDICTIONS, newest_version
 from benchmarks.models import loss_path
-from benchmarks.predict import goals, hardware, options, predictions, roofline, work
+from benchmarks.predict import float8, goals, hardware, options, predictions, roofline, work
 from benchmarks.predict.roofline import bounds
 from benchmarks.predict.work import Scene, Work
 from benchmarks.static.compiled import Row, report
@@ -166,6 +166,27 @@ def test_predictions_follow_from_the_code():
     for name, goal in predictions.predictions(predictions.by_variant(report(["sm_90"]))).items():
         expected = stored[triton.__version__][name]["ms"]
         assert goal["ms"] == pytest.approx(expected, rel=0.05), f"{name}: run benchmarks.predict again"
+
+
+def test_fp8_pays_for_its_passes_only_with_many_channels():
+    """A product of few channels is bound by memory, of which FP8 with its passes moves more."""
+    few, many = (float8.Product(20_000, (channels,), 1024) for channels in (64, 2048))
+    assert few.in_float8() > few.in_bfloat16()
+    assert many.in_float8() < many.in_bfloat16()
+    followed = dataclasses.replace(many, followed=True)
+    assert many.in_float8() + 4 * many.pixels * many.outputs / hardware.BANDWIDTH < followed.in_float8()
+    both = dataclasses.replace(followed, channels=(2048, 64))
+    assert both.in_bfloat16() < many.in_bfloat16() + few.in_bfloat16()
+    assert both.in_float8() > many.in_float8() + few.in_float8()
+    for product in (few, many, followed, both):
+        least, rounding = product.as_one_kernel(1), product.as_one_kernel(2)
+        assert least <= rounding < min(product.in_bfloat16(), product.in_float8())
+
+
+@pytest.mark.slow
+def test_the_notes_show_what_fp8_may_save():
+    assert sum(len(product.channels) * n for product, n in float8.products_of(1).items()) == 16 * 2 + 4 + 3
+    assert "\n".join(float8.table()) in predictions.NOTES.read_text()
 
 
 def test_scenes_are_those_of_the_benchmarks():

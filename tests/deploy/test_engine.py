@@ -187,8 +187,10 @@ def test_parts_that_would_not_run_are_refused():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match=r"dtype must be floating point, or int8, got torch\.int16"):
-        compile_inference(small_model(), dtype=torch.int16)
+    for dtype in (torch.int16, torch.float8_e5m2):
+        message = rf"dtype must be floating point of at least 16 bits, torch.float8_e4m3fn or int8, got {dtype}"
+        with pytest.raises(ValueError, match=message):
+            compile_inference(small_model(), dtype=dtype)
     with pytest.raises(ValueError, match="max_shapes must be at least 0, got -1"):
         compile_inference(small_model(), max_shapes=-1)
     own = compile_inference(small_model(), dtype=torch.float32)

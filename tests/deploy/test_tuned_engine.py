@@ -48,7 +48,7 @@ def test_winograds_algorithm_is_among_the_ways(path, monkeypatch):
     x, offered, calls = torch.randn(1, 8, 9, 9), [], []
     fuse_convs(model, lambda: model(x))
 
-    def last(_, layer, ways):
+    def last(_, layer, ways, definitions=None):
         offered.append([*ways])
         return offered[-1][-1]
 
@@ -71,7 +71,7 @@ def test_no_way_reads_a_sum_that_another_has_overwritten(path, monkeypatch):
     expected, found = model(x) + z, {}
     fuse_convs(model, lambda: model(x))
 
-    def try_all(_, layer, ways):
+    def try_all(_, layer, ways, definitions=None):
         found.update({name: way().clone() for name, way in ways.items()})
         return "eager"
 
@@ -83,7 +83,7 @@ def test_no_way_reads_a_sum_that_another_has_overwritten(path, monkeypatch):
 
 
 def test_ways_are_chosen_anew_in_another_dtype(path, monkeypatch):
-    monkeypatch.setattr(Chooser, "choose", lambda _, layer, ways: [*ways][-1])
+    monkeypatch.setattr(Chooser, "choose", lambda _, layer, ways, definitions=None: [*ways][-1])
     pictures = images((40, 50))
     engine = compile_inference(small_model().cpu(), dtype=torch.float32, choices=path)
     expected = engine(pictures)

@@ -1,1 +1,1 @@
-"""Eight bits: calibration, quantised ONNX graphs, and how many detections they keep."""
+"""Eight bits: calibration, quantised ONNX graphs, FP8's scales, and how many detections are kept."""

@@ -22,6 +22,8 @@ LEAST_KEPT = 0.95
 FEW_FOUND = 10
 """Fewer detections than that are warned of: they say little."""
 
+_ADVICE = "give more images for calibration, or leave layers in float32 by float32_share"
+
 Found = Mapping[str, Tensor]
 
 
@@ -65,11 +67,12 @@ class Kept:
             f"at most {self.scores:.2g}, boxes by at most {self.boxes:.2g} px"
         )
 
-    def warn(self, what: str, stacklevel: int = 2) -> None:
+    def warn(self, what: str, advice: str = _ADVICE, stacklevel: int = 2) -> None:
         """Warn if there was little to compare, or if more than one in twenty detections changed.
 
         Args:
             what: the subject of the sentence, such as ``the file``.
+            advice: what may help.
             stacklevel: that of :func:`warnings.warn`.
         """
         if not self.found:
@@ -86,11 +89,7 @@ class Kept:
                 stacklevel=stacklevel + 1,
             )
         if self.kept < LEAST_KEPT * self.found or self.new > (1 - LEAST_KEPT) * self.found:
-            warnings.warn(
-                f"{what} detects differently in eight bits: {self}; give more images for calibration, or "
-                "leave layers in float32 by float32_share",
-                stacklevel=stacklevel + 1,
-            )
+            warnings.warn(f"{what} detects differently in eight bits: {self}; {advice}", stacklevel=stacklevel + 1)
 
 
 def compare(pairs: Iterable[tuple[Found, Found]]) -> Kept:

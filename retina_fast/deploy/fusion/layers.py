@@ -10,6 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retina_fast.kernels.conv_epilogue import conv_epilogue_, serves_epilogue
+from retina_fast.kernels.conv_float8 import (
+    Float8Weight,
+    conv_float8,
+    conv_float8_reference,
+    float8_weight,
+    suits_float8,
+)
 from retina_fast.kernels.conv_onednn import onednn_conv, pack_weight, runs_onednn
 from retina_fast.kernels.conv_pointwise import conv_pointwise, serves_pointwise
 from retina_fast.kernels.conv_winograd import (
@@ -48,10 +55,14 @@ class FusedConv(nn.Conv2d):
     """``none``, ``relu`` or ``swish``."""
     ways: Mapping[tuple[int, ...], str] = MappingProxyType({})
     """Of input shapes whose fastest way was chosen by timing: ``eager``, ``fused``,
-    ``epilogue``, ``padded``, ``pointwise``, ``product`` or ``winograd``."""
+    ``epilogue``, ``float8``, ``padded``, ``pointwise``, ``product`` or ``winograd``."""
+    float8_factor: float | None = None
+    """The power of two by which inputs are multiplied before they are rounded to FP8; None allows no FP8."""
+    always: str | None = None
+    """``float8`` or ``simulated`` takes FP8 wherever it is allowed, whatever was found the fastest."""
     scratch: Scratch
     """What the convs of a model share for Winograd's algorithm; ``fuse_convs`` gives it."""
-    _prepared: tuple[object, dict[str, Tensor]] | None = None  # what the weights were, and what was made of them
+    _prepared: tuple[object, dict[str, Any]] | None = None  # what the weights were, and what was made of them
 
     def forward(
         self, x: Tensor, z: Tensor | None = None, overwrite_z: bool = False, shortcut: "FusedConv | None" = None
@@ -67,6 +78,8 @@ class FusedConv(nn.Conv2d):
         """
         if torch.compiler.is_compiling():  # the compiler fuses by itself
             return self.run("eager", x, z, overwrite_z, shortcut)
+        if self.always and self.takes_float8(x):
+            return self.run(self.always, x, z, overwrite_z, shortcut)
         way = self.ways.get(x.shape)
         if way is not None and way not in self.possible_ways(x, z, shortcut):  # chosen in another dtype or precision
             way = None
@@ -85,13 +98,17 @@ class FusedConv(nn.Conv2d):
         overwrite_z: bool = False,
         shortcut: "FusedConv | None" = None,
     ) -> Tensor:
-        """Run in one of :meth:`possible_ways`."""
+        """Run in one of :meth:`possible_ways`, or ``simulated``: as ``float8``, with the product in float32."""
         if way == "pointwise":
             return self.run_pointwise(x, z, shortcut)
+        in_float8 = way in ("float8", "simulated")
         if z is not None and shortcut is not None:
-            z, overwrite_z = shortcut.forward(z), True
+            follows = in_float8 and shortcut.takes_float8(z)
+            z, overwrite_z = shortcut.run(way, z, None) if follows else shortcut.forward(z), True
         elif z is not None and z.shape[2:] != (sides := self.output_shape(x)[2:]):
             z, overwrite_z = F.interpolate(z, size=sides, mode="nearest"), True
+        if in_float8:
+            return self.run_float8(x, z, simulated=way == "simulated")
         if way == "winograd":
             return self.run_winograd(x, z, overwrite_z)
         if way == "epilogue":
@@ -107,6 +124,7 @@ class FusedConv(nn.Conv2d):
         others = {
             "fused": self.takes_onednn(x, z),
             "epilogue": self.takes_epilogue(x),
+            "float8": self.takes_float8(x),
             "padded": self.takes_padding(x, z),
             "pointwise": self.takes_pointwise(x, z, shortcut),
             "product": self.takes_product(x, z),
@@ -171,6 +189,20 @@ class FusedConv(nn.Conv2d):
         y = torch._addmm_activation(self.bias, pixels.flatten(0, 2), self.weight.flatten(1).t())
         return y.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
 
+    def takes_float8(self, x: Tensor) -> bool:
+        """Whether the conv may compute in FP8."""
+        allowed = self.float8_factor is not None and x.dtype == self.weight.dtype and not torch.is_grad_enabled()
+        return allowed and self.is_pointwise() and suits_float8(self.weight)
+
+    def run_float8(self, x: Tensor, z: Tensor | None, simulated: bool = False) -> Tensor:
+        """As a scaled product of matrices in FP8, then sum and activation in one pass, if there are any."""
+        weight: Float8Weight = self._prepared_weight(
+            f"float8 of {self.float8_factor}", lambda: float8_weight(self.weight, self.float8_factor or 1.0)
+        )
+        conv = conv_float8_reference if simulated else conv_float8
+        y = conv(x, weight, self.bias, self.stride[0])
+        return conv_epilogue_(y, None, z, self.activation)
+
     def takes_winograd(self, x: Tensor, z: Tensor | None) -> bool:
         """Whether Winograd's algorithm computes this conv."""
         return suits_winograd(x, self.weight, *self._geometry()) and runs_onednn(x, self.weight, self.bias, z)
@@ -231,7 +263,8 @@ class FusedConv(nn.Conv2d):
         layout = "channels_last" if x.is_contiguous(memory_format=torch.channels_last) else "NCHW"
         sizes = "stride {} padding {} dilation {} groups {}".format(*self._geometry())
         shape = "x".join(map(str, x.shape))
-        return f"conv {kernel} {sizes}, {summand}{self.activation}, of {shape} {x.dtype} {layout}"
+        or_float8 = f" or float8 of {self.float8_factor}" if self.takes_float8(x) else ""
+        return f"conv {kernel} {sizes}, {summand}{self.activation}, of {shape} {x.dtype}{or_float8} {layout}"
 
     def output_shape(self, x: Tensor) -> tuple[int, ...]:
         """(B, C_out, H_out, W_out) for an input of x's shape."""
@@ -240,7 +273,7 @@ class FusedConv(nn.Conv2d):
     def _geometry(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups
 
-    def _prepared_weight(self, form: str, prepare: Callable[[], Tensor]) -> Tensor:
+    def _prepared_weight(self, form: str, prepare: Callable[[], Any]) -> Any:
         weight = self.weight
         state = weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
         if self._prepared is None or self._prepared[0] != state:

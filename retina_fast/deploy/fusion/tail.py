@@ -74,8 +74,11 @@ class FusedTail:
     def run(
         self, way: str, x: Tensor, z: Tensor, overwrite_z: bool, shortcut: FusedConv | None
     ) -> tuple[Tensor, Tensor]:
-        """The outputs of the last and the first conv, in one of :meth:`possible_ways`."""
+        """The outputs of the last and the first conv, in one of :meth:`possible_ways`, or ``eager``."""
         middle, last, first = self.convs
+        if way == "eager":
+            y = last.run("eager", middle.run("eager", x, None), z, shortcut=shortcut)
+            return y, first.run("eager", y, None)
         if way != "whole":
             x = middle.forward(x)
         if way == "apart":

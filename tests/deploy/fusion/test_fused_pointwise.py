@@ -101,7 +101,7 @@ def test_choices_are_of_the_whole_sum(tmp_path, pointwise, monkeypatch):
     fuse_convs(model, lambda: model(x))
     layers = []
 
-    def last_way(chooser, layer, ways):
+    def last_way(chooser, layer, ways, definitions=None):
         layers.append(layer)
         return list(ways)[-1]
 

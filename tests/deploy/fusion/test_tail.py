@@ -144,7 +144,7 @@ def test_the_fastest_way_is_chosen(tmp_path, on_cpu, monkeypatch):
     model, x, layers = stages().double(), image(), []
     before = fused(model, x)
 
-    def last_way(chooser, layer, ways):
+    def last_way(chooser, layer, ways, definitions=None):
         layers.append(layer)
         results = [way() for way in ways.values()]
         for result in results[1:] if isinstance(results[0], tuple) else []:
