@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,10 +40,11 @@ def gather_targets(
     Raises:
         AssertionError: boxes not a tensor or not (N, 4), or (by ``check``) without positive width and height.
         KeyError: no boxes or labels.
-        TypeError: a target that is no dict, or labels that are no tensor.
+        TypeError: targets that are no list, a target that is no dict, or labels that are no tensor.
         IndexError: fewer targets than images or labels than boxes, labels not integers or (``check``) out of range.
         ValueError: more targets than images, more labels than boxes, or (``check``) boxes that are not finite.
     """
+    _check_list(targets)
     if len(targets) != num_images:
         error = ValueError if len(targets) > num_images else IndexError
         raise error(f"targets has {len(targets)} entries for {num_images} images")
@@ -58,11 +59,16 @@ def gather_targets(
         if check is not None:
             check.refuse_boxes(boxes, counts)  # before any label, as torchvision does
         raise
-    labels = torch.cat([target["labels"] for target in targets])
+    labels = torch.cat([target["labels"].long() for target in targets])  # unsigned ones cannot be compared
     offsets = torch.tensor([0, *counts], device="cpu").cumsum(0)
     if check is not None:
         check(boxes, labels, counts)
-    return GroundTruths(to_device(boxes, device), to_device(labels, device).long(), to_device(offsets, device), counts)
+    return GroundTruths(to_device(boxes, device), to_device(labels, device), to_device(offsets, device), counts)
+
+
+def _check_list(targets: Any) -> None:
+    if isinstance(targets, Mapping) or not hasattr(targets, "__getitem__"):
+        raise TypeError(f"targets must be a list of dicts, one for each image, got a {type(targets)}")
 
 
 def _check_boxes(i: int, target: Mapping[str, Tensor]) -> None:
@@ -101,8 +107,11 @@ def with_truths(targets: Sequence[Mapping[str, Tensor]], truths: GroundTruths) -
     return [{**target, "boxes": boxes[b], "labels": labels[b]} for b, target in enumerate(targets)]
 
 
-def unlabelled(targets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Targets as torchvision reads them in evaluation: only their boxes count, labels may be anything or missing."""
+def unlabelled(targets: Sequence[Mapping[str, Tensor]], num_images: int) -> list[dict[str, Tensor]]:
+    """Targets as torchvision reads them in evaluation: only their boxes count, labels may be anything or missing, and
+    there may be more than images."""
+    _check_list(targets)
+    targets = targets[:num_images]
     for i, target in enumerate(targets):
         _check_boxes(i, target)
     return [
