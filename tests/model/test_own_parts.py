@@ -126,6 +126,8 @@ PARTS = {
     ),
     "postprocess on the object": lambda m: _on_the_object(m.transform, "postprocess", lambda f, found, *sizes: found),
     "matcher": lambda m: setattr(m, "proposal_matcher", OwnMatcher(0.5, 0.4, allow_low_quality_matches=True)),
+    "marks of the matcher": lambda m: vars(m.proposal_matcher).update(BELOW_LOW_THRESHOLD=-2, BETWEEN_THRESHOLDS=-1),
+    "marks of the loss": lambda m: setattr(m.head.classification_head, "BETWEEN_THRESHOLDS", -7),
     "coder": lambda m: setattr(m, "box_coder", OwnCoder((1.0, 1.0, 1.0, 1.0))),
     "coder weights": lambda m: setattr(m.head.regression_head, "box_coder", BoxCoder((10.0, 10.0, 5.0, 5.0))),
     "head": lambda m: setattr(m.head, "classification_head", _like(OwnClassification(16, 9, 3), m)),
