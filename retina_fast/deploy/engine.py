@@ -7,7 +7,6 @@ the whole way from images to detections as one CUDA graph. Images have any sizes
 from a table that one small upload replaces. At most `max_shapes` are kept; the least recently used one goes.
 """
 
-import copy
 import math
 import warnings
 from collections import OrderedDict
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import retinanet as tv
 
-from retina_fast.convert import from_torchvision
+from retina_fast.convert import copied, from_torchvision
 from retina_fast.cuda_graph import CaptureStream
 from retina_fast.deploy.branches import MOST_PIXELS, STREAMS, Branches
 from retina_fast.deploy.detector_module import DetectorModule, refuse_own_parts
@@ -274,7 +273,7 @@ def compile_inference(
         raise ValueError(f"max_shapes must be at least 0, got {max_shapes}")
     if device.type == "cpu":
         keep_freed_memory()
-    own = copy.deepcopy(model).eval().requires_grad_(False)
+    own = copied(model).eval().requires_grad_(False)
     # The batch is padded for the backbone at once, which then need not pad.
     own.transform.size_divisible = math.lcm(own.transform.size_divisible, getattr(own.backbone, "size_divisible", 1))
     norms = count_norms(own)
@@ -294,7 +293,7 @@ def compile_inference(
     report = Report(str(device), dtype, graphs, max_shapes, norms, folded, count_convs(own), fused)
     report.runtime_choice = other
     engine = Engine(own, settings, report)
-    plain = copy.deepcopy(model).eval() if model.training else model
+    plain = copied(model).eval() if model.training else model
     if dtype == FLOAT8:
         with timed_convs():
             report.float8, report.difference = add_float8(plain, engine, images, "float8")

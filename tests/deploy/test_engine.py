@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
 from torchvision.io import decode_image
 from torchvision.models.detection import retinanet as tv
 
@@ -147,6 +148,25 @@ def test_evaluation_within_half_a_point_of_ap50(trees, photograph, device):
 
 
 _DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [weight_norm, lambda conv: prune.l1_unstructured(conv, "weight", 0.3), parametrizations.spectral_norm],
+    ids=["weight_norm", "pruned", "parametrised"],
+)
+def test_weights_that_are_computed(change):
+    """Also those that the model has computed before, with their history."""
+    model = small_model().train()
+    for conv in [part for part in model.modules() if isinstance(part, nn.Conv2d)]:
+        change(conv)
+    batch = floats(images((40, 50)))
+    model(batch, [{"boxes": torch.tensor([[2.0, 3, 30, 30]]), "labels": torch.tensor([0])}])
+    model.eval()
+    (found,) = compile_inference(model, dtype=torch.float32)(batch)
+    (expected,) = model(batch)
+    assert len(expected["scores"]) > 0
+    torch.testing.assert_close(found["scores"], expected["scores"].detach(), rtol=0, atol=1e-4)
 
 
 # What it says and refuses
