@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,42 @@ def test_unsigned_labels_are_labels(model, dtype):
     labels = torch.tensor([2, 0])
     unsigned, expected = (with_labels(given) for given in (labels.to(dtype), labels))
     assert model(IMAGES, unsigned) == model(IMAGES, expected)
+
+
+FLAT, FAR = {"boxes": torch.tensor([[5.0, 5, 5, 9]])}, torch.tensor([9])
+ONE = {"boxes": torch.tensor([[1.0, 1, 60, 60]])}
+FAULTS: dict[str, Any] = {
+    "boxes that are a number": {"boxes": 0.0},
+    "boxes (4,)": {"boxes": torch.rand(4)},
+    "no boxes": {"labels": torch.tensor([1])},
+    "a box without width": FLAT | {"labels": torch.tensor([0])},
+    "a box without width or label": FLAT,
+    "a class too many": ONE | {"labels": FAR},
+    "no labels": ONE,
+    "too few labels": {"boxes": torch.rand(2, 4).cumsum(1) * 20, "labels": torch.tensor([1])},
+    "no dict": None,
+    "nothing": good_targets()[0],
+}
+
+
+def test_of_several_errors_torchvisions_comes_and_as_many_random_numbers_are_drawn(model):
+    """Whichever image is wrong, and whether there is a target too many."""
+    plain, image = torchvision_model(), torch.rand(3, 64, 64)
+    bytes_ = (image * 255).byte()
+    batches = [([image, image], [one, other]) for one in FAULTS.values() for other in FAULTS.values()]
+    batches += [([image], [one, ONE | {"labels": FAR}]) for name, one in FAULTS.items() if name != "nothing"]
+    batches += [([bytes_], [one]) for one in FAULTS.values()] + [([image[0]], [one]) for one in FAULTS.values()]
+
+    def outcome(one, batch):
+        torch.manual_seed(0)
+        try:
+            one(*batch)
+        except Exception as error:
+            return type(error), torch.rand(1)
+
+    found = [(outcome(plain.train(), batch), outcome(model, batch)) for batch in batches]
+    assert sum(expected is None for expected, _ in found) == 1
+    assert all(expected == ours for expected, ours in found)
 
 
 def test_bad_images_are_refused(model):

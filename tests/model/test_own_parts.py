@@ -1,5 +1,6 @@
 """Live changes, and parts of a user's own: they run, and the fast path steps aside."""
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -20,6 +21,7 @@ def test_live_changes(model):
         lambda m: setattr(m, "detections_per_img", 7),
         lambda m: setattr(m, "topk_candidates", 20),
         lambda m: setattr(m.head.regression_head, "_loss_type", "giou"),
+        lambda m: setattr(m.head.classification_head, "num_classes", np.int64(3)),
         lambda m: setattr(m, "proposal_matcher", Matcher(0.7, 0.3)),
         lambda m: setattr(m.transform, "min_size", (40,)),
     ):
