@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retina_fast.kernels.dispatch import HAS_TRITON, is_differentiated, runs_triton, tl, triton
+from retina_fast.kernels.dispatch import HAS_TRITON, is_differentiated, is_transformed, runs_triton, tl, triton
 
 Sizes = Sequence[tuple[int, int]]
 
@@ -234,13 +234,17 @@ def image_batch(
     if out is None:
         dtype = first.dtype if first.is_floating_point() else torch.float32
         layout = torch.channels_last if first.is_cuda else torch.contiguous_format
-        out = torch.empty(shape, dtype=dtype, device=first.device, memory_format=layout)
+        traced = [image for image in images if is_transformed(image)]
+        if traced:  # vmap writes images of several batches only into what is a batch itself
+            out = traced[0].new_empty(shape, dtype=dtype)
+        else:
+            out = torch.empty(shape, dtype=dtype, device=first.device, memory_format=layout)
     elif tuple(out.shape) != shape:
         raise ValueError(f"out must be {shape}, got {tuple(out.shape)}")
     elif out.device != first.device:
         raise ValueError(f"out must be on {first.device} as the images are, got {out.device}")
-    channels_last = out.is_contiguous(memory_format=torch.channels_last)
-    if runs_triton(out) and channels_last and kernel_serves(images, shape[1]):
+    served = runs_triton(out) and out.is_contiguous(memory_format=torch.channels_last)
+    if served and kernel_serves(images, shape[1]):
         _image_batch_op(list(images), [side for size in sizes for side in size], list(mean), list(std), out)
         return out
     return image_batch_reference(images, sizes, mean, std, out)

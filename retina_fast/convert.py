@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 
 from retina_fast.backbones.frozen_norm import as_torchvision
@@ -61,6 +62,21 @@ def from_torchvision(model: TorchvisionRetinaNet) -> RetinaNet:
     return fast
 
 
+def copied(model: nn.Module) -> Any:
+    """A deep copy of a model that may have been run. Pruning and the older ``weight_norm`` leave in their modules the
+    weight that they last computed, which ``copy.deepcopy`` alone refuses to copy.
+
+    Example::
+
+        >>> from torch.nn.utils.prune import l1_unstructured
+        >>> conv = l1_unstructured(nn.Conv2d(3, 4, 1), "weight", 0.5)
+        >>> copied(conv).weight.equal(conv.weight)
+        True
+    """
+    held = [value for part in model.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
+
+
 def to_torchvision(model: RetinaNet) -> TorchvisionRetinaNet:
     """A copy of the model that is torchvision's own: the same weights, parts and settings, run by torchvision's code.
 
@@ -88,7 +104,7 @@ def torchvision_detector(model: RetinaNet) -> TorchvisionRetinaNet:
         >>> type(torchvision_detector(retinanet_resnet18_fpn(weights_backbone=None))) is TorchvisionRetinaNet
         True
     """
-    twin: Any = copy.deepcopy(model)
+    twin = copied(model)
     twin.__class__ = TorchvisionRetinaNet
     as_torchvision(twin)
     return twin.to(memory_format=torch.contiguous_format)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.models.detection import retinanet as tv
 
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
+from retina_fast.kernels.dispatch import is_transformed
 from retina_fast.kernels.postprocess import postprocess
 
 _NO_LIMIT = 2**31 - 1
@@ -29,8 +30,8 @@ class Detections(NamedTuple):
         """torchvision's form, a dict an image; the only place that reads the counts on the host."""
         named = {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
         # Indexed, since autograd lets nobody change in place what unbind returns, and a loop over a tensor is that.
-        counts = enumerate(self.counts.tolist())
-        return [{name: values[b, :count] for name, values in named.items()} for b, count in counts]
+        counts = map(int, self.counts) if is_transformed(self.counts) else self.counts.tolist()
+        return [{name: values[b, :count] for name, values in named.items()} for b, count in enumerate(counts)]
 
     @classmethod
     def from_list(cls, detections: Sequence[dict[str, Tensor]], width: int) -> "Detections":
@@ -67,14 +68,14 @@ class Thresholds(NamedTuple):
         """The model's present thresholds. A ``detections_per_img`` of None is no limit, as in torchvision.
 
         Raises:
-            TypeError: for a score or IoU of None, or numbers of candidates or detections that are not whole.
+            TypeError: for a score or IoU that is no number, or numbers of candidates or detections that are not whole.
         """
         limit = _NO_LIMIT if model.detections_per_img is None else model.detections_per_img
         found = cls(model.score_thresh, model.topk_candidates, model.nms_thresh, limit)
         for name, value in zip(cls._fields, found, strict=True):
-            if value is None or (isinstance(value, float) and not name.endswith("thresh")):
+            if value is None or isinstance(value, str) or (isinstance(value, float) and not name.endswith("thresh")):
                 kind = "a number" if name.endswith("thresh") else "a whole number"
-                raise TypeError(f"model.{name} must be {kind}, got {value}")
+                raise TypeError(f"model.{name} must be {kind}, got {value!r}")
         return found
 
 

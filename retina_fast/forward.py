@@ -20,7 +20,7 @@ from retina_fast.heads import reg_max_of, run_head
 from retina_fast.kernels.levels import flatten_all
 from retina_fast.kernels.side_distributions import box_channels
 from retina_fast.stock import overrides
-from retina_fast.targets import GroundTruths, TargetCheck, gather_targets
+from retina_fast.targets import GroundTruths, TargetCheck, check_boxes, gather_targets
 from retina_fast.transform import batch_images, check_images, is_stock_transform, padded, resize_targets, resized_sizes
 
 Images = Sequence[Tensor] | Tensor
@@ -103,11 +103,13 @@ def make_batch(
         if targets is not None:
             truths = gather_targets(targets, len(image_sizes), pixels.device, check)
         return Batch(list(images), pixels, image_sizes, original_sizes, targets, truths)
+    if targets is not None:  # boxes, images, then values, as torchvision looks at them, and draws sizes between
+        check_boxes(targets)
     images = check_images(images, max(len(transform.image_mean), len(transform.image_std)))
     original_sizes = [(image.shape[1], image.shape[2]) for image in images]
+    image_sizes = resized_sizes(transform, images)
     if targets is not None:
         truths = gather_targets(targets, len(images), images[0].device, check)
-    image_sizes = resized_sizes(transform, images)
     if truths is not None:
         truths = resize_targets(truths, original_sizes, image_sizes)
     return Batch(images, None, image_sizes, original_sizes, targets, truths)
@@ -191,7 +193,7 @@ def _num_classes(head: Any, levels: Mapping[str, list[Tensor]]) -> int:
     logits = levels.get(LOGITS)
     if not logits:
         return 0
-    return logits[0].shape[2] if logits[0].dim() == 3 else head.classification_head.num_classes
+    return logits[0].shape[2] if logits[0].dim() == 3 else int(head.classification_head.num_classes)  # or NumPy's
 
 
 def are_float64(levels: Sequence[Tensor]) -> bool:

@@ -27,6 +27,7 @@ from retina_fast.kernels.box_quality import box_quality
 from retina_fast.kernels.distribution_loss import distribution_loss
 from retina_fast.kernels.focal_loss import focal_loss
 from retina_fast.kernels.iou_losses import IOU_LOSSES
+from retina_fast.kernels.labels import BACKGROUND, IGNORED
 from retina_fast.kernels.levels import count_anchors
 from retina_fast.kernels.soft_focal_loss import WEIGHTS, soft_focal_loss
 from retina_fast.kernels.task_aligned_matching import MAX_TOP_K, AlignedMatches, task_aligned_matching
@@ -147,6 +148,14 @@ def matcher_of(chosen: Any) -> Any:
     return MATCHERS[chosen]()
 
 
+_MARKS = BACKGROUND, IGNORED
+
+
+def _marks(matcher: Any) -> tuple[int, int]:
+    """How a matcher of torchvision's marks anchors that are background, and those that do not count."""
+    return matcher.BELOW_LOW_THRESHOLD, matcher.BETWEEN_THRESHOLDS
+
+
 def has_stock_losses(head: Any, matcher: Any) -> bool:
     """Whether the heads' losses, their box coder, the matcher and what they call are torchvision's own, or the matcher
     is one of this package."""
@@ -165,8 +174,9 @@ def has_stock_losses(head: Any, matcher: Any) -> bool:
         and isinstance(regression, RetinaNetRegressionHead)
         and not overrides(regression, of_boxes, "compute_loss")
         and is_known_coder(regression.box_coder)
+        and classification.BETWEEN_THRESHOLDS == IGNORED
         and (
-            is_stock(matcher, Matcher, "__call__", "set_low_quality_matches_")
+            (is_stock(matcher, Matcher, "__call__", "set_low_quality_matches_") and _marks(matcher) == _MARKS)
             or any(is_stock(matcher, cls, "__call__") for cls in MATCHERS.values())
         )
     )

@@ -167,7 +167,7 @@ class RetinaNet(Predicts, TorchvisionRetinaNet):
         if self.training and targets is None:
             raise AssertionError("targets should not be none when in training mode")
         if targets is not None and not self.training:
-            targets = unlabelled(targets[: len(images)])
+            targets = unlabelled(targets, len(images))
         batch = self.make_batch(images, targets)
         outputs = network.run(self, batch)
         losses = self.losses_of(batch, outputs) if self.training else {}

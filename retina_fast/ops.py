@@ -122,7 +122,7 @@ def _batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: flo
     if not torch.compiler.is_compiling() and not boxes.numel():  # whatever the other arguments are
         return torch.empty(0, dtype=torch.int64, device=boxes.device)
     served = _is_served(boxes, scores, iou_threshold) and isinstance(idxs, Tensor) and idxs.shape == scores.shape
-    if not served:
+    if not served or idxs.layout != torch.strided or idxs.is_meta:
         return torchvision_batched_nms(boxes, scores, idxs, iou_threshold)
     run = _kept_positions if _is_eager_on_cpu(boxes, scores, idxs) else _nms_op
     return run(boxes.detach(), scores.detach(), idxs, iou_threshold)

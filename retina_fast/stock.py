@@ -82,9 +82,17 @@ def is_stock(part: object, cls: type, *methods: str) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` would run forward or backward hooks, its own or those of all modules."""
+    """Whether calling ``module`` would run forward or backward hooks, its own or those of all modules, or another
+    ``__call__`` than PyTorch's."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or torch.nn.modules.module._has_any_global_hook()
+    return bool(own) or torch.nn.modules.module._has_any_global_hook() or _is_called_otherwise(type(module))
+
+
+def _is_called_otherwise(cls: type) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    homes = [getattr(call, "__globals__", {}).get("__name__", "") for call in (cls.__call__, cls._call_impl)]  # type: ignore[attr-defined]
+    return not all(home.startswith(_LIBRARIES) for home in homes)
 
 
 def is_plain_conv(module: object) -> bool:
@@ -151,7 +159,7 @@ _LOSS_FUNCTIONS = [
     *_rows(tv, "sigmoid_focal_loss", accepted=ops.sigmoid_focal_loss),
     *_rows(tv, "_box_loss", "_sum"),
     *_rows(tv_boxes, "box_iou", "box_area", "_box_inter_union"),
-    *_rows(tv_utils, "generalized_box_iou_loss", "distance_box_iou_loss", "complete_box_iou_loss"),
+    *_rows(tv_utils, "encode_boxes", "generalized_box_iou_loss", "distance_box_iou_loss", "complete_box_iou_loss"),
 ]
 _DETECTION_FUNCTIONS = [
     *_rows(tv_boxes, "batched_nms", "_batched_nms_coordinate_trick", "_batched_nms_vanilla", accepted=ops.batched_nms),

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,29 +40,45 @@ def gather_targets(
     Raises:
         AssertionError: boxes not a tensor or not (N, 4), or (by ``check``) without positive width and height.
         KeyError: no boxes or labels.
-        TypeError: a target that is no dict, or labels that are no tensor.
+        TypeError: targets that are no list, a target that is no dict, or labels that are no tensor.
         IndexError: fewer targets than images or labels than boxes, labels not integers or (``check``) out of range.
         ValueError: more targets than images, more labels than boxes, or (``check``) boxes that are not finite.
     """
-    if len(targets) != num_images:
-        error = ValueError if len(targets) > num_images else IndexError
-        raise error(f"targets has {len(targets)} entries for {num_images} images")
-    for i, target in enumerate(targets):
-        _check_boxes(i, target)
+    check_boxes(targets)
+    sizes = f"targets has {len(targets)} entries for {num_images} images"
+    if len(targets) < num_images:
+        raise IndexError(sizes)
     counts = [len(target["boxes"]) for target in targets]
     boxes = torch.cat([target["boxes"].float() for target in targets])  # cast first: cat would promote to fp16
+    each: list[Tensor] = []
     try:
         for i, target in enumerate(targets):
             _check_labels(i, target)
+            each.append(target["labels"].long())  # unsigned ones cannot be compared
+        if len(targets) > num_images:
+            raise ValueError(sizes)
     except (KeyError, TypeError, IndexError, ValueError):
         if check is not None:
-            check.refuse_boxes(boxes, counts)  # before any label, as torchvision does
+            check.refuse(boxes, each, counts)  # all boxes, then label by label, as torchvision does
         raise
-    labels = torch.cat([target["labels"] for target in targets])
+    labels = torch.cat(each)
     offsets = torch.tensor([0, *counts], device="cpu").cumsum(0)
     if check is not None:
         check(boxes, labels, counts)
-    return GroundTruths(to_device(boxes, device), to_device(labels, device).long(), to_device(offsets, device), counts)
+    return GroundTruths(to_device(boxes, device), to_device(labels, device), to_device(offsets, device), counts)
+
+
+def check_boxes(targets: Sequence[Mapping[str, Tensor]]) -> None:
+    """Refuse targets that are no list of dicts with boxes (N, 4), by the errors of :func:`gather_targets`; values are
+    not looked at."""
+    _check_list(targets)
+    for i, target in enumerate(targets):
+        _check_boxes(i, target)
+
+
+def _check_list(targets: Any) -> None:
+    if isinstance(targets, Mapping) or not hasattr(targets, "__getitem__"):
+        raise TypeError(f"targets must be a list of dicts, one for each image, got a {type(targets)}")
 
 
 def _check_boxes(i: int, target: Mapping[str, Tensor]) -> None:
@@ -101,22 +117,23 @@ def with_truths(targets: Sequence[Mapping[str, Tensor]], truths: GroundTruths) -
     return [{**target, "boxes": boxes[b], "labels": labels[b]} for b, target in enumerate(targets)]
 
 
-def unlabelled(targets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Targets as torchvision reads them in evaluation: only their boxes count, labels may be anything or missing."""
-    for i, target in enumerate(targets):
-        _check_boxes(i, target)
+def unlabelled(targets: Sequence[Mapping[str, Tensor]], num_images: int) -> list[dict[str, Tensor]]:
+    """Targets as torchvision reads them in evaluation: only their boxes count, labels may be anything or missing, and
+    there may be more than images."""
+    _check_list(targets)
+    targets = targets[:num_images]
+    check_boxes(targets)
     return [
         {**target, "labels": target["boxes"].new_zeros(len(target["boxes"]), dtype=torch.int64)} for target in targets
     ]
 
 
 def first_error(boxes: Tensor, labels: Tensor, num_classes: int | None) -> Tensor:
-    """The first wrong row of boxes (G, 4) and labels (G,); G if none is."""
-    conditions = [boxes[:, 2:] > boxes[:, :2], boxes.abs() < math.inf, (labels >= 0)[:, None]]
-    if num_classes is not None:
-        conditions.append((labels < num_classes)[:, None])
-    right = torch.cat(conditions, dim=1).all(dim=1)
-    return torch.cat((right, right.new_zeros(1))).int().argmin()
+    """What is wrong first in boxes (G, 4) and labels (G,): box g as g, or, where all boxes are right, label g as G + g;
+    2 G if nothing is."""
+    right = torch.cat((boxes[:, 2:] > boxes[:, :2], boxes.abs() < math.inf), dim=1).all(dim=1)
+    known = labels >= 0 if num_classes is None else (labels >= 0) & (labels < num_classes)
+    return torch.cat((right, known, right.new_zeros(1))).int().argmin()
 
 
 class _Pending(NamedTuple):
@@ -145,10 +162,12 @@ class TargetCheck:
         self.raise_pending()
         self._pending.append(_Pending(self.step, LateRead(found), boxes, labels, counts))
 
-    def refuse_boxes(self, boxes: Tensor, counts: list[int]) -> None:
-        """Raise the error of the first wrong box, at once; labels are not looked at."""
-        labels = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-        self._raise(int(first_error(boxes, labels, None)), boxes, labels, counts, "")
+    def refuse(self, boxes: Tensor, labels: Sequence[Tensor], counts: list[int]) -> None:
+        """Raise the error of the first wrong box or, where all are right, label, at once; later images may have no
+        labels."""
+        missing = boxes.new_zeros(len(boxes) - sum(map(len, labels)), dtype=torch.int64)
+        known = torch.cat((*labels, missing))
+        self._raise(int(first_error(boxes, known, self.num_classes)), boxes, known, counts, "")
 
     @contextmanager
     def same_step(self) -> Iterator[None]:
@@ -166,9 +185,10 @@ class TargetCheck:
             self._raise(int(found.wait()), boxes, labels, counts, f" (in the targets of training step {step})")
 
     def _raise(self, found: int, boxes: Tensor, labels: Tensor, counts: list[int], when: str) -> None:
-        if found == len(boxes):
+        if found == 2 * len(boxes):
             return
-        row, image = found, 0
+        found = row = found % len(boxes)
+        image = 0
         while row >= counts[image]:
             row, image = row - counts[image], image + 1
         box, label = boxes[found].tolist(), int(labels[found])

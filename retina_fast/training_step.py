@@ -175,7 +175,7 @@ class TrainingStep:
     def _parts(self, images: Any, targets: Any) -> list[Callable[[], Losses]]:
         """The forward passes of the batch's parts, each with losses that add up to those of the batch."""
         network = self._parallel or self.model
-        if self.accumulate == 1 or len(images) != len(targets):  # the latter is for the model to refuse
+        if self.accumulate == 1 or targets is None or len(images) != len(targets):  # what is wrong the model says
             return [lambda: network(images, targets)]
         count, parts = len(images), min(self.accumulate, len(images))
         ends = [count * part // parts for part in range(parts + 1)]

@@ -63,6 +63,10 @@ def check_images(images: Sequence[Tensor] | Tensor, channels: int, take_uint8: b
         TypeError: for an image that is not floating point.
         IndexError: for no image at all.
     """
+    if not hasattr(images, "__len__"):
+        raise TypeError(f"images must be a list of (C, H, W) tensors or a (B, C, H, W) tensor, got a {type(images)}")
+    if isinstance(images, Tensor) and images.is_nested:
+        images = images.unbind()
     if isinstance(images, Tensor) and images.dim() != 4:
         raise ValueError(f"images must be a list of (C, H, W) tensors or a (B, C, H, W) tensor, got {images.shape}")
     if not len(images):

@@ -1,6 +1,5 @@
 """The same model in other runtimes, for `retina-fast bench`: ONNX Runtime, OpenVINO and torch.compile."""
 
-import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -88,7 +87,7 @@ def _openvino(model: Any, size: tuple[int, int]) -> Run:
 
 
 def _compiled(model: Any) -> Run:
-    theirs = torchvision_detector(copy.deepcopy(model)).to(memory_format=torch.channels_last)
+    theirs = torchvision_detector(model).to(memory_format=torch.channels_last)
     for part in (theirs.backbone, theirs.head.classification_head, theirs.head.regression_head):
         part.compile(dynamic=False)
 

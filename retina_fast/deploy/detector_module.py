@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -69,6 +69,10 @@ class DetectorModule(Predicts, nn.Module):
             raise TypeError(f"{_NO_TRAINING}: train the model, and call compile_inference on it again")
         super().train(False)
         return self
+
+    def set_num_classes(self, num_classes: int) -> NoReturn:
+        """Raise TypeError: what is compiled has the classes that the model had."""
+        raise TypeError("an engine's classes cannot be changed: change the model's, and compile that again")
 
     def check_mode(self) -> None:
         """Raise TypeError if somebody has set the attribute ``training`` by hand, of this module or of the model."""

@@ -7,7 +7,6 @@ the whole way from images to detections as one CUDA graph. Images have any sizes
 from a table that one small upload replaces. At most `max_shapes` are kept; the least recently used one goes.
 """
 
-import copy
 import math
 import warnings
 from collections import OrderedDict
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import retinanet as tv
 
-from retina_fast.convert import from_torchvision
+from retina_fast.convert import copied, from_torchvision
 from retina_fast.cuda_graph import CaptureStream
 from retina_fast.deploy.branches import MOST_PIXELS, STREAMS, Branches
 from retina_fast.deploy.detector_module import DetectorModule, refuse_own_parts
@@ -37,7 +36,7 @@ from retina_fast.detections import Detections, Thresholds
 from retina_fast.device import Uploads, best_dtype, keep_freed_memory
 from retina_fast.forward import Convs, Sizes, run_convs
 from retina_fast.kernels.conv_float8 import FLOAT8
-from retina_fast.kernels.dispatch import HAS_TRITON
+from retina_fast.kernels.dispatch import HAS_TRITON, is_transformed
 from retina_fast.kernels.image_batch import batch_shape
 from retina_fast.model import RetinaNet
 from retina_fast.transform import check_images, resized_sizes
@@ -108,6 +107,10 @@ class Engine(DetectorModule):
         transform = self.model.transform
         constants = max(len(transform.image_mean), len(transform.image_std))
         images = check_images(images, constants, take_uint8=True)
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or is_transformed(*images):
+            raise NotImplementedError(
+                "an engine can be neither traced, exported nor differentiated: use retina_fast.export, or the model"
+            )
         with (
             self.turns,
             torch.inference_mode(False),
@@ -250,8 +253,8 @@ def compile_inference(
     Raises:
         TypeError: for anything but a RetinaNet, or if a part of the user's own would not run: a forward, transform,
             anchor generator, box coder or postprocessing.
-        ValueError: for a dtype that is not floating point, a device without FP8 if that is asked for, or a negative
-            ``max_shapes``.
+        ValueError: for a dtype that is not floating point, a device without FP8 if that is asked for, a negative
+            ``max_shapes``, weights without values, or, as of ``images`` everywhere, for wrong ones.
 
     Example::
 
@@ -266,15 +269,19 @@ def compile_inference(
     device = next(model.parameters()).device
     dtype = dtype or best_dtype(device)
     weights = {torch.int8: torch.float32, FLOAT8: torch.bfloat16}.get(dtype, dtype)
-    if not weights.is_floating_point or weights.itemsize == 1:
-        raise ValueError(f"dtype must be floating point of at least 16 bits, {FLOAT8} or int8, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or not weights.is_floating_point or weights.itemsize == 1:
+        raise ValueError(f"dtype must be floating point of at least 16 bits, {FLOAT8} or int8, got {dtype!r}")
     if dtype == FLOAT8:
         require_float8(device)
+    if device.type == "meta":
+        raise ValueError("the model's weights are on the meta device, where they have no values")
     if max_shapes < 0:
         raise ValueError(f"max_shapes must be at least 0, got {max_shapes}")
     if device.type == "cpu":
         keep_freed_memory()
-    own = copy.deepcopy(model).eval().requires_grad_(False)
+    if len(images):
+        images = check_images(images, 1, take_uint8=True)
+    own = copied(model).eval().requires_grad_(False)
     # The batch is padded for the backbone at once, which then need not pad.
     own.transform.size_divisible = math.lcm(own.transform.size_divisible, getattr(own.backbone, "size_divisible", 1))
     norms = count_norms(own)
@@ -294,7 +301,7 @@ def compile_inference(
     report = Report(str(device), dtype, graphs, max_shapes, norms, folded, count_convs(own), fused)
     report.runtime_choice = other
     engine = Engine(own, settings, report)
-    plain = copy.deepcopy(model).eval() if model.training else model
+    plain = copied(model).eval() if model.training else model
     if dtype == FLOAT8:
         with timed_convs():
             report.float8, report.difference = add_float8(plain, engine, images, "float8")

@@ -4,7 +4,6 @@ The graph takes the engine's batch, (B, 3, H, W) with any B, H and W, and gives 
 anchors and detections stay the engine's. What runs it is imported only when it is asked for.
 """
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retina_fast.convert import copied
 from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.deploy.export.onnx_file import QUANTIZED_OPSET, onnx_session, translate
 from retina_fast.forward import DELTAS, LOGITS, run_convs
@@ -50,7 +50,7 @@ def trace(model: RetinaNet, multiple: int) -> Any:
         model: in evaluation mode, on the CPU, in float32.
         multiple: of which H and W are multiples.
     """
-    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    model = copied(model).to(memory_format=torch.contiguous_format)
     # Large enough that no level has a single row, which the exporter would take for a constant.
     pixels = torch.zeros(2, 3, 8 * multiple, 12 * multiple, device="cpu")
     height, width = (multiple * torch.export.Dim(name, min=1) for name in ("height", "width"))

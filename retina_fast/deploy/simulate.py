@@ -1,13 +1,12 @@
 """What FP8 would cost in detections, without a GPU that has it."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torchvision.models.detection import retinanet as tv
 
-from retina_fast.convert import from_torchvision
+from retina_fast.convert import copied, from_torchvision
 from retina_fast.deploy.eight_bits.float8 import float8_convs
 from retina_fast.deploy.engine import Engine, compile_inference
 from retina_fast.deploy.engine_float8 import add_float8
@@ -39,7 +38,7 @@ def simulate_float8(model: tv.RetinaNet, images: Sequence[Tensor], dtype: torch.
     """
     engine = compile_inference(model, dtype=dtype)
     plain = from_torchvision(model)
-    plain = copy.deepcopy(plain).eval() if plain.training else plain
+    plain = copied(plain).eval() if plain.training else plain
     engine.report.float8, engine.report.difference = add_float8(plain, engine, images, "simulated")
     for conv in float8_convs(engine.model):
         conv.always = "simulated"

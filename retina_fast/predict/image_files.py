@@ -107,14 +107,17 @@ def counts_as_image(path: Path) -> bool:
 
 def _listed(path: Path, here: str) -> Iterator[Path | str]:
     """The files in the lines of a .txt file, and the URLs as words."""
+    empty = True
     try:
         place = Path(here, path)
         with place.open(encoding=encoding_of(place)) as lines:
-            for line in lines:
-                if line.strip():
-                    yield line.strip() if "://" in line else Path(line.strip())
+            for line in filter(None, map(str.strip, lines)):
+                empty = False
+                yield line if "://" in line else Path(line)
     except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: not a list of image files, one a line ({error})") from error
+    if empty:
+        raise UserError(f"{path}: names no image")
 
 
 def no_file(name: str) -> bool:

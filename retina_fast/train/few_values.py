@@ -5,13 +5,13 @@ takes the running averages of these. Over a few values they scatter so much that
 network that trains well finds nothing. On a pyramid's coarse levels small crops have few cells.
 """
 
-import copy
 import warnings
 from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from retina_fast.convert import copied
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.errors import UserError
 from retina_fast.forward import run_convs
@@ -36,7 +36,7 @@ def fewest_cells(network: Any, height: int, width: int) -> tuple[int, int, str] 
         >>> fewest_cells(retinanet_resnet18_fpn_lite(num_classes=1), 256, 256)
         (16, 16, 'backbone.body.layer3.0.bn1')
     """
-    probe = copy.deepcopy(network).to("meta")
+    probe = copied(network).to("meta")
     seen: list[tuple[int, int, str]] = []
     for name, part in probe.named_modules():
         if isinstance(part, _BatchNorm) and part.training and part.track_running_stats:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
 from torchvision.io import decode_image
 from torchvision.models.detection import retinanet as tv
 
@@ -149,6 +150,25 @@ def test_evaluation_within_half_a_point_of_ap50(trees, photograph, device):
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [weight_norm, lambda conv: prune.l1_unstructured(conv, "weight", 0.3), parametrizations.spectral_norm],
+    ids=["weight_norm", "pruned", "parametrised"],
+)
+def test_weights_that_are_computed(change):
+    """Also those that the model has computed before, with their history."""
+    model = small_model().train()
+    for conv in [part for part in model.modules() if isinstance(part, nn.Conv2d)]:
+        change(conv)
+    batch = floats(images((40, 50)))
+    model(batch, [{"boxes": torch.tensor([[2.0, 3, 30, 30]]), "labels": torch.tensor([0])}])
+    model.eval()
+    (found,) = compile_inference(model, dtype=torch.float32)(batch)
+    (expected,) = model(batch)
+    assert len(expected["scores"]) > 0
+    torch.testing.assert_close(found["scores"], expected["scores"].detach(), rtol=0, atol=1e-4)
+
+
 # What it says and refuses
 
 
@@ -187,10 +207,14 @@ def test_parts_that_would_not_run_are_refused():
 
 
 def test_bad_arguments_are_named():
-    for dtype in (torch.int16, torch.float8_e5m2):
-        message = rf"dtype must be floating point of at least 16 bits, torch.float8_e4m3fn or int8, got {dtype}"
+    for dtype in (torch.int16, torch.float8_e5m2, "float16"):
+        message = rf"dtype must be floating point of at least 16 bits, torch.float8_e4m3fn or int8, got '?{dtype}"
         with pytest.raises(ValueError, match=message):
-            compile_inference(small_model(), dtype=dtype)
+            compile_inference(small_model(), dtype=dtype)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="on the meta device, where they have no values"):
+        compile_inference(small_model().to("meta"))
+    with pytest.raises(TypeError, match=r"images\[0\] must be a Tensor, got a <class 'str'>"):
+        compile_inference(small_model(), images=["photograph.jpg"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="max_shapes must be at least 0, got -1"):
         compile_inference(small_model(), max_shapes=-1)
     own = compile_inference(small_model(), dtype=torch.float32)

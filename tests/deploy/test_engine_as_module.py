@@ -106,6 +106,20 @@ def test_it_is_not_trained(own):
     assert len(own.eval()(BATCH)) == 2
 
 
+def test_what_an_engine_cannot_do_is_refused(own):
+    image = BATCH[0]
+    calls = {
+        "traced": lambda: torch.jit.trace(lambda x: own([x])[0]["boxes"], image),
+        "exported": lambda: torch.export.export(Client(own), ([image],)),
+        "differentiated": lambda: torch.func.grad(lambda x: own([x])[0]["scores"].sum())(image),
+    }
+    for way, call in calls.items():
+        with pytest.raises(Exception, match=f"can be neither .*{way}.*retina_fast.export, or the model"):
+            call()
+    with pytest.raises(TypeError, match="classes cannot be changed"):
+        own.set_num_classes(3)
+
+
 def test_it_moves_to_another_dtype(own, device):
     before = own(BATCH)
     own.report.difference = measured = Difference(1, 0.0, 0.0, 0.0)

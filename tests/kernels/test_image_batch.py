@@ -265,3 +265,15 @@ def test_compiled(name):
 @pytest.mark.parametrize("name", names("image_batch"))
 def test_compiled_in_other_orders(name, order):
     check(name, **OTHER_ORDERS[order])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_vmap_over_one_of_the_images(place):
+    generator = torch.Generator().manual_seed(0)
+    fixed, *several = (torch.rand(3, 20, 30, generator=generator) for _ in range(4))
+    sizes = [(24, 36), (20, 30)]
+
+    def batch(image):
+        return image_batch([fixed, image] if place else [image, fixed], sizes, MEAN, STD)
+
+    assert torch.equal(torch.func.vmap(batch)(torch.stack(several)), torch.stack(list(map(batch, several))))

@@ -147,6 +147,19 @@ def test_the_whole_model_never_waits_for_the_gpu(monkeypatch):
     assert {"_list_kernel", "_place_kernel", "_suppress_kernel", "_write_kept_kernel"} <= names
 
 
+@pytest.mark.parametrize("name", ["score_thresh", "nms_thresh", "detections_per_img", "topk_candidates"])
+def test_thresholds_that_are_no_numbers_are_named(model, monkeypatch, name):
+    monkeypatch.setattr(model, name, "0.5")
+    with pytest.raises(TypeError, match=f"model.{name} must be a (whole )?number, got '0.5'"):
+        Thresholds.of(model)
+
+
+def test_functionalized_counts_are_read():
+    found = Detections.from_list([{"boxes": torch.rand(2, 4), "scores": torch.rand(2), "labels": torch.arange(2)}], 3)
+    shapes = torch.func.functionalize(lambda *fields: [len(f["boxes"]) for f in Detections(*fields).to_list()])
+    assert shapes(*found) == [2]
+
+
 def test_a_default_dtype_of_bfloat16_rounds_no_detection():
     found = {"boxes": torch.tensor([[1.0, 2, 257, 303]]), "scores": torch.tensor([0.123]), "labels": torch.tensor([3])}
     torch.set_default_dtype(torch.bfloat16)

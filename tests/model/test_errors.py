@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,10 @@ REFUSED = {
     "fewer labels than boxes": (with_labels(torch.tensor([0])), IndexError, r"targets\[0\] has 2 boxes"),
     "more targets than images": (good_targets() + good_targets()[:1], ValueError, "3 entries for 2 images"),
     "fewer targets than images": (good_targets()[:1], IndexError, "1 entries for 2 images"),
-    "one dict": (good_targets()[0], TypeError, r"targets\[0\] must be a dict"),
+    "one dict": (good_targets()[0], TypeError, r"targets must be a list of dicts, .* got a <class 'dict'>"),
+    "an iterator": (iter(good_targets()), TypeError, "targets must be a list of dicts, .*list_iterator"),
+    "a target that is no dict": ([good_targets()[0], "b"], TypeError, r"targets\[1\] must be a dict"),
+    "unsigned labels": (with_labels(torch.tensor([0, 3]).to(torch.uint16)), IndexError, r"\['labels'\]\[1\] is 3"),
     "no boxes": ([{"labels": torch.tensor([1])}] * 2, KeyError, r"targets\[0\] has no 'boxes'"),
     "complex boxes": (with_boxes(torch.ones(2, 4) * 1j), NotImplementedError, r"targets\[0\]\['boxes'\] must be real"),
     "no labels": ([{"boxes": torch.tensor([[1.0, 2, 3, 4]])}] * 2, KeyError, r"targets\[0\] has no 'labels'"),
@@ -48,11 +52,60 @@ def test_bad_targets_are_refused(model, targets, error, message):
         model(IMAGES, targets)
 
 
-@pytest.mark.parametrize("name", ["boxes not a tensor", "boxes not N by 4", "one dict", "no boxes", "complex boxes"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("boxes not a tensor", "boxes not N by 4", "no boxes", "complex boxes"),
+        *("one dict", "an iterator", "a target that is no dict"),
+    ],
+)
 def test_bad_boxes_are_refused_in_evaluation(model, name):
     targets, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
-        model.eval()(IMAGES, list(targets))
+        model.eval()(IMAGES, targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_labels_are_labels(model, dtype):
+    labels = torch.tensor([2, 0])
+    unsigned, expected = (with_labels(given) for given in (labels.to(dtype), labels))
+    assert model(IMAGES, unsigned) == model(IMAGES, expected)
+
+
+FLAT, FAR = {"boxes": torch.tensor([[5.0, 5, 5, 9]])}, torch.tensor([9])
+ONE = {"boxes": torch.tensor([[1.0, 1, 60, 60]])}
+FAULTS: dict[str, Any] = {
+    "boxes that are a number": {"boxes": 0.0},
+    "boxes (4,)": {"boxes": torch.rand(4)},
+    "no boxes": {"labels": torch.tensor([1])},
+    "a box without width": FLAT | {"labels": torch.tensor([0])},
+    "a box without width or label": FLAT,
+    "a class too many": ONE | {"labels": FAR},
+    "no labels": ONE,
+    "too few labels": {"boxes": torch.rand(2, 4).cumsum(1) * 20, "labels": torch.tensor([1])},
+    "no dict": None,
+    "nothing": good_targets()[0],
+}
+
+
+def test_of_several_errors_torchvisions_comes_and_as_many_random_numbers_are_drawn(model):
+    """Whichever image is wrong, and whether there is a target too many."""
+    plain, image = torchvision_model(), torch.rand(3, 64, 64)
+    bytes_ = (image * 255).byte()
+    batches = [([image, image], [one, other]) for one in FAULTS.values() for other in FAULTS.values()]
+    batches += [([image], [one, ONE | {"labels": FAR}]) for name, one in FAULTS.items() if name != "nothing"]
+    batches += [([bytes_], [one]) for one in FAULTS.values()] + [([image[0]], [one]) for one in FAULTS.values()]
+
+    def outcome(one, batch):
+        torch.manual_seed(0)
+        try:
+            one(*batch)
+        except Exception as error:
+            return type(error), torch.rand(1)
+
+    found = [(outcome(plain.train(), batch), outcome(model, batch)) for batch in batches]
+    assert sum(expected is None for expected, _ in found) == 1
+    assert all(expected == ours for expected, ours in found)
 
 
 def test_bad_images_are_refused(model):
@@ -65,6 +118,8 @@ def test_bad_images_are_refused(model):
         model([torch.rand(4, 8, 8)])
     with pytest.raises(ValueError, match=r"images\[1\] must have at least one pixel"):
         model([IMAGES[0], torch.rand(3, 0, 8)])
+    with pytest.raises(TypeError, match=r"images must be a list of .* got a <class 'list_iterator'>"):
+        model(iter(IMAGES))
     with pytest.raises(TypeError, match=r"batch must be a Tensor .* got <class 'list'>"):
         model.detect(IMAGES)
     with pytest.raises(ValueError, match="batch must be"):

@@ -90,3 +90,22 @@ def test_a_model_can_be_built_of_fake_tensors_on_a_gpu(name):
     assert {p.device.type for p in model.parameters()} == {"cuda"}
     kernels = [p for p in model.parameters() if p.dim() == 4]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+
+
+@pytest.mark.parametrize("loss_type", ["l1", "smooth_l1"])
+def test_gradients_of_each_sample_by_vmap(loss_type):
+    """As for differentially private training."""
+    image, target = torch.rand(3, 64, 80, generator=torch.Generator().manual_seed(3)), good_targets()[:1]
+    plain = torchvision_model()
+    plain.head.regression_head._loss_type = loss_type
+    found = []
+    for model in (plain, retina_fast.from_torchvision(plain)):
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+        def loss(given, pixels, model=model):
+            return sum(torch.func.functional_call(model, given, ([pixels], target)).values())
+
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="same")
+        found.append(each(weights, torch.stack([image, image / 2])))
+    for name, expected in found[0].items():
+        assert (found[1][name] - expected).norm() <= 1e-4 * expected.norm()

@@ -40,6 +40,8 @@ ODD: dict[str, tuple[Any, ...]] = {
     "int8 idxs": ("batched_nms", BOXES, SCORES, IDXS.to(torch.int8), 0.5),
     "idxs (3, 1)": ("batched_nms", BOXES, SCORES, IDXS[:, None], 0.5),
     "2 idxs": ("batched_nms", BOXES, SCORES, IDXS[:2], 0.5),
+    "sparse idxs": ("batched_nms", BOXES, SCORES, IDXS.to_sparse(), 0.5),
+    "idxs without values": ("batched_nms", BOXES, SCORES, IDXS.to("meta"), 0.5),
     "uint16 idxs": ("batched_nms", BOXES, SCORES, IDXS.to(torch.uint16), 0.5),
     "idxs that are no numbers": ("batched_nms", BOXES, SCORES, torch.tensor([float("nan")] * 3), 0.5),
     "scores that are a list": ("nms", BOXES, SCORES.tolist(), 0.5),

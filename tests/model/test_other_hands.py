@@ -106,7 +106,8 @@ OF_LOSSES = [
     *((cls, "compute_loss") for cls in (tv.RetinaNet, tv.RetinaNetHead, tv.RetinaNetClassificationHead)),
     (tv.RetinaNetRegressionHead, "compute_loss"),
     (retina_fast.RetinaNet, "compute_loss"),
-    (_utils.BoxCoder, "encode_single"),
+    *[(_utils.BoxCoder, "encode_single"), (_utils, "encode_boxes")],
+    (transform.GeneralizedRCNNTransform, "__call__"),
 ]
 OF_DETECTIONS = [
     (transform, "resize_boxes"),
@@ -116,11 +117,11 @@ OF_DETECTIONS = [
     (retina_fast.RetinaNet, "postprocess_detections"),
     (transform.GeneralizedRCNNTransform, "postprocess"),
 ]
+PARTS = tv.RetinaNetHead, tv.RetinaNetClassificationHead, tv.RetinaNetRegressionHead, AnchorGenerator
 OF_BOTH = [
     (transform, "_resize_image_and_masks"),
     (tv.RetinaNet, "forward"),
-    *((cls, "forward") for cls in (tv.RetinaNetHead, tv.RetinaNetClassificationHead, tv.RetinaNetRegressionHead)),
-    (AnchorGenerator, "forward"),
+    *((cls, name) for cls in PARTS for name in ("forward", "__call__")),
     (AnchorGenerator, "grid_anchors"),
     (transform.GeneralizedRCNNTransform, "normalize"),
     (transform.GeneralizedRCNNTransform, "resize"),

@@ -1,5 +1,6 @@
 """Live changes, and parts of a user's own: they run, and the fast path steps aside."""
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -20,6 +21,7 @@ def test_live_changes(model):
         lambda m: setattr(m, "detections_per_img", 7),
         lambda m: setattr(m, "topk_candidates", 20),
         lambda m: setattr(m.head.regression_head, "_loss_type", "giou"),
+        lambda m: setattr(m.head.classification_head, "num_classes", np.int64(3)),
         lambda m: setattr(m, "proposal_matcher", Matcher(0.7, 0.3)),
         lambda m: setattr(m.transform, "min_size", (40,)),
     ):
@@ -126,6 +128,8 @@ PARTS = {
     ),
     "postprocess on the object": lambda m: _on_the_object(m.transform, "postprocess", lambda f, found, *sizes: found),
     "matcher": lambda m: setattr(m, "proposal_matcher", OwnMatcher(0.5, 0.4, allow_low_quality_matches=True)),
+    "marks of the matcher": lambda m: vars(m.proposal_matcher).update(BELOW_LOW_THRESHOLD=-2, BETWEEN_THRESHOLDS=-1),
+    "marks of the loss": lambda m: setattr(m.head.classification_head, "BETWEEN_THRESHOLDS", -7),
     "coder": lambda m: setattr(m, "box_coder", OwnCoder((1.0, 1.0, 1.0, 1.0))),
     "coder weights": lambda m: setattr(m.head.regression_head, "box_coder", BoxCoder((10.0, 10.0, 5.0, 5.0))),
     "head": lambda m: setattr(m.head, "classification_head", _like(OwnClassification(16, 9, 3), m)),

@@ -69,7 +69,10 @@ def test_the_first_wrong_row_is_found(row, wrong):
     if row is not None:
         for later in range(row, 7, 2):
             boxes[later], labels[later] = torch.tensor(wrong[0]), wrong[1]
-    assert targets_module.first_error(boxes, labels, 3) == (7 if row is None else row)
+    found = 14 if row is None else row + 7 * (wrong[1] != 0)
+    assert targets_module.first_error(boxes, labels, 3) == found
     if wrong[1] < 3:
-        assert targets_module.first_error(boxes, labels, None) == (7 if row is None else row)
+        assert targets_module.first_error(boxes, labels, None) == found
+    labels[0] = 5  # comes after all boxes
+    assert targets_module.first_error(boxes, labels, 3) == min(found, 7)
     assert targets_module.first_error(boxes[:0], labels[:0], 3) == 0

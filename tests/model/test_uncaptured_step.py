@@ -57,6 +57,8 @@ def test_a_batch_in_parts_is_the_batch(parts, as_tensor):
     assert_same_state(ours, plain)
     with pytest.raises(IndexError, match="targets has 4 entries for 5 images"):
         step(images, targets[:4])
+    with pytest.raises(AssertionError, match="targets should not be none"):
+        step(images, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("parts", [1, 2])

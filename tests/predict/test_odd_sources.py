@@ -155,15 +155,17 @@ def test_an_iterator_may_fill_one_buffer_again_and_again(stream, tmp_path):
 
 def test_what_one_of_several_lacks_does_not_end_the_run(photo, tmp_path):
     (tmp_path / "empty").mkdir()
-    bad = [tmp_path / "empty", "ftp://example.org/a.png", "x" * 5000, tmp_path / "none.txt"]
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    places = [tmp_path / "none.txt", tmp_path / "blank.txt"]
+    bad = [tmp_path / "empty", "ftp://example.org/a.png", "x" * 5000, *places]
     with pytest.warns(UserWarning, match="holds no image") as said:
         found = model.predict([*bad, photo], progress=False)
-    assert [bool(results.error) for results in found] == [True] * 4 + [False]
-    reasons = ("holds no image", "is of no kind", "no such image file", "not a list of image files")
+    assert [bool(results.error) for results in found] == [True] * 5 + [False]
+    reasons = ("holds no image", "is of no kind", "no such image file", "not a list of image files", "names no image")
     for name, reason, results in zip(bad, reasons, found, strict=False):
         assert results.path == str(name)
         assert reason in str(results.error)
-    assert len(said) == 4
+    assert len(said) == 5
     (tmp_path / "list.txt").write_text(f"ftp://example.org/a.png\n{photo}\n")
     with pytest.warns(UserWarning, match="ftp://example.org/a.png: is of no kind"):
         assert [bool(results.error) for results in model.predict(tmp_path / "list.txt")] == [True, False]

@@ -1,6 +1,5 @@
 """Export: a detector is written to one file that goes from images to padded detections without this package."""
 
-import copy
 import json
 import math
 import tempfile
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torchvision.models.detection import retinanet as tv
 
-from retina_fast.convert import from_torchvision
+from retina_fast.convert import copied, from_torchvision
 from retina_fast.data.errors import UserError
 from retina_fast.data.outputs import check_file
 from retina_fast.deploy.detector_module import refuse_own_parts
@@ -138,7 +137,7 @@ def export(
         given = f"float32_share={float32_share}" if float32_share else f"symmetric={symmetric}"
         raise UserError(f"{given} is of a model in eight bits: give quantize, too, or leave it out")
     calibration = None if quantize is None else calibration_images(quantize, image_size, prepared=not preprocess)
-    own = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", memory_format=torch.contiguous_format)
+    own = copied(model).eval().requires_grad_(False).to("cpu", memory_format=torch.contiguous_format)
     if preprocess and min(resized_size(own.transform, *image_size)) < 1:
         raise UserError(f"image_size {image_size} would be resized to {resized_size(own.transform, *image_size)}")
     if calibration is not None:
