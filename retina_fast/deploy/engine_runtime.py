@@ -81,7 +81,7 @@ def choose_network(
     if not seconds:
         raise UserError(f"no runtime runs the graph: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
     best = min(seconds, key=lambda name: seconds[name])
-    size, margin = tuple(pixels.shape[2:]), sieve.margin if sieve else None
+    size, margin = tuple(pixels.shape[2:]), max(sieve.margins) if sieve else None
     return networks.get(best), RuntimeChoice(best, size, seconds, failed, layers, left, len(images), margin)
 
 
