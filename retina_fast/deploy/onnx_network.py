@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from retina_fast.convert import copied
+from retina_fast.deploy.eight_bits.group_norm import norms_by_sums
 from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.deploy.export.onnx_file import QUANTIZED_OPSET, onnx_session, translate
 from retina_fast.forward import DELTAS, LOGITS, run_convs
@@ -135,10 +136,11 @@ def _onnxruntime(content: bytes) -> Run:
 
 def _openvino(content: bytes) -> Run:
     """OpenVINO, with a graph compiled for each shape of pixels."""
+    import onnx
     import openvino
 
     core = openvino.Core()
-    model = core.read_model(content, b"")
+    model = core.read_model(norms_by_sums(onnx.load_from_string(content)).SerializeToString(), b"")
     options = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
