@@ -38,7 +38,7 @@ from retina_fast import RetinaNet, compile_inference, retinanet_resnet50_fpn, re
 from retina_fast.data.coco import CocoDataset, read_image
 from retina_fast.deploy.engine import Engine
 from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
-from retina_fast.deploy.onnx_network import RUNTIMES, Network, trace
+from retina_fast.deploy.onnx_network import RUNTIMES, Network, graph_input, trace
 from retina_fast.deploy.report import pixels_of
 from retina_fast.forward import LOGITS, run_convs
 from retina_fast.predict.evaluate import evaluate
@@ -66,7 +66,7 @@ class Rival(Network):
         threads = torch.get_num_threads()
         if threads not in self.opened:
             self.opened[threads] = self.open_it()
-        return [torch.from_numpy(output) for output in self.opened[threads](pixels.contiguous().numpy())]
+        return [torch.from_numpy(output) for output in self.opened[threads](graph_input(pixels))]
 
 
 def last_convs(proto: Any) -> list[str]:
@@ -163,7 +163,7 @@ def rivals(model: RetinaNet, engine: Engine, pictures: Sequence[Tensor]) -> dict
     own = copy.deepcopy(model).eval().requires_grad_(False)
     fold_batch_norm(own, partial(conv_outputs, own, torch.rand(1, 3, 128, 128)))
     proto = trace(own, own.transform.size_divisible)
-    batches = [pixels_of(own, picture).numpy() for picture in pictures]
+    batches = [graph_input(pixels_of(own, picture)) for picture in pictures]
     engines = {}
     for name, make in (("ONNX Runtime's own int8", onnxruntimes_own), ("OpenVINO's own int8", openvinos_own)):
         try:
