@@ -11,7 +11,7 @@ margin is twice the largest amount by which an 8-bit logit was too low on the ca
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,23 @@ class LastConv:
         return torch.addmm(bias, patches.view(len(cells), weight.shape[1]), weight.T)
 
 
+class _Rows:
+    """A tensor of rows with one value in all, which is given again and again; what was written is wiped each time."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.tensor = torch.empty(0)
+        self.written = torch.empty(0, dtype=torch.int64)
+
+    def blank(self, rows: int, width: int) -> Tensor:
+        """(rows, width) float32, to be written at ``written`` alone."""
+        if self.tensor.shape == (rows, width):
+            self.tensor.index_fill_(0, self.written, self.value)
+        else:
+            self.tensor = torch.full((rows, width), self.value)
+        return self.tensor
+
+
 @dataclass(frozen=True)
 class Sieve:
     """What decides which logits are candidates, and the convs that are computed there.
@@ -89,9 +106,13 @@ class Sieve:
     deltas: LastConv
     codes: tuple[tuple[float, int], ...]
     margins: tuple[float, ...]
+    _kept: dict[int, tuple[_Rows, _Rows]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_kept": {}}
 
     def __call__(self, outputs: Sequence[Tensor], threshold: float) -> tuple[list[Tensor], list[Tensor]]:
-        """The levels (B, O, H, W) of logits and of box offsets, in channels_last memory.
+        """The levels (B, O, H, W) of logits and of box offsets, in channels_last memory, which the next call reuses.
 
         Args:
             outputs: of the graph: L levels of codes (B, H, W, O) uint8, then L of the features that the logits' conv
@@ -105,33 +126,42 @@ class Sieve:
             # Code 255 may stand for any greater value, and code 0 for any lower one.
             least = math.ceil(max(0.0, min(255.0, (logit - margin) / scale + zero)))
             codes, for_logits, for_deltas = outputs[i::levels]
-            level = self._level(codes, for_logits, for_deltas, least, logit)
+            kept = self._kept.setdefault(i, (_Rows(-math.inf), _Rows(0.0)))
+            level = self._level(codes, for_logits, for_deltas, least, logit, *kept)
             logits.append(level[0].permute(0, 3, 1, 2))
             deltas.append(level[1].permute(0, 3, 1, 2))
         return logits, deltas
 
     def _level(
-        self, codes: Tensor, for_logits: Tensor, for_deltas: Tensor, least: int, logit: float
+        self,
+        codes: Tensor,
+        for_logits: Tensor,
+        for_deltas: Tensor,
+        least: int,
+        logit: float,
+        logits: _Rows,
+        deltas: _Rows,
     ) -> tuple[Tensor, Tensor]:
         """One level's logits and box offsets, (B, H, W, O) each; the candidates are the codes of at least ``least``."""
-        outputs = codes.shape[3]
+        cells_of, outputs = codes.shape[:3], codes.shape[3]
         greatest = codes.amax(dim=3).flatten()
         cells = (greatest >= least).nonzero()[:, 0]
         few = outputs <= FEW_LOGITS
         if least == 0 or (few and len(cells) > MOST_CELLS * len(greatest)):
             return self.logits.everywhere(for_logits), self.deltas.everywhere(for_deltas)
-        logits = for_logits.new_full(codes.shape, -math.inf)
-        deltas = for_deltas.new_zeros(*codes.shape[:3], len(self.deltas.bias))
+        codes = codes.view(-1, outputs)
+        rows = logits.blank(len(codes), outputs)
+        offsets = deltas.blank(len(codes), len(self.deltas.bias))
+        logits.written = cells
+        if len(cells) and not few:  # cells that want few logits want much the same ones
+            cells = cells[(codes.index_select(0, cells) >= least).sum(dim=1).argsort()]
+        for group in cells.split(len(cells) if few else GROUP) if len(cells) else ():
+            wanted = (codes.index_select(0, group).amax(dim=0) >= least).nonzero()[:, 0]
+            rows[group[:, None], wanted] = self.logits.at(for_logits, group, wanted)
+        deltas.written = cells = cells[(rows.index_select(0, cells) >= logit).any(dim=1)]
         if len(cells):
-            rows, codes = logits.view(-1, outputs), codes.view(-1, outputs)
-            if not few:  # cells that want few logits want much the same ones
-                cells = cells[(codes.index_select(0, cells) >= least).sum(dim=1).argsort()]
-            for group in cells.split(len(cells) if few else GROUP):
-                wanted = (codes.index_select(0, group).amax(dim=0) >= least).nonzero()[:, 0]
-                rows[group[:, None], wanted] = self.logits.at(for_logits, group, wanted)
-            cells = cells[(rows.index_select(0, cells) >= logit).any(dim=1)]
-            deltas.view(-1, deltas.shape[3])[cells] = self.deltas.at(for_deltas, cells)
-        return logits, deltas
+            offsets[cells] = self.deltas.at(for_deltas, cells)
+        return rows.view(*cells_of, outputs), offsets.view(*cells_of, offsets.shape[1])
 
     def measured(self, outputs: Iterable[Sequence[Tensor]]) -> "Sieve":
         """The same with the margins that the graph's outputs for some images ask for."""
@@ -143,7 +173,7 @@ class Sieve:
                 exact = self.logits.everywhere(features)
                 too_low = exact - scale * (codes.float() - zero)
                 largest[i] = max(largest[i], float(too_low[codes < 255].amax()) if (codes < 255).any() else 0.0)
-        return replace(self, margins=tuple(MARGIN * error for error in largest))
+        return replace(self, margins=tuple(MARGIN * error for error in largest), _kept={})
 
 
 def sieved(proto: Any, ranges: Mapping[str, Any]) -> tuple[Any, Sieve] | None:

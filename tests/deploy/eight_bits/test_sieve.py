@@ -1,6 +1,7 @@
 """The last convs where a detection can be: exact there, and no cell above the threshold is missed."""
 
 import math
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -112,6 +113,23 @@ def test_of_many_logits_those_that_are_candidates_are_computed(monkeypatch):
     assert len(groups) > 2
     assert all(count <= 4 for count, _ in groups)
     assert sum(count * wanted for count, wanted in groups) < 0.2 * sum(level.numel() for level in logits)
+
+
+@pytest.mark.parametrize("logits", [6, FEW_LOGITS + 6])
+def test_nothing_of_an_earlier_call_is_left(logits):
+    sieve = Sieve(last_conv(logits), last_conv(4), ((0.1, 100),), margins=(0.1,))
+
+    def outputs(height):
+        codes = torch.randint(0, 90, (1, height, 7, logits), dtype=torch.uint8)
+        codes[torch.rand(codes.shape) < 0.01] = 255
+        return [codes, torch.randn(1, height, 7, 5), torch.randn(1, height, 7, 5)]
+
+    for height in (5, 5, 3, 5, 5):
+        given = outputs(height)
+        fresh = pickle.loads(pickle.dumps(sieve))
+        for ours, right in zip(sieve(given, 0.5), fresh(given, 0.5), strict=True):
+            assert torch.equal(ours[0], right[0])
+    assert len(pickle.dumps(sieve)) == len(pickle.dumps(fresh))  # what is kept between calls stays here
 
 
 def graph(last="Conv"):
