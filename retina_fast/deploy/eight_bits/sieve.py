@@ -243,6 +243,24 @@ def _scale(least: float, greatest: float) -> tuple[float, int]:
     return scale, round(-least / scale)
 
 
+def _rounded(weight: Any) -> Any:
+    """(O, C, kernel height, kernel width) as int8, of values in [-127, 127]; each takes on the error of the one before.
+
+    A channel is much alike in neighbouring cells, and the errors of its weights then cancel. They are taken row by row,
+    every other row backwards, so that each is a neighbour of the one before.
+    """
+    import numpy as np
+
+    rounded, error = np.empty(weight.shape, np.int8), np.zeros(weight.shape[:2], weight.dtype)
+    height, width = weight.shape[2:]
+    for row in range(height):
+        for column in range(width)[:: -1 if row % 2 else 1]:
+            value = weight[:, :, row, column] + error
+            rounded[:, :, row, column] = np.clip(np.rint(value), -127, 127)
+            error = value - rounded[:, :, row, column]
+    return rounded
+
+
 def _in_eight_bits(graph: Any, conv: Any, level: int, last: LastConv, ranges: Mapping[str, Any]) -> tuple[float, int]:
     """Append the conv with 8-bit inputs, weights and outputs; returns the scale and zero point of the outputs."""
     import numpy as np
@@ -262,7 +280,7 @@ def _in_eight_bits(graph: Any, conv: Any, level: int, last: LastConv, ranges: Ma
         "zero": np.uint8(zero),
         "out_scale": np.float32(out_scale),
         "out_zero": np.uint8(out_zero),
-        "weight": np.clip(np.rint(weight / of_weight[:, None, None, None]), -127, 127).astype(np.int8),
+        "weight": _rounded(weight / of_weight[:, None, None, None]),
         "of_weight": of_weight,
         "bias": np.clip(np.rint(last.bias.numpy() / of_bias), -limit, limit).astype(np.int32),
         "of_bias": of_bias,

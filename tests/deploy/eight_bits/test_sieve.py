@@ -3,6 +3,7 @@
 import math
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,6 +164,20 @@ def graph(last="Conv"):
     )
     model = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=10)
     return onnx.shape_inference.infer_shapes(model)
+
+
+def test_errors_of_rounded_weights_cancel_where_the_input_is_smooth():
+    onnx = pytest.importorskip("onnx")
+    proto = graph()
+    ranges = {name: SimpleNamespace(range_value=np.array([-2.0, 2.0])) for name in ("r0", "r1", "l0", "l1")}
+    made = sieved(proto, ranges)
+    assert made
+    held = {weight.name: onnx.numpy_helper.to_array(weight).astype(np.float64) for weight in made[0].graph.initializer}
+    exact = made[1].logits.weight.double().numpy()
+    step = held["sieve0_of_weight"][:, None, None, None]
+    error = held["sieve0_weight"] * step - exact
+    assert np.abs(error / step).max() <= 1.0 + 1e-6
+    assert np.abs((error / step).sum(axis=(2, 3))).max() <= 0.5 + 1e-6  # of single roundings up to 4.5
 
 
 def test_no_cell_above_the_threshold_is_missed():
