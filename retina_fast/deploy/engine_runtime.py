@@ -16,7 +16,7 @@ from retina_fast.deploy.eight_bits.calibration import calibration_images
 from retina_fast.deploy.eight_bits.quantize import Quantizer
 from retina_fast.deploy.eight_bits.sieve import sieved
 from retina_fast.deploy.fusion.fold import even_out_groups
-from retina_fast.deploy.onnx_network import RUNTIMES, Network, fastest, trace
+from retina_fast.deploy.onnx_network import RUNTIMES, Network, fastest, graph_input, trace
 from retina_fast.deploy.report import RuntimeChoice, pixels_of
 from retina_fast.forward import run_convs
 from retina_fast.model import RetinaNet
@@ -60,10 +60,10 @@ def choose_network(
 
         def feeds() -> Iterator[Any]:
             for image in calibration_images(images):
-                yield pixels_of(model, image).numpy()
+                yield graph_input(pixels_of(model, image))
 
         quantizer = Quantizer(proto, feeds())
-        searched = [pixels_of(model, image).numpy() for image in images[:SEARCHED]]
+        searched = [graph_input(pixels_of(model, image)) for image in images[:SEARCHED]]
         left += quantizer.most_changing(float32_share, searched) if float32_share else []
         proto, layers = quantizer.quantized(left), len(quantizer.layers) - len(left)
         made = sieved(proto, quantizer.ranges)
@@ -81,7 +81,7 @@ def choose_network(
     if not seconds:
         raise UserError(f"no runtime runs the graph: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
     best = min(seconds, key=lambda name: seconds[name])
-    size, margin = tuple(pixels.shape[2:]), sieve.margin if sieve else None
+    size, margin = tuple(pixels.shape[2:]), max(sieve.margins) if sieve else None
     return networks.get(best), RuntimeChoice(best, size, seconds, failed, layers, left, len(images), margin)
 
 

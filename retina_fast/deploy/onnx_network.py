@@ -1,7 +1,7 @@
 """Trunk and heads as an ONNX graph, which another runtime runs in place of PyTorch: ONNX Runtime or OpenVINO.
 
-The graph takes the engine's batch, (B, 3, H, W) with any B, H and W, and gives the outputs of the heads; images,
-anchors and detections stay the engine's. What runs it is imported only when it is asked for.
+The graph takes the engine's batch as it lies in memory, (B, H, W, 3) with any B, H and W, and gives the outputs of the
+heads; images, anchors and detections stay the engine's. What runs it is imported only when it is asked for.
 """
 
 import statistics
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from retina_fast.convert import copied
+from retina_fast.deploy.eight_bits.group_norm import norms_by_sums
 from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.deploy.export.onnx_file import QUANTIZED_OPSET, onnx_session, translate
 from retina_fast.forward import DELTAS, LOGITS, run_convs
@@ -24,9 +25,9 @@ _COMPILED = 8  # shapes; the one compiled longest ago goes
 
 
 class _Outputs(nn.Module):
-    """What is traced: the levels of the logits, then those of the box offsets, (B, H, W, channels) each.
+    """What is traced: from pixels (B, H, W, 3) to the logits' levels, then the box offsets', (B, H, W, channels) each.
 
-    That is how convs in channels_last memory write them, so that neither a runtime nor the postprocess turns them.
+    That is how tensors in channels_last memory lie, so that neither a runtime nor the postprocess turns them.
     """
 
     def __init__(self, model: RetinaNet) -> None:
@@ -34,7 +35,7 @@ class _Outputs(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        returned = run_convs(self.model, pixels)[1]
+        returned = run_convs(self.model, pixels.permute(0, 3, 1, 2))[1]
         levels = [level for name in (LOGITS, DELTAS) for level in _levels(returned[name])]
         return [level.permute(0, 2, 3, 1) if level.dim() == 4 else level for level in levels]
 
@@ -52,14 +53,25 @@ def trace(model: RetinaNet, multiple: int) -> Any:
     """
     model = copied(model).to(memory_format=torch.contiguous_format)
     # Large enough that no level has a single row, which the exporter would take for a constant.
-    pixels = torch.zeros(2, 3, 8 * multiple, 12 * multiple, device="cpu")
+    pixels = torch.zeros(2, 8 * multiple, 12 * multiple, 3, device="cpu")
     height, width = (multiple * torch.export.Dim(name, min=1) for name in ("height", "width"))
-    shapes = {"pixels": {0: torch.export.Dim("batch", min=1), 2: height, 3: width}}
+    shapes = {"pixels": {0: torch.export.Dim("batch", min=1), 1: height, 2: width}}
     with torch.no_grad():
         outputs = _Outputs(model).eval()
         program = torch.export.export(outputs, (pixels,), dynamic_shapes=shapes)
-        count = len(outputs(torch.zeros(1, 3, multiple, multiple, device="cpu")))
+        count = len(outputs(torch.zeros(1, multiple, multiple, 3, device="cpu")))
     return translate(program, shapes, [f"output{i}" for i in range(count)], QUANTIZED_OPSET)
+
+
+def graph_input(pixels: Tensor) -> Any:
+    """The array (B, H, W, 3) that the graph takes for ``pixels`` (B, 3, H, W); no copy if they are channels_last.
+
+    Example::
+
+        >>> graph_input(torch.zeros(2, 3, 64, 96)).shape
+        (2, 64, 96, 3)
+    """
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 class Network:
@@ -106,7 +118,7 @@ class Network:
         """The outputs of the graph."""
         if self._run is None:
             self._run = RUNTIMES[self.runtime](self.content)
-        return [torch.from_numpy(output) for output in self._run(pixels.contiguous().numpy())]
+        return [torch.from_numpy(output) for output in self._run(graph_input(pixels))]
 
     def _form(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], dict[str, int | None]]:
         """The features of one image, empty, and how many levels the heads return of each output."""
@@ -135,10 +147,11 @@ def _onnxruntime(content: bytes) -> Run:
 
 def _openvino(content: bytes) -> Run:
     """OpenVINO, with a graph compiled for each shape of pixels."""
+    import onnx
     import openvino
 
     core = openvino.Core()
-    model = core.read_model(content, b"")
+    model = core.read_model(norms_by_sums(onnx.load_from_string(content)).SerializeToString(), b"")
     options = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

@@ -47,8 +47,8 @@ class RuntimeChoice:
     images: int
     """How many images were given, on which eight bits are calibrated."""
     margin: float | None = None
-    """Where 8-bit logits decide at which cells the last convs run: what is added to them before they are compared with
-    the score threshold."""
+    """Where 8-bit logits decide what the last convs compute: the most that is added to them, of all levels, before they
+    are compared with the score threshold."""
     kept: Kept | None = None
     """What became of the detections in the images, in eight bits."""
 
@@ -65,8 +65,8 @@ class RuntimeChoice:
             )
         if self.margin is not None:
             lines.append(
-                "last convs in float32, at cells where a logit in eight bits plus "
-                f"{self.margin:.2g} exceeds the threshold"
+                "last convs in float32, where a logit in eight bits plus a level's margin, "
+                f"{self.margin:.2g} at most, exceeds the threshold"
             )
         if self.kept:
             lines.append(f"in eight bits: {self.kept}")

@@ -51,7 +51,7 @@ def stand_in(monkeypatch, model):
 
         @torch.no_grad()
         def run(pixels):
-            outputs = conv_outputs(model, torch.from_numpy(pixels))[levels:]
+            outputs = conv_outputs(model, torch.from_numpy(pixels).permute(0, 3, 1, 2))[levels:]
             return [output.permute(0, 2, 3, 1).numpy() for output in outputs]
 
         return run
@@ -159,7 +159,7 @@ def test_each_network_in_eight_bits(name):
     sample = torch.rand(1, 3, 128, 128)
     fold_batch_norm(model, partial(conv_outputs, model, sample))
     proto = trace(model, multiple)
-    quantizer = Quantizer(proto, (torch.randn(1, 3, 128, 256).numpy() for _ in range(8)))
+    quantizer = Quantizer(proto, (torch.randn(1, 128, 256, 3).numpy() for _ in range(8)))
     convs = {node.input[1] for node in proto.graph.node if node.op_type == "Conv"}
     assert len(quantizer.layers) == len(convs) - 2
     pixels = torch.randn(2, 3, 256, 128)

@@ -2,16 +2,16 @@
 
 Logits and box offsets are to be those of float32 convs. But nearly all cells of the pyramid are background, and these
 two convs, left in float32, would take as long as all the others in eight bits. So the graph computes the logits in
-eight bits, which serve to decide: a cell is a candidate if one of them, plus a margin, exceeds the score threshold. For
-candidates both convs are computed in float32 here, as products with the 3x3 neighbourhoods of what the convs read. All
-other cells get logits of minus infinity. The margin is twice the largest amount by which an 8-bit logit was too low on
-the calibration images.
+eight bits, which serve to decide: a logit is a candidate if that value, plus a margin, exceeds the score threshold.
+Candidates are computed in float32 here, as products with the 3x3 neighbourhoods of what the conv reads. All other
+logits are minus infinity. Box offsets are computed at the cells where a float32 logit reaches the threshold. A level's
+margin is twice the largest amount by which an 8-bit logit was too low on the calibration images.
 """
 
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,12 @@ MARGIN = 2.0
 """In units of the largest error on the calibration images."""
 LOWEST = -10.0
 """Logits below this need not be told apart: their scores are below 5e-5."""
+FEW_LOGITS = 64
+"""Up to so many logits a cell are few: all that one cell of a level wants are computed at each that has a candidate."""
+GROUP = 128
+"""If a cell has more, they are computed for groups of so many cells, those alone that one of the group wants."""
 MOST_CELLS = 0.5
-"""If a larger share of a level's cells are candidates, the convs are computed at all of its cells."""
+"""If a larger share of a level's cells have candidates, and a cell few logits, the convs are computed at all cells."""
 
 
 @dataclass(frozen=True)
@@ -46,77 +50,134 @@ class LastConv:
         padded = F.pad(features, (0, 0, left, right, top, bottom)).permute(0, 3, 1, 2)
         return F.conv2d(padded, self.weight, self.bias).permute(0, 2, 3, 1)
 
-    def at(self, features: Tensor, cells: tuple[Tensor, ...]) -> Tensor:
-        """(N, O) at N cells: their images, rows and columns, (N,) each."""
-        height, width = features.shape[1:3]
-        images, rows, columns = (index[:, None, None] for index in cells)
-        rows = rows + torch.arange(self.weight.shape[2])[:, None] - self.pads[0]  # (N, kernel height, 1)
-        columns = columns + torch.arange(self.weight.shape[3]) - self.pads[1]  # (N, 1, kernel width)
-        patches = features[images, rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
-        patches[(rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)] = 0  # (N, kernel, kernel, C)
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view: the weight is in channels_last memory
-        return torch.addmm(self.bias, patches.flatten(1), weight.T)
+    def at(self, features: Tensor, cells: Tensor, outputs: Tensor | None = None) -> Tensor:
+        """(N, P): P of the outputs at N cells.
+
+        Args:
+            features: (B, H, W, C).
+            cells: (N,) their indices among the B * H * W.
+            outputs: (P,) which of the O; None stands for all.
+        """
+        height, width, channels = features.shape[1:]
+        rows = (cells // width % height)[:, None, None] - self.pads[0]
+        columns = (cells % width)[:, None, None] - self.pads[1]
+        rows = rows + torch.arange(self.weight.shape[2])[:, None]  # (N, kernel height, 1)
+        columns = columns + torch.arange(self.weight.shape[3])  # (N, 1, kernel width)
+        first = cells - cells % (height * width)  # of the image
+        index = first[:, None, None] + rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
+        patches = features.reshape(-1, channels).index_select(0, index.flatten())
+        outside = (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
+        patches.index_fill_(0, outside.flatten().nonzero()[:, 0], 0.0)
+        weight, bias = self.weight.permute(0, 2, 3, 1).flatten(1), self.bias  # a view of memory in channels_last
+        if outputs is not None:
+            weight, bias = weight.index_select(0, outputs), bias.index_select(0, outputs)
+        return torch.addmm(bias, patches.view(len(cells), weight.shape[1]), weight.T)
+
+
+class _Rows:
+    """A tensor of rows with one value in all, which is given again and again; what was written is wiped each time."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.tensor = torch.empty(0)
+        self.written = torch.empty(0, dtype=torch.int64)
+
+    def blank(self, rows: int, width: int) -> Tensor:
+        """(rows, width) float32, to be written at ``written`` alone."""
+        if self.tensor.shape == (rows, width):
+            self.tensor.index_fill_(0, self.written, self.value)
+        else:
+            self.tensor = torch.full((rows, width), self.value)
+        return self.tensor
 
 
 @dataclass(frozen=True)
 class Sieve:
-    """What decides which cells are candidates, and the convs that are computed there.
+    """What decides which logits are candidates, and the convs that are computed there.
 
     Attributes:
         logits: the conv that gives the logits.
         deltas: the one that gives the box offsets.
         codes: the scale and the zero point of each level's logits in eight bits.
-        margin: what is added to them before they are compared with the threshold.
+        margins: what is added to each level's before they are compared with the threshold.
     """
 
     logits: LastConv
     deltas: LastConv
     codes: tuple[tuple[float, int], ...]
-    margin: float = 0.0
+    margins: tuple[float, ...]
+    _kept: dict[int, tuple[_Rows, _Rows]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_kept": {}}
 
     def __call__(self, outputs: Sequence[Tensor], threshold: float) -> tuple[list[Tensor], list[Tensor]]:
-        """The levels (B, O, H, W) of logits and of box offsets, in channels_last memory.
+        """The levels (B, O, H, W) of logits and of box offsets, in channels_last memory, which the next call reuses.
 
         Args:
             outputs: of the graph: L levels of codes (B, H, W, O) uint8, then L of the features that the logits' conv
                 reads, then L of those that the other reads, (B, H, W, C) float32 each.
-            threshold: the score that a detection must exceed; 0 or less makes every cell a candidate.
+            threshold: the score that a detection must exceed; 0 or less makes every logit a candidate.
         """
         levels = len(self.codes)
         logit = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else math.inf * (threshold - 0.5)
         logits, deltas = [], []
-        for i, (scale, zero) in enumerate(self.codes):
+        for i, ((scale, zero), margin) in enumerate(zip(self.codes, self.margins, strict=True)):
+            # Code 255 may stand for any greater value, and code 0 for any lower one.
+            least = math.ceil(max(0.0, min(255.0, (logit - margin) / scale + zero)))
             codes, for_logits, for_deltas = outputs[i::levels]
-            least = max(0.0, min(255.0, (logit - self.margin) / scale + zero))  # 255 may stand for any greater value
-            cells = (codes.amax(dim=3) >= math.ceil(least)).nonzero(as_tuple=True)
-            if len(cells[0]) > MOST_CELLS * codes[..., 0].numel():
-                level = self.logits.everywhere(for_logits), self.deltas.everywhere(for_deltas)
-            else:
-                level = (
-                    for_logits.new_full(codes.shape, -math.inf),
-                    for_deltas.new_zeros(*codes.shape[:3], len(self.deltas.bias)),
-                )
-                if len(cells[0]):
-                    level[0][cells] = self.logits.at(for_logits, cells)
-                    level[1][cells] = self.deltas.at(for_deltas, cells)
+            kept = self._kept.setdefault(i, (_Rows(-math.inf), _Rows(0.0)))
+            level = self._level(codes, for_logits, for_deltas, least, logit, *kept)
             logits.append(level[0].permute(0, 3, 1, 2))
             deltas.append(level[1].permute(0, 3, 1, 2))
         return logits, deltas
 
+    def _level(
+        self,
+        codes: Tensor,
+        for_logits: Tensor,
+        for_deltas: Tensor,
+        least: int,
+        logit: float,
+        logits: _Rows,
+        deltas: _Rows,
+    ) -> tuple[Tensor, Tensor]:
+        """One level's logits and box offsets, (B, H, W, O) each; the candidates are the codes of at least ``least``."""
+        cells_of, outputs = codes.shape[:3], codes.shape[3]
+        greatest = codes.amax(dim=3).flatten()
+        cells = (greatest >= least).nonzero()[:, 0]
+        few = outputs <= FEW_LOGITS
+        if least == 0 or (few and len(cells) > MOST_CELLS * len(greatest)):
+            return self.logits.everywhere(for_logits), self.deltas.everywhere(for_deltas)
+        codes = codes.view(-1, outputs)
+        rows = logits.blank(len(codes), outputs)
+        offsets = deltas.blank(len(codes), len(self.deltas.bias))
+        logits.written = cells
+        if len(cells) and not few:  # cells that want few logits want much the same ones
+            cells = cells[(codes.index_select(0, cells) >= least).sum(dim=1).argsort()]
+        for group in cells.split(len(cells) if few else GROUP) if len(cells) else ():
+            wanted = (codes.index_select(0, group).amax(dim=0) >= least).nonzero()[:, 0]
+            rows[group[:, None], wanted] = self.logits.at(for_logits, group, wanted)
+        deltas.written = cells = cells[(rows.index_select(0, cells) >= logit).any(dim=1)]
+        if len(cells):
+            offsets[cells] = self.deltas.at(for_deltas, cells)
+        return rows.view(*cells_of, outputs), offsets.view(*cells_of, offsets.shape[1])
+
     def measured(self, outputs: Iterable[Sequence[Tensor]]) -> "Sieve":
-        """The same with the margin that the graph's outputs for some images ask for."""
-        levels, largest = len(self.codes), 0.0
+        """The same with the margins that the graph's outputs for some images ask for."""
+        levels = len(self.codes)
+        largest = [0.0] * levels
         for levels_of_image in outputs:
             for i, (scale, zero) in enumerate(self.codes):
                 codes, features = levels_of_image[i], levels_of_image[levels + i]
                 exact = self.logits.everywhere(features)
                 too_low = exact - scale * (codes.float() - zero)
-                largest = max(largest, float(too_low[codes < 255].amax()) if (codes < 255).any() else 0.0)
-        return replace(self, margin=MARGIN * largest)
+                largest[i] = max(largest[i], float(too_low[codes < 255].amax()) if (codes < 255).any() else 0.0)
+        return replace(self, margins=tuple(MARGIN * error for error in largest), _kept={})
 
 
 def sieved(proto: Any, ranges: Mapping[str, Any]) -> tuple[Any, Sieve] | None:
-    """A graph whose outputs are those that a :class:`Sieve` reads, and that sieve, without a margin.
+    """A graph whose outputs are those that a :class:`Sieve` reads, and that sieve, without margins.
 
     Args:
         proto: of :func:`retina_fast.deploy.onnx_network.trace`, whose outputs are L levels of logits, then L of box
@@ -145,7 +206,7 @@ def sieved(proto: Any, ranges: Mapping[str, Any]) -> tuple[Any, Sieve] | None:
     used = {name for node in graph.node for name in node.input}
     for weight in [weight for weight in graph.initializer if weight.name not in used]:
         graph.initializer.remove(weight)
-    return proto, Sieve(logits, deltas, codes)
+    return proto, Sieve(logits, deltas, codes, (0.0,) * half)
 
 
 def _is_last_conv(transpose: Any, conv: Any, weights: Mapping[str, Any]) -> bool:
@@ -182,6 +243,24 @@ def _scale(least: float, greatest: float) -> tuple[float, int]:
     return scale, round(-least / scale)
 
 
+def _rounded(weight: Any) -> Any:
+    """(O, C, kernel height, kernel width) as int8, of values in [-127, 127]; each takes on the error of the one before.
+
+    A channel is much alike in neighbouring cells, and the errors of its weights then cancel. They are taken row by row,
+    every other row backwards, so that each is a neighbour of the one before.
+    """
+    import numpy as np
+
+    rounded, error = np.empty(weight.shape, np.int8), np.zeros(weight.shape[:2], weight.dtype)
+    height, width = weight.shape[2:]
+    for row in range(height):
+        for column in range(width)[:: -1 if row % 2 else 1]:
+            value = weight[:, :, row, column] + error
+            rounded[:, :, row, column] = np.clip(np.rint(value), -127, 127)
+            error = value - rounded[:, :, row, column]
+    return rounded
+
+
 def _in_eight_bits(graph: Any, conv: Any, level: int, last: LastConv, ranges: Mapping[str, Any]) -> tuple[float, int]:
     """Append the conv with 8-bit inputs, weights and outputs; returns the scale and zero point of the outputs."""
     import numpy as np
@@ -201,7 +280,7 @@ def _in_eight_bits(graph: Any, conv: Any, level: int, last: LastConv, ranges: Ma
         "zero": np.uint8(zero),
         "out_scale": np.float32(out_scale),
         "out_zero": np.uint8(out_zero),
-        "weight": np.clip(np.rint(weight / of_weight[:, None, None, None]), -127, 127).astype(np.int8),
+        "weight": _rounded(weight / of_weight[:, None, None, None]),
         "of_weight": of_weight,
         "bias": np.clip(np.rint(last.bias.numpy() / of_bias), -limit, limit).astype(np.int32),
         "of_bias": of_bias,

@@ -1,14 +1,16 @@
 """The last convs where a detection can be: exact there, and no cell above the threshold is missed."""
 
 import math
+import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from retina_fast.deploy.eight_bits.sieve import MARGIN, LastConv, Sieve, sieved
+from retina_fast.deploy.eight_bits.sieve import FEW_LOGITS, MARGIN, LastConv, Sieve, sieved
 from tests.deploy.eight_bits.test_quantize import noise
 
 
@@ -30,9 +32,12 @@ def test_a_conv_at_some_cells_and_at_all(kernel):
         features.permute(0, 3, 1, 2).double(), conv.weight.double(), conv.bias.double(), padding=conv.pads[:2]
     ).permute(0, 2, 3, 1)
     torch.testing.assert_close(conv.everywhere(features).double(), expected, rtol=1e-5, atol=1e-5)
-    cells = (torch.rand(2, 6, 9) < 0.5).nonzero(as_tuple=True)
+    cells = (torch.rand(2 * 6 * 9) < 0.5).nonzero()[:, 0]
     given = features.clone()
-    torch.testing.assert_close(conv.at(features, cells).double(), expected[cells], rtol=1e-5, atol=1e-5)
+    right = expected.flatten(0, 2)[cells]
+    torch.testing.assert_close(conv.at(features, cells).double(), right, rtol=1e-5, atol=1e-5)
+    some = torch.tensor([5, 0])
+    torch.testing.assert_close(conv.at(features, cells, some).double(), right[:, some], rtol=1e-5, atol=1e-5)
     assert torch.equal(features, given)
 
 
@@ -43,29 +48,89 @@ def outputs_of(codes):
     return [F.pad(codes, (1, 1)), *features]
 
 
-def test_cells_are_chosen_by_code_margin_and_threshold():
-    sieve = Sieve(last_conv(3), last_conv(4), ((0.5, 10),), margin=1.0)  # logit -5 has code 0, 0 has 10
+def test_logits_are_chosen_by_code_margin_and_threshold():
+    sieve = Sieve(last_conv(3), last_conv(4), ((0.5, 10),), margins=(1.0,))  # logit -5 has code 0, 0 has 10
     outputs = outputs_of([[0, 7, 8, 255], [3, 4, 9, 0]])
 
     def cells(threshold, sieve=sieve):
         (logits,), (deltas,) = sieve(outputs, threshold)
         assert logits.shape == (1, 3, 2, 4)
         assert deltas.shape == (1, 4, 2, 4)
-        chosen = (logits > -math.inf).all(dim=1)[0]
-        exact = sieve.logits.everywhere(outputs[1])[0], sieve.deltas.everywhere(outputs[2])[0]
-        for given, right in zip((logits, deltas), exact, strict=True):
-            torch.testing.assert_close(given[0].permute(1, 2, 0)[chosen], right[chosen], rtol=1e-5, atol=1e-5)
-        assert (logits[0].amax(dim=0)[~chosen] == -math.inf).all()
-        assert not deltas[0][:, ~chosen].any()
-        return chosen.int().tolist()
+        chosen = logits[0] > -math.inf
+        right = sieve.logits.everywhere(outputs[1])[0].permute(2, 0, 1)
+        torch.testing.assert_close(logits[0][chosen], right[chosen], rtol=1e-5, atol=1e-5)
+        above = chosen.any(dim=0) & (logits[0].sigmoid() >= threshold).any(dim=0)
+        right = sieve.deltas.everywhere(outputs[2])[0].permute(2, 0, 1)
+        torch.testing.assert_close(deltas[0][:, above], right[:, above], rtol=1e-5, atol=1e-5)
+        assert above.all() or not deltas[0][:, ~above].any()
+        assert torch.equal(chosen[0], chosen[2])
+        assert chosen.all() or not chosen[0].any()  # the codes of the first and the third are 0
+        return chosen[1].int().tolist()
 
     assert cells(0.5) == [[0, 0, 1, 1], [0, 0, 1, 0]]  # logit 0, less the margin: -1, which has code 8
-    assert cells(0.5, replace(sieve, margin=0.0)) == [[0, 0, 0, 1], [0, 0, 0, 0]]
+    assert cells(0.5, replace(sieve, margins=(0.0,))) == [[0, 0, 0, 1], [0, 0, 0, 0]]
     assert cells(torch.tensor(0.2).logit().neg().sigmoid().item()) == [[0, 0, 0, 1], [0, 0, 0, 0]]
     assert cells(1.0) == [[0, 0, 0, 1], [0, 0, 0, 0]]  # 255 stands for any greater logit
     everywhere = [[1] * 4] * 2
     assert cells(0.0) == cells(-1.0) == cells(0.001) == everywhere  # code 0 stands for any lower logit
     assert cells(0.1) == everywhere  # more than half of the cells: dense
+
+
+def test_of_many_logits_those_that_are_candidates_are_computed(monkeypatch):
+    monkeypatch.setattr("retina_fast.deploy.eight_bits.sieve.GROUP", 4)
+    outputs = FEW_LOGITS + 9
+    sieve = Sieve(last_conv(outputs), last_conv(4), ((0.1, 100), (0.2, 95)), margins=(0.3, 0.0))
+    codes = [torch.randint(0, 90, (2, side, 7, outputs), dtype=torch.uint8) for side in (5, 3)]
+    for level in codes:
+        level[torch.rand(level.shape) < 0.002] = 255
+    features = [torch.randn(2, side, 7, 5) for _ in range(2) for side in (5, 3)]
+    products: list[tuple[LastConv, int, int]] = []
+    at = LastConv.at
+
+    def counted(conv, features, cells, wanted=None):
+        made = at(conv, features, cells, wanted)
+        products.append((conv, *made.shape))
+        return made
+
+    monkeypatch.setattr(LastConv, "at", counted)
+    logits, deltas = sieve([*codes, *features], 0.5)
+    for i, least in enumerate((97, 95)):
+        chosen = (codes[i] >= least).permute(0, 3, 1, 2)
+        exact = [
+            conv.everywhere(x).permute(0, 3, 1, 2)
+            for conv, x in ((sieve.logits, features[i]), (sieve.deltas, features[2 + i]))
+        ]
+        assert chosen.any()
+        torch.testing.assert_close(logits[i][chosen], exact[0][chosen], rtol=1e-4, atol=1e-4)
+        others = logits[i] > -math.inf  # wanted by another cell of the group
+        torch.testing.assert_close(logits[i][others], exact[0][others], rtol=1e-4, atol=1e-4)
+        above = (logits[i] >= 0).any(dim=1)
+        assert above.any()
+        torch.testing.assert_close(
+            deltas[i].permute(0, 2, 3, 1)[above], exact[1].permute(0, 2, 3, 1)[above], rtol=1e-4, atol=1e-4
+        )
+        assert not deltas[i].permute(0, 2, 3, 1)[~above].any()
+    groups = [(count, wanted) for conv, count, wanted in products if conv is sieve.logits]
+    assert len(groups) > 2
+    assert all(count <= 4 for count, _ in groups)
+    assert sum(count * wanted for count, wanted in groups) < 0.2 * sum(level.numel() for level in logits)
+
+
+@pytest.mark.parametrize("logits", [6, FEW_LOGITS + 6])
+def test_nothing_of_an_earlier_call_is_left(logits):
+    sieve = Sieve(last_conv(logits), last_conv(4), ((0.1, 100),), margins=(0.1,))
+
+    def outputs(height):
+        codes = torch.randint(0, 90, (1, height, 7, logits), dtype=torch.uint8)
+        codes[torch.rand(codes.shape) < 0.01] = 255
+        return [codes, torch.randn(1, height, 7, 5), torch.randn(1, height, 7, 5)]
+
+    for height in (5, 5, 3, 5, 5):
+        given = outputs(height)
+        fresh = pickle.loads(pickle.dumps(sieve))
+        for ours, right in zip(sieve(given, 0.5), fresh(given, 0.5), strict=True):
+            assert torch.equal(ours[0], right[0])
+    assert len(pickle.dumps(sieve)) == len(pickle.dumps(fresh))  # what is kept between calls stays here
 
 
 def graph(last="Conv"):
@@ -101,6 +166,20 @@ def graph(last="Conv"):
     return onnx.shape_inference.infer_shapes(model)
 
 
+def test_errors_of_rounded_weights_cancel_where_the_input_is_smooth():
+    onnx = pytest.importorskip("onnx")
+    proto = graph()
+    ranges = {name: SimpleNamespace(range_value=np.array([-2.0, 2.0])) for name in ("r0", "r1", "l0", "l1")}
+    made = sieved(proto, ranges)
+    assert made
+    held = {weight.name: onnx.numpy_helper.to_array(weight).astype(np.float64) for weight in made[0].graph.initializer}
+    exact = made[1].logits.weight.double().numpy()
+    step = held["sieve0_of_weight"][:, None, None, None]
+    error = held["sieve0_weight"] * step - exact
+    assert np.abs(error / step).max() <= 1.0 + 1e-6
+    assert np.abs((error / step).sum(axis=(2, 3))).max() <= 0.5 + 1e-6  # of single roundings up to 4.5
+
+
 def test_no_cell_above_the_threshold_is_missed():
     onnx = pytest.importorskip("onnx")
     ort = pytest.importorskip("onnxruntime")
@@ -120,23 +199,24 @@ def test_no_cell_above_the_threshold_is_missed():
     assert not {"w_logits", "b_logits", "w_deltas"} & weights  # the sieve has them
     samples = [run(proto, noise(1, 3, 16, 16, seed=i)) for i in range(4)]
     sieve = sieve.measured(samples)
-    assert 0 < sieve.margin < 1
-    errors = [
-        (sieve.logits.everywhere(outputs[2 + i]) - scale * (outputs[i].float() - zero))[outputs[i] < 255].max()
-        for outputs in samples
-        for i, (scale, zero) in enumerate(sieve.codes)
-    ]
-    assert sieve.margin == pytest.approx(MARGIN * float(max(errors)))
+    for i, (scale, zero) in enumerate(sieve.codes):
+        errors = [
+            (sieve.logits.everywhere(outputs[2 + i]) - scale * (outputs[i].float() - zero))[outputs[i] < 255].max()
+            for outputs in samples
+        ]
+        assert 0 < sieve.margins[i] < 1
+        assert sieve.margins[i] == pytest.approx(MARGIN * float(max(errors)))
     x = noise(2, 3, 24, 16, seed=9)
     exact = run(quantized, x)  # whose last convs are in float32
     sifted = 0
     for threshold in (0.02, 0.05, 0.3, 0.9):
         logits, deltas = sieve(run(proto, x), threshold)
         for i in range(2):
-            chosen = (logits[i] > -math.inf).all(dim=1)
-            assert not ((exact[i].sigmoid() > threshold).any(dim=3) & ~chosen).any()
-            for ours, theirs in ((logits[i], exact[i]), (deltas[i], exact[2 + i])):
-                torch.testing.assert_close(ours.permute(0, 2, 3, 1)[chosen], theirs[chosen], rtol=1e-4, atol=1e-4)
+            chosen, above = logits[i].permute(0, 2, 3, 1) > -math.inf, exact[i].sigmoid() > threshold
+            assert not (above & ~chosen).any()
+            boxes = above.any(dim=3)
+            for ours, theirs, at in ((logits[i], exact[i], chosen), (deltas[i], exact[2 + i], boxes)):
+                torch.testing.assert_close(ours.permute(0, 2, 3, 1)[at], theirs[at], rtol=1e-4, atol=1e-4)
             sifted += int((~chosen).sum())
     assert sifted > 500
 

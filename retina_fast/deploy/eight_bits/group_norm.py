@@ -1,0 +1,149 @@
+"""GroupNorm as OpenVINO computes it fastest beside 8-bit convs: from the sums of each channel.
+
+An ONNX graph has GroupNorm as InstanceNormalization over (B, groups, the rest), for which OpenVINO turns the feature
+maps of convs, which are in channels_last memory, to contiguous memory and back. Here the means of x and of its square
+are taken for each channel and then for each group, and give the norm as one product and one sum for each channel:
+
+    scale_c = weight_c / sqrt(E[x^2] - E[x]^2 + epsilon)        x * scale_c + (bias_c - E[x] * scale_c)
+
+which OpenVINO does in channels_last memory, in one pass with the ReLU and the quantisation that follow. ONNX Runtime
+takes longer for it than for InstanceNormalization.
+
+Of x in eight bits, (code - zero point) * step, all is computed of code * step: OpenVINO then adds up the codes
+themselves for the mean, and reads them for the product. The squares are of x, so that E[x^2] and E[x]^2 do not cancel
+where the zero point is large. They do in a group whose mean is many times its deviation: at 40 times, the norm has a
+relative error of up to 0.5%, at 3 times of 1e-5.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A GroupNorm in a graph: the tensor it reads, what it does to it, and the nodes of which it is made."""
+
+    x: str
+    weight: Any  # (C,)
+    bias: Any  # (C,)
+    groups: int
+    epsilon: float
+    nodes: tuple[Any, ...]  # the last one gives the output
+
+
+def norms_by_sums(proto: Any) -> Any:
+    """The graph with every GroupNorm by sums, a new ModelProto.
+
+    Args:
+        proto: an ONNX ModelProto of opset 18 or more.
+
+    Example::
+
+        >>> faster = norms_by_sums(onnx.load("quantized.onnx"))  # doctest: +SKIP
+    """
+    from onnx import numpy_helper
+
+    proto = copy.deepcopy(proto)
+    graph = proto.graph
+    weights = {weight.name: numpy_helper.to_array(weight) for weight in graph.initializer}
+    made_by = {output: node for node in graph.node for output in node.output}
+    norms = _norms(graph, made_by, weights)
+    last = {norm.nodes[-1].output[0]: norm for norm in norms}
+    replaced = {output for norm in norms for node in norm.nodes for output in node.output}
+    nodes: list[Any] = []
+    for node in graph.node:
+        if node.output[0] in last:
+            nodes += _by_sums(graph, last[node.output[0]], made_by, weights)
+        elif node.output[0] not in replaced:
+            nodes.append(node)
+    nodes = [copy.deepcopy(node) for node in nodes]  # the old ones go with the list
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return proto
+
+
+def _norms(graph: Any, made_by: Mapping[str, Any], weights: Mapping[str, Any]) -> list[_Norm]:
+    """Reshape, InstanceNormalization, Reshape, Mul and Add, each read by the next one alone."""
+    readers: dict[str, list[Any]] = {output.name: [None] for output in graph.output}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def next_after(node: Any, kind: str) -> Any:
+        following = readers.get(node.output[0], [])
+        return following[0] if len(following) == 1 and following[0] and following[0].op_type == kind else None
+
+    def constant(node: Any) -> Any:
+        """The one factor or summand (C, 1, 1) that is a weight, as (C,)."""
+        held = [weights[name] for name in node.input if name in weights]
+        return held[0].flatten() if len(held) == 1 and held[0].shape[1:] == (1, 1) else None
+
+    norms = []
+    for node in graph.node:
+        if node.op_type != "InstanceNormalization" or not all(name in weights for name in node.input[1:]):
+            continue
+        first = made_by.get(node.input[0])
+        groups, ones, zeros = len(weights[node.input[1]]), *(weights[name] for name in node.input[1:])
+        if first is None or first.op_type != "Reshape" or next_after(first, node.op_type) is None:
+            continue
+        if list(weights.get(first.input[1], ())) != [0, groups, -1] or not ((ones == 1).all() and not zeros.any()):
+            continue
+        back = next_after(node, "Reshape")
+        product = back and next_after(back, "Mul")
+        total = product and next_after(product, "Add")
+        if not total or constant(product) is None or constant(total) is None:
+            continue
+        epsilon = next((entry.f for entry in node.attribute if entry.name == "epsilon"), 1e-5)
+        chain = (first, node, back, product, total)
+        norms.append(_Norm(first.input[0], constant(product), constant(total), groups, epsilon, chain))
+    return norms
+
+
+def _by_sums(graph: Any, norm: _Norm, made_by: Mapping[str, Any], weights: Mapping[str, Any]) -> list[Any]:
+    """The nodes that take the place of a norm's; their constants are added to the graph."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    output, groups = norm.nodes[-1].output[0], norm.groups
+    nodes: list[Any] = []
+
+    def held(name: str, value: Any) -> str:
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value), f"{output}_{name}"))
+        return f"{output}_{name}"
+
+    def add(kind: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
+        made = f"{output}_{name}" if name else output
+        nodes.append(helper.make_node(kind, inputs, [made], f"{made}_{kind}", **attributes))
+        return made
+
+    x, centre = norm.x, np.float32(0)  # a value of x counts as what it has more than the centre
+    before = made_by.get(x)
+    if before and before.op_type == "DequantizeLinear":
+        step, zero = (weights.get(name, np.zeros(2)) for name in before.input[1:3])
+        if step.size == zero.size == 1:
+            x = add("DequantizeLinear", [*before.input[:2], held("no_zero", np.zeros_like(zero))], "of_codes")
+            centre = np.float32(step * zero.astype(np.float32))
+    middle = held("centre", centre)
+    cells, places = held("cells", np.array([2, 3])), held("places", np.array([2]))
+    grouped, apart = held("grouped", np.array([0, groups, -1])), held("apart", np.array([0, -1, 1, 1]))
+    weight, bias = (value.reshape(1, groups, -1).astype(np.float32) for value in (norm.weight, norm.bias))
+
+    centred = add("Sub", [x, middle], "centred")
+    squares = add("Mul", [centred, centred], "squares")
+    of_groups = []
+    for kind, values in (("mean", x), ("square", squares)):
+        of_channels = add("ReduceMean", [values, cells], f"{kind}_of_channels", keepdims=1)
+        rows = add("Reshape", [of_channels, grouped], f"{kind}_in_groups")
+        of_groups.append(add("ReduceMean", [rows, places], kind, keepdims=1))  # (B, groups, 1)
+    mean, square = of_groups
+    apart_from_centre = add("Sub", [mean, middle], "mean_of_centred")
+    variance = add("Sub", [square, add("Mul", [apart_from_centre, apart_from_centre], "square_of_mean")], "variance")
+    variance = add("Max", [variance, held("least", np.float32(0))], "not_negative")  # as rounding may make it
+    deviation = add("Sqrt", [add("Add", [variance, held("epsilon", np.float32(norm.epsilon))], "more")], "deviation")
+    scale = add("Div", [held("weight", weight), deviation], "scale")  # (B, groups, C / groups)
+    shift = add("Sub", [held("bias", bias), add("Mul", [mean, scale], "mean_scaled")], "shift")
+    scale, shift = add("Reshape", [scale, apart], "scales"), add("Reshape", [shift, apart], "shifts")
+    add("Add", [add("Mul", [x, scale], "product"), shift], "")
+    return nodes
