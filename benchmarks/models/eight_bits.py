@@ -38,7 +38,7 @@ from retina_fast import RetinaNet, compile_inference, retinanet_resnet50_fpn, re
 from retina_fast.data.coco import CocoDataset, read_image
 from retina_fast.deploy.engine import Engine
 from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
-from retina_fast.deploy.onnx_network import RUNTIMES, Network, graph_input, trace
+from retina_fast.deploy.onnx_network import PAUSE, RUNTIMES, Network, graph_input, trace
 from retina_fast.deploy.report import pixels_of
 from retina_fast.forward import LOGITS, run_convs
 from retina_fast.predict.evaluate import evaluate
@@ -206,10 +206,14 @@ def candidates(engine: Engine, image: Tensor) -> float:
 
 
 def medians(engines: Mapping[str, Any], image: Tensor) -> dict[str, tuple[float, float]]:
-    """The seconds of each on the wall clock and on the processor; they take turns, and the first does not count."""
+    """The seconds of each on the wall clock and on the processor; they take turns, and the first does not count.
+
+    Before each is a pause, see :data:`retina_fast.deploy.onnx_network.PAUSE`.
+    """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for _ in range(ROUNDS + 1):
         for name, engine in engines.items():
+            time.sleep(PAUSE)
             wall, processor = time.perf_counter(), time.process_time()
             engine([image])
             times[name].append((time.perf_counter() - wall, time.process_time() - processor))

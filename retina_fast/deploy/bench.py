@@ -25,6 +25,7 @@ from retina_fast.data.files import replacing
 from retina_fast.data.outputs import check_folder, save_plot
 from retina_fast.deploy.bench_runtimes import other_runtimes
 from retina_fast.deploy.engine import Engine, compile_inference
+from retina_fast.deploy.onnx_network import PAUSE
 
 TORCHVISION = "torchvision"
 
@@ -82,7 +83,7 @@ def measure(
     runs: dict[str, Callable[[list[Tensor]], Any]], images: Sequence[Tensor], batches: Sequence[int], rounds: int,
     console: Console,
 ) -> list[Speed]:  # fmt: skip
-    """The speed of every contestant at every batch size; in each round they take turns.
+    """The speed of every contestant at every batch size; in each round they take turns, with a pause before each.
 
     Args:
         runs: from :func:`contestants`.
@@ -101,6 +102,7 @@ def measure(
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds + 1):
             for name, run in runs.items():
+                time.sleep(PAUSE)
                 start = time.perf_counter()
                 found = run(given)
                 float(found[-1]["scores"].sum())  # waits for the device

@@ -21,6 +21,8 @@ from retina_fast.model import RetinaNet
 
 Run = Callable[[Any], Sequence[Any]]
 _ROUNDS = 5  # after one that is not counted
+PAUSE = 0.1
+"""Seconds before a call is timed: a runtime's threads wait busily for a while after a call, and slow down the next."""
 _COMPILED = 8  # shapes; the one compiled longest ago goes
 
 
@@ -176,7 +178,7 @@ RUNTIMES: dict[str, Callable[[bytes], Run]] = {"ONNX Runtime": _onnxruntime, "Op
 
 
 def fastest(runs: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, str]]:
-    """The median seconds of each, which take turns; and of those that fail, why.
+    """The median seconds of each, which take turns with a pause before each; and of those that fail, why.
 
     Example::
 
@@ -188,6 +190,7 @@ def fastest(runs: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, float], di
     failed: dict[str, str] = {}
     for _ in range(_ROUNDS + 1):
         for name in [name for name in runs if name not in failed]:
+            time.sleep(PAUSE)
             start = time.perf_counter()
             try:
                 runs[name]()
