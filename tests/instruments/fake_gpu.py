@@ -101,6 +101,17 @@ def gpu_work_of(call: Callable[..., Any], prepare: Callable[[], Any] | None = No
     return steps
 
 
+def names_in_bfloat16(call: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> list[str]:
+    """Returns the names of :func:`gpu_work_of`, where tensors are bfloat16 by default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        work = gpu_work_of(call, prepare)
+    finally:
+        torch.set_default_dtype(before)
+    return [step.name if isinstance(step, TorchOp) else step.kernel.__name__ for step in work]
+
+
 @contextlib.contextmanager
 def _bodies_as_fakes(watch: TorchDispatchMode) -> Iterator[None]:
     """Makes the body of each custom operation its own fake, so that it runs on fake tensors, watched as the call is."""

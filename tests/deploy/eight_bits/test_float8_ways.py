@@ -16,7 +16,7 @@ from retina_fast.deploy.tuned import Chooser, choose_ways
 from retina_fast.forward import run_convs
 from tests.deploy.eight_bits.bottlenecks import Trunk, bottleneck_model
 from tests.deploy.pictures import images
-from tests.instruments.fake_gpu import TorchOp, gpu_work_of
+from tests.instruments.fake_gpu import names_in_bfloat16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,12 +120,7 @@ def test_the_launches_on_a_gpu(monkeypatch):
             trunk(x)  # prepares the weights
             return trunk, x
 
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        work = gpu_work_of(lambda prepared: prepared[0](prepared[1]), prepare)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    names = [step.name if isinstance(step, TorchOp) else step.kernel.__name__ for step in work]
+    names = names_in_bfloat16(lambda prepared: prepared[0](prepared[1]), prepare)
     one, three = ["clamp", "_scaled_mm"], ["convolution", "_conv_epilogue_kernel"]
     relu = [*one, "_conv_epilogue_kernel"]
     assert names[: names.index("clamp") + len(relu)] == [*three, *relu]

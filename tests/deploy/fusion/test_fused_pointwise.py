@@ -11,7 +11,7 @@ from retina_fast.deploy.fusion.fuse import fuse_convs
 from retina_fast.deploy.fusion.layers import FusedConv
 from retina_fast.deploy.tuned import Chooser, choose_ways
 from tests.deploy.fusion.fusing import error
-from tests.instruments.fake_gpu import TorchOp, gpu_work_of
+from tests.instruments.fake_gpu import TorchOp, gpu_work_of, names_in_bfloat16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,12 +136,7 @@ def test_the_launches_of_blocks_and_a_pyramid_on_a_gpu(monkeypatch):
         return conv.run("pointwise" if "pointwise" in ways else "epilogue", x, z, overwrite_z, shortcut)
 
     monkeypatch.setattr(FusedConv, "forward", run)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        work = gpu_work_of(call, prepare)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    names = [step.name if isinstance(step, TorchOp) else step.kernel.__name__ for step in work]
+    names = names_in_bfloat16(call, prepare)
     one, three = "_conv_pointwise_kernel", ["convolution", "_conv_epilogue_kernel"]
     assert names == [*[one, *three, one] * 2, one, *three, one, *three]
 

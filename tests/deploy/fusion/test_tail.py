@@ -16,7 +16,7 @@ from retina_fast.deploy.fusion.tail import FusedTail
 from retina_fast.deploy.tuned import Chooser, choose_ways
 from retina_fast.kernels.conv_chain import conv_chain
 from tests.deploy.fusion.fusing import error
-from tests.instruments.fake_gpu import TorchOp, gpu_work_of
+from tests.instruments.fake_gpu import names_in_bfloat16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -176,11 +176,6 @@ def test_the_launches_on_a_gpu(way, convs):
             assert tails_of(model)[0].possible_ways(x.float(), x.float(), None) == ["apart"]
             return model, x
 
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        work = gpu_work_of(lambda prepared: prepared[0](prepared[1]), prepare)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    names = [step.name if isinstance(step, TorchOp) else step.kernel.__name__ for step in work]
+    names = names_in_bfloat16(lambda prepared: prepared[0](prepared[1]), prepare)
     assert names.count("_conv_chain_kernel") == {"apart": 0, "paired": 2, "whole": 2}[way]
     assert names.count("convolution") == convs
