@@ -8,7 +8,7 @@ torchvision's ``batched_nms`` keeps classes apart by adding label * (largest coo
 inputs. The sum is rounded: its two paths disagree on borderline boxes, and 16-bit coordinates overflow. Here nothing is
 added. torchvision also writes the overlaps of all pairs as bits, which one block then reads to the end. Here a few
 thousand boxes are shared out by class to programs that each walk down their own (``nms_walk.py``). Many boxes, or those
-of one class, are compared by the whole GPU, block by block (``nms_blocks.py``). The sizes alone decide which, so that
+of one class, are compared by the whole GPU, tile by tile (``nms_tiles.py``). The sizes alone decide which, so that
 nothing waits for the GPU.
 """
 
@@ -23,10 +23,10 @@ from torchvision.ops.boxes import nms as torchvision_nms  # bound now: ours may 
 
 from retina_fast.kernels.arguments import at_least_float32, check_boxes, counts_on_host
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
-from retina_fast.kernels.key_sort import pack, sort_keys
-from retina_fast.kernels.nms_blocks import suppress_by_blocks
+from retina_fast.kernels.key_sort import pack, rising, sort_keys, sorts_by_kernels
 from retina_fast.kernels.nms_cpu import best_first, kept_class_by_class, kept_of_image
 from retina_fast.kernels.nms_overlap import POSITION_BITS, count_of
+from retina_fast.kernels.nms_tiles import suppress_by_tiles, tile_progress
 from retina_fast.kernels.nms_walk import progress_blocks, suppress_by_walks
 
 
@@ -91,27 +91,31 @@ def batched_nms_reference(
 
 _TILE = 512
 # Pairs of a box and a kept one, up to which programs walk: by prediction, where one program's walk at its longest
-# takes as long as the blocks.
-_WALKED, _WALKED_OF_ONE_CLASS = 2**21, 2**16
+# takes as long as the tiles.
+_WALKED, _WALKED_OF_ONE_CLASS = 2**21, 2**13
 
 
-@triton.jit(do_not_specialize=["width", "blocks"])
+@triton.jit(do_not_specialize=["width", "zeros"])
 def _score_keys_kernel(
-    scores_ptr, keys_ptr, counts_ptr, lengths_ptr, progress_ptr, width, blocks, TILE: tl.constexpr
+    scores_ptr, keys_ptr, counts_ptr, lengths_ptr, progress_ptr, width, zeros, TILE: tl.constexpr
 ):  # fmt: skip
-    """Program (t, b) makes the keys of TILE boxes of image b, which order by falling score, then by position. Program
-    (0, b) writes how many there are, and the zeros from which a walk counts its progress."""
+    """Program (t, b) makes the keys of TILE boxes of image b, which order by falling score, then by position; as int32
+    by falling score alone. Program (0, b) writes how many there are, and the zeros from which suppression counts its
+    progress."""
     image = tl.program_id(1).to(tl.int64)
     count = count_of(counts_ptr, image, width)
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     scores = tl.load(scores_ptr + image * width + i, mask=i < width, other=0.0).to(tl.float32)
-    keys = tl.where(i < count, pack(scores, i, POSITION_BITS, 0), -1)
+    if keys_ptr.dtype.element_ty == tl.int32:
+        keys = tl.where(i < count, rising(scores), -(2**31))
+    else:
+        keys = tl.where(i < count, pack(scores, i, POSITION_BITS, 0), -1)
     tl.store(keys_ptr + image * width + i, keys, mask=i < width)
     if tl.program_id(0) == 0:
         tl.store(lengths_ptr + image, count)
-        for first in range(0, blocks, TILE):
-            block = first + tl.arange(0, TILE)
-            tl.store(progress_ptr + image * blocks + block, tl.zeros([TILE], tl.int32), mask=block < blocks)
+        for first in range(0, zeros, TILE):
+            i = first + tl.arange(0, TILE)
+            tl.store(progress_ptr + image * zeros + i, tl.zeros([TILE], tl.int32), mask=i < zeros)
 
 
 @functools.cache
@@ -128,33 +132,36 @@ def thresholds_of(iou_thresh: float) -> tuple[float, float]:
 
 
 def is_walked(width: int, max_detections: int, by_class: bool) -> bool:
-    """Whether programs walk down the boxes of their classes; otherwise all of the GPU goes block by block."""
+    """Whether programs walk down the boxes of their classes; otherwise all of the GPU goes tile by tile."""
     return width * min(max_detections, width) <= (_WALKED if by_class else _WALKED_OF_ONE_CLASS)
 
 
 def _batched_nms_triton(
     boxes: Tensor, scores: Tensor | None, labels: Tensor | None, counts: Tensor, iou_thresh: float, max_detections: int
 ) -> tuple[Tensor, Tensor]:
-    """The fields of Kept. The number of launches depends on M, D and whether there are labels."""
+    """The fields of Kept. The number of launches depends on B, M, D and whether there are labels."""
     batch, width = boxes.shape[:2]
     boxes, counts = boxes.contiguous(), counts.contiguous()
     labels = None if labels is None else labels.contiguous()
     walked = is_walked(width, max_detections, labels is not None)
-    blocks = progress_blocks(width) if walked else 0
-    progress = boxes.new_empty(batch, blocks, dtype=torch.int32)
+    zeros = progress_blocks(width) if walked else tile_progress(width, labels is not None)
+    progress = boxes.new_empty(batch, zeros, dtype=torch.int32)
     with torch.cuda.device_of(boxes):
         keys = None
         if scores is None:
             progress.zero_()
         else:
-            keys = boxes.new_empty(batch, width, dtype=torch.int64)
+            short = sorts_by_kernels(width)
+            keys = boxes.new_empty(batch, width, dtype=torch.int64 if short else torch.int32)
             lengths = boxes.new_empty(batch, dtype=torch.int32)
             _score_keys_kernel[(max(1, triton.cdiv(width, _TILE)), batch)](
-                scores.contiguous(), keys, counts, lengths, progress, width, blocks, TILE=_TILE, enable_fp_fusion=False
+                scores.contiguous(), keys, counts, lengths, progress, width, zeros, TILE=_TILE, enable_fp_fusion=False
             )
-            keys, counts = sort_keys(keys, lengths), lengths
-        given = boxes, labels, keys, counts, thresholds_of(iou_thresh), max_detections
-        return suppress_by_walks(*given, progress) if walked else suppress_by_blocks(*given)
+            # Of a long row torch.sort takes half as long if no position is in the keys.
+            keys = sort_keys(keys, lengths) if short else keys.sort(dim=1, descending=True, stable=True).indices.int()
+            counts = lengths
+        suppress = suppress_by_walks if walked else suppress_by_tiles
+        return suppress(boxes, labels, keys, counts, thresholds_of(iou_thresh), max_detections, progress)
 
 
 _op = torch.library.custom_op("retina_fast::batched_nms", _batched_nms_triton, mutates_args=())

@@ -16,7 +16,7 @@ in float32, or in float64 for float64 boxes. Ties are SAHI's: of equal scores th
 then y1, x2, y2; then the lower index. So the order in which boxes are given matters only between equal ones. A box with
 a NaN or of infinite area overlaps nothing.
 
-The groups are those of a suppression. So the kernels are NMS block by block (``nms_blocks.py``), one launch in which
+The groups are those of a suppression. So the kernels are NMS tile by tile (``nms_tiles.py``), one launch in which
 each box looks for the first kept box that takes it in, and one in which every kept box walks through its members.
 Without a GPU, ``greedy_nmm_cpu.py`` compares only boxes that share a cell of a grid. SAHI itself merges pair by pair in
 Python.
@@ -32,8 +32,8 @@ from retina_fast.kernels.arguments import at_least_float32, check_boxes, counts_
 from retina_fast.kernels.batched_nms import thresholds_of
 from retina_fast.kernels.dispatch import runs_triton, tl, triton
 from retina_fast.kernels.greedy_nmm_cpu import merge_image
-from retina_fast.kernels.nms_blocks import suppress_by_blocks
 from retina_fast.kernels.nms_overlap import POSITION_BITS, WORD, count_of, load_box, overlap
+from retina_fast.kernels.nms_tiles import suppress_by_tiles, tile_progress
 
 METRICS = ("IOU", "IOS")
 
@@ -214,7 +214,8 @@ def _op(
     below = float(np.nextafter(np.float32(threshold), np.float32(0)))  # what is above it is at least the threshold
     strict = thresholds_of(below)
     with torch.cuda.device_of(boxes):
-        kept, kept_counts = suppress_by_blocks(boxes, labels, keys, counts, strict, max_detections, smaller)
+        progress = boxes.new_zeros(batch, tile_progress(width, labels is not None), dtype=torch.int32)
+        kept, kept_counts = suppress_by_tiles(boxes, labels, keys, counts, strict, max_detections, progress, smaller)
         groups = boxes.new_empty(batch, width, dtype=torch.int32)
         _group_kernel[(triton.cdiv(width, _COLUMNS), batch)](
             boxes, labels, counts, kept, kept_counts, groups, width, max_detections, *strict, SMALLER=smaller,

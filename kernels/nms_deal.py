@@ -26,6 +26,9 @@ class Dealt(NamedTuple):
     """(B, M) int32: how many boxes of the image are better."""
     starts: Tensor
     """(B, G + 1) int32: where each group begins, and where the last ends."""
+    turns: Tensor
+    """(B, 1 + T) int32: how many tiles of boxes of one group there are, and for each its group plus G times how many
+    tiles of the group come before it. First come the first tiles of all groups, then the second ones."""
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -48,12 +51,13 @@ def _count_groups_kernel(
     tl.store(sizes_ptr + (image * tl.num_programs(0) + tile) * GROUPS + tl.arange(0, GROUPS), sizes)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["width", "turns"])
 def _deal_kernel(
-    keys_ptr, counts_ptr, orders_ptr, sizes_ptr, places_ptr, positions_ptr, ranks_ptr, starts_ptr, width,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
+    keys_ptr, counts_ptr, orders_ptr, sizes_ptr, places_ptr, positions_ptr, ranks_ptr, starts_ptr, turns_ptr, width,
+    turns, TILE: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr, DECIDED: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b) writes the boxes of a tile of image b to their places."""
+    """Program (t, b) writes the boxes of a tile of image b to their places, and the turns of the t-th tiles of DECIDED
+    boxes of all groups."""
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     image = tl.program_id(1).to(tl.int64)
     if keys_ptr is not None:
@@ -75,35 +79,42 @@ def _deal_kernel(
     if tile == 0:
         tl.store(starts_ptr + image * (GROUPS + 1) + group, start)
         tl.store(starts_ptr + image * (GROUPS + 1) + GROUPS, tl.sum(whole, axis=0))
+    turns_ptr += image * (1 + turns)
+    decided = tl.cdiv(whole, DECIDED)
+    if tile == 0:
+        tl.store(turns_ptr, tl.sum(decided, axis=0))
+    for depth in range(tile, tl.cdiv(width, DECIDED), tiles):
+        deeper = decided > depth
+        turn = tl.sum(tl.minimum(decided, depth), axis=0) + tl.cumsum(deeper.to(tl.int32), axis=0)
+        tl.store(turns_ptr + turn, depth * GROUPS + group, mask=deeper)
     tl.debug_barrier()  # the places are read by other threads
 
-    i = tile * TILE + tl.arange(0, TILE)
+    t = tl.arange(0, TILE)
     count = count_of(counts_ptr, image, width)
-    inside = i < count
-    order = tl.load(orders_ptr + i, mask=inside, other=0)
-    lower = tl.zeros([TILE, CHUNK], tl.int32)
-    for first in range(0, TILE, CHUNK):
-        j = tile * TILE + first + tl.arange(0, CHUNK)
-        other = tl.load(orders_ptr + j, mask=j < count, other=0x7FFFFFFF)
-        lower += (other[None, :] < order[:, None]).to(tl.int32)
-    place = image * width + tl.load(places_ptr + order // TILE, mask=inside, other=0) + tl.sum(lower, axis=1)
+    inside = tile * TILE + t < count
+    order = tl.sort(tl.load(orders_ptr + tile * TILE + t, mask=inside, other=0x7FFFFFFF))
+    place = image * width + tl.load(places_ptr + order // TILE, mask=inside, other=0) + t
+    i = tile * TILE + order % TILE
     tl.store(positions_ptr + place, position_of(keys_ptr, i, inside), mask=inside)
     tl.store(ranks_ptr + place, i, mask=inside)
 
 
-def deal(labels: Tensor, keys: Tensor | None, counts: Tensor, groups: int) -> Dealt:
-    """Two launches; the arguments are those of ``suppress_by_blocks``, and a power of two groups."""
+def deal(labels: Tensor, keys: Tensor | None, counts: Tensor, groups: int, decided: int) -> Dealt:
+    """Two launches; the arguments are those of ``suppress_by_tiles``, a power of two groups, and how many boxes of a
+    group are decided together."""
     batch, width = labels.shape
     tiles = max(1, triton.cdiv(width, _TILE))
     orders, positions, ranks = (counts.new_empty(batch, width, dtype=torch.int32) for _ in range(3))
-    dealt = Dealt(positions, ranks, counts.new_empty(batch, groups + 1, dtype=torch.int32))
+    turns = triton.cdiv(width, decided) + groups - 1  # at most
+    starts, turned = (counts.new_empty(batch, 1 + n, dtype=torch.int32) for n in (groups, turns))
+    dealt = Dealt(positions, ranks, starts, turned)
     sizes, places = (counts.new_empty(batch, tiles, groups, dtype=torch.int32) for _ in range(2))
     with torch.cuda.device_of(labels):
         _count_groups_kernel[(tiles, batch)](
             labels, keys, counts, orders, sizes, width, TILE=_TILE, GROUPS=groups, enable_fp_fusion=False
         )
         _deal_kernel[(tiles, batch)](
-            keys, counts, orders, sizes, places, *dealt, width, TILE=_TILE, CHUNK=_CHUNK, GROUPS=groups, num_warps=8,
-            enable_fp_fusion=False,
+            keys, counts, orders, sizes, places, *dealt, width, turns, TILE=_TILE, CHUNK=_CHUNK, GROUPS=groups,
+            DECIDED=decided, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return dealt

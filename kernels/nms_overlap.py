@@ -59,7 +59,7 @@ def overlap(better, box, iou_thresh, above_thresh, SMALLER: tl.constexpr = False
     union = tl.minimum(area, other_area) + 0.0 * whole if SMALLER else whole - intersection
     margin = intersection - above_thresh * tl.abs(union)
     distance = tl.abs(margin) - tl.abs(union) * _CLOSE
-    if (tl.min(tl.min(distance, axis=0), axis=0) <= 0) | (iou_thresh <= 0):
+    if (tl.min(distance) <= 0) | (iou_thresh <= 0):
         # The quotient of the other pairs is not looked at: 1 instead of mostly 0, which would take the slow path.
         open = (distance <= 0) | (iou_thresh <= 0)
         iou = tl.div_rn(tl.where(open, intersection, union), union)

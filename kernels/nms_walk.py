@@ -14,9 +14,15 @@ from retina_fast.kernels.nms_overlap import WORD, before, count_of, load_box, ov
 _PROGRAMS = 512  # of all images together, as far as that leaves an image no fewer and no more groups than these
 _FEWEST_GROUPS, _MOST_GROUPS = 16, 128
 _SCAN = 512  # boxes whose class a program looks at in one go
-_FLAGS = 1024  # flags that a program looks at in one go
+_FLAGS, _READ = 1024, 2048  # flags whose boxes a program writes, and words of four that it reads in one go
 _DONE = 2**22  # more than a walk has boxes
 _LANES = 32  # kept boxes that a tile is compared with in one go
+
+
+@triton.jit
+def flags_pitch(width):
+    """How many flags an image of so many boxes has."""
+    return tl.cdiv(width, 16) * 16
 
 
 @triton.jit
@@ -92,7 +98,7 @@ def _suppress_kernel(
     image = tl.program_id(1).to(tl.int64)
     count = count_of(counts_ptr, image, width)
     boxes_ptr += image * width * 4
-    flags_ptr += image * width
+    flags_ptr += image * flags_pitch(width)
     if labels_ptr is not None:
         labels_ptr += image * width
         kept_labels_ptr += (image * GROUPS + group) * max_kept
@@ -129,34 +135,47 @@ def _suppress_kernel(
 
 @triton.jit(do_not_specialize=["width", "max_detections"])
 def _first_kernel(
-    flags_ptr, keys_ptr, counts_ptr, positions_ptr, kept_counts_ptr, width, max_detections, SCAN: tl.constexpr
-):
-    """Program b writes the positions of the first flagged boxes of image b, zeros after them, and their number.
+    flags_ptr, words_ptr, keys_ptr, counts_ptr, positions_ptr, kept_counts_ptr, width, max_detections,
+    SCAN: tl.constexpr, READ: tl.constexpr,
+):  # fmt: skip
+    """Program (t, b) writes the positions of the flagged boxes among SCAN boxes of image b to their places in the
+    result, as far as it holds them, and the zeros of SCAN places behind the last. It adds up all flags by itself, four
+    of them in a word.
 
-    No flag before the last of these boxes is left unset: a program that ended early had kept max_detections by then.
+    No flag before the last box of the result is left unset: a program that ended early had kept max_detections by then.
+    What is added up behind it makes no difference, whatever it is.
     """
-    image = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0) * SCAN
+    image = tl.program_id(1).to(tl.int64)
     count = count_of(counts_ptr, image, width)
-    flags_ptr += image * width
+    flags_ptr += image * flags_pitch(width)
+    words_ptr += image * (flags_pitch(width) // 4)
     positions_ptr += image * max_detections
     if keys_ptr is not None:
         keys_ptr += image * width
-    start, kept = 0, 0
-    while (kept < max_detections) & (start < count):
-        i = start + tl.arange(0, SCAN)
-        flag = (tl.load(flags_ptr + i, mask=i < count, other=0) != 0).to(tl.int32)
-        slots = kept + tl.cumsum(flag, axis=0) - 1
-        position = position_of(keys_ptr, i, i < count).to(tl.int64)
-        tl.store(positions_ptr + slots, position, mask=(flag > 0) & (slots < max_detections))
-        kept += tl.sum(flag, axis=0)
-        start += SCAN
-    kept = tl.minimum(kept, max_detections)
-    tl.store(kept_counts_ptr + image, kept.to(tl.int64))
-    start = kept
-    while start < max_detections:
-        slots = start + tl.arange(0, SCAN)
-        tl.store(positions_ptr + slots, tl.zeros([SCAN], tl.int64), mask=slots < max_detections)
-        start += SCAN
+    rest = count // 4 * 4 + tl.arange(0, 4)
+    kept = tl.sum(tl.load(flags_ptr + rest, mask=rest < count, other=0).to(tl.int32) & 1, axis=0)
+    whole, earlier = tl.zeros([READ], tl.int32), tl.zeros([READ], tl.int32)
+    for start in range(0, count // 4, READ):
+        word = start + tl.arange(0, READ)
+        flags = tl.load(words_ptr + word, mask=word < count // 4, other=0) & 0x01010101
+        flagged = (flags * 0x01010101) >> 24  # the sum of the four bytes
+        whole += flagged
+        earlier += tl.where(word < first // 4, flagged, 0)
+    kept = tl.minimum(kept + tl.sum(whole, axis=0), max_detections)
+    i = first + tl.arange(0, SCAN)
+    own = tl.load(flags_ptr + i, mask=i < count, other=0).to(tl.int32) & 1
+    slots = tl.sum(earlier, axis=0) + tl.cumsum(own, axis=0) - 1
+    position = position_of(keys_ptr, i, i < count).to(tl.int64)
+    tl.store(positions_ptr + slots, position, mask=(own > 0) & (slots < max_detections))
+    tl.store(positions_ptr + i, tl.zeros([SCAN], tl.int64), mask=(i >= kept) & (i < max_detections))
+    if first == 0:
+        tl.store(kept_counts_ptr + image, kept.to(tl.int64))
+
+
+def new_flags(boxes: Tensor) -> Tensor:
+    """One int8 for each of the boxes (B, M, 4), and then for none up to a multiple of 16."""
+    return boxes.new_empty(len(boxes), max(1, triton.cdiv(boxes.shape[1], 16)) * 16, dtype=torch.int8)
 
 
 def progress_blocks(width: int) -> int:
@@ -168,14 +187,14 @@ def flag_by_walks(
     boxes: Tensor, labels: Tensor | None, keys: Tensor | None, counts: Tensor, thresholds: tuple[float, float],
     max_detections: int, progress: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Flags (B, M) int8 of the boxes by falling score, not 0 where a box is kept: up to the max_detections-th kept box
-    of an image, behind which they tell nothing. One launch; the arguments are those of ``suppress_by_blocks``, and
-    int32 zeros, ``progress_blocks`` for each image."""
+    """Flags of the boxes by falling score, as ``new_flags`` makes them, 1 where a box is kept: up to the
+    max_detections-th kept box of an image, behind which they tell nothing. One launch; the arguments are those of
+    ``suppress_by_tiles``, but ``progress_blocks`` zeros for each image."""
     batch, width = boxes.shape[:2]
     most = max(_FEWEST_GROUPS, min(_MOST_GROUPS, _PROGRAMS // max(1, batch)))
     groups = 1 if labels is None else 1 << (most.bit_length() - 1)  # a power of two
     max_kept = min(max_detections, width)
-    flags = boxes.new_empty(batch, width, dtype=torch.int8)
+    flags = new_flags(boxes)
     members = boxes.new_empty(batch, groups, 2, _SCAN, dtype=torch.int32)
     lists = boxes.new_empty(batch, groups, max_kept, 4)
     kept_labels = None if labels is None else labels.new_empty(batch, groups, max_kept)
@@ -188,16 +207,18 @@ def flag_by_walks(
     return flags
 
 
-def first_flagged(flags: Tensor, keys: Tensor | None, counts: Tensor, max_detections: int) -> tuple[Tensor, Tensor]:
+def first_flagged(
+    flags: Tensor, keys: Tensor | None, counts: Tensor, width: int, max_detections: int
+) -> tuple[Tensor, Tensor]:
     """Positions ``(B, max_detections)`` of the first boxes with a flag, padded with 0, and how many there are ``(B,)``.
-    One launch; flags (B, M) are as ``flag_by_walks`` returns them."""
-    batch, width = flags.shape
+    One launch; flags are as ``flag_by_walks`` returns them, of M boxes an image, which are `width`."""
+    batch = len(flags)
     positions = flags.new_empty(batch, max_detections, dtype=torch.int64)
     kept_counts = flags.new_empty(batch, dtype=torch.int64)
     with torch.cuda.device_of(flags):
-        _first_kernel[(batch,)](
-            flags, keys, counts, positions, kept_counts, width, max_detections, SCAN=_FLAGS, num_warps=8,
-            enable_fp_fusion=False,
+        _first_kernel[(triton.cdiv(max(1, width, max_detections), _FLAGS), batch)](
+            flags, flags.view(torch.int32), keys, counts, positions, kept_counts, width, max_detections, SCAN=_FLAGS,
+            READ=_READ, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     return positions, kept_counts
 
@@ -208,4 +229,4 @@ def suppress_by_walks(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The fields of Kept, in two launches; the arguments are those of ``flag_by_walks``."""
     flags = flag_by_walks(boxes, labels, keys, counts, thresholds, max_detections, progress)
-    return first_flagged(flags, keys, counts, max_detections)
+    return first_flagged(flags, keys, counts, boxes.shape[1], max_detections)

@@ -18,8 +18,8 @@ from retina_fast.kernels.candidate_search import search_keys
 from retina_fast.kernels.candidate_selection import candidate_selection, candidates_width, logit
 from retina_fast.kernels.dispatch import is_differentiated, runs_triton, tl, triton
 from retina_fast.kernels.levels import check_levels, flatten_all
-from retina_fast.kernels.nms_blocks import suppress_by_blocks
-from retina_fast.kernels.nms_walk import flag_by_walks, progress_blocks
+from retina_fast.kernels.nms_tiles import suppress_by_tiles, tile_progress
+from retina_fast.kernels.nms_walk import flag_by_walks, flags_pitch, progress_blocks
 from retina_fast.kernels.side_distributions import box_channels
 from retina_fast.kernels.take_kept import take_kept
 
@@ -72,7 +72,7 @@ def _write_kept_kernel(
     while (kept < max_detections) & (start < count):
         i = start + tl.arange(0, SCAN)
         source = image * width + i
-        flag = (tl.load(flags_ptr + source, mask=i < count, other=0) != 0).to(tl.int32)
+        flag = (tl.load(flags_ptr + image * flags_pitch(width) + i, mask=i < count, other=0) != 0).to(tl.int32)
         slots = kept + tl.cumsum(flag, axis=0) - 1
         chosen = (flag > 0) & (slots < max_detections)
         out = image * max_detections + slots
@@ -113,12 +113,15 @@ def _op(
     """See :func:`postprocess`; the levels are ``(B, N_l, K)`` and ``(B, N_l, C)``, and D is at most their width."""
     width = candidates_width(logits, topk)
     decoding = Decoding([level.contiguous() for level in deltas], anchors, image_sizes, reg_max)
-    found = search_keys(logits, logit(score_thresh), topk, len(logits[0]) * progress_blocks(width))
+    walked = is_walked(width, max_detections, True)
+    zeros = progress_blocks(width) if walked else tile_progress(width, True)
+    found = search_keys(logits, logit(score_thresh), topk, len(logits[0]) * zeros)
     boxes, scores, labels, counts = write_candidates(found, width, num_classes, decoding)
-    if not is_walked(width, max_detections, True):
-        kept = suppress_by_blocks(boxes, labels, None, counts, thresholds_of(iou_thresh), max_detections)
+    given = boxes, labels, None, counts, thresholds_of(iou_thresh), max_detections, found.zeros
+    if not walked:
+        kept = suppress_by_tiles(*given)
         return *take_kept(boxes, scores, labels, *kept, image_sizes, original_sizes), kept[1]
-    flags = flag_by_walks(boxes, labels, None, counts, thresholds_of(iou_thresh), max_detections, found.zeros)
+    flags = flag_by_walks(*given)
     shape = len(boxes), max_detections
     out = boxes.new_empty(*shape, 4), scores.new_empty(shape), labels.new_empty(shape), torch.empty_like(counts)
     with torch.cuda.device_of(boxes):

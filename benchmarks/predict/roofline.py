@@ -14,19 +14,17 @@ from dataclasses import dataclass
 
 from benchmarks.predict.hardware import (
     BANDWIDTH,
-    BLOCKS,
     CLOCK,
     CONV,
     GRAPH_GAP,
     ISSUE,
     MATMUL,
     MUFU,
-    REGISTERS,
-    SHARED,
     SMS,
+    SORT,
     START,
     STREAM_GAP,
-    WARPS,
+    held,
 )
 from benchmarks.predict.loss_work import LOSS_WORK
 from benchmarks.predict.work import WORK, Scene, Work
@@ -54,10 +52,9 @@ def kernel_step(launch: Launch, row: Row, scene: Scene) -> Step:
 
 def bounds(work: Work, row: Row, programs: int) -> dict[str, float]:
     """Returns the seconds that each limit allows. Programs go to SMs as a whole, so the fullest SM counts."""
-    registers = 32 * row.warps * (8 * math.ceil(row.registers / 8))
-    held = min(WARPS // row.warps, REGISTERS // registers, SHARED // (row.shared + 1024), BLOCKS)
     fullest = math.ceil(programs / SMS) * SMS / programs
-    waves, usual = math.ceil(programs / (SMS * held)), work.longest if work.usual is None else work.usual
+    at_once = SMS * held(row.registers, row.warps, row.shared)
+    waves, usual = math.ceil(programs / at_once), work.longest if work.usual is None else work.usual
     return {
         "memory": work.bytes / BANDWIDTH,
         "issue": fullest * work.instructions * row.warps / ISSUE,
@@ -67,7 +64,13 @@ def bounds(work: Work, row: Row, programs: int) -> dict[str, float]:
 
 
 def torch_step(op: TorchOp) -> Step:
-    """Returns the time of an operation of torch: by memory, and for convs by the tensor cores in waves of tiles."""
+    """Returns the time of an operation of torch: by memory, and for convs by the tensor cores in waves of tiles. A sort
+    goes over keys and int64 indices once for each byte of a key."""
+    if op.name == "sort":
+        numel = math.prod(op.shape)
+        passes = (op.bytes - 8 * numel) // (2 * numel)
+        moved = passes * (op.bytes + 8 * numel) / BANDWIDTH
+        return Step(op.name, moved + (SORT + passes) * (START + GRAPH_GAP) - GRAPH_GAP, "launch")
     limits = {"memory": op.bytes / BANDWIDTH}
     if op.flop:
         batch, channels, *sides = op.shape

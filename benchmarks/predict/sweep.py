@@ -61,6 +61,28 @@ def kept_of(count: int, classes: int, kind: str) -> int:
     return {"none": of_class, "all": 1, "chain": max(1, of_class // 2)}[kind]
 
 
+def rounds_of(members: int, kind: str, tile: int = 512) -> float:
+    """Returns in how many rounds a tile of one class is settled, on average."""
+    if kind != "chain":
+        return 1 if kind == "none" else 2
+    place = torch.randperm(members, generator=torch.Generator().manual_seed(0)) + 1  # in the chain, best first
+    rank, gone, rounds = torch.full((members + 2,), members), torch.zeros(members + 2, dtype=torch.bool), []
+    for first in range(0, members, tile):
+        here = place[first : first + tile]
+        rank[here] = torch.arange(first, first + len(here))
+        better = [(side, (first <= rank[side]) & (rank[side] < rank[here])) for side in (here - 1, here + 1)]
+        chosen, before, turns = ~gone[here], None, 0
+        while before is None or not torch.equal(chosen, before):
+            before, turns = chosen, turns + 1
+            stays = torch.zeros_like(gone)
+            stays[here[chosen]] = True
+            chosen = ~gone[here] & ~torch.stack([stays[side] & is_better for side, is_better in better]).any(0)
+        for side in (here - 1, here + 1):
+            gone[side[chosen]] = True
+        rounds.append(turns)
+    return statistics.mean(rounds)
+
+
 def bound(launches: int, size: float, pairs: float) -> float:
     """Returns the seconds of the lower bound."""
     work = max(size / hardware.BANDWIDTH, PAIR * pairs / 32 / hardware.ISSUE)
@@ -79,7 +101,7 @@ def predicted() -> Iterator[str]:
     yield "| boxes | classes | overlapping | predicted, us | bound, us | times |\n|---|---|---|---|---|---|"
     for count, classes, kind in itertools.product(COUNTS, CLASSES, KINDS):
         members, kept = -(-count // classes), kept_of(count, classes, kind)
-        scene = Scene(candidates=count, members=members, kept=kept)
+        scene = Scene(candidates=count, members=members, kept=kept, rounds=rounds_of(members, kind))
         call = functools.partial(kernel_calls.call_batched_nms, classes > 1, False, 1, count, count)
         launches, size = (3, 36 * count) if count <= SORTED else (7, (36 + 64) * count)
         least = bound(launches, size, classes * members * kept / 2)

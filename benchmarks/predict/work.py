@@ -12,9 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.predict.executed import instructions_an_element, mixed_over_background
-from benchmarks.predict.hardware import ALONE, DRAM, L2, REDUCTION
+from benchmarks.predict.hardware import ALONE, DRAM, L2, REDUCTION, SMS, held
 from benchmarks.static.compiled import Row
 from tests.instruments.fake_gpu import Launch
+
+_CHECK = 130  # instructions to see who of a part is left, in the machine code for sm_90
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Scene:
     candidates: int = 0  # boxes that NMS is given
     members: int = 0  # the most of these that one of its programs decides on, or that are of one group of classes
     kept: int = 0  # how many that program keeps
+    rounds: float = 3  # in which a tile of NMS is settled
     walked: int = 0  # of the candidates, those that programs decide on before they end; 0 if all
     near: float = 0.0  # tiles of 128 anchors whose centres a ground truth meets, on average
     most_near: int = 0  # the most that any ground truth meets
@@ -219,64 +222,65 @@ def _suppress(launch: Launch, row: Row, scene: Scene) -> Work:
 
 
 def _deal(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Each program adds up the sizes of the tiles, and then compares the boxes of its own with each other."""
+    """Each program adds up the sizes of the tiles, and then sorts the boxes of its own by their groups."""
     (tiles, batch), chunk = launch.grid, launch.kwargs["CHUNK"]
-    turns, chunks = math.ceil(tiles / chunk), launch.kwargs["TILE"] // chunk
-    path = row.path + (turns - 1) * row.loops[0] + (chunks - 1) * sum(row.loops[1:])  # 0 where that loop is unrolled
+    turns = math.ceil(tiles / chunk)
+    path = row.path + (turns - 1) * row.loops[0]
     size = batch * (24 * scene.candidates + tiles * 4 * launch.kwargs["GROUPS"])
-    waits = DRAM + 3 * REDUCTION + (turns + chunks + 3) * L2
-    return Work(size, tiles * batch * path, 0, ALONE * path + waits)
+    return Work(size, tiles * batch * path, 0, ALONE * path + DRAM + 13 * REDUCTION + (turns + 3) * L2)
 
 
-def _compare(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Some programs compare the boxes of all groups from a block on with what the block before has kept, the others
-    those of the block with each other. The groups are taken to have `members` boxes each."""
-    (programs, batch), block, marking = launch.grid, launch.args[13], launch.args[15]
-    length, width, rows = (launch.kwargs[name] for name in ("BLOCK", "COLUMNS", "ROWS"))
-    shares, strips = launch.kwargs["SHARES"], launch.kwargs["STRIPS"]
-    groups, left = math.ceil(scene.candidates / scene.members), max(0, scene.members - block * length)
-    here = min(left, length)
-    tile, mark, word, step = row.loops
-    word += (32 // rows - 1) * step  # the first step is on the way around the loop over words
-    marked, written = groups * math.ceil(left / width) if marking else 0, groups * math.ceil(here / width)
-    turns = math.ceil(scene.kept / scene.members * length / rows / shares)
-    words = written * (1 + min(length, here + 31) // 32) / 2  # below the diagonal
-    instructions = programs * row.path + (shares * marked + strips * written) * tile
-    instructions += shares * marked * turns * mark + words * word
-    turn, words_each = 2 * L2 + REDUCTION, math.ceil(math.ceil(here / 32) / strips)
-    of_marks = math.ceil(marked / max(1, marking // shares)) * (ALONE * (tile + turns * mark) + DRAM + turns * turn)
-    of_words = ALONE * (tile + words_each * word) + DRAM + words_each * 32 // rows * turn
-    of_words *= math.ceil(written / ((programs - marking) // strips))
-    longest = ALONE * row.path + 2 * L2 + 3 * REDUCTION + max(of_marks, of_words)
-    usual = longest * min(1.0, instructions / programs * ALONE / longest)
-    size = groups * 25 * left + 4 * words * width
-    return Work(batch * size, batch * instructions, 0, longest, usual)
-
-
-def _decide(launch: Launch, row: Row, scene: Scene) -> Work:
-    """A program an image and group goes through the words of a block; what the next needs is read meanwhile."""
-    block, (_, batch), length = launch.args[14], launch.grid, launch.kwargs["BLOCK"]
-    groups = math.ceil(scene.candidates / scene.members)
-    words = math.ceil(min(length, max(0, scene.members - block * length)) / 32)
-    turn, settle, *_ = row.loops
-    path = words * (turn + 2 * settle)
-    size = batch * groups * 32 * words * (17 + 4 * words / 2)
-    instructions = math.prod(launch.grid) * row.path + batch * groups * path
-    return Work(size, instructions, 0, ALONE * (row.path + path) + words * 2 * REDUCTION + 3 * L2)
+def _tiles(launch: Launch, row: Row, scene: Scene) -> Work:
+    """Parts of tiles are compared with what the tiles before have kept. Of a group, so many tiles keep boxes as there
+    are kept boxes, or all; the others' boxes are suppressed by these. Tiles that keep boxes are decided one after
+    another; and all parts together take at least their time divided by the programs that run at once."""
+    _, batch = launch.grid
+    tile, part, rows = (launch.kwargs[name] for name in ("TILE", "PART", "ROWS"))
+    item, poll, turn, bits, settle = row.loops
+    begin = row.through[0] - item  # before the first part
+    compare, decide = row.through[1] - begin, row.through[4] - row.through[1] + (scene.rounds - 1) * settle
+    groups, tiles = math.ceil(scene.candidates / scene.members), math.ceil(scene.members / tile)
+    alive = min(tiles, scene.kept)  # tiles of a group that keep boxes
+    parts, turns = math.ceil(scene.members / part) / tiles, math.ceil(scene.kept / alive / rows)
+    turn_time, bits_time = (ALONE * each + L2 + REDUCTION for each in (turn, bits))
+    check, check_time = _CHECK, ALONE * _CHECK + 2 * REDUCTION
+    instructions = time = 0.0
+    for depth in range(tiles):
+        before = min(depth, alive)
+        checks = before.bit_length() + (depth < alive)
+        of_part = compare + before * (poll + turns * turn) + checks * check
+        part_time = ALONE * (compare + before * poll) + 7 * L2 + DRAM + 4 * REDUCTION
+        part_time += before * (L2 + REDUCTION + turns * turn_time) + checks * check_time
+        if depth < alive:  # the bits: of the first part one turn, of the last all
+            of_part += bits * (1 + parts * part / rows) / 2
+            part_time += bits_time * (1 + parts * part / rows) / 2
+        instructions += parts * of_part + decide
+        time += parts * part_time
+    decide_time = ALONE * decide + 3 * L2 + (2 + 2 * scene.rounds) * REDUCTION
+    told = 5 * L2 + 3 * REDUCTION  # a part has ended, the last one knows; a tile is decided, those who wait know
+    first = ALONE * (begin + compare) + 5 * L2 + DRAM + 4 * REDUCTION + tile / rows * bits_time + told + decide_time
+    chain = first + (alive - 1) * (turns * turn_time + check_time + told + decide_time)
+    shared_out = batch * groups * time / (SMS * held(row.registers, row.warps, row.shared))
+    size = batch * scene.candidates * (50 + 128 * alive / tiles)
+    longest = max(chain, shared_out + decide_time)
+    return Work(size, batch * groups * instructions, 0, longest, 0)
 
 
 def _first(launch: Launch, row: Row, scene: Scene) -> Work:
-    turns = math.ceil(scene.candidates / launch.kwargs["SCAN"])
-    path = row.path + turns * row.loops[0]
-    return Work(
-        9 * launch.grid[0] * scene.candidates, launch.grid[0] * path, 0, ALONE * path + turns * (L2 + REDUCTION)
-    )
+    """Every program reads all flags, which lie in the L2 after the first, and writes what its own stand for."""
+    (programs, batch), read = launch.grid, launch.kwargs["READ"]
+    turns = math.ceil(scene.candidates / 4 / read)
+    path = row.path + (turns - 1) * row.loops[0]
+    size = batch * scene.candidates * (1 + 8 + 8)
+    return Work(size, programs * batch * path, 0, ALONE * path + (turns + 2) * L2 + 3 * REDUCTION)
 
 
 def _write_kept(launch: Launch, row: Row, scene: Scene) -> Work:
     """One program an image goes through the flags, and gathers what was kept."""
-    first, (batch,) = _first(launch, row, scene), launch.grid
-    return replace(first, bytes=batch * (scene.candidates + 150 * launch.args[-1]), longest=first.longest + 2 * DRAM)
+    (batch,), turns = launch.grid, math.ceil(scene.candidates / launch.kwargs["SCAN"])
+    path = row.path + turns * row.loops[0]
+    size = batch * (scene.candidates + 150 * launch.args[-1])
+    return Work(size, batch * path, 0, ALONE * path + turns * (L2 + REDUCTION) + 2 * DRAM)
 
 
 def _take_kept(launch: Launch, row: Row, scene: Scene) -> Work:
@@ -322,8 +326,7 @@ WORK: dict[str, Callable[[Launch, Row, Scene], Work]] = {
     "_suppress_kernel": _suppress,
     "_count_groups_kernel": streamed,
     "_deal_kernel": _deal,
-    "_compare_kernel": _compare,
-    "_decide_kernel": _decide,
+    "_tiles_kernel": _tiles,
     "_first_kernel": _first,
     "_take_kept_kernel": _take_kept,
     "_write_kept_kernel": _write_kept,

@@ -10,12 +10,13 @@ import torch
 from benchmarks.gpu.goals import GOALS
 from benchmarks.gpu.report import PREDICTIONS, newest_version
 from benchmarks.models import loss_path
-from benchmarks.predict import float8, goals, hardware, options, predictions, roofline, work
+from benchmarks.predict import float8, goals, hardware, options, predictions, roofline, sweep, work
 from benchmarks.predict.roofline import bounds
 from benchmarks.predict.work import Scene, Work
 from benchmarks.static.compiled import Row, report
 from tests.instruments import kernel_calls
 from tests.instruments.fake_gpu import Launch, TorchOp, gpu_work_of, launches_of
+from tests.ptx.counts import count
 
 triton = pytest.importorskip("triton")
 ROW = Row("", "", "sm_90", registers=48, shared=16, warps=4, path=1600, path_mufu=129)
@@ -30,6 +31,22 @@ def test_focal_loss_is_bound_by_memory_at_the_floor_of_10_us_an_image():
         step = roofline.kernel_step(launch, row, Scene())
         assert step.bound == "memory"
         assert 1e6 * (step.seconds - hardware.START) / 8 == pytest.approx(floor, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["chain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("none", "all"))])
+def test_instructions_of_suppression_are_those_executed(kind):
+    """The counts are of PTX on the emulator, the model's of machine code."""
+    case, boxes = "batched_nms class-agnostic, all kept", 1024
+    rows = predictions.by_variant(report(["sm_90"], [case], 1, {"_tiles_kernel"}))
+    kept = {"none": boxes, "all": 1, "chain": boxes // 2}[kind]
+    scene = Scene(candidates=boxes, members=boxes, kept=kept, rounds=sweep.rounds_of(boxes, kind))
+    call = functools.partial(kernel_calls.call_batched_nms, False, False, 1, boxes, boxes)
+    (launch,) = [launch for launch in launches_of(call) if launch.kernel.__name__ == "_tiles_kernel"]
+    (row,) = [row for row in rows.values() if row.kernel == "_tiles_kernel"]
+    (executed,) = [result for result, _ in count(f"batched_nms a box, {kind}{' overlapping' * (kind != 'chain')}")
+                   if result.name == "_tiles_kernel"]  # fmt: skip
+    predicted = row.warps * roofline.MODELS["_tiles_kernel"](launch, row, scene).instructions
+    assert predicted == pytest.approx(executed.warp_instructions, rel=0.25)
 
 
 def test_each_limit_by_hand():
@@ -81,8 +98,7 @@ def every_launch() -> list[Launch]:
         ("_box_decode_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_suppress_kernel", Scene(candidates=2000, members=200, kept=50), {"kept": 150}),
         ("_deal_kernel", Scene(candidates=1000), {"candidates": 2000}),
-        ("_decide_kernel", Scene(candidates=1000, members=500), {"candidates": 2000, "members": 1000}),
-        ("_compare_kernel", Scene(candidates=7000, members=500, kept=50), {"candidates": 14_000, "members": 1000}),
+        ("_tiles_kernel", Scene(candidates=7000, members=500, kept=50), {"candidates": 14_000, "members": 1000}),
         ("_first_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_write_kept_kernel", Scene(candidates=2000), {"candidates": 4000}),
         ("_box_loss_kernel", Scene(foreground=0.1), {"foreground": 0.5}),
@@ -101,12 +117,12 @@ def every_launch() -> list[Launch]:
 def test_more_work_takes_longer(kernel, scene, more):
     first = next(launch for launch in every_launch() if launch.kernel.__name__ == kernel)
     row = Row(
-        "", kernel, "sm_90", registers=48, warps=4, path=300, code=900, loops=[40, 120, 20, 30],
-        through=[340, 420, 320, 330],
+        "", kernel, "sm_90", registers=48, warps=4, path=300, code=900, loops=[40, 120, 20, 30, 50],
+        through=[340, 420, 320, 330, 600],
     )  # fmt: skip
-    row.loops_mufu = [0, 4, 0, 0]
-    loops = {"_anchor_matching_kernel": 2} | dict.fromkeys(
-        ("_list_kernel", "_compare_kernel", "_align_kernel", "_nearest_kernel"), 4
+    row.loops_mufu = [0, 4, 0, 0, 0]
+    loops = {"_anchor_matching_kernel": 2, "_tiles_kernel": 5} | dict.fromkeys(
+        ("_list_kernel", "_align_kernel", "_nearest_kernel"), 4
     )
     row.loops = row.loops[: loops.get(kernel, 3)]
     grown = Scene(**(vars(scene) | more))

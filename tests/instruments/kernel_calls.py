@@ -314,6 +314,12 @@ KERNEL_CALLS = {
     "batched_nms class-agnostic, all kept": KernelCall(
         lambda: call_batched_nms(by_class=False, best_first=False, batch=1, count=7000, most=7000)
     ),
+    "batched_nms all kept of many": KernelCall(
+        lambda: call_batched_nms(by_class=True, best_first=False, batch=1, count=100_000, most=100_000)
+    ),
+    "batched_nms class-agnostic, all kept of many": KernelCall(
+        lambda: call_batched_nms(by_class=False, best_first=False, batch=1, count=100_000, most=100_000)
+    ),
     "soft_nms": KernelCall(_soft_nms),
     "box_voting": KernelCall(_box_voting),
     "greedy_nmm IOU": KernelCall(lambda: _greedy_nmm("IOU")),

@@ -11,7 +11,7 @@ import torch
 from retina_fast import ops
 from retina_fast.kernels import greedy_nmm as module
 from retina_fast.kernels import greedy_nmm_cpu as cpu_module
-from retina_fast.kernels import nms_blocks, nms_deal
+from retina_fast.kernels import nms_deal, nms_tiles
 from retina_fast.kernels.greedy_nmm import METRICS, Merged, greedy_nmm, greedy_nmm_reference
 from tests.ptx.cases import OTHER_ORDERS, check, names
 
@@ -33,9 +33,10 @@ ADVERSARIAL = [COPIES, NESTED, CHAIN, HALVES, STRIPES, GROWING, FLAT, LARGE, SEA
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """Few and small ones, which the interpreter runs one after another."""
-    blocks = {"_BLOCK": 64, "_COLUMNS": 32, "_ROWS": 16, "_SHARES": 2, "_STRIPS": 2}
-    for name, value in {**blocks, "_STRIPS_OF_CLASSES": 1, "_MARKING": 4, "_WRITING": 2, "_GROUPS": 2}.items():
-        monkeypatch.setattr(nms_blocks, name, value)
+    for name, value in (("_TILE", 64), ("_PART", 16), ("_PART_OF_MANY", 32), ("_MANY", 100), ("_PAIRS", 1024)):
+        monkeypatch.setattr(nms_tiles, name, value)
+    for name, value in (("_PROGRAMS", 4), ("_GROUPS", 2)):
+        monkeypatch.setattr(nms_tiles, name, value)
     monkeypatch.setattr(nms_deal, "_TILE", 64)
 
 

@@ -1,11 +1,11 @@
-"""The ways that NMS goes by the number of boxes and classes: walks, blocks dealt out by class, pairs on a CPU."""
+"""The ways that NMS goes by the number of boxes and classes: walks, tiles dealt out by class, pairs on a CPU."""
 
 from functools import partial
 
 import pytest
 import torch
 
-from retina_fast.kernels import nms_blocks, nms_deal
+from retina_fast.kernels import nms_deal, nms_tiles
 from retina_fast.kernels.batched_nms import batched_nms_reference
 from tests.instruments.fake_gpu import launches_of
 from tests.instruments.kernel_calls import call_batched_nms
@@ -16,32 +16,39 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarnin
 
 @pytest.mark.parametrize("count", [8193, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_many_boxes(count, device, monkeypatch):
-    """Longer rows than the kernels sort, as in 100,000 boxes an image; stops at what the result holds."""
+    """Longer rows than the kernels sort, as in 100,000 boxes an image, with equal scores, NaN, both zeros, and boxes
+    that do not count; stops at what the result holds."""
     if device.type == "cpu":  # the interpreter's time is that of the programs
-        for name, value in (("_BLOCK", 8192), ("_COLUMNS", 8192), ("_ROWS", 32), ("_SHARES", 1), ("_STRIPS", 1)):
-            monkeypatch.setattr(nms_blocks, name, value)
+        few = {"_TILE": 1024, "_PART_OF_MANY": 1024, "_MANY": 0, "_PAIRS": 2**16, "_PROGRAMS": 1}
+        for name, value in few.items():
+            monkeypatch.setattr(nms_tiles, name, value)
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(1, count, 2, generator=generator) * 250
     boxes = torch.cat((corner, corner + 20), dim=2).to(device)
-    scores = torch.rand(1, count, generator=generator).to(device)
-    counts = torch.tensor([count], device=device)
+    scores = torch.rand(1, count, generator=generator).mul(999).round()
+    scores[0, 500:504] = torch.tensor([torch.nan, -0.0, 0.0, -torch.inf])
+    scores, counts = scores.to(device), torch.tensor([count - 9], device=device)
     equal(
         by_kernels(boxes, scores, None, counts, 0.5, 100), batched_nms_reference(boxes, scores, None, counts, 0.5, 100)
     )
 
 
 @pytest.mark.parametrize(
-    ("by_class", "count", "most", "launches"),
-    [(True, 5000, 300, 4), (True, 7000, 7000, 2 + 2 + 8 + 1), (False, 200, 200, 2 + 2), (False, 7000, 7000, 2 + 8)],
+    ("by_class", "count", "most", "launches", "kernel"),
+    [
+        (True, 5000, 300, 4, "_suppress_kernel"),
+        (True, 7000, 7000, 6, "_tiles_kernel"),
+        (False, 80, 80, 4, "_suppress_kernel"),
+        (False, 7000, 7000, 4, "_tiles_kernel"),
+    ],
 )
-def test_many_boxes_or_one_class_go_block_by_block(by_class, count, most, launches):
-    """Two launches order the scores, two deal out classes, a block takes two, and one writes what classes have kept; a
-    walk has two."""
+def test_many_boxes_or_one_class_go_tile_by_tile(by_class, count, most, launches, kernel):
+    """Two launches order the scores, two deal out classes for the tiles, one decides and one writes what is kept."""
     made = [
         launch.kernel.__name__ for launch in launches_of(partial(call_batched_nms, by_class, False, 1, count, most))
     ]
     assert len(made) == launches
-    assert ("_decide_kernel" in made) == (launches > 5) != ("_suppress_kernel" in made)
+    assert kernel in made
 
 
 @pytest.mark.parametrize("with_keys", [True, False])
@@ -54,7 +61,7 @@ def test_classes_are_dealt_out_in_order(with_keys, device, monkeypatch):
     best = torch.stack([torch.cat((row[row < n], row[row >= n])) for row, n in zip(best, counts, strict=True)])
     keys = (2**31 - 1 - best) if with_keys else None
     placed = labels.to(device), None if keys is None else keys.to(device), counts.to(device)
-    found = [x.cpu() for x in nms_deal.deal(*placed, 4)]
+    found = [x.cpu() for x in nms_deal.deal(*placed, 4, 32)]
     for b, n in enumerate(counts.tolist()):
         order = best[b, :n] if with_keys else torch.arange(n)
         groups, ranks = (labels[b, order] & 3).sort(stable=True)

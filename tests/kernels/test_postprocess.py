@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from retina_fast.kernels import batched_nms, candidate_places, candidate_search, nms_blocks, nms_walk
+from retina_fast.kernels import batched_nms, candidate_places, candidate_search, nms_tiles, nms_walk
 from retina_fast.kernels import postprocess as module
 from retina_fast.kernels.postprocess import postprocess, postprocess_by_steps
 from tests.instruments import kernel_calls
@@ -25,10 +25,8 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(candidate_places, "_TILES", ((math.inf, 256, 64, 1),))
     for name in ("_FEWEST_GROUPS", "_MOST_GROUPS"):
         monkeypatch.setattr(nms_walk, name, 2)
-    for name, value in (("_BLOCK", 256), ("_COLUMNS", 128), ("_ROWS", 32), ("_SHARES", 1), ("_STRIPS_OF_CLASSES", 1)):
-        monkeypatch.setattr(nms_blocks, name, value)
-    for name, value in (("_MARKING", 4), ("_WRITING", 2), ("_GROUPS", 2)):
-        monkeypatch.setattr(nms_blocks, name, value)
+    for name, value in (("_TILE", 256), ("_PART", 128), ("_MANY", 10**9), ("_PROGRAMS", 2), ("_GROUPS", 2)):
+        monkeypatch.setattr(nms_tiles, name, value)
 
 
 def inputs(dtype=torch.float32, per_image=False):
@@ -56,7 +54,7 @@ def equal(ours, expected):
     assert not scores[padding].any()
 
 
-@pytest.mark.parametrize("walked", [10**9, 0], ids=["walks", "blocks"])
+@pytest.mark.parametrize("walked", [10**9, 0], ids=["walks", "tiles"])
 @pytest.mark.parametrize("topk", [10, 10**10])
 def test_kernels_match_the_reference(walked, topk, device, monkeypatch, few_programs):
     """All scores count, of which each level has more than topk; walks and blocks; few detections and many."""

@@ -72,8 +72,9 @@ class Access:
             self.count(self.machine.traffic_of(site), addresses, lanes, width)
 
     def load(
-        self, addresses: Array, mask: Array | None, site: int, width: int, n: int, strong: bool = False
-    ) -> list[Array]:
+        self, addresses: Array, mask: Array | None, site: int, width: int, n: int, strong: bool = False,
+        order: str = "relaxed",
+    ) -> list[Array]:  # fmt: skip
         """A strong load races with no atomic, as an atomic that changes nothing."""
         lanes = self._active(mask)
         out = [np.zeros(self.machine.count, f"u{width}") for _ in range(n)]
@@ -90,6 +91,7 @@ class Access:
                     self.check_read(target, width * n, site)
             if strong:
                 self.machine.scalars.check(site, lanes, addresses, out[0][lanes])
+                self._order(lanes, addresses, order)
             self._counted(addresses, lanes, width * n, site)
         return out
 
@@ -110,8 +112,9 @@ class Access:
         self._counted(addresses, lanes, total, site)
 
     def atomic(self, addresses: Array, values: list[Array], mask: Array | None, site: int, width: int, name: str,
-               wanted: bool) -> Array:  # fmt: skip
-        """The lanes take their turns in an order that the seed chooses; gives the old values if they are wanted."""
+               order: str, wanted: bool) -> Array:  # fmt: skip
+        """The lanes take their turns in an order that the seed chooses; gives the old values if they are wanted.
+        ``order`` is "relaxed", "acquire", "release" or "acq_rel"."""
         lanes = self._active(mask)
         old = np.zeros(self.machine.count, values[0].dtype)
         if not len(lanes):
@@ -131,9 +134,19 @@ class Access:
                     else:
                         view[i] = x if name == "exch" else REDUCTIONS[name](was, x)
             self._note_write(target, width, site, atomic=True)
-        order = np.sort(lanes)
-        self._counted(addresses[order], order, width, site)
+        self._order(lanes, addresses[lanes], order)
+        lanes = np.sort(lanes)
+        self._counted(addresses[lanes], lanes, width, site)
         return old
+
+    def _order(self, lanes: Array, addresses: Array, order: str) -> None:
+        """Notes what lanes pass on and see by accesses of this order."""
+        for lane, address in zip(lanes.tolist(), addresses.tolist(), strict=True) if order != "relaxed" else ():
+            warp = int(self.machine.warp[lane])
+            if order != "release":
+                self.machine.clocks.acquire(warp, address)
+            if order != "acquire":
+                self.machine.clocks.release(warp, int(self.machine.epoch[lane]), address)
 
     def _warps_and_epochs(self, target: _Target, granules: Array) -> tuple[Array, Array, Array]:
         def spread(x: Array) -> Array:
@@ -153,7 +166,7 @@ class Access:
 
     def _note_write(self, target: _Target, width: int, site: int, atomic: bool) -> Clashes:
         if target.buffer is not None:
-            target.buffer.shadow_of_writes(self.machine.warps_per_cta)
+            target.buffer.shadow_of_writes(self.machine.warps_per_cta, self.machine.clocks)
         granules = target.granules(width)
         shadow = self.shadow(target)
         assert shadow is not None

@@ -148,10 +148,13 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "batched_nms class-agnostic unaligned": partial(
         detection.batched_nms, by_class=False, best_first=True, count=400, iou_thresh=0.3, limit=40, shift=1
     ),
-    "batched_nms blocks": partial(
-        detection.batched_nms, by_class=True, best_first=False, count=700, limit=700, classes=5, small_blocks=True
+    "batched_nms tiles": partial(
+        detection.batched_nms, by_class=True, best_first=False, count=700, limit=700, classes=5, small_tiles=True
     ),
-    "batched_nms class-agnostic blocks": partial(
+    "batched_nms chain in tiles": partial(
+        detection.batched_nms, by_class=False, best_first=False, count=1500, limit=1500, small_tiles=True, chain=True
+    ),
+    "batched_nms class-agnostic tiles": partial(
         detection.batched_nms, by_class=False, best_first=True, count=700, limit=600, shift=1
     ),
     "box_decode bf16": partial(detection.box_decode, dtype=BF16),

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from retina_fast.kernels import batched_nms as batched_nms_module
-from retina_fast.kernels import candidate_list, nms_blocks
+from retina_fast.kernels import candidate_list, nms_tiles
 from retina_fast.kernels import key_sort as key_sort_module
 from retina_fast.kernels.anchor_matching import _anchor_matching_triton, anchor_matching_reference
 from retina_fast.kernels.atss_matching import _atss_matching_triton, atss_matching_reference
@@ -165,17 +165,20 @@ def key_sort(generator: Generator, width: int = 700, counted: bool = True) -> Ru
 
 def batched_nms(
     generator: Generator, by_class: bool, best_first: bool, count: int = 700, iou_thresh: float = 0.5,
-    limit: int = 300, shift: int = 0, classes: int = 91, small_blocks: bool = False,
+    limit: int = 300, shift: int = 0, classes: int = 91, small_tiles: bool = False, chain: bool = False,
 ) -> Run:  # fmt: skip
     """Clusters of boxes with few distinct scores, in three images of which one is empty. In the first, many pairs have
-    an IoU that is the threshold but for rounding. With `small_blocks` a class has several blocks."""
+    an IoU that is the threshold but for rounding. With `small_tiles` a class has several blocks."""
     which = torch.randint(0, max(count // 5, 1), (3, count, 1), generator=generator).expand(-1, -1, 2)
     corner = torch.rand(3, max(count // 5, 1), 2, generator=generator).gather(1, which) * 300
     corner = corner + torch.randn(3, count, 2, generator=generator) * 3
     boxes = torch.cat((corner, corner + 10 + torch.rand(3, count, 2, generator=generator) * 8), dim=2)
+    if chain:
+        corner = torch.stack((torch.arange(count) * 2.5, torch.zeros(count)), dim=1).expand(3, -1, -1)
+        boxes = torch.cat((corner, corner + 10), dim=2)
     scores: Tensor | None = torch.rand(3, count, generator=generator).mul(50).round() / 50
     labels = shifted(torch.randint(0, classes, (3, count), generator=generator), shift) if by_class else None
-    pairs = torch.arange(count // 3)
+    pairs = torch.arange(0 if chain else count // 3)
     boxes[0, pairs] = boxes_near(boxes[0, -len(pairs) :], iou_thresh).view(-1, 9, 4)[pairs, pairs % 9]
     if labels is not None:
         labels[0, pairs] = labels[0, -len(pairs) :].clone()
@@ -184,11 +187,11 @@ def batched_nms(
     arguments = shifted(boxes, shift), scores, labels, counts, iou_thresh, limit
     expected = batched_nms_reference(*arguments)
 
-    small = {"_BLOCK": 128, "_GROUPS": 4, "_MARKING": 64, "_WRITING": 32} if small_blocks else {}
-    walked = 0 if small_blocks else batched_nms_module._WALKED
+    small = {"_TILE": 128, "_GROUPS": 4, "_PROGRAMS": 24} if small_tiles else {}
+    walked = 0 if small_tiles else batched_nms_module._WALKED
 
     def run() -> Iterator[Comparison]:
-        with mock.patch.object(batched_nms_module, "_WALKED", walked), mock.patch.dict(vars(nms_blocks), small):
+        with mock.patch.object(batched_nms_module, "_WALKED", walked), mock.patch.dict(vars(nms_tiles), small):
             yield equal("kept boxes", _batched_nms_triton(*arguments), expected)
 
     return run

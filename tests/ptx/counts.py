@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from tests.ptx.cases import BF16, F32
-from tests.ptx.cases_detection import _anchor_matching_triton, _candidate_selection_triton
+from tests.ptx.cases_detection import _anchor_matching_triton, _batched_nms_triton, _candidate_selection_triton
 from tests.ptx.inputs import random_boxes
 from tests.ptx.launch import emulated
 from tests.ptx.traffic import Result
@@ -97,6 +97,14 @@ def anchor_matching() -> Count:
     return Count(4096, partial(_anchor_matching_triton, anchors, boxes, labels, torch.tensor([0, 32]), 0.5, 0.4, True))
 
 
+def batched_nms(overlapping: str, boxes: int = 1024) -> Count:
+    """Boxes of one class, of which none overlap, all, or each and the next, in random order."""
+    step = {"none": 20.0, "all": 0.0, "chain": 2.5}[overlapping]
+    corner = torch.stack((step * torch.randperm(boxes, generator=Generator().manual_seed(0)), torch.zeros(boxes)), 1)
+    given = torch.cat((corner, corner + 10), 1)[None], None, None, torch.tensor([boxes]), 0.5, boxes
+    return Count(boxes, partial(_batched_nms_triton, *given))
+
+
 COUNTS: dict[str, Callable[[], Count]] = {
     "focal_loss bf16 K=91 background tiles": partial(focal_loss, BF16, 0.0),
     "focal_loss bf16 K=91 mixed tiles": partial(focal_loss, BF16, 0.05),
@@ -115,6 +123,9 @@ COUNTS: dict[str, Callable[[], Count]] = {
     "candidate_selection bf16 none above": partial(candidate_selection, BF16, -20.0),
     "candidate_selection bf16 1% above": partial(candidate_selection, BF16, -7.0),
     "anchor_matching an anchor, 32 ground truths": anchor_matching,
+    "batched_nms a box, none overlapping": partial(batched_nms, "none"),
+    "batched_nms a box, all overlapping": partial(batched_nms, "all"),
+    "batched_nms a box, chain": partial(batched_nms, "chain"),
 }
 
 

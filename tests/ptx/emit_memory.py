@@ -62,13 +62,17 @@ def _load(w: Writer, i: Instruction) -> None:
         return
     address = address_of(w, i.operands[1], space)
     strong = any(part in STRONG for part in i.parts)
-    where = f"{address}, {w.mask}, {w.site(i)}, {width}, {len(names)}, {strong}"
+    where = f"{address}, {w.mask}, {w.site(i)}, {width}, {len(names)}, {strong}, '{_order_of(i)}'"
     loaded = w.temporary(f"X.{space}_memory.load({where})")
     for n, name in enumerate(names):
         if kind[0] in "ub":
             w.put(name, f"{loaded}[{n}]", f"u{width}")
         else:
             w.put(name, f"{loaded}[{n}].view({NUMPY.get(kind, kind).upper()})", kind)
+
+
+def _order_of(i: Instruction) -> str:
+    return next((part for part in i.parts if part in ("acquire", "release", "acq_rel")), "relaxed")
 
 
 @emits("st")
@@ -88,7 +92,7 @@ def _atomic(w: Writer, i: Instruction, to: str, operand: str, sources: list[str]
     wanted = to in w.read
     old = w.temporary(
         f"X.{space}_memory.atomic({address_of(w, operand, space)}, [{values}], {w.mask}, {w.site(i)}, {WIDTH[kind]}, "
-        f"'{name}', {wanted})"
+        f"'{name}', '{_order_of(i)}', {wanted})"
     )
     if wanted:
         w.put(to, old, kind)

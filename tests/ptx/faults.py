@@ -71,6 +71,15 @@ FAULTS = {
         "anchor_matching.py", "anchors.new_zeros(", "anchors.new_empty(", "anchor_matching",
         "never written",
     ),
+    "a tile decided on before all is compared": Planted(
+        "nms_tiles.py", "((checked < depth)", "((seen < depth)", "batched_nms chain in tiles", "kept boxes",
+    ),
+    "results not released": Planted(
+        "nms_tiles.py", 'count + 1, sem="release"', 'count + 1, sem="relaxed"', "batched_nms chain in tiles", "race on",
+    ),
+    "results not acquired": Planted(
+        "nms_tiles.py", '0, sem="acquire"', '0, sem="relaxed"', "batched_nms chain in tiles", "race on",
+    ),
     "a wrong rounding mode": Planted(
         "one_pass.py", "(tl.load(ptr).to(tl.float32) * factor).to(ptr.dtype.element_ty)",
         '(tl.load(ptr).to(tl.float32) * factor).to(ptr.dtype.element_ty, fp_downcast_rounding="rtz")', "one_pass bf16",

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from tests.ptx.accesses import GlobalMemory, LocalMemory, SharedMemory
+from tests.ptx.clocks import Clocks
 from tests.ptx.code import Code
 from tests.ptx.emit_memory import space_of
 from tests.ptx.matrices import AsyncCopies
@@ -63,6 +64,7 @@ class Machine:
         self.result = Result(self.program.name, int(np.prod(grid)), self.program.threads)
         self.global_memory, self.warps = GlobalMemory(self), Warps(self)
         self._grid, self._shared = grid, shared
+        self.clocks = Clocks(self.result.ctas, self.warps_per_cta)
         barriers = [block.number for block in self.program.blocks if block.barrier]
         self._barrier_numbers = {block: number for number, block in enumerate(barriers)}
         self._traffic: dict[int, Traffic] = {}
@@ -145,6 +147,8 @@ class Machine:
             latest = self.epoch.reshape(rows.shape).max(1, keepdims=True)
             self.epoch = np.where(rows, latest + 1, self.epoch.reshape(rows.shape)).ravel()
             self.result.barriers += int(rows.any(1).sum())
+            for first in np.nonzero(rows.any(1))[0] * self.program.threads:
+                self.clocks.meet((int(self.warp[first]) - 1) // self.warps_per_cta + 1)
             self.result.passed.add(self._barrier_numbers[number])
             if self.options.count:
                 self._count_block(self.program.blocks[number], mask)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.ptx.clocks import Clocks
 from tests.ptx.races import Shadow
 
 Array = Any
@@ -42,10 +43,10 @@ class Buffer:
     shadow: Shadow | None = None
     reads: list[tuple[Array, Array, Array]] = field(default_factory=list)
 
-    def shadow_of_writes(self, warps_per_cta: int) -> Shadow:
+    def shadow_of_writes(self, warps_per_cta: int, clocks: Clocks) -> Shadow:
         """The shadow, made at the first write: most buffers are only read."""
         if self.shadow is None:
-            self.shadow = Shadow(len(self.data) // self.granule + 1, warps_per_cta)
+            self.shadow = Shadow(len(self.data) // self.granule + 1, warps_per_cta, clocks)
             for read in self.reads:
                 self.shadow.read(*read)
             self.reads = []

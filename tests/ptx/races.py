@@ -1,13 +1,16 @@
 """Who last wrote and who read each piece of a memory, so that unordered accesses are seen.
 
 Two accesses of one byte race if at least one is a plain write and they come from different programs (CTAs), or from
-different warps of a program without a barrier between them. Atomics do not race with each other.
+different warps of a program without a barrier between them. Atomics do not race with each other, and what one program
+released and another acquired afterwards is in order (``clocks.py``).
 """
 
 import mmap
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from tests.ptx.clocks import Clocks
 
 Array = Any
 
@@ -38,11 +41,11 @@ class Shadow:
     """The last accesses to each granule of a memory.
 
     Warps are counted from 1 over all CTAs, and CTAs from 1; 0 is nobody. The epoch of an access is the number of
-    barriers that its CTA had passed.
+    barriers that its CTA had passed. Without clocks no two programs are in order.
     """
 
-    def __init__(self, size: int, warps_per_cta: int) -> None:
-        self.warps_per_cta = warps_per_cta
+    def __init__(self, size: int, warps_per_cta: int, clocks: Clocks | None = None) -> None:
+        self.warps_per_cta, self.clocks = warps_per_cta, clocks
         self.writer, self.write_epoch, self.atomic = _zeros(size, "i4"), _zeros(size, "i4"), _zeros(size, "?")
         self.site = _zeros(size, "i4")  # which instruction wrote last
         self.reader, self.reader_cta, self.read_epoch = _zeros(size, "i4"), _zeros(size, "i4"), _zeros(size, "i4")
@@ -54,12 +57,17 @@ class Shadow:
         writer = self.writer[index]
         unordered = (self._cta(writer) != self._cta(warp)) | (self.write_epoch[index] == epoch)
         clash = (writer > 0) & (writer != warp) & unordered
+        if self.clocks and clash.any():
+            clash[clash] = ~self.clocks.ordered(warp[clash], self._cta(writer[clash]), self.write_epoch[index[clash]])
         return clash & ~self.atomic[index] if atomic else clash
 
     def _other_reader(self, index: Array, warp: Array, epoch: Array) -> Array:
         reader, cta = self.reader[index], self.reader_cta[index]
         same_cta = cta == self._cta(warp)
         elsewhere = (reader == _SEVERAL_CTAS) | ((cta > 0) & ~same_cta)
+        if self.clocks and elsewhere.any():
+            ordered = self.clocks.ordered(warp[elsewhere], cta[elsewhere], self.read_epoch[index[elsewhere]])
+            elsewhere[elsewhere] = ~ordered | (reader[elsewhere] == _SEVERAL_CTAS)
         return elsewhere | (same_cta & (self.read_epoch[index] == epoch) & (reader != warp) & (reader != 0))
 
     def read(self, index: Array, warp: Array, epoch: Array) -> Array:

@@ -1,8 +1,9 @@
 """Which threads run next, and when a barrier lets them pass.
 
-In the usual order it is the first block of the program where any wait. With ``shuffle`` it is a random block and a
-random part of its warps. Also, at a few accesses by which programs communicate (volatile loads, atomics), or at the
-beginning, half of the warps are held until nobody else can go on. So whole programs run between the same access of two
+In the usual order it is the first block of the program where any wait; but every so often it is the one where some have
+waited longest, since a program may wait for another in a loop. With ``shuffle`` it is a random block and a random part
+of its warps. Also, at a few accesses by which programs communicate (volatile loads, atomics), or at the beginning, half
+of the warps are held until nobody else can go on, or for long. So whole programs run between the same access of two
 warps of one program, which turns taken at random would hardly ever give (Burckhardt et al., A Randomized Scheduler with
 Probabilistic Guarantees of Finding Bugs, 2010: few changes of priority, at random places, find most faults).
 
@@ -22,6 +23,8 @@ from tests.ptx.program import Block, Program
 
 Array = Any
 
+_PATIENCE, _LONG = 64, 4096  # steps until who has waited longest goes on, and until held warps do
+
 
 class Schedule:
     """The places of the threads of some programs that run at once.
@@ -36,6 +39,8 @@ class Schedule:
         self._program, self._random, self._shuffle = program, random, shuffle
         count = ctas * program.threads
         self._waiting: dict[int, Array] = {}  # of each block, the threads that are to run it next
+        self._since: dict[int, int] = {}  # of each such block, the step since when some wait there
+        self._steps = 0
         self._held = np.zeros(count, bool)
         self._held_at = self._some_accesses() if shuffle else set()
         self.arrive(0, np.ones(count, bool))
@@ -57,6 +62,8 @@ class Schedule:
         """These threads are to run a block next; -1 is the end."""
         if number == -1 or not mask.any():
             return
+        if number not in self._waiting:
+            self._since[number] = self._steps
         self._waiting[number] = self._waiting[number] | mask if number in self._waiting else mask
         if number in self._held_at:
             self._held |= mask & np.repeat(self._random.random(len(mask) // 32) < 0.5, 32)
@@ -69,7 +76,12 @@ class Schedule:
     def choose(self) -> tuple[Block, Array] | None:
         """The block to run next and for which threads; None where no thread can go on but behind a barrier."""
         numbers = sorted(self._waiting)
-        if self._shuffle:
+        self._steps += 1
+        if self._steps % _LONG == 0:
+            self._release()
+        if self._steps % _PATIENCE == 0:
+            numbers.sort(key=self._since.__getitem__)
+        elif self._shuffle:
             numbers = [numbers[n] for n in self._random.permutation(len(numbers))]
         for number in numbers:
             block, mask = self._program.blocks[number], self._waiting[number]
@@ -112,8 +124,12 @@ class Schedule:
         if (here & ~moved).any():
             self._refuse(int(np.argmax(here & ~moved)))
         if release:
-            warps = self._random.permutation(np.unique(np.nonzero(self._held)[0] // 32))
-            self._held.reshape(-1, 32)[warps[: self._random.choice([1, len(warps)])]] = False
+            self._release()
+
+    def _release(self) -> None:
+        """One of the held warps goes on, or all."""
+        warps = self._random.permutation(np.unique(np.nonzero(self._held)[0] // 32))
+        self._held.reshape(-1, 32)[warps[: self._random.choice([1, max(1, len(warps))])]] = False
 
     def _barriers(self) -> dict[tuple[int, ...], int]:
         """The barriers at which any threads wait, each by its blocks, and the number of threads that open it: without
