@@ -3,7 +3,8 @@
 A tile is decided once those before it are. Parts of its boxes are compared, by programs of their own, with what the
 tiles before have kept, in the order in which these are decided. Meanwhile each part writes, for its boxes, one bit for
 every better box of the tile: whether that one suppresses it. The last part to end decides on the tile. Who stays is
-computed for all of its boxes at once, from who stayed the round before, until nothing changes.
+computed for all of its boxes at once, from who stayed the round before, until nothing changes; or, if a chain of boxes
+is long of which each suppresses the next, box after box.
 
 Programs take the parts by numbers that they draw, and wait only for parts with lower numbers, which have been drawn
 before by programs that run: so nobody waits for a program that has not begun (Merrill and Garland 2016, Single-pass
@@ -25,7 +26,8 @@ from retina_fast.kernels.nms_walk import first_flagged, flags_pitch, new_flags
 _TILE = 512  # boxes that are decided together
 _PAIRS = 4096  # of a box of a part and a better one, in one go
 _PART, _PART_OF_MANY = 32, 128  # boxes of a tile that one program compares with better ones
-_MANY = 2**14  # boxes of all images together
+_MANY = 2**15  # boxes of all images together
+_ROUNDS = 6  # in which a tile is settled as a whole, before it is walked through
 _PROGRAMS = 256  # of all images together
 _GROUPS = 128  # of classes
 
@@ -64,6 +66,15 @@ def _load_boxes(boxes_ptr, labels_ptr, position, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _rank_of(ranks_ptr, i, mask):
+    """How many boxes of the image are better than the i-th; without ranks all are of one group."""
+    rank = i
+    if ranks_ptr is not None:
+        rank = tl.load(ranks_ptr + i, mask=mask, other=0)
+    return rank
+
+
+@triton.jit
 def _pack(chosen, TILE: tl.constexpr, WORD: tl.constexpr):
     """TILE booleans as bits of words."""
     bit = 1 << (tl.arange(0, TILE) % WORD)
@@ -96,7 +107,7 @@ def _compare(
     part, iou_thresh, above_thresh, SMALLER: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
     WORD: tl.constexpr,
 ):  # fmt: skip
-    """Which boxes of a part are suppressed by none that the tiles before it have kept."""
+    """Which boxes of a part are suppressed by none that the tiles before it have kept, and how many they are."""
     i = first + part * PART + tl.arange(0, PART)
     alive = i < end
     box = _load_boxes(boxes_ptr, labels_ptr, position_of(keys_ptr, i, alive), 1)
@@ -125,57 +136,76 @@ def _compare(
                 TILE, PART, ROWS, WORD,
             )  # fmt: skip
             written = 1
-    return alive & (left > 0)
+    return alive & (left > 0), left
+
+
+@triton.jit
+def _walk(bits, bits_ptr, alive, TILE: tl.constexpr, WORD: tl.constexpr):
+    """Which boxes of a tile stay, however long the chains are: word after word, and in a word box after box."""
+    t, words = tl.arange(0, TILE), tl.arange(0, TILE // WORD)
+    staying = tl.zeros([TILE // WORD], tl.int32)
+    for word in range(TILE // WORD):
+        free = alive & (tl.reduce_or(bits & staying[None, :], axis=1) == 0) & (t // WORD == word)
+        free = tl.sum(tl.where(free, 1 << (t % WORD), 0), axis=0)
+        stays = free * 0
+        for n in tl.static_range(WORD):
+            is_free = (free >> n) & 1
+            own = tl.load(bits_ptr + (word * WORD + n) * (TILE // WORD) + word, mask=is_free == 1, other=0)
+            stays |= tl.where((own & stays) == 0, is_free << n, 0)
+        staying = tl.where(words == word, stays, staying)
+    return alive & (tl.reduce_or(bits & staying[None, :], axis=1) == 0)
 
 
 @triton.jit
 def _decide(
-    boxes_ptr, labels_ptr, keys_ptr, ranks_ptr, alive_ptr, bits_ptr, kept_ptr, kept_labels_ptr, flags_ptr, first, end,
-    TILE: tl.constexpr, WORD: tl.constexpr,
+    boxes_ptr, labels_ptr, keys_ptr, ranks_ptr, bits_ptr, kept_ptr, kept_labels_ptr, flags_ptr, first, end,
+    TILE: tl.constexpr, WORD: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the boxes that a tile keeps, and the flags of all; returns how many it keeps."""
+    """Writes the boxes that a tile keeps, and leaves flags to them alone; returns how many they are."""
     t, words = tl.arange(0, TILE), tl.arange(0, TILE // WORD)
     i = first + t
     inside = i < end
-    alive = tl.load(alive_ptr + i, mask=inside, other=0) != 0
-    bits_ptr += i.to(tl.int64)[:, None] * (TILE // WORD) + words[None, :]
-    bits = tl.load(bits_ptr, mask=alive[:, None] & (words[None, :] * WORD <= t[:, None]), other=0)
+    flags_ptr += _rank_of(ranks_ptr, i, inside)
+    alive = tl.load(flags_ptr, mask=inside, other=0) != 0
+    bits_ptr += first.to(tl.int64) * (TILE // WORD)
+    ptr = bits_ptr + t[:, None] * (TILE // WORD) + words[None, :]
+    bits = tl.load(ptr, mask=alive[:, None] & (words[None, :] * WORD <= t[:, None]), other=0)
     chosen = alive
     staying = _pack(chosen, TILE, WORD)
-    changed = 1
-    while changed > 0:  # after n rounds the first n boxes are decided; a few rounds mostly decide all
+    changed, left = 1, ROUNDS
+    while (changed > 0) & (left > 0):  # after n rounds the first n boxes are decided; a few rounds mostly decide all
         chosen = alive & (tl.reduce_or(bits & staying[None, :], axis=1) == 0)
         stays = _pack(chosen, TILE, WORD)
         changed = tl.sum((stays != staying).to(tl.int32), axis=0)
         staying = stays
+        left -= 1
+    if changed > 0:
+        chosen = _walk(bits, bits_ptr, alive, TILE, WORD)
     slots = first + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     position = position_of(keys_ptr, i, inside)
     for side in tl.static_range(4):
         tl.store(kept_ptr + slots * 4 + side, tl.load(boxes_ptr + position * 4 + side), mask=chosen)
     if labels_ptr is not None:
         tl.store(kept_labels_ptr + slots, tl.load(labels_ptr + position), mask=chosen)
-    rank = i
-    if ranks_ptr is not None:
-        rank = tl.load(ranks_ptr + i, mask=inside, other=0)
-    tl.store(flags_ptr + rank, chosen.to(tl.int8), mask=inside)
+    tl.store(flags_ptr, chosen.to(tl.int8), mask=inside)
     return tl.sum(chosen.to(tl.int32), axis=0)
 
 
 @triton.jit(do_not_specialize=["width", "max_kept", "states", "turns"])
 def _tiles_kernel(
-    boxes_ptr, labels_ptr, keys_ptr, ranks_ptr, counts_ptr, starts_ptr, turns_ptr, progress_ptr, bits_ptr, alive_ptr,
-    kept_ptr, kept_labels_ptr, flags_ptr, width, max_kept, states, turns, iou_thresh, above_thresh,
-    SMALLER: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, WORD: tl.constexpr,
-    GROUPS: tl.constexpr,
+    boxes_ptr, labels_ptr, keys_ptr, ranks_ptr, counts_ptr, starts_ptr, turns_ptr, progress_ptr, bits_ptr, kept_ptr,
+    kept_labels_ptr, flags_ptr, width, max_kept, states, turns, iou_thresh, above_thresh, SMALLER: tl.constexpr,
+    TILE: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, WORD: tl.constexpr, GROUPS: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """The programs (., b) take the parts of the tiles of image b, and set the flags of the boxes that are kept.
 
     Of an image, progress has the number of parts that have been taken; then for each tile one more than the number of
-    boxes it has kept, once that is decided; then for each tile how many parts have ended."""
+    boxes it has kept, once that is decided; then for each tile how many parts have ended, and how many boxes they have
+    left, times twice TILE."""
     image = tl.program_id(1).to(tl.int64)
     boxes_ptr += image * width * 4
     kept_ptr += image * width * 4
-    alive_ptr += image * width
     flags_ptr += image * flags_pitch(width)
     bits_ptr += image * width * (TILE // WORD)
     progress_ptr += image * (1 + 2 * states)
@@ -199,26 +229,24 @@ def _tiles_kernel(
         end = tl.minimum(end, first + TILE)
         state_ptr = progress_ptr + 1 + number - depth
         if first + part * PART < end:
-            alive = _compare(
+            alive, left = _compare(
                 boxes_ptr, labels_ptr, keys_ptr, bits_ptr, kept_ptr, kept_labels_ptr, state_ptr, max_kept, depth, start,
                 first, end, part, iou_thresh, above_thresh, SMALLER, TILE, PART, ROWS, WORD,
             )  # fmt: skip
             i = first + part * PART + tl.arange(0, PART)
-            tl.store(alive_ptr + i, alive.to(tl.int8), mask=i < end)
+            tl.store(flags_ptr + _rank_of(ranks_ptr, i, i < end), alive.to(tl.int8), mask=i < end)
             tl.debug_barrier()  # what all threads have written is to be seen by whom the next number is told
-            ended = tl.atomic_add(state_ptr + depth + states, 1, sem="acq_rel")
-            if ended == tl.cdiv(end - first, PART) - 1:
-                count = _decide(
-                    boxes_ptr, labels_ptr, keys_ptr, ranks_ptr, alive_ptr, bits_ptr, kept_ptr, kept_labels_ptr,
-                    flags_ptr, first, end, TILE, WORD,
-                )  # fmt: skip
+            ended = tl.atomic_add(state_ptr + depth + states, 1 + left * (2 * TILE), sem="acq_rel")
+            if ended % (2 * TILE) == tl.cdiv(end - first, PART) - 1:
+                count = 0
+                if left + ended // (2 * TILE) > 0:
+                    count = _decide(
+                        boxes_ptr, labels_ptr, keys_ptr, ranks_ptr, bits_ptr, kept_ptr, kept_labels_ptr, flags_ptr,
+                        first, end, TILE, WORD, ROUNDS,
+                    )  # fmt: skip
                 tl.debug_barrier()
                 tl.atomic_xchg(state_ptr + depth, count + 1, sem="release")
         item = tl.atomic_add(progress_ptr, 1, sem="relaxed")
-
-
-def _groups_of(labels: Tensor | None) -> int:
-    return 1 if labels is None else _GROUPS
 
 
 def tile_progress(width: int, by_class: bool) -> int:
@@ -249,15 +277,15 @@ def suppress_by_tiles(
         order, ranks, starts, turns = deal(labels, keys, counts, groups, _TILE)
     states = triton.cdiv(width, _TILE) + groups
     bits = boxes.new_empty(batch, width, _TILE // WORD.value, dtype=torch.int32)
-    alive, flags = boxes.new_empty(batch, width, dtype=torch.int8), new_flags(boxes)
+    flags = new_flags(boxes)
     kept, kept_labels = torch.empty_like(boxes), None if labels is None else torch.empty_like(labels)
     part = _PART if batch * width <= _MANY else _PART_OF_MANY
     parts = (states if groups > 1 else states - 1) * (_TILE // part)
     with torch.cuda.device_of(boxes):
         _tiles_kernel[(min(parts, max(1, _PROGRAMS // max(1, batch))), batch)](
-            boxes, labels, order, ranks, counts, starts, turns, progress, bits, alive, kept, kept_labels, flags, width,
+            boxes, labels, order, ranks, counts, starts, turns, progress, bits, kept, kept_labels, flags, width,
             min(max_detections, width), states, 0 if turns is None else turns.shape[1] - 1, *thresholds,
-            SMALLER=smaller, TILE=_TILE, PART=part, ROWS=_PAIRS // part, WORD=WORD.value, GROUPS=groups, num_warps=16,
-            enable_fp_fusion=False,
+            SMALLER=smaller, TILE=_TILE, PART=part, ROWS=_PAIRS // part, WORD=WORD.value, GROUPS=groups,
+            ROUNDS=_ROUNDS, num_warps=16, enable_fp_fusion=False,
         )  # fmt: skip
     return first_flagged(flags, keys, counts, width, max_detections)

@@ -236,11 +236,15 @@ def _tiles(launch: Launch, row: Row, scene: Scene) -> Work:
     another; and all parts together take at least their time divided by the programs that run at once."""
     _, batch = launch.grid
     tile, part, rows = (launch.kwargs[name] for name in ("TILE", "PART", "ROWS"))
-    item, poll, turn, bits, settle = row.loops
-    begin = row.through[0] - item  # before the first part
-    compare, decide = row.through[1] - begin, row.through[4] - row.through[1] + (scene.rounds - 1) * settle
+    item, poll, turn, bits, settle, word = row.loops
+    begin, rounds = row.through[0] - item, min(scene.rounds, launch.kwargs["ROUNDS"])  # before the first part
+    compare, decide = row.through[1] - begin, row.through[4] - row.through[1] + (rounds - 1) * settle
     groups, tiles = math.ceil(scene.candidates / scene.members), math.ceil(scene.members / tile)
     alive = min(tiles, scene.kept)  # tiles of a group that keep boxes
+    decide_time = ALONE * decide + 3 * L2 + (2 + 2 * rounds) * REDUCTION
+    if rounds < scene.rounds:  # word after word
+        decide += tile // 32 * word
+        decide_time += tile // 32 * (ALONE * word + L2 + 3 * REDUCTION)
     parts, turns = math.ceil(scene.members / part) / tiles, math.ceil(scene.kept / alive / rows)
     turn_time, bits_time = (ALONE * each + L2 + REDUCTION for each in (turn, bits))
     check, check_time = _CHECK, ALONE * _CHECK + 2 * REDUCTION
@@ -254,15 +258,14 @@ def _tiles(launch: Launch, row: Row, scene: Scene) -> Work:
         if depth < alive:  # the bits: of the first part one turn, of the last all
             of_part += bits * (1 + parts * part / rows) / 2
             part_time += bits_time * (1 + parts * part / rows) / 2
-        instructions += parts * of_part + decide
-        time += parts * part_time
-    decide_time = ALONE * decide + 3 * L2 + (2 + 2 * scene.rounds) * REDUCTION
+        instructions += parts * of_part + (decide if depth < alive else 0)
+        time += parts * part_time + (decide_time if depth < alive else 0)
     told = 5 * L2 + 3 * REDUCTION  # a part has ended, the last one knows; a tile is decided, those who wait know
     first = ALONE * (begin + compare) + 5 * L2 + DRAM + 4 * REDUCTION + tile / rows * bits_time + told + decide_time
     chain = first + (alive - 1) * (turns * turn_time + check_time + told + decide_time)
     shared_out = batch * groups * time / (SMS * held(row.registers, row.warps, row.shared))
     size = batch * scene.candidates * (50 + 128 * alive / tiles)
-    longest = max(chain, shared_out + decide_time)
+    longest = max(chain, shared_out)
     return Work(size, batch * groups * instructions, 0, longest, 0)
 
 

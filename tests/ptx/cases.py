@@ -154,6 +154,9 @@ CASES: dict[str, Callable[[Generator], Run]] = {
     "batched_nms chain in tiles": partial(
         detection.batched_nms, by_class=False, best_first=False, count=1500, limit=1500, small_tiles=True, chain=True
     ),
+    "batched_nms chain best first in tiles": partial(
+        detection.batched_nms, by_class=False, best_first=True, count=600, limit=600, small_tiles=True, chain=True
+    ),
     "batched_nms class-agnostic tiles": partial(
         detection.batched_nms, by_class=False, best_first=True, count=700, limit=600, shift=1
     ),
