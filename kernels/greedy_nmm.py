@@ -200,7 +200,7 @@ def _op(
     match_threshold: float,
     max_detections: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of Merged, of float32 boxes. The number of launches depends on M alone."""
+    """The fields of Merged, of float32 boxes. The number of launches depends on M, and on whether there are labels."""
     batch, width = boxes.shape[:2]
     empty = _empty(boxes, max_detections)
     if not batch or not width or not max_detections:

@@ -23,12 +23,12 @@ from retina_fast.kernels.nms_deal import deal
 from retina_fast.kernels.nms_overlap import WORD, before, count_of, overlap, position_of
 from retina_fast.kernels.nms_walk import first_flagged, flags_pitch, new_flags
 
-_TILE = 512  # boxes that are decided together
-_PAIRS = 4096  # of a box of a part and a better one, in one go
+_TILE = 512  # boxes that are decided together, a multiple of 32
+_PAIRS = 4096  # of a box of a part and a better one, in one go; at least 32 for each box of a part
 _PART, _PART_OF_MANY = 32, 128  # boxes of a tile that one program compares with better ones
 _MANY = 2**15  # boxes of all images together
 _ROUNDS = 6  # in which a tile is settled as a whole, before it is walked through
-_PROGRAMS = 256  # of all images together
+_PROGRAMS = 256  # of all images together; an H200 runs 132 of them at once
 _GROUPS = 128  # of classes
 
 
@@ -43,7 +43,7 @@ def _tile_of(turns_ptr, starts_ptr, counts_ptr, image, width, tile, TILE: tl.con
         turn = tl.load(turns_ptr + 1 + tile)
         group, depth = turn % GROUPS, turn // GROUPS
         start, end = tl.load(starts_ptr + group), tl.load(starts_ptr + group + 1)
-        number = start // TILE + group + depth
+        number = start // TILE + group + depth  # a group has at most one tile more than whole ones in this count
     return depth, start, end, number
 
 
@@ -107,14 +107,18 @@ def _compare(
     part, iou_thresh, above_thresh, SMALLER: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
     WORD: tl.constexpr,
 ):  # fmt: skip
-    """Which boxes of a part are suppressed by none that the tiles before it have kept, and how many they are."""
+    """Which boxes of a part are suppressed by none that the tiles before it have kept, and how many they are: none,
+    once max_kept boxes of the group are kept.
+
+    A state is one more than the number of boxes that a tile has kept, and 0 until it is decided. The loop also comes to
+    the state of the part's own tile, where it waits for nobody and writes the bits at the latest."""
     i = first + part * PART + tl.arange(0, PART)
     alive = i < end
     box = _load_boxes(boxes_ptr, labels_ptr, position_of(keys_ptr, i, alive), 1)
     most = tl.full([PART, ROWS], -1.0, tl.float32)
     left, kept, seen, checked, written = 1, 0, 0, 0, 0
     while (left > 0) & ((checked < depth) | (written == 0)):
-        # By a load each warp might see another number. The part's own tile is not decided.
+        # By a load each warp might see another number.
         count = tl.atomic_add(state_ptr + seen, 0, sem="acquire") - 1
         if count >= 0:
             into = start + seen * TILE
@@ -169,7 +173,8 @@ def _decide(
     alive = tl.load(flags_ptr, mask=inside, other=0) != 0
     bits_ptr += first.to(tl.int64) * (TILE // WORD)
     ptr = bits_ptr + t[:, None] * (TILE // WORD) + words[None, :]
-    bits = tl.load(ptr, mask=alive[:, None] & (words[None, :] * WORD <= t[:, None]), other=0)
+    written = alive[:, None] & (words[None, :] * WORD <= t[:, None])
+    bits = tl.load(ptr, mask=written, other=0)
     chosen = alive
     staying = _pack(chosen, TILE, WORD)
     changed, left = 1, ROUNDS
@@ -227,7 +232,7 @@ def _tiles_kernel(
         depth, start, end, number = _tile_of(turns_ptr, starts_ptr, counts_ptr, image, width, tile, TILE, GROUPS)
         first = start + depth * TILE
         end = tl.minimum(end, first + TILE)
-        state_ptr = progress_ptr + 1 + number - depth
+        state_ptr = progress_ptr + 1 + number - depth  # of the first tile of the group
         if first + part * PART < end:
             alive, left = _compare(
                 boxes_ptr, labels_ptr, keys_ptr, bits_ptr, kept_ptr, kept_labels_ptr, state_ptr, max_kept, depth, start,

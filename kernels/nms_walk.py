@@ -14,7 +14,7 @@ from retina_fast.kernels.nms_overlap import WORD, before, count_of, load_box, ov
 _PROGRAMS = 512  # of all images together, as far as that leaves an image no fewer and no more groups than these
 _FEWEST_GROUPS, _MOST_GROUPS = 16, 128
 _SCAN = 512  # boxes whose class a program looks at in one go
-_FLAGS, _READ = 1024, 2048  # flags whose boxes a program writes, and words of four that it reads in one go
+_FLAGS, _READ = 1024, 4096  # flags whose boxes a program writes, and words of four that it reads in one go
 _DONE = 2**22  # more than a walk has boxes
 _LANES = 32  # kept boxes that a tile is compared with in one go
 
@@ -139,30 +139,33 @@ def _first_kernel(
     SCAN: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     """Program (t, b) writes the positions of the flagged boxes among SCAN boxes of image b to their places in the
-    result, as far as it holds them, and the zeros of SCAN places behind the last. It adds up all flags by itself, four
-    of them in a word.
+    result, as far as it holds them, and the zeros of SCAN places behind the last. It adds up the flags by itself, four
+    of them in a word, until they are more than the result holds.
 
     No flag before the last box of the result is left unset: a program that ended early had kept max_detections by then.
     What is added up behind it makes no difference, whatever it is.
     """
     first = tl.program_id(0) * SCAN
     image = tl.program_id(1).to(tl.int64)
-    count = count_of(counts_ptr, image, width)
+    count = tl.maximum(count_of(counts_ptr, image, width), 0)
     flags_ptr += image * flags_pitch(width)
     words_ptr += image * (flags_pitch(width) // 4)
     positions_ptr += image * max_detections
     if keys_ptr is not None:
         keys_ptr += image * width
-    rest = count // 4 * 4 + tl.arange(0, 4)
-    kept = tl.sum(tl.load(flags_ptr + rest, mask=rest < count, other=0).to(tl.int32) & 1, axis=0)
-    whole, earlier = tl.zeros([READ], tl.int32), tl.zeros([READ], tl.int32)
-    for start in range(0, count // 4, READ):
+    earlier = tl.zeros([READ], tl.int32)
+    # How many there are in all is asked by those who write zeros, or the number.
+    start, kept, words = 0, 0, tl.where(first < max_detections, count, tl.minimum(first, count)) // 4
+    while (start < words) & (kept < max_detections):
         word = start + tl.arange(0, READ)
-        flags = tl.load(words_ptr + word, mask=word < count // 4, other=0) & 0x01010101
+        flags = tl.load(words_ptr + word, mask=word < words, other=0) & 0x01010101
         flagged = (flags * 0x01010101) >> 24  # the sum of the four bytes
-        whole += flagged
+        kept += tl.sum(flagged, axis=0)
         earlier += tl.where(word < first // 4, flagged, 0)
-    kept = tl.minimum(kept + tl.sum(whole, axis=0), max_detections)
+        start += READ
+    rest = count // 4 * 4 + tl.arange(0, 4)
+    kept += tl.sum(tl.load(flags_ptr + rest, mask=rest < count, other=0).to(tl.int32) & 1, axis=0)
+    kept = tl.minimum(kept, max_detections)
     i = first + tl.arange(0, SCAN)
     own = tl.load(flags_ptr + i, mask=i < count, other=0).to(tl.int32) & 1
     slots = tl.sum(earlier, axis=0) + tl.cumsum(own, axis=0) - 1
@@ -175,7 +178,7 @@ def _first_kernel(
 
 def new_flags(boxes: Tensor) -> Tensor:
     """One int8 for each of the boxes (B, M, 4), and then for none up to a multiple of 16."""
-    return boxes.new_empty(len(boxes), max(1, triton.cdiv(boxes.shape[1], 16)) * 16, dtype=torch.int8)
+    return boxes.new_empty(len(boxes), triton.cdiv(boxes.shape[1], 16) * 16 or 16, dtype=torch.int8)
 
 
 def progress_blocks(width: int) -> int:
@@ -218,7 +221,7 @@ def first_flagged(
     with torch.cuda.device_of(flags):
         _first_kernel[(triton.cdiv(max(1, width, max_detections), _FLAGS), batch)](
             flags, flags.view(torch.int32), keys, counts, positions, kept_counts, width, max_detections, SCAN=_FLAGS,
-            READ=_READ, num_warps=8, enable_fp_fusion=False,
+            READ=_READ, num_warps=16, enable_fp_fusion=False,
         )  # fmt: skip
     return positions, kept_counts
 

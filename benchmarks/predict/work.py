@@ -270,12 +270,13 @@ def _tiles(launch: Launch, row: Row, scene: Scene) -> Work:
 
 
 def _first(launch: Launch, row: Row, scene: Scene) -> Work:
-    """Every program reads all flags, which lie in the L2 after the first, and writes what its own stand for."""
+    """Every program reads the flags, which lie in the L2 after the first, and writes what its own stand for."""
     (programs, batch), read = launch.grid, launch.kwargs["READ"]
     turns = math.ceil(scene.candidates / 4 / read)
     path = row.path + (turns - 1) * row.loops[0]
     size = batch * scene.candidates * (1 + 8 + 8)
-    return Work(size, programs * batch * path, 0, ALONE * path + (turns + 2) * L2 + 3 * REDUCTION)
+    waits = (turns + 2) * L2 + (turns + 3) * REDUCTION
+    return Work(size, programs * batch * path, 0, ALONE * path + waits)
 
 
 def _write_kept(launch: Launch, row: Row, scene: Scene) -> Work:

@@ -57,7 +57,7 @@ def equal(ours, expected):
 @pytest.mark.parametrize("walked", [10**9, 0], ids=["walks", "tiles"])
 @pytest.mark.parametrize("topk", [10, 10**10])
 def test_kernels_match_the_reference(walked, topk, device, monkeypatch, few_programs):
-    """All scores count, of which each level has more than topk; walks and blocks; few detections and many."""
+    """All scores count, of which each level has more than topk; walks and tiles; few detections and many."""
     monkeypatch.setattr(batched_nms, "_WALKED", walked)
     for dtype, per_image, most in ((torch.float32, False, 7), (torch.bfloat16, True, 10**6)):
         logits, deltas, anchors = inputs(dtype, per_image)

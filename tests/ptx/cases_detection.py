@@ -168,7 +168,8 @@ def batched_nms(
     limit: int = 300, shift: int = 0, classes: int = 91, small_tiles: bool = False, chain: bool = False,
 ) -> Run:  # fmt: skip
     """Clusters of boxes with few distinct scores, in three images of which one is empty. In the first, many pairs have
-    an IoU that is the threshold but for rounding. With `small_tiles` a class has several blocks."""
+    an IoU that is the threshold but for rounding. With `small_tiles` a class has several tiles. With `chain` each box
+    of an image overlaps with the next, and none with the one after."""
     which = torch.randint(0, max(count // 5, 1), (3, count, 1), generator=generator).expand(-1, -1, 2)
     corner = torch.rand(3, max(count // 5, 1), 2, generator=generator).gather(1, which) * 300
     corner = corner + torch.randn(3, count, 2, generator=generator) * 3

@@ -3,7 +3,8 @@
 A program releases what it has written by an atomic with that semantics, and whoever acquires by an atomic at the same
 address afterwards sees it. What a program wrote is counted by the barriers it had passed: by one thread's release the
 writes before the last barrier are passed on, of all threads, and by one thread's acquire they are seen by its own warp
-at once and by the others behind their next barrier.
+at once and by the others behind their next barrier. That lanes of one warp must meet to see what another of them has
+acquired is left out.
 """
 
 from typing import Any

@@ -72,6 +72,8 @@ def _load(w: Writer, i: Instruction) -> None:
 
 
 def _order_of(i: Instruction) -> str:
+    if "cta" in i.parts:  # it orders nothing for other programs
+        return "relaxed"
     return next((part for part in i.parts if part in ("acquire", "release", "acq_rel")), "relaxed")
 
 

@@ -77,6 +77,14 @@ FAULTS = {
     "results not released": Planted(
         "nms_tiles.py", 'count + 1, sem="release"', 'count + 1, sem="relaxed"', "batched_nms chain in tiles", "race on",
     ),
+    "the work of other parts not acquired": Planted(
+        "nms_tiles.py", 'left * (2 * TILE), sem="acq_rel"', 'left * (2 * TILE), sem="release"',
+        "batched_nms chain in tiles", "race on",
+    ),
+    "the work of a part not released": Planted(
+        "nms_tiles.py", 'left * (2 * TILE), sem="acq_rel"', 'left * (2 * TILE), sem="acquire"',
+        "batched_nms chain in tiles", "race on",
+    ),
     "results not acquired": Planted(
         "nms_tiles.py", '0, sem="acquire"', '0, sem="relaxed"', "batched_nms chain in tiles", "race on",
     ),

@@ -2,7 +2,8 @@
 
 Two accesses of one byte race if at least one is a plain write and they come from different programs (CTAs), or from
 different warps of a program without a barrier between them. Atomics do not race with each other, and what one program
-released and another acquired afterwards is in order (``clocks.py``).
+released and another acquired afterwards is in order (``clocks.py``). Of several atomics at one place the last is
+remembered, and a barrier of part of a program's threads is taken for one of all.
 """
 
 import mmap

@@ -165,39 +165,42 @@ def test_other_barriers_are_not_known(barrier):
 
 @triton.jit
 def _hand_on(values, told, drawn, out, BLOCK: tl.constexpr, RELEASE: tl.constexpr, ACQUIRE: tl.constexpr,
-             BARRIER: tl.constexpr):  # fmt: skip
+             BARRIER: tl.constexpr, SCOPE: tl.constexpr):  # fmt: skip
     """The program that draws n waits for the one that drew n - 1, adds one to its values, and tells the next."""
     i = tl.arange(0, BLOCK)
     n = tl.atomic_add(drawn, 1, sem="relaxed")
-    while tl.atomic_max(told, 0, sem=ACQUIRE) < n:
+    while tl.atomic_max(told, 0, sem=ACQUIRE, scope=SCOPE) < n:
         pass
     number = tl.load(values + n * BLOCK + BLOCK - 1 - i)  # of another thread's
     tl.store(values + (n + 1) * BLOCK + i, number + 1)
     if BARRIER:
         tl.debug_barrier()
-    tl.atomic_xchg(told, n + 1, sem=RELEASE)
+    tl.atomic_xchg(told, n + 1, sem=RELEASE, scope=SCOPE)
     tl.store(out + n, n)
 
 
 @pytest.mark.parametrize("order", [{}, {"together": 2}, *({"seed": seed, "shuffle": True} for seed in range(1, 7))])
 @pytest.mark.parametrize(
-    ("release", "acquire", "barrier", "race"),
+    ("release", "acquire", "scope", "barrier", "race"),
     [
-        ("release", "acquire", True, False),
-        ("acq_rel", "acq_rel", True, False),
-        ("relaxed", "acquire", True, True),
-        ("release", "relaxed", True, True),
-        ("release", "acquire", False, True),
+        ("release", "acquire", "gpu", True, False),
+        ("acq_rel", "acq_rel", "gpu", True, False),
+        ("relaxed", "acquire", "gpu", True, True),
+        ("release", "relaxed", "gpu", True, True),
+        ("release", "acquire", "gpu", False, True),
+        ("release", "acquire", "cta", True, True),
     ],
 )
-def test_programs_that_wait_for_each_other(release, acquire, barrier, race, order):
-    """Values are handed on if whoever wrote them releases them, behind a barrier, and whoever reads acquires them."""
+def test_programs_that_wait_for_each_other(release, acquire, scope, barrier, race, order):
+    """Values are handed on if whoever wrote them releases them, behind a barrier, and whoever reads acquires them, both
+    in the scope of the GPU."""
     values, told, drawn = torch.zeros(7, 64), *torch.zeros(2, 1, dtype=torch.int32)
     with emulated(**order), pytest.raises(Fault, match="race on float32") if race else contextlib.nullcontext():
         out = torch.empty(6, dtype=torch.int32)
         _hand_on[(6,)](
-            values, told, drawn, out, BLOCK=64, RELEASE=release, ACQUIRE=acquire, BARRIER=barrier, num_warps=2
-        )
+            values, told, drawn, out, BLOCK=64, RELEASE=release, ACQUIRE=acquire, BARRIER=barrier, SCOPE=scope,
+            num_warps=2,
+        )  # fmt: skip
     if not race:
         assert values[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
 
