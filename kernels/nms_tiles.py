@@ -107,8 +107,8 @@ def _compare(
     part, iou_thresh, above_thresh, SMALLER: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
     WORD: tl.constexpr,
 ):  # fmt: skip
-    """Which boxes of a part are suppressed by none that the tiles before it have kept, and how many they are: none,
-    once max_kept boxes of the group are kept.
+    """Which boxes of a part are suppressed by none that the tiles before it have kept, and a number above 0 if there
+    are any: there is none once max_kept boxes of the group are kept.
 
     A state is one more than the number of boxes that a tile has kept, and 0 until it is decided. The loop also comes to
     the state of the part's own tile, where it waits for nobody and writes the bits at the latest."""
@@ -206,8 +206,8 @@ def _tiles_kernel(
     """The programs (., b) take the parts of the tiles of image b, and set the flags of the boxes that are kept.
 
     Of an image, progress has the number of parts that have been taken; then for each tile one more than the number of
-    boxes it has kept, once that is decided; then for each tile how many parts have ended, and how many boxes they have
-    left, times twice TILE."""
+    boxes it has kept, once that is decided; then for each tile how many parts have ended, plus twice TILE and more if
+    any of them has boxes left."""
     image = tl.program_id(1).to(tl.int64)
     boxes_ptr += image * width * 4
     kept_ptr += image * width * 4
