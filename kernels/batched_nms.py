@@ -157,7 +157,7 @@ def _batched_nms_triton(
             _score_keys_kernel[(max(1, triton.cdiv(width, _TILE)), batch)](
                 scores.contiguous(), keys, counts, lengths, progress, width, zeros, TILE=_TILE, enable_fp_fusion=False
             )
-            # Of a long row torch.sort takes half as long if no position is in the keys.
+            # torch.sort goes half as often over a long row if no position is in the keys.
             keys = sort_keys(keys, lengths) if short else keys.sort(dim=1, descending=True, stable=True).indices.int()
             counts = lengths
         suppress = suppress_by_walks if walked else suppress_by_tiles

@@ -1,8 +1,8 @@
 """The boxes of an image dealt out by class, best first within each: a counting sort that keeps the order.
 
 Classes with the same low bits share a group. One launch counts the boxes of each group in tiles of 512, a second adds
-up what comes before a tile and writes each of its boxes to its place. So suppression need not compare boxes of
-different groups, nor learn on the host how large a class is.
+up what comes before a tile and writes each of its boxes to its place, and in which turn the groups' own tiles are to be
+decided. So suppression need not compare boxes of different groups, nor learn on the host how large a class is.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from retina_fast.kernels.dispatch import tl, triton
 from retina_fast.kernels.nms_overlap import count_of, position_of
 
 _TILE = 512  # boxes that a program deals out
-_CHUNK = 32  # tiles that it adds up in one go, and boxes that it compares with its own
+_CHUNK = 32  # tiles whose sizes it adds up in one go
 
 
 class Dealt(NamedTuple):
@@ -27,8 +27,8 @@ class Dealt(NamedTuple):
     starts: Tensor
     """(B, G + 1) int32: where each group begins, and where the last ends."""
     turns: Tensor
-    """(B, 1 + T) int32: how many tiles of boxes of one group there are, and for each its group plus G times how many
-    tiles of the group come before it. First come the first tiles of all groups, then the second ones."""
+    """(B, M / decided + G) int32: how many tiles of boxes of one group there are, and for each its group plus G times
+    how many tiles of the group come before it. First come the first tiles of all groups, then the second ones."""
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -76,12 +76,11 @@ def _deal_kernel(
     own = tl.load(sizes_ptr + tile * GROUPS + group)
     # The place of the tile's first box of each group, less those of lower groups in the tile.
     tl.store(places_ptr + group, start + before - (tl.cumsum(own, axis=0) - own))
+    turns_ptr += image * turns
+    decided = tl.cdiv(whole, DECIDED)
     if tile == 0:
         tl.store(starts_ptr + image * (GROUPS + 1) + group, start)
         tl.store(starts_ptr + image * (GROUPS + 1) + GROUPS, tl.sum(whole, axis=0))
-    turns_ptr += image * (1 + turns)
-    decided = tl.cdiv(whole, DECIDED)
-    if tile == 0:
         tl.store(turns_ptr, tl.sum(decided, axis=0))
     for depth in range(tile, tl.cdiv(width, DECIDED), tiles):
         deeper = decided > depth
@@ -105,8 +104,8 @@ def deal(labels: Tensor, keys: Tensor | None, counts: Tensor, groups: int, decid
     batch, width = labels.shape
     tiles = max(1, triton.cdiv(width, _TILE))
     orders, positions, ranks = (counts.new_empty(batch, width, dtype=torch.int32) for _ in range(3))
-    turns = triton.cdiv(width, decided) + groups - 1  # at most
-    starts, turned = (counts.new_empty(batch, 1 + n, dtype=torch.int32) for n in (groups, turns))
+    turns = triton.cdiv(width, decided) + groups  # their number, and as many as there can be
+    starts, turned = (counts.new_empty(batch, n, dtype=torch.int32) for n in (groups + 1, turns))
     dealt = Dealt(positions, ranks, starts, turned)
     sizes, places = (counts.new_empty(batch, tiles, groups, dtype=torch.int32) for _ in range(2))
     with torch.cuda.device_of(labels):

@@ -37,8 +37,7 @@ def _tile_of(turns_ptr, starts_ptr, counts_ptr, image, width, tile, TILE: tl.con
     """Of the tile that comes at this turn: how many tiles of its group come before, and where the group begins and
     ends; and a number that no other tile has, which grows by one from tile to tile of a group."""
     if turns_ptr is None:
-        depth, start, end = tile, tile * 0, tile * 0 + count_of(counts_ptr, image, width)
-        number = tile
+        depth, start, end, number = tile, tile * 0, count_of(counts_ptr, image, width), tile
     else:
         turn = tl.load(turns_ptr + 1 + tile)
         group, depth = turn % GROUPS, turn // GROUPS
@@ -196,10 +195,10 @@ def _decide(
     return tl.sum(chosen.to(tl.int32), axis=0)
 
 
-@triton.jit(do_not_specialize=["width", "max_kept", "states", "turns"])
+@triton.jit(do_not_specialize=["width", "max_kept", "states"])
 def _tiles_kernel(
     boxes_ptr, labels_ptr, keys_ptr, ranks_ptr, counts_ptr, starts_ptr, turns_ptr, progress_ptr, bits_ptr, kept_ptr,
-    kept_labels_ptr, flags_ptr, width, max_kept, states, turns, iou_thresh, above_thresh, SMALLER: tl.constexpr,
+    kept_labels_ptr, flags_ptr, width, max_kept, states, iou_thresh, above_thresh, SMALLER: tl.constexpr,
     TILE: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, WORD: tl.constexpr, GROUPS: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):  # fmt: skip
@@ -224,7 +223,7 @@ def _tiles_kernel(
     else:
         ranks_ptr += image * width
         starts_ptr += image * (GROUPS + 1)
-        turns_ptr += image * (1 + turns)
+        turns_ptr += image * states
         tiles = tl.load(turns_ptr)
     item = tl.atomic_add(progress_ptr, 1, sem="relaxed")
     while item < tiles * (TILE // PART):
@@ -254,9 +253,14 @@ def _tiles_kernel(
         item = tl.atomic_add(progress_ptr, 1, sem="relaxed")
 
 
+def _states(width: int, groups: int) -> int:
+    """More than an image of so many boxes has tiles, however large its groups are."""
+    return triton.cdiv(width, _TILE) + groups
+
+
 def tile_progress(width: int, by_class: bool) -> int:
     """How many zeros an image of so many boxes needs, in which programs tell each other how far they have come."""
-    return 1 + 2 * (triton.cdiv(width, _TILE) + (_GROUPS if by_class else 1))
+    return 1 + 2 * _states(width, _GROUPS if by_class else 1)
 
 
 def suppress_by_tiles(
@@ -280,17 +284,16 @@ def suppress_by_tiles(
     if labels is not None:
         groups = _GROUPS
         order, ranks, starts, turns = deal(labels, keys, counts, groups, _TILE)
-    states = triton.cdiv(width, _TILE) + groups
+    states = _states(width, groups)
     bits = boxes.new_empty(batch, width, _TILE // WORD.value, dtype=torch.int32)
     flags = new_flags(boxes)
     kept, kept_labels = torch.empty_like(boxes), None if labels is None else torch.empty_like(labels)
     part = _PART if batch * width <= _MANY else _PART_OF_MANY
-    parts = (states if groups > 1 else states - 1) * (_TILE // part)
+    parts = (states - 1) * (_TILE // part)
     with torch.cuda.device_of(boxes):
         _tiles_kernel[(min(parts, max(1, _PROGRAMS // max(1, batch))), batch)](
             boxes, labels, order, ranks, counts, starts, turns, progress, bits, kept, kept_labels, flags, width,
-            min(max_detections, width), states, 0 if turns is None else turns.shape[1] - 1, *thresholds,
-            SMALLER=smaller, TILE=_TILE, PART=part, ROWS=_PAIRS // part, WORD=WORD.value, GROUPS=groups,
-            ROUNDS=_ROUNDS, num_warps=16, enable_fp_fusion=False,
+            min(max_detections, width), states, *thresholds, SMALLER=smaller, TILE=_TILE, PART=part,
+            ROWS=_PAIRS // part, WORD=WORD.value, GROUPS=groups, ROUNDS=_ROUNDS, num_warps=16, enable_fp_fusion=False,
         )  # fmt: skip
     return first_flagged(flags, keys, counts, width, max_detections)

@@ -39,6 +39,8 @@ class Clocks:
 
     def meet(self, cta: int) -> None:
         """The warps of a program have met at a barrier."""
+        if not self._seen:
+            return
         warps = range((cta - 1) * self._warps_per_cta + 1, cta * self._warps_per_cta + 1)
         if known := [self._seen[warp] for warp in warps if warp in self._seen]:
             self._seen |= dict.fromkeys(warps, np.max(known, axis=0))

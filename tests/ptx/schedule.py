@@ -77,7 +77,7 @@ class Schedule:
         """The block to run next and for which threads; None where no thread can go on but behind a barrier."""
         numbers = sorted(self._waiting)
         self._steps += 1
-        if self._steps % _LONG == 0:
+        if self._steps % _LONG == 0 and self._held.any():
             self._release()
         if self._steps % _PATIENCE == 0:
             numbers.sort(key=self._since.__getitem__)
@@ -129,7 +129,7 @@ class Schedule:
     def _release(self) -> None:
         """One of the held warps goes on, or all."""
         warps = self._random.permutation(np.unique(np.nonzero(self._held)[0] // 32))
-        self._held.reshape(-1, 32)[warps[: self._random.choice([1, max(1, len(warps))])]] = False
+        self._held.reshape(-1, 32)[warps[: self._random.choice([1, len(warps)])]] = False
 
     def _barriers(self) -> dict[tuple[int, ...], int]:
         """The barriers at which any threads wait, each by its blocks, and the number of threads that open it: without
