@@ -199,7 +199,8 @@ def kept_of_image(
         kept = _stay(boxes[:seen], None if labels is None else labels[:seen], thresh).nonzero()[0][:most]
         if seen == len(boxes) or len(kept) == most:
             return kept
-        seen = min(len(boxes), 4 * seen)
+        # The worse ones are kept less often: of as many as would do at the rate so far, twice as many.
+        seen = min(len(boxes), max(4 * seen, 2 * seen * (most or 0) // max(len(kept), 1)))
 
 
 def _stay(boxes: NDArray[Any], labels: NDArray[Any] | None, thresh: float) -> NDArray[Any]:

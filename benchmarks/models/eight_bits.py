@@ -36,9 +36,12 @@ from benchmarks.models.resampled import Matched, interval, matched
 from demo.trees import prepare
 from retina_fast import RetinaNet, compile_inference, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
 from retina_fast.data.coco import CocoDataset, read_image
+from retina_fast.deploy.eight_bits.parts import last_convs
 from retina_fast.deploy.engine import Engine
+from retina_fast.deploy.export.onnx_file import onnx_session
+from retina_fast.deploy.export.write import export
 from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
-from retina_fast.deploy.onnx_network import PAUSE, RUNTIMES, Network, graph_input, trace
+from retina_fast.deploy.onnx_network import PAUSE, RUNTIMES, Network, Run, graph_input, trace
 from retina_fast.deploy.report import pixels_of
 from retina_fast.forward import LOGITS, run_convs
 from retina_fast.predict.evaluate import evaluate
@@ -54,41 +57,52 @@ CELLS = 0.05
 """The share of cells with a score above the threshold, of random weights."""
 
 
-class Rival(Network):
-    """Trunk and heads in the hands of another quantiser."""
+class Opened:
+    """What runs a quantised graph, opened anew for each number of threads."""
 
-    def __init__(self, runtime: str, open_it: Callable[[], Callable[[Any], Sequence[Any]]]) -> None:
-        super().__init__(b"", runtime)
+    def __init__(self, open_it: Callable[[], Run]) -> None:
         self.open_it = open_it
-        self.opened: dict[int, Callable[[Any], Sequence[Any]]] = {}
+        self.opened: dict[int, Run] = {}
 
-    def run(self, pixels: Tensor) -> list[Tensor]:
-        """The outputs of the graph, by a session with as many threads as PyTorch has."""
+    def __deepcopy__(self, memo: object) -> "Opened":
+        return Opened(self.open_it)
+
+    def __call__(self, array: Any) -> Sequence[Any]:
         threads = torch.get_num_threads()
         if threads not in self.opened:
             self.opened[threads] = self.open_it()
-        return [torch.from_numpy(output) for output in self.opened[threads](graph_input(pixels))]
+        return self.opened[threads](array)
 
 
-def last_convs(proto: Any) -> list[str]:
-    """The names of the convs on which no other conv depends: they give the logits and the box offsets."""
-    ahead: set[str] = set()  # the tensors on which a conv depends
-    names = []
-    for node in reversed(proto.graph.node):
-        leads = bool(ahead.intersection(node.output))
-        if node.op_type == "Conv" and not leads:
-            names.append(node.name)
-        ahead.update(node.input if leads or node.op_type == "Conv" else ())
-    return names
+class Rival(Network):
+    """Trunk and heads in the hands of another quantiser."""
+
+    def __init__(self, runtime: str, open_it: Callable[[], Run]) -> None:
+        super().__init__(b"", runtime)
+        self.opened = Opened(open_it)
+
+    def run(self, pixels: Tensor) -> list[Tensor]:
+        """The outputs of the graph."""
+        return [torch.from_numpy(output) for output in self.opened(graph_input(pixels))]
 
 
-def onnxruntimes_own(proto: Any, batches: Sequence[Any], but: Sequence[str]) -> Rival:
+class WholeFile:
+    """An exported file that a runtime's own quantiser has changed, from image to detections."""
+
+    def __init__(self, open_it: Callable[[], Run]) -> None:
+        self.opened = Opened(open_it)
+
+    def __call__(self, images: Sequence[Tensor]) -> Sequence[Any]:
+        return self.opened(images[0][None].numpy())
+
+
+def by_onnxruntime(proto: Any, arrays: Sequence[Any], but: Sequence[str]) -> bytes:
     """onnxruntime.quantization by its defaults for processors with AVX-512 VNNI, but for the convs of these names."""
     import onnx
     from onnxruntime import quantization
 
     class Reader(quantization.CalibrationDataReader):
-        left = iter([{"pixels": batch} for batch in batches])
+        left = iter([{proto.graph.input[0].name: array} for array in arrays])
 
         def get_next(self) -> Any:
             return next(self.left, None)
@@ -107,36 +121,50 @@ def onnxruntimes_own(proto: Any, batches: Sequence[Any], but: Sequence[str]) -> 
             op_types_to_quantize=["Conv", "Relu", "Add", "MaxPool", "Resize"],
             nodes_to_exclude=list(but),
         )
-        content = Path(made).read_bytes()
-    return Rival("ONNX Runtime", lambda: RUNTIMES["ONNX Runtime"](content))
+        return Path(made).read_bytes()
 
 
-def openvinos_own(proto: Any, batches: Sequence[Any], but: Sequence[str]) -> Rival:
-    """nncf.quantize by its defaults, but for the convs of these names."""
+def by_nncf(proto: Any, arrays: Sequence[Any], but: Sequence[str]) -> Any:
+    """nncf.quantize by its defaults, but for the convs of these names: a model of OpenVINO's."""
     import nncf
-    import openvino
 
-    core = openvino.Core()
-    model = core.read_model(proto.SerializeToString(), b"")
+    model = openvino_model(proto.SerializeToString())
     convs = [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() == "Convolution"]
     ignored = [name for name in convs if name.removesuffix("/WithoutBiases") in but]
     if len(ignored) != len(but):
         raise ValueError(f"OpenVINO has other names for some of the convs {but}: it has {convs}")
     scope = nncf.IgnoredScope(names=ignored)
-    made = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), ignored_scope=scope)
-    made.reshape(list(batches[0].shape))
+    return nncf.quantize(model, nncf.Dataset(arrays), subset_size=len(arrays), ignored_scope=scope)
 
-    def opened() -> Callable[[Any], Sequence[Any]]:
-        options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        compiled = core.compile_model(made, "CPU", options | {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
 
-        def run(pixels: Any) -> list[Any]:
-            outputs = compiled(pixels, share_outputs=True)
-            return [outputs[i] for i in range(len(outputs))]
+def openvino_model(content: bytes) -> Any:
+    """An ONNX file as a model of OpenVINO's."""
+    import openvino
 
-        return run
+    return openvino.Core().read_model(content, b"")
 
-    return Rival("OpenVINO", opened)
+
+def in_openvino(model: Any, shape: Sequence[int]) -> Run:
+    """Compile a model for one shape of its input."""
+    import openvino
+
+    model.reshape(list(shape))
+    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(model, "CPU", options | threads)
+
+    def run(array: Any) -> list[Any]:
+        outputs = compiled(array, share_outputs=True)
+        return [outputs[i] for i in range(len(outputs))]
+
+    return run
+
+
+def in_onnxruntime(content: bytes) -> Run:
+    """Open an ONNX file with one input."""
+    session = onnx_session(content)
+    name = session.get_inputs()[0].name
+    return lambda array: session.run(None, {name: array})
 
 
 def with_network(engine: Engine, network: Network) -> Engine:
@@ -159,20 +187,36 @@ def by_runtime(engine: Engine) -> dict[str, Engine]:
     }
 
 
-def rivals(model: RetinaNet, engine: Engine, pictures: Sequence[Tensor]) -> dict[str, Engine]:
-    """The engine around what the runtimes' own quantisers make of the model."""
+def rivals(model: RetinaNet, engine: Engine, pictures: Sequence[Tensor]) -> dict[str, Any]:
+    """What the runtimes' own quantisers make of the model: trunk and heads, with the engine around them, and files."""
+    import onnx
+
     own = copy.deepcopy(model).eval().requires_grad_(False)
     fold_batch_norm(own, partial(conv_outputs, own, torch.rand(1, 3, 128, 128)))
     proto = trace(own, own.transform.size_divisible)
-    batches = [graph_input(pixels_of(own, picture)) for picture in pictures]
-    engines = {}
-    for name, make in (("ONNX Runtime's own int8", onnxruntimes_own), ("OpenVINO's own int8", openvinos_own)):
-        try:
-            engines[f"{name}, last convs in float32"] = with_network(engine, make(proto, batches, last_convs(proto)))
-            engines[f"{name}, last convs, too"] = with_network(engine, make(proto, batches, ()))
-        except ModuleNotFoundError as error:
-            print(f"{name} was left out: {error}")
-    return engines
+    with tempfile.TemporaryDirectory() as folder:
+        export(own, Path(folder) / "file.onnx", "onnx", (SIDE, SIDE))
+        file = onnx.load(Path(folder) / "file.onnx")
+    arrays = [graph_input(pixels_of(own, picture)) for picture in pictures]
+    images = [picture[None].numpy() for picture in pictures]
+    convs = [conv.name for conv in last_convs(proto)]
+    ways: dict[str, Any] = {}
+    for name, but in (("last convs in float32", convs), ("last convs, too", [])):
+        opened = partial(in_onnxruntime, by_onnxruntime(proto, arrays, but))
+        ways[f"ONNX Runtime's own int8, {name}"] = with_network(engine, Rival("ONNX Runtime", opened))
+    content = by_onnxruntime(file, images, [])
+    shape = images[0].shape
+    ways["ONNX Runtime's own int8, the whole file"] = WholeFile(partial(in_onnxruntime, content))
+    try:
+        ways["the same file in OpenVINO"] = WholeFile(lambda: in_openvino(openvino_model(content), shape))
+        for name, but in (("last convs in float32", convs), ("last convs, too", [])):
+            opened = partial(in_openvino, by_nncf(proto, arrays, but), arrays[0].shape)
+            ways[f"OpenVINO's own int8, {name}"] = with_network(engine, Rival("OpenVINO", opened))
+        opened = partial(in_openvino, by_nncf(file, images, []), shape)
+        ways["OpenVINO's own int8, the whole file"] = WholeFile(opened)
+    except ModuleNotFoundError as error:
+        print(f"OpenVINO's own int8 was left out: {error}")
+    return ways
 
 
 @torch.no_grad()

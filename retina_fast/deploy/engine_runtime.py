@@ -14,7 +14,7 @@ from retina_fast.data.errors import UserError
 from retina_fast.deploy.eight_bits.agreement import COMPARED, SEARCHED, Found, Kept, compare
 from retina_fast.deploy.eight_bits.calibration import calibration_images
 from retina_fast.deploy.eight_bits.quantize import Quantizer
-from retina_fast.deploy.eight_bits.sieve import sieved
+from retina_fast.deploy.eight_bits.sieved_graph import sieved
 from retina_fast.deploy.fusion.fold import even_out_groups
 from retina_fast.deploy.onnx_network import RUNTIMES, Network, fastest, graph_input, trace
 from retina_fast.deploy.report import RuntimeChoice, pixels_of

@@ -81,7 +81,7 @@ class Network:
 
     Args:
         content: an ONNX file of :func:`trace`, quantised or not; with a sieve, that of
-            :func:`retina_fast.deploy.eight_bits.sieve.sieved`.
+            :func:`retina_fast.deploy.eight_bits.sieved_graph.sieved`.
         runtime: a key of :data:`RUNTIMES`.
         sieve: what computes the last convs, at the cells in which a detection can be.
     """

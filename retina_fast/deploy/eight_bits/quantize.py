@@ -9,6 +9,7 @@ and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"
 """
 
 import copy
+import itertools
 import math
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from retina_fast.data.errors import UserError
+from retina_fast.deploy.eight_bits.equalize import equalized
+from retina_fast.deploy.eight_bits.parts import last_convs, part_before
 from retina_fast.deploy.export.onnx_file import onnx_session
 
-_BETWEEN = ("Relu", "Clip", "Add", "MaxPool", "Resize")  # onnxruntime has 8-bit kernels of these
+_ACTIVATIONS = ("Relu", "Clip")
+_BETWEEN = (*_ACTIVATIONS, "Add", "MaxPool", "Resize")  # onnxruntime has 8-bit kernels of these
 _TYPES = ("Conv", *_BETWEEN)
+_SCALED_ON = 16  # arrays, on which channels are brought to like ranges
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Quantizer:
 
     Args:
         proto: an ONNX ModelProto with one input, whose nodes have names.
-        feeds: the arrays for that input, one after the other; only one is held at a time.
+        feeds: the arrays for that input, one after the other; of all but the first 16 only one is held at a time.
         symmetric: whether activations are int8 with a zero point of 0, and biases stay in float32.
 
     Raises:
@@ -56,16 +61,19 @@ class Quantizer:
     """
 
     def __init__(self, proto: Any, feeds: Iterable[Any], symmetric: bool = False) -> None:
+        feeds = iter(feeds)
+        first = list(itertools.islice(feeds, _SCALED_ON))
+        proto = equalized(proto, first)
         self._proto, self._symmetric = proto, symmetric
         self.layers, self._nodes, self._in_float = _quantizable(proto)
         if not self.layers:
             raise UserError("the model has no conv that could compute in eight bits: all but the last ones would")
-        self.ranges: Mapping[str, Any] = _ranges(_heads(proto), feeds)
+        self.ranges: Mapping[str, Any] = _ranges(_heads(proto), itertools.chain(first, feeds))
 
     def quantized(self, but: Collection[str] = ()) -> Any:
         """The graph in eight bits, a new ModelProto, but for the layers of these names, which stay in float32."""
         kept = {node for layer in self.layers if layer.name in but for node in layer.nodes}
-        kept |= _sums_after(self._proto, kept)
+        kept |= _after(self._proto, kept)
         return self._made(self._proto, [name for name in self._nodes if name not in kept])
 
     def most_changing(self, share: float, feeds: Sequence[Any]) -> list[str]:
@@ -122,35 +130,45 @@ class Quantizer:
 
 def _quantizable(proto: Any) -> tuple[list[Layer], list[str], set[str]]:
     """What is to compute in eight bits: the layers of all convs but the last ones, and the names of their nodes and of
-    those between them; and which of their outputs stay in float32, since no conv but last ones depends on them."""
+    those between them; and which of their outputs stay in float32, since of convs none but last ones depend on them,
+    and something else than a ReLU lies between."""
     weights = {weight.name: weight for weight in proto.graph.initializer}
     after: set[str] = set()  # the tensors that depend on a conv
+    convs_after: set[str] = set()  # those that a conv gives
     for node in proto.graph.node:
         if node.op_type == "Conv" or after.intersection(node.input):
             after.update(node.output)
+        convs_after.update(node.output if node.op_type == "Conv" else ())
     ahead: set[str] = set()  # the tensors on which a conv depends
     ahead_of_chosen: set[str] = set()  # those on which a conv in eight bits does
+    before_last: set[str] = set()  # those that a last conv reads, with a ReLU or without
     convs: dict[str, list[Any]] = {}
     nodes: list[str] = []
     in_float: set[str] = set()
     for node in reversed(proto.graph.node):
-        leads, serves = (bool(tensors.intersection(node.output)) for tensors in (ahead, ahead_of_chosen))
+        leads, serves, ends = (
+            bool(tensors.intersection(node.output)) for tensors in (ahead, ahead_of_chosen, before_last)
+        )
         chosen = leads and node.op_type == "Conv" and node.input[1] in weights
         if chosen:
             convs.setdefault(node.input[1], []).append(node)
-            in_float.update(() if serves else node.output)
-        if chosen or (serves and node.op_type in _BETWEEN and (node.op_type != "Add" or after.issuperset(node.input))):
+            in_float.update(() if serves or ends else node.output)
+        after_conv = ends and node.op_type in _ACTIVATIONS and node.input[0] in convs_after
+        between = serves and node.op_type in _BETWEEN and (node.op_type != "Add" or after.issuperset(node.input))
+        if chosen or after_conv or between:
             nodes.append(node.name)
         ahead.update(node.input if leads or node.op_type == "Conv" else ())
         ahead_of_chosen.update(node.input if serves or chosen else ())
+        before_last.update(node.input[:1] if after_conv or (node.op_type == "Conv" and not leads) else ())
     layers = [Layer(name, tuple(node.name for node in sharing)) for name, sharing in reversed(convs.items())]
     return layers, nodes[::-1], in_float
 
 
-def _sums_after(proto: Any, convs: Collection[str]) -> set[str]:
-    """The sums that add the outputs of these convs, which would bring them to eight bits."""
+def _after(proto: Any, convs: Collection[str]) -> set[str]:
+    """The sums and activations that read what these convs give, which they would bring to eight bits."""
     outputs = {output for node in proto.graph.node if node.name in convs for output in node.output}
-    return {node.name for node in proto.graph.node if node.op_type == "Add" and outputs.intersection(node.input)}
+    kinds = ("Add", *_ACTIVATIONS)
+    return {node.name for node in proto.graph.node if node.op_type in kinds and outputs.intersection(node.input)}
 
 
 def _leave_in_float(graph: Any, tensors: Collection[str]) -> None:
@@ -168,13 +186,7 @@ def _leave_in_float(graph: Any, tensors: Collection[str]) -> None:
 
 def _heads(proto: Any) -> Any:
     """The part of a graph from its input to what the last convs give."""
-    ahead: set[str] = set()
-    ends: list[str] = []
-    for node in reversed(proto.graph.node):
-        leads = bool(ahead.intersection(node.output))
-        ends += node.output if node.op_type == "Conv" and not leads else ()
-        ahead.update(node.input if leads or node.op_type == "Conv" else ())
-    return _part(proto, ends)
+    return part_before(proto, [output for conv in last_convs(proto) for output in conv.output])
 
 
 def _products(heads: Any, layers: Sequence[Layer], shape: Sequence[int]) -> dict[str, int]:
@@ -207,14 +219,6 @@ def _change(before: Sequence[Any], after: Sequence[Any]) -> float:
         float(((ours - theirs) ** 2).mean() / max(theirs.var(), 1e-12))
         for theirs, ours in zip(before, after, strict=True)
     )
-
-
-def _part(proto: Any, ends: list[str]) -> Any:
-    """The part of a graph from its input to these tensors."""
-    import onnx
-
-    inferred = onnx.shape_inference.infer_shapes(proto)
-    return onnx.utils.Extractor(inferred).extract_model([proto.graph.input[0].name], ends)
 
 
 def _ranges(part: Any, feeds: Iterable[Any]) -> Mapping[str, Any]:

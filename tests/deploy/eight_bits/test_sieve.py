@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retina_fast.deploy.eight_bits.sieve import FEW_LOGITS, MARGIN, LastConv, Sieve, sieved
+from retina_fast.deploy.eight_bits.sieve import FEW_LOGITS, MARGIN, Codes, LastConv, Sieve
+from retina_fast.deploy.eight_bits.sieved_graph import sieved
 from tests.deploy.eight_bits.test_quantize import noise
 
 
@@ -19,37 +20,49 @@ def _seed():
     torch.manual_seed(0)
 
 
+INPUTS = (Codes(0.02, 0), Codes(0.015, 40))
+
+
 def last_conv(outputs, kernel=(3, 3)):
     weight = torch.randn(outputs, 5, *kernel).contiguous(memory_format=torch.channels_last)
     above, left = (side // 2 for side in kernel)
-    return LastConv(weight, torch.randn(outputs), (above, left, above, left))
+    return LastConv(weight, torch.randn(outputs), (above, left, above, left), INPUTS)
 
 
-@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (3, 5)])
-def test_a_conv_at_some_cells_and_at_all(kernel):
-    conv, features = last_conv(7, kernel), torch.randn(2, 6, 9, 5)
-    expected = F.conv2d(
-        features.permute(0, 3, 1, 2).double(), conv.weight.double(), conv.bias.double(), padding=conv.pads[:2]
-    ).permute(0, 2, 3, 1)
-    torch.testing.assert_close(conv.everywhere(features).double(), expected, rtol=1e-5, atol=1e-5)
-    cells = (torch.rand(2 * 6 * 9) < 0.5).nonzero()[:, 0]
-    given = features.clone()
-    right = expected.flatten(0, 2)[cells]
-    torch.testing.assert_close(conv.at(features, cells).double(), right, rtol=1e-5, atol=1e-5)
-    some = torch.tensor([5, 0])
-    torch.testing.assert_close(conv.at(features, cells, some).double(), right[:, some], rtol=1e-5, atol=1e-5)
+def features_of(*shape):
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (3, 5), (2, 4)])
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_conv_at_some_cells_and_at_all(kernel, level):
+    above, left = ((side - 1) // 2 for side in kernel)
+    pads = above, left, kernel[0] - 1 - above, kernel[1] - 1 - left
+    conv, features = replace(last_conv(7, kernel), pads=pads), features_of(2, 6, 9, 5)
+    values = F.pad(
+        INPUTS[level].scale * (features.double() - INPUTS[level].zero), (0, 0, pads[1], pads[3], pads[0], pads[2])
+    )
+    expected = F.conv2d(values.permute(0, 3, 1, 2), conv.weight.double(), conv.bias.double()).permute(0, 2, 3, 1)
+    torch.testing.assert_close(conv.everywhere(features, level).double(), expected, rtol=1e-5, atol=1e-5)
+    given, right = features.clone(), expected.flatten(0, 2)
+    for cells in (torch.arange(2 * 6 * 9), (torch.rand(2 * 6 * 9) < 0.5).nonzero()[:, 0], torch.tensor([54, 0])):
+        patches = conv.patches(features, level, cells)
+        made = conv.of(patches, level).T
+        torch.testing.assert_close(made.double(), right[cells], rtol=1e-5, atol=1e-5)
+        some = torch.tensor([5, 0])
+        made = conv.of(patches, level, some).T
+        torch.testing.assert_close(made.double(), right[cells][:, some], rtol=1e-5, atol=1e-5)
     assert torch.equal(features, given)
 
 
 def outputs_of(codes):
     """One level of codes (H, W) as a graph gives them: the second of three logits has the code, the others 0."""
     codes = torch.tensor(codes, dtype=torch.uint8)[None, :, :, None]
-    features = torch.randn(2, 1, *codes.shape[1:3], 5)
-    return [F.pad(codes, (1, 1)), *features]
+    return [F.pad(codes, (1, 1)), *(features_of(1, *codes.shape[1:3], 5) for _ in range(2))]
 
 
 def test_logits_are_chosen_by_code_margin_and_threshold():
-    sieve = Sieve(last_conv(3), last_conv(4), ((0.5, 10),), margins=(1.0,))  # logit -5 has code 0, 0 has 10
+    sieve = Sieve(last_conv(3), last_conv(4), (Codes(0.5, 10),), margins=(1.0,))  # logit -5 has code 0, 0 has 10
     outputs = outputs_of([[0, 7, 8, 255], [3, 4, 9, 0]])
 
     def cells(threshold, sieve=sieve):
@@ -57,14 +70,14 @@ def test_logits_are_chosen_by_code_margin_and_threshold():
         assert logits.shape == (1, 3, 2, 4)
         assert deltas.shape == (1, 4, 2, 4)
         chosen = logits[0] > -math.inf
-        right = sieve.logits.everywhere(outputs[1])[0].permute(2, 0, 1)
+        right = sieve.logits.everywhere(outputs[1], 0)[0].permute(2, 0, 1)
         torch.testing.assert_close(logits[0][chosen], right[chosen], rtol=1e-5, atol=1e-5)
         above = chosen.any(dim=0) & (logits[0].sigmoid() >= threshold).any(dim=0)
-        right = sieve.deltas.everywhere(outputs[2])[0].permute(2, 0, 1)
+        right = sieve.deltas.everywhere(outputs[2], 0)[0].permute(2, 0, 1)
         torch.testing.assert_close(deltas[0][:, above], right[:, above], rtol=1e-5, atol=1e-5)
         assert above.all() or not deltas[0][:, ~above].any()
+        assert torch.equal(chosen[0], chosen[1])  # all logits of a cell
         assert torch.equal(chosen[0], chosen[2])
-        assert chosen.all() or not chosen[0].any()  # the codes of the first and the third are 0
         return chosen[1].int().tolist()
 
     assert cells(0.5) == [[0, 0, 1, 1], [0, 0, 1, 0]]  # logit 0, less the margin: -1, which has code 8
@@ -79,25 +92,26 @@ def test_logits_are_chosen_by_code_margin_and_threshold():
 def test_of_many_logits_those_that_are_candidates_are_computed(monkeypatch):
     monkeypatch.setattr("retina_fast.deploy.eight_bits.sieve.GROUP", 4)
     outputs = FEW_LOGITS + 9
-    sieve = Sieve(last_conv(outputs), last_conv(4), ((0.1, 100), (0.2, 95)), margins=(0.3, 0.0))
+    codes_of = Codes(0.1, 100), Codes(0.2, 95)
+    sieve = Sieve(last_conv(outputs), last_conv(4), codes_of, margins=(0.3, 0.0))
     codes = [torch.randint(0, 90, (2, side, 7, outputs), dtype=torch.uint8) for side in (5, 3)]
     for level in codes:
         level[torch.rand(level.shape) < 0.002] = 255
-    features = [torch.randn(2, side, 7, 5) for _ in range(2) for side in (5, 3)]
+    features = [features_of(2, side, 7, 5) for _ in range(2) for side in (5, 3)]
     products: list[tuple[LastConv, int, int]] = []
-    at = LastConv.at
+    of = LastConv.of
 
-    def counted(conv, features, cells, wanted=None):
-        made = at(conv, features, cells, wanted)
-        products.append((conv, *made.shape))
+    def counted(conv, patches, level, wanted=None):
+        made = of(conv, patches, level, wanted)
+        products.append((conv, *made.T.shape))
         return made
 
-    monkeypatch.setattr(LastConv, "at", counted)
+    monkeypatch.setattr(LastConv, "of", counted)
     logits, deltas = sieve([*codes, *features], 0.5)
     for i, least in enumerate((97, 95)):
         chosen = (codes[i] >= least).permute(0, 3, 1, 2)
         exact = [
-            conv.everywhere(x).permute(0, 3, 1, 2)
+            conv.everywhere(x, i).permute(0, 3, 1, 2)
             for conv, x in ((sieve.logits, features[i]), (sieve.deltas, features[2 + i]))
         ]
         assert chosen.any()
@@ -118,12 +132,12 @@ def test_of_many_logits_those_that_are_candidates_are_computed(monkeypatch):
 
 @pytest.mark.parametrize("logits", [6, FEW_LOGITS + 6])
 def test_nothing_of_an_earlier_call_is_left(logits):
-    sieve = Sieve(last_conv(logits), last_conv(4), ((0.1, 100),), margins=(0.1,))
+    sieve = Sieve(last_conv(logits), last_conv(4), (Codes(0.1, 100),), margins=(0.1,))
 
     def outputs(height):
         codes = torch.randint(0, 90, (1, height, 7, logits), dtype=torch.uint8)
         codes[torch.rand(codes.shape) < 0.01] = 255
-        return [codes, torch.randn(1, height, 7, 5), torch.randn(1, height, 7, 5)]
+        return [codes, features_of(1, height, 7, 5), features_of(1, height, 7, 5)]
 
     for height in (5, 5, 3, 5, 5):
         given = outputs(height)
@@ -199,9 +213,9 @@ def test_no_cell_above_the_threshold_is_missed():
     assert not {"w_logits", "b_logits", "w_deltas"} & weights  # the sieve has them
     samples = [run(proto, noise(1, 3, 16, 16, seed=i)) for i in range(4)]
     sieve = sieve.measured(samples)
-    for i, (scale, zero) in enumerate(sieve.codes):
+    for i, codes in enumerate(sieve.codes):
         errors = [
-            (sieve.logits.everywhere(outputs[2 + i]) - scale * (outputs[i].float() - zero))[outputs[i] < 255].max()
+            (sieve.logits.everywhere(outputs[2 + i], i) - codes.values(outputs[i]))[outputs[i] < 255].max()
             for outputs in samples
         ]
         assert 0 < sieve.margins[i] < 1

@@ -1,0 +1,213 @@
+"""The graph of a network in eight bits whose last convs are a :class:`retina_fast.deploy.eight_bits.sieve.Sieve`'s.
+
+It gives the logits in eight bits, by which the sieve decides where to compute them in float32, and the features that
+the last convs read, in eight bits, too.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from retina_fast.deploy.eight_bits.sieve import Codes, LastConv, Sieve
+
+LOWEST = -10.0
+"""Logits below this need not be told apart: their scores are below 5e-5."""
+
+
+def sieved(proto: Any, ranges: Mapping[str, Any]) -> tuple[Any, Sieve] | None:
+    """A graph whose outputs are those that a :class:`Sieve` reads, and that sieve, without margins.
+
+    Args:
+        proto: of :func:`retina_fast.deploy.onnx_network.trace`, whose outputs are L levels of logits, then L of box
+            offsets; quantised but for the convs that give them.
+        ranges: the least and greatest value of what these convs read and give, by name.
+
+    Returns:
+        None where the outputs are something else, as those of a head of the user's own may be.
+    """
+    proto = copy.deepcopy(proto)
+    graph = proto.graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    weights = {weight.name: weight for weight in graph.initializer}
+    pairs = [(made_by[out.name], made_by.get(made_by[out.name].input[0])) for out in graph.output]
+    if len(pairs) % 2 or not all(_is_last_conv(transpose, conv, weights) for transpose, conv in pairs):
+        return None
+    half = len(pairs) // 2
+    sides: list[list[Any]] = [[conv for _, conv in side] for side in (pairs[:half], pairs[half:])]
+    if not all(_same_conv(convs, weights) for convs in sides):
+        return None
+    features = _Features(graph, made_by, weights, ranges)
+    logits, deltas = (_last_conv(convs, weights, tuple(features.of(conv).codes for conv in convs)) for convs in sides)
+    codes = tuple(
+        _in_eight_bits(graph, i, logits, features.of(conv), ranges[conv.output[0]]) for i, conv in enumerate(sides[0])
+    )
+    for transpose, conv in pairs:
+        graph.node.remove(transpose)
+        graph.node.remove(conv)
+    _replace_outputs(graph, half, [features.of(conv).name for convs in sides for conv in convs])
+    used = {name for node in graph.node for name in node.input}
+    for weight in [weight for weight in graph.initializer if weight.name not in used]:
+        graph.initializer.remove(weight)
+    return proto, Sieve(logits, deltas, codes, (0.0,) * half)
+
+
+def _is_last_conv(transpose: Any, conv: Any, weights: Mapping[str, Any]) -> bool:
+    if transpose.op_type != "Transpose" or conv is None or conv.op_type != "Conv":
+        return False
+    return all(name in weights for name in conv.input[1:])
+
+
+def _attributes(conv: Any) -> dict[str, list[int]]:
+    return {entry.name: list(entry.ints) or [entry.i] for entry in conv.attribute}
+
+
+def _same_conv(convs: Sequence[Any], weights: Mapping[str, Any]) -> bool:
+    """Whether all levels share one conv that skips no cells or channels, and gives as many cells as it reads."""
+    first, kernel = _attributes(convs[0]), list(weights[convs[0].input[1]].dims[2:])
+    if any(conv.input[1:] != convs[0].input[1:] or _attributes(conv) != first for conv in convs):
+        return False
+    ones = [*first.get("group", [1]), *first.get("strides", [1]), *first.get("dilations", [1])]
+    if len(kernel) != 2 or set(ones) != {1}:
+        return False
+    top, left, bottom, right = first.get("pads", [0, 0, 0, 0])
+    return [top + bottom, left + right] == [side - 1 for side in kernel]
+
+
+def _last_conv(convs: Sequence[Any], weights: Mapping[str, Any], inputs: tuple[Codes, ...]) -> LastConv:
+    from onnx import numpy_helper
+
+    weight, *bias = (torch.from_numpy(numpy_helper.to_array(weights[name]).copy()) for name in convs[0].input[1:])
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    top, left, bottom, right = _attributes(convs[0]).get("pads", [0, 0, 0, 0])
+    return LastConv(weight, bias[0] if bias else weight.new_zeros(len(weight)), (top, left, bottom, right), inputs)
+
+
+@dataclass(frozen=True)
+class _Feature:
+    """A tensor in uint8, by its name, and the names of its scale and zero point."""
+
+    name: str
+    scale: str
+    zero: str
+    codes: Codes
+
+
+class _Features:
+    """What the last convs read, in uint8: as the graph has it already, or by a new QuantizeLinear."""
+
+    def __init__(
+        self, graph: Any, made_by: Mapping[str, Any], weights: Mapping[str, Any], ranges: Mapping[str, Any]
+    ) -> None:
+        self.graph, self.made_by, self.weights, self.ranges = graph, made_by, weights, ranges
+        self.made: dict[str, _Feature] = {}
+
+    def of(self, conv: Any) -> _Feature:
+        """That which a conv reads."""
+        from onnx import numpy_helper
+
+        name = conv.input[0]
+        before = self.made_by.get(name)
+        if before is not None and before.op_type == "DequantizeLinear" and before.input[2] in self.weights:
+            scale, zero = (numpy_helper.to_array(self.weights[value]) for value in before.input[1:])
+            if zero.dtype == "uint8" and zero.size == 1:
+                codes, its_scale, its_zero = before.input
+                return _Feature(codes, its_scale, its_zero, Codes(float(scale), int(zero)))
+        if name not in self.made:
+            self.made[name] = self._quantized(name)
+        return self.made[name]
+
+    def _quantized(self, name: str) -> _Feature:
+        from onnx import helper
+
+        codes = _codes(*(value.item() for value in self.ranges[name].range_value))
+        feature = _Feature(f"{name}_sieve_codes", f"{name}_sieve_scale", f"{name}_sieve_zero", codes)
+        _hold(self.graph, {feature.scale: np.float32(codes.scale), feature.zero: np.uint8(codes.zero)})
+        inputs = [name, feature.scale, feature.zero]
+        self.graph.node.append(helper.make_node("QuantizeLinear", inputs, [feature.name], f"{feature.name}_quantize"))
+        return feature
+
+
+def _hold(graph: Any, values: Mapping[str, Any]) -> None:
+    """Add constants to a graph."""
+    from onnx import numpy_helper
+
+    graph.initializer.extend(numpy_helper.from_array(np.asarray(value), name) for name, value in values.items())
+
+
+def _codes(least: float, greatest: float) -> Codes:
+    """uint8 for a range, which is widened to hold 0."""
+    least, greatest = min(least, 0.0), max(greatest, 0.0)
+    scale = float(np.float32(max((greatest - least) / 255, 1e-12)))
+    return Codes(scale, round(-least / scale))
+
+
+def _rounded(weight: Any) -> Any:
+    """(O, C, kernel height, kernel width) as int8, of values in [-127, 127]; each takes on the error of the one before.
+
+    A channel is much alike in neighbouring cells, and the errors of its weights then cancel. They are taken row by row,
+    every other row backwards, so that each is a neighbour of the one before.
+    """
+    rounded, error = np.empty(weight.shape, np.int8), np.zeros(weight.shape[:2], weight.dtype)
+    height, width = weight.shape[2:]
+    for row in range(height):
+        for column in range(width)[:: -1 if row % 2 else 1]:
+            value = weight[:, :, row, column] + error
+            rounded[:, :, row, column] = np.clip(np.rint(value), -127, 127)
+            error = value - rounded[:, :, row, column]
+    return rounded
+
+
+def _in_eight_bits(graph: Any, level: int, last: LastConv, feature: _Feature, found: Any) -> Codes:
+    """Append the conv with 8-bit inputs, weights and outputs; what the codes of its outputs stand for."""
+    from onnx import helper
+
+    least, greatest = (value.item() for value in found.range_value)
+    codes = _codes(max(least, LOWEST), greatest)
+    weight = last.weight.numpy()
+    of_weight = np.maximum(np.abs(weight).max(axis=(1, 2, 3)) / 127, 1e-12).astype(np.float32)  # (O,)
+    of_bias = (of_weight * np.float32(feature.codes.scale)).astype(np.float32)
+    limit = 2**31 - 1
+    held = {
+        "out_scale": np.float32(codes.scale),
+        "out_zero": np.uint8(codes.zero),
+        "weight": _rounded(weight / of_weight[:, None, None, None]),
+        "of_weight": of_weight,
+        "bias": np.clip(np.rint(last.bias.numpy() / of_bias), -limit, limit).astype(np.int32),
+        "of_bias": of_bias,
+    }
+    name = {key: f"sieve{level}_{key}" for key in (*held, "codes", "x", "w", "b", "y", "out")}
+    _hold(graph, {name[key]: value for key, value in held.items()})
+
+    def add(kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> None:
+        node = helper.make_node(kind, [name.get(key, key) for key in inputs], [name[output]], **attributes)
+        node.name = f"{name[output]}_{kind}"
+        graph.node.append(node)
+
+    add("DequantizeLinear", [feature.name, feature.scale, feature.zero], "x")
+    add("DequantizeLinear", ["weight", "of_weight"], "w", axis=0)
+    add("DequantizeLinear", ["bias", "of_bias"], "b", axis=0)
+    add("Conv", ["x", "w", "b"], "y", pads=list(last.pads), kernel_shape=list(last.weight.shape[2:]))
+    add("QuantizeLinear", ["y", "out_scale", "out_zero"], "out")
+    add("Transpose", ["out"], "codes", perm=[0, 2, 3, 1])
+    return codes
+
+
+def _replace_outputs(graph: Any, levels: int, features: Sequence[str]) -> None:
+    """Let the graph give the codes of the logits, and all that the last convs read, in (B, H, W, C)."""
+    from onnx import TensorProto, helper
+
+    old = list(graph.output)
+    del graph.output[:]
+    for i in range(levels):
+        shape = old[i].type.tensor_type.shape
+        output = helper.make_tensor_value_info(f"sieve{i}_codes", TensorProto.UINT8, None)
+        output.type.tensor_type.shape.CopyFrom(shape)
+        graph.output.append(output)
+    for i, tensor in enumerate(features):
+        name = f"features{i}"
+        graph.node.append(helper.make_node("Transpose", [tensor], [name], f"{name}_transpose", perm=[0, 2, 3, 1]))
+        graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, [None] * 4))
