@@ -20,10 +20,11 @@ _PROBE = 16  # boxes that are compared with all others first
 _BLOCK = 2**16  # pairs of a block of best boxes with all others, so that they fit a cache
 _CHUNK = 2**16  # pairs that a sweep lists in one go
 _KNOWN = 2**22  # pairs of overlapping boxes that a sweep has memory for
+_SPARSE = 8  # of so many pairs of a block fewer than one meet: those that do are listed
 _LISTED = 6  # pairs of a block take as long as one of a list
 _CALLS = 8192  # pairs that take as long as the calls of a block
 _LOOPED = 100  # pairs of overlapping boxes that a loop is fastest for
-_CALLED = 2**21  # pairs for which one call of torchvision's a class is fast enough
+_CALLED = 2**19  # pairs for which one call of torchvision's a class is fast enough
 _ALONE = 256  # boxes of a class, on average, that are decided on without the others
 _ROUNDS = 16  # in which nearly all sets of overlapping boxes are decided
 
@@ -62,19 +63,34 @@ def _decide_block(
     """Which of the ``size`` best boxes stay, and the positions of those behind that they leave."""
     x1, y1, x2, y2 = boxes.T.copy()
     own = slice(size), None
+    meet = x1[own] < x2  # (size, N)
+    meet &= x2[own] > x1
+    meet &= y1[own] < y2
+    meet &= y2[own] > y1
+    if labels is not None:
+        meet &= labels[own] == labels
+    if _SPARSE * np.count_nonzero(meet) < meet.size:
+        above, below = np.divmod(meet.ravel().nonzero()[0], len(boxes))
+        width = np.minimum(x2[above], x2[below])
+        width -= np.maximum(x1[above], x1[below])
+        height = np.minimum(y2[above], y2[below])
+        height -= np.maximum(y1[above], y1[below])
+        over = _exceeds(width, height, areas[above], areas[below], thresh)
+        above, below = above[over], below[over]
+        later = (above < below) & (below < size)
+        stays = _settled(above[later], below[later], size)
+        left = np.ones(len(boxes), bool)
+        left[below[stays[above]]] = False
+        return stays, size + np.flatnonzero(left[size:])
     width = np.minimum(x2[own], x2)
     width -= np.maximum(x1[own], x1)
     height = np.minimum(y2[own], y2)
     height -= np.maximum(y1[own], y1)
-    over = _exceeds(width, height, areas[own], areas, thresh)  # (size, N)
-    if labels is not None:
-        over &= labels[own] == labels
-    above, below = over[:, :size].nonzero()
+    meet &= _exceeds(width, height, areas[own], areas, thresh)
+    above, below = meet[:, :size].nonzero()
     later = above < below
     stays = _settled(above[later], below[later], size)
-    if size == len(boxes):
-        return stays, above[:0]
-    return stays, size + np.flatnonzero(~over[stays, size:].any(axis=0))
+    return stays, size + np.flatnonzero(~meet[stays, size:].any(axis=0))
 
 
 def _decide_by_class(

@@ -94,21 +94,23 @@ class Network:
     def __call__(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Mapping[str, Any]]:
         """``pixels`` (B, 3, H, W) float32. Of the features only the shapes are right: anchors need no more.
 
-        With a sieve, logits are minus infinity where no score exceeds the model's threshold. What is returned may be
-        written over by the next call.
+        With a sieve, logits are minus infinity where no score exceeds the model's threshold, or can be one of the
+        ``topk_candidates`` highest. What is returned may be written over by the next call.
         """
-        return self._outputs(model, pixels, model.score_thresh)
+        return self._outputs(model, pixels, model.score_thresh, model.topk_candidates)
 
     def everywhere(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Mapping[str, Any]]:
         """The same, with the logits and box offsets of all cells."""
-        return self._outputs(model, pixels, 0.0)
+        return self._outputs(model, pixels, 0.0, 0)
 
-    def _outputs(self, model: Any, pixels: Tensor, threshold: float) -> tuple[list[Tensor], Mapping[str, Any]]:
+    def _outputs(
+        self, model: Any, pixels: Tensor, threshold: float, topk: int
+    ) -> tuple[list[Tensor], Mapping[str, Any]]:
         features, counts = self._form(model, pixels)
         outputs = self.run(pixels)
         returned: dict[str, Any] = {}
         if self.sieve:
-            returned[LOGITS], returned[DELTAS] = self.sieve(outputs, threshold)
+            returned[LOGITS], returned[DELTAS] = self.sieve(outputs, threshold, topk)
         else:
             outputs = [level.permute(0, 3, 1, 2) if level.dim() == 4 else level for level in outputs]
             for name, count in counts.items():

@@ -3,10 +3,14 @@
 Logits and box offsets are to be those of float32 convs. But nearly all cells of the pyramid are background, and these
 two convs, left in float32, would take as long as all the others in eight bits. So the graph
 (:mod:`retina_fast.deploy.eight_bits.sieved_graph`) computes the logits in eight bits, which serve to decide: a logit is
-a candidate if that value, plus a margin, exceeds the score threshold. Candidates are computed in float32 here, as
-products with the 3x3 neighbourhoods of what the conv reads, which is in eight bits. All other logits are minus
-infinity. Box offsets are computed at the cells where a float32 logit reaches the threshold. A level's margin is twice
-the largest amount by which an 8-bit logit was too low on the calibration images.
+a candidate if that value, plus a margin, exceeds the score threshold, and if it can be one of the k highest of its
+image and level, which are all that is ever looked at. Candidates are computed in float32 here, as products with the 3x3
+neighbourhoods of what the conv reads, which is in eight bits. All other logits are minus infinity. Box offsets are
+computed at the cells where a float32 logit reaches the threshold.
+
+A level's margin is twice the largest amount by which an 8-bit logit was too low on the calibration images, and its
+excess twice that by which one was too high. With q for 8-bit logits and q_k for the k-th highest of them, at least k
+logits are q_k - excess or more, so none of the k highest has a q below q_k - excess - margin.
 """
 
 import math
@@ -22,7 +26,7 @@ MARGIN = 2.0
 """In units of the largest error on the calibration images."""
 FEW_LOGITS = 64
 """Up to so many logits a cell are few: all of them are computed at each cell that has a candidate."""
-GROUP = 128
+GROUP = 32
 """If a cell has more, they are computed for groups of so many cells, those alone that one of the group wants."""
 MOST_CELLS = 0.5
 """If a larger share of a level's cells have candidates, and a cell few logits, the convs are computed at all cells."""
@@ -125,25 +129,28 @@ class Sieve:
         logits: the conv that gives the logits.
         deltas: the one that gives the box offsets.
         codes: what a code of the logits in eight bits stands for, a level each.
-        margins: what is added to each level's before they are compared with the threshold.
+        margins: how far a logit in eight bits may lie below the one in float32, a level each.
+        excesses: how far above.
     """
 
     logits: LastConv
     deltas: LastConv
     codes: tuple[Codes, ...]
     margins: tuple[float, ...]
+    excesses: tuple[float, ...]
     _kept: dict[int, tuple[_Rows, _Rows]] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_kept": {}}
 
-    def __call__(self, outputs: Sequence[Tensor], threshold: float) -> tuple[list[Tensor], list[Tensor]]:
+    def __call__(self, outputs: Sequence[Tensor], threshold: float, topk: int) -> tuple[list[Tensor], list[Tensor]]:
         """The levels (B, O, H, W) of logits and of box offsets, in channels_last memory, which the next call reuses.
 
         Args:
             outputs: of the graph, uint8 all: L levels of logits (B, H, W, O), then L of the features that the logits'
                 conv reads, then L of those that the other reads, (B, H, W, C) each.
             threshold: the score that a detection must exceed; 0 or less makes every logit a candidate.
+            topk: the most candidates of an image and level.
         """
         levels = len(self.codes)
         logit = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else math.inf * (threshold - 0.5)
@@ -151,49 +158,69 @@ class Sieve:
         for i, (codes, margin) in enumerate(zip(self.codes, self.margins, strict=True)):
             # Code 255 may stand for any greater value, and code 0 for any lower one.
             least = math.ceil(max(0.0, min(255.0, (logit - margin) / codes.scale + codes.zero)))
-            level = self._level(i, outputs[i::levels], least, logit)
+            level = self._level(i, outputs[i::levels], least, logit, topk)
             logits.append(level[0].permute(0, 3, 1, 2))
             deltas.append(level[1].permute(0, 3, 1, 2))
         return logits, deltas
 
-    def _level(self, level: int, outputs: Sequence[Tensor], least: int, logit: float) -> tuple[Tensor, Tensor]:
-        """One level's logits and box offsets, (B, H, W, O) each; the candidates are the codes of at least ``least``."""
+    def _level(
+        self, level: int, outputs: Sequence[Tensor], least: int, logit: float, topk: int
+    ) -> tuple[Tensor, Tensor]:
+        """One level's logits and box offsets, (B, H, W, O) each; candidates have codes of at least ``least``."""
         codes, for_logits, for_deltas = outputs
         count = codes.shape[3]
         greatest = codes.amax(dim=3).flatten()
         cells = (greatest >= least).nonzero()[:, 0]
         few = count <= FEW_LOGITS
+        of_cells = codes.view(-1, count).index_select(0, cells)
+        if least:
+            raised = self._least_of_best(level, of_cells, cells // (len(greatest) // len(codes)), topk)
+            if raised > least:
+                least, chosen = raised, (greatest.index_select(0, cells) >= raised).nonzero()[:, 0]
+                cells, of_cells = cells[chosen], of_cells.index_select(0, chosen)
         if least == 0 or (few and len(cells) > MOST_CELLS * len(greatest)):
             return self.logits.everywhere(for_logits, level), self.deltas.everywhere(for_deltas, level)
         logits, deltas = self._kept.setdefault(level, (_Rows(-math.inf), _Rows(0.0)))
         rows = logits.blank(len(greatest), count)
         offsets = deltas.blank(len(greatest), len(self.deltas.bias))
         logits.written = cells
-        of_cells = codes.view(-1, count)
         if len(cells) and not few:  # cells that want few logits want much the same ones
-            cells = cells[(of_cells.index_select(0, cells) >= least).sum(dim=1).argsort()]
-        patches = self.logits.patches(for_logits, level, cells)
+            order = (of_cells >= least).sum(dim=1).argsort()
+            cells, of_cells = cells[order], of_cells.index_select(0, order)
         size = max(len(cells), 1) if few else GROUP
+        groups = zip(cells.split(size), of_cells.split(size), strict=True)
         found = [cells[:0]]
-        for group, read in zip(cells.split(size), patches.split(size), strict=True) if len(cells) else ():
-            wanted = None if few else (of_cells.index_select(0, group).amax(dim=0) >= least).nonzero()[:, 0]
-            made = self.logits.of(read, level, wanted)
+        for group, of_group in groups if len(cells) else ():
+            wanted = None if few else (of_group.amax(dim=0) >= least).nonzero()[:, 0]
+            made = self.logits.of(self.logits.patches(for_logits, level, group), level, wanted).T
             if wanted is None:
-                rows[group] = made.T
+                rows[group] = made
             else:
-                rows[group[:, None], wanted] = made.T
-            found.append(group[made.amax(dim=0) >= logit])
+                rows[group[:, None], wanted] = made
+            found.append(group[made.amax(dim=1) >= logit])
         deltas.written = cells = torch.cat(found)
         offsets[cells] = self.deltas.of(self.deltas.patches(for_deltas, level, cells), level).T
         return rows.view(codes.shape), offsets.view(*codes.shape[:3], offsets.shape[1])
 
+    def _least_of_best(self, level: int, of_cells: Tensor, images: Tensor, topk: int) -> int:
+        """The least code of a logit (N, O) that can be among the ``topk`` highest of its image (N,), which rises."""
+        lowest = 255
+        for of_image in of_cells.split(torch.bincount(images).tolist()):
+            counts = torch.bincount(of_image.flatten(), minlength=256).flip(0).cumsum(0)
+            kth = 255 - int((counts < topk).sum())  # -1 if there are fewer
+            lowest = min(lowest, kth)
+        return math.ceil(lowest - (self.margins[level] + self.excesses[level]) / self.codes[level].scale)
+
     def measured(self, outputs: Iterable[Sequence[Tensor]]) -> "Sieve":
-        """The same with the margins that the graph's outputs for some images ask for."""
-        levels = len(self.codes)
-        largest = [0.0] * levels
-        for levels_of_image in outputs:
-            for i, held in enumerate(self.codes):
-                codes, features = levels_of_image[i], levels_of_image[levels + i]
-                too_low = self.logits.everywhere(features, i) - held.values(codes)
-                largest[i] = max(largest[i], float(too_low[codes < 255].amax()) if (codes < 255).any() else 0.0)
-        return replace(self, margins=tuple(MARGIN * error for error in largest), _kept={})
+        """The same with the margins and excesses that the graph's outputs for some images ask for."""
+        levels = range(len(self.codes))
+        too_low, too_high = ([0.0] * len(levels) for _ in range(2))
+        for of_image in outputs:
+            for i in levels:
+                codes, exact = of_image[i], self.logits.everywhere(of_image[len(levels) + i], i)
+                error = exact - self.codes[i].values(codes)
+                below, above = error[codes < 255], -error[codes > 0]  # 255 stands for all above, and 0 for all below
+                too_low[i] = max(too_low[i], float(below.amax()) if len(below) else 0.0)
+                too_high[i] = max(too_high[i], float(above.amax()) if len(above) else 0.0)
+        margins, excesses = (tuple(MARGIN * error for error in errors) for errors in (too_low, too_high))
+        return replace(self, margins=margins, excesses=excesses, _kept={})

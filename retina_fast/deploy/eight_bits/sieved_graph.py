@@ -52,7 +52,7 @@ def sieved(proto: Any, ranges: Mapping[str, Any]) -> tuple[Any, Sieve] | None:
     used = {name for node in graph.node for name in node.input}
     for weight in [weight for weight in graph.initializer if weight.name not in used]:
         graph.initializer.remove(weight)
-    return proto, Sieve(logits, deltas, codes, (0.0,) * half)
+    return proto, Sieve(logits, deltas, codes, (0.0,) * half, (0.0,) * half)
 
 
 def _is_last_conv(transpose: Any, conv: Any, weights: Mapping[str, Any]) -> bool:

@@ -62,11 +62,11 @@ def outputs_of(codes):
 
 
 def test_logits_are_chosen_by_code_margin_and_threshold():
-    sieve = Sieve(last_conv(3), last_conv(4), (Codes(0.5, 10),), margins=(1.0,))  # logit -5 has code 0, 0 has 10
+    sieve = Sieve(last_conv(3), last_conv(4), (Codes(0.5, 10),), (1.0,), (0.0,))  # logit -5 has code 0, 0 has 10
     outputs = outputs_of([[0, 7, 8, 255], [3, 4, 9, 0]])
 
     def cells(threshold, sieve=sieve):
-        (logits,), (deltas,) = sieve(outputs, threshold)
+        (logits,), (deltas,) = sieve(outputs, threshold, 99)
         assert logits.shape == (1, 3, 2, 4)
         assert deltas.shape == (1, 4, 2, 4)
         chosen = logits[0] > -math.inf
@@ -93,7 +93,7 @@ def test_of_many_logits_those_that_are_candidates_are_computed(monkeypatch):
     monkeypatch.setattr("retina_fast.deploy.eight_bits.sieve.GROUP", 4)
     outputs = FEW_LOGITS + 9
     codes_of = Codes(0.1, 100), Codes(0.2, 95)
-    sieve = Sieve(last_conv(outputs), last_conv(4), codes_of, margins=(0.3, 0.0))
+    sieve = Sieve(last_conv(outputs), last_conv(4), codes_of, (0.3, 0.0), (0.0, 0.0))
     codes = [torch.randint(0, 90, (2, side, 7, outputs), dtype=torch.uint8) for side in (5, 3)]
     for level in codes:
         level[torch.rand(level.shape) < 0.002] = 255
@@ -107,7 +107,7 @@ def test_of_many_logits_those_that_are_candidates_are_computed(monkeypatch):
         return made
 
     monkeypatch.setattr(LastConv, "of", counted)
-    logits, deltas = sieve([*codes, *features], 0.5)
+    logits, deltas = sieve([*codes, *features], 0.5, 10**9)
     for i, least in enumerate((97, 95)):
         chosen = (codes[i] >= least).permute(0, 3, 1, 2)
         exact = [
@@ -131,8 +131,39 @@ def test_of_many_logits_those_that_are_candidates_are_computed(monkeypatch):
 
 
 @pytest.mark.parametrize("logits", [6, FEW_LOGITS + 6])
+@pytest.mark.parametrize("topk", [0, 1, 5, 10**9])
+def test_the_highest_logits_of_each_image_are_computed(logits, topk):
+    """Where codes are as far off as margin and excess say, and saturate; the second image has lower logits."""
+    held, margin, excess = Codes(0.5, 128), 2.0, 3.0
+    conv, features = last_conv(logits), features_of(2, 15, 9, 5)
+    features[1] //= 2
+    conv = replace(conv, bias=conv.bias - conv.everywhere(features, 0).quantile(0.9))
+    exact = conv.everywhere(features, 0)
+    off = exact - margin + held.scale + torch.rand(exact.shape) * (margin + excess - 2 * held.scale)
+    codes = (off / held.scale + held.zero).round().clamp(0, 255).to(torch.uint8)
+    sieve = Sieve(conv, last_conv(4), (held,), (margin,), (excess,))
+    (ours,), (deltas,) = (level[0].permute(0, 2, 3, 1)[None] for level in sieve([codes, features, features], 0.5, topk))
+    chosen = ours > -math.inf
+    torch.testing.assert_close(ours[chosen], exact[chosen], rtol=1e-4, atol=1e-3)
+    right_deltas = sieve.deltas.everywhere(features, 0)
+    for image in range(2):
+        above = exact[image][exact[image] > 0.01]
+        assert len(above) > 20
+        best = exact[image] > max(
+            0.01, float(above.topk(min(topk, len(above))).values[-1]) - 0.01 if topk else math.inf
+        )
+        assert int(best.sum()) >= min(topk, len(above))
+        assert chosen[image][best].all()
+        cells = best.any(dim=2)
+        torch.testing.assert_close(deltas[image][cells], right_deltas[image][cells], rtol=1e-4, atol=1e-3)
+    if topk < 10**9:
+        (all_of_them,), _ = sieve([codes, features, features], 0.5, 10**9)
+        assert chosen.sum() < 0.8 * (all_of_them > -math.inf).sum()
+
+
+@pytest.mark.parametrize("logits", [6, FEW_LOGITS + 6])
 def test_nothing_of_an_earlier_call_is_left(logits):
-    sieve = Sieve(last_conv(logits), last_conv(4), (Codes(0.1, 100),), margins=(0.1,))
+    sieve = Sieve(last_conv(logits), last_conv(4), (Codes(0.1, 100),), (0.1,), (0.1,))
 
     def outputs(height):
         codes = torch.randint(0, 90, (1, height, 7, logits), dtype=torch.uint8)
@@ -142,7 +173,7 @@ def test_nothing_of_an_earlier_call_is_left(logits):
     for height in (5, 5, 3, 5, 5):
         given = outputs(height)
         fresh = pickle.loads(pickle.dumps(sieve))
-        for ours, right in zip(sieve(given, 0.5), fresh(given, 0.5), strict=True):
+        for ours, right in zip(sieve(given, 0.5, 9), fresh(given, 0.5, 9), strict=True):
             assert torch.equal(ours[0], right[0])
     assert len(pickle.dumps(sieve)) == len(pickle.dumps(fresh))  # what is kept between calls stays here
 
@@ -214,17 +245,17 @@ def test_no_cell_above_the_threshold_is_missed():
     samples = [run(proto, noise(1, 3, 16, 16, seed=i)) for i in range(4)]
     sieve = sieve.measured(samples)
     for i, codes in enumerate(sieve.codes):
-        errors = [
-            (sieve.logits.everywhere(outputs[2 + i], i) - codes.values(outputs[i]))[outputs[i] < 255].max()
-            for outputs in samples
-        ]
+        errors = [sieve.logits.everywhere(outputs[2 + i], i) - codes.values(outputs[i]) for outputs in samples]
+        too_low = max(float(error[outputs[i] < 255].max()) for error, outputs in zip(errors, samples, strict=True))
+        too_high = max(float(-error[outputs[i] > 0].min()) for error, outputs in zip(errors, samples, strict=True))
         assert 0 < sieve.margins[i] < 1
-        assert sieve.margins[i] == pytest.approx(MARGIN * float(max(errors)))
+        assert 0 < sieve.excesses[i] < 1
+        assert (sieve.margins[i], sieve.excesses[i]) == pytest.approx((MARGIN * too_low, MARGIN * too_high))
     x = noise(2, 3, 24, 16, seed=9)
     exact = run(quantized, x)  # whose last convs are in float32
     sifted = 0
     for threshold in (0.02, 0.05, 0.3, 0.9):
-        logits, deltas = sieve(run(proto, x), threshold)
+        logits, deltas = sieve(run(proto, x), threshold, 10**9)
         for i in range(2):
             chosen, above = logits[i].permute(0, 2, 3, 1) > -math.inf, exact[i].sigmoid() > threshold
             assert not (above & ~chosen).any()
