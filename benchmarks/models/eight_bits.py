@@ -7,10 +7,11 @@
 The engine in float32 is the unit. Beside it runs the engine in eight bits by each runtime, and the same engine around
 trunk and heads as the runtimes' own tools quantise them: ONNX Runtime's ``quantize_static`` with a scale a channel and
 uint8 activations, and ``nncf.quantize`` for OpenVINO, where nncf is installed. Each makes two networks: one with the
-last convs in float32, as the engine has them, and one with the last convs in eight bits, too. The ResNet-50s have
-random weights; their norms have seen the picture, and their logits are scaled and shifted so that one cell in twenty
-has a score above the threshold. The engines take turns; medians are given of the wall clock and of the processor's
-time, which other work on the machine disturbs less.
+last convs in float32, as the engine has them, and one with the last convs in eight bits, too. Each also quantises the
+whole of an exported file, which then runs without the engine. The ResNet-50s have random weights; their norms have seen
+the picture, and their logits are scaled and shifted so that one cell in twenty has a score above the threshold. The
+engines take turns; medians are given of the wall clock and of the processor's time, which other work on the machine
+disturbs less.
 
 ``trees`` is AP50 of the embedded detector, or of a model file, in float32 and in eight bits by each runtime: calibrated
 on 12 tiles of the training photographs, judged on the held-out parts and two other forests. Between which bounds the
@@ -243,7 +244,7 @@ def random_model(build: Callable[..., RetinaNet], picture: Tensor) -> RetinaNet:
 
 
 def candidates(engine: Engine, image: Tensor) -> float:
-    """The share of cells at which the last convs run in float32."""
+    """The share of cells at which logits are computed in float32."""
     network = engine.settings.network
     assert network is not None
     levels = network(engine.model, pixels_of(engine.model, image))[1][LOGITS]
