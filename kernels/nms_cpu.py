@@ -20,11 +20,11 @@ _PROBE = 16  # boxes that are compared with all others first
 _BLOCK = 2**16  # pairs of a block of best boxes with all others, so that they fit a cache
 _CHUNK = 2**16  # pairs that a sweep lists in one go
 _KNOWN = 2**22  # pairs of overlapping boxes that a sweep has memory for
-_SPARSE = 8  # of so many pairs of a block fewer than one meet: those that do are listed
+_SPARSE = 8  # if fewer than one in so many pairs of a block meet, IoUs are computed of a list of them
 _LISTED = 6  # pairs of a block take as long as one of a list
 _CALLS = 8192  # pairs that take as long as the calls of a block
 _LOOPED = 100  # pairs of overlapping boxes that a loop is fastest for
-_CALLED = 2**19  # pairs for which one call of torchvision's a class is fast enough
+_CALLED = 2**19  # pairs up to which calls of torchvision's are as fast as blocks
 _ALONE = 256  # boxes of a class, on average, that are decided on without the others
 _ROUNDS = 16  # in which nearly all sets of overlapping boxes are decided
 
@@ -69,28 +69,22 @@ def _decide_block(
     meet &= y2[own] > y1
     if labels is not None:
         meet &= labels[own] == labels
-    if _SPARSE * np.count_nonzero(meet) < meet.size:
-        above, below = np.divmod(meet.ravel().nonzero()[0], len(boxes))
-        width = np.minimum(x2[above], x2[below])
-        width -= np.maximum(x1[above], x1[below])
-        height = np.minimum(y2[above], y2[below])
-        height -= np.maximum(y1[above], y1[below])
-        over = _exceeds(width, height, areas[above], areas[below], thresh)
-        above, below = above[over], below[over]
-        later = (above < below) & (below < size)
-        stays = _settled(above[later], below[later], size)
+    listed = _SPARSE * np.count_nonzero(meet) < meet.size
+    i, j = np.divmod(meet.ravel().nonzero()[0], len(boxes)) if listed else (own, slice(None))
+    width = np.minimum(x2[i], x2[j])
+    width -= np.maximum(x1[i], x1[j])
+    height = np.minimum(y2[i], y2[j])
+    height -= np.maximum(y1[i], y1[j])
+    over = _exceeds(width, height, areas[i], areas[j], thresh)
+    above, below = (i[over], j[over]) if listed else (meet & over)[:, :size].nonzero()
+    later = (above < below) & (below < size)
+    stays = _settled(above[later], below[later], size)
+    if listed:
         left = np.ones(len(boxes), bool)
         left[below[stays[above]]] = False
-        return stays, size + np.flatnonzero(left[size:])
-    width = np.minimum(x2[own], x2)
-    width -= np.maximum(x1[own], x1)
-    height = np.minimum(y2[own], y2)
-    height -= np.maximum(y1[own], y1)
-    meet &= _exceeds(width, height, areas[own], areas, thresh)
-    above, below = meet[:, :size].nonzero()
-    later = above < below
-    stays = _settled(above[later], below[later], size)
-    return stays, size + np.flatnonzero(~meet[stays, size:].any(axis=0))
+    else:
+        left = ~(meet & over)[stays].any(axis=0)
+    return stays, size + np.flatnonzero(left[size:])
 
 
 def _decide_by_class(
@@ -215,7 +209,7 @@ def kept_of_image(
         kept = _stay(boxes[:seen], None if labels is None else labels[:seen], thresh).nonzero()[0][:most]
         if seen == len(boxes) or len(kept) == most:
             return kept
-        # The worse ones are kept less often: of as many as would do at the rate so far, twice as many.
+        # Worse boxes are kept less often: twice as many as the rate so far asks for, and at least 4 times as many.
         seen = min(len(boxes), max(4 * seen, 2 * seen * (most or 0) // max(len(kept), 1)))
 
 

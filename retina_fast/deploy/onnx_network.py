@@ -94,14 +94,15 @@ class Network:
     def __call__(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Mapping[str, Any]]:
         """``pixels`` (B, 3, H, W) float32. Of the features only the shapes are right: anchors need no more.
 
-        With a sieve, logits are minus infinity where no score exceeds the model's threshold, or can be one of the
-        ``topk_candidates`` highest. What is returned may be written over by the next call.
+        With a sieve, logits are minus infinity where the score cannot exceed the model's threshold, or cannot be among
+        the ``topk_candidates`` highest of its level; a few of these are given all the same. What is returned may be
+        written over by the next call.
         """
         return self._outputs(model, pixels, model.score_thresh, model.topk_candidates)
 
     def everywhere(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Mapping[str, Any]]:
         """The same, with the logits and box offsets of all cells."""
-        return self._outputs(model, pixels, 0.0, 0)
+        return self._outputs(model, pixels, 0.0, model.topk_candidates)
 
     def _outputs(
         self, model: Any, pixels: Tensor, threshold: float, topk: int

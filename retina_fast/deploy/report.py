@@ -65,8 +65,8 @@ class RuntimeChoice:
             )
         if self.margin is not None:
             lines.append(
-                "last convs in float32, where a logit in eight bits plus a level's margin, "
-                f"{self.margin:.2g} at most, exceeds the threshold"
+                f"logits in float32 where those in eight bits, plus a margin of at most {self.margin:.2g}, exceed the "
+                "threshold and can be among the highest"
             )
         if self.kept:
             lines.append(f"in eight bits: {self.kept}")

@@ -28,6 +28,7 @@ WAYS = {
         "_ALONE": 10**9,
         "_BLOCK": 999,
         "_ROUNDS": 0,
+        "_SPARSE": 0,
     },
     "calls": {"_FEW": 0, "_LIST": 0, "_OF_A_CLASS": 0, "_LISTED": 10**9, "_PROBE": 3, "_CALLS": 0, "_CALLED": 10**9},
     "blocks of each class": {
@@ -38,6 +39,7 @@ WAYS = {
         "_PROBE": 3,
         "_CALLED": 0,
         "_ALONE": 1,
+        "_SPARSE": 10**9,
     },
 }
 

@@ -7,7 +7,8 @@ section 4.1, where the ranges are those of weights.) With M_lk for the largest v
 
     c_k = max over l of  M_lk / max over j of M_lj,
 
-which is the least for which in no level the step of a channel, once multiplied by c_k, is larger than it was.
+the smallest c_k with which no level's largest value grows. So no step grows, and the error of channel k shrinks to c_k
+of what it was.
 """
 
 import copy
@@ -48,14 +49,14 @@ def equalized(proto: Any, feeds: Sequence[Any]) -> Any:
         sides[conv.input[1]].append(conv)
     made_by = [(convs, [graph.makers(conv) for conv in convs]) for convs in sides.values()]
     of_sides = [(convs, list(chain.from_iterable(makers))) for convs, makers in made_by if all(makers)]
-    found = [(convs, makers) for convs, makers in of_sides if graph.are_their_own(makers)]
+    found = [(convs, makers) for convs, makers in of_sides if graph.are_read_by_no_other(makers)]
     if not found or not feeds:
         return proto
     maxima = _maxima(proto, [conv.input[0] for convs, _ in found for conv in convs], feeds)
     for convs, makers in found:
         of_levels = np.stack([maxima[conv.input[0]] for conv in convs])  # (L, C)
         greatest = of_levels.max(axis=1, keepdims=True)
-        if np.isfinite(of_levels).all() and greatest.all():
+        if np.isfinite(of_levels).all() and greatest.all():  # no level is all zeros
             scale = np.clip((of_levels / greatest).max(axis=0), LEAST, 1)  # (C,)
             graph.multiply(makers, 1 / scale, axis=0)
             graph.multiply([(conv, 1) for conv in convs], scale, axis=1)
@@ -88,7 +89,7 @@ class _Graph:
             self.readers[output.name].append(None)
 
     def makers(self, conv: Any) -> _Inputs:
-        """The weights and biases, channels first, to which a conv's features are proportional, if that is all."""
+        """The weights and biases (channels first) to divide so that a conv's features are; none if others make them."""
         if conv.input[1] not in self.weights or any(entry.name == "group" and entry.i > 1 for entry in conv.attribute):
             return []
         node = self._maker(conv, 0)
@@ -108,7 +109,7 @@ class _Graph:
         return [(node, summand), (product, factor)]
 
     def _maker(self, node: Any, i: int) -> Any:
-        """What makes an input of a node that nothing else reads."""
+        """The node that makes an input of a node; None if something else reads that tensor, too."""
         return self.made_by.get(node.input[i]) if len(self.readers[node.input[i]]) == 1 else None
 
     def _all_weights(self, inputs: _Inputs) -> _Inputs:
@@ -121,7 +122,7 @@ class _Graph:
                 return i
         return None
 
-    def are_their_own(self, inputs: _Inputs) -> bool:
+    def are_read_by_no_other(self, inputs: _Inputs) -> bool:
         """Whether nothing else reads those of these weights that are a conv's."""
         names = [node.input[i] for node, i in inputs if node.op_type == "Conv"]
         return all(names.count(name) == len(self.readers[name]) for name in set(names))

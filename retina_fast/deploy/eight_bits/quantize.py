@@ -2,8 +2,9 @@
 
 A conv and what lies between two convs (ReLU, sum, max pooling, upsampling) compute in eight bits: int8 weights with a
 scale for each output channel, uint8 activations with a scale and a zero point for each tensor, int32 biases. The last
-convs, which give logits and box offsets, stay in float32 with all that they read and all that comes after them, as does
-what comes before the first conv. The file says so with QuantizeLinear and DequantizeLinear, which are standard
+convs, which give logits and box offsets, stay in float32 with all that comes after them, and so does what comes before
+the first conv. What the last convs read is in eight bits where a conv makes it, with or without a ReLU, and in float32
+where a norm does. The file says so with QuantizeLinear and DequantizeLinear, which are standard
 operators: a runtime without 8-bit convs computes the same in float32. The scheme is that of Jacob et al., "Quantization
 and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (CVPR 2018), equations 1 to 7.
 """
@@ -73,7 +74,7 @@ class Quantizer:
     def quantized(self, but: Collection[str] = ()) -> Any:
         """The graph in eight bits, a new ModelProto, but for the layers of these names, which stay in float32."""
         kept = {node for layer in self.layers if layer.name in but for node in layer.nodes}
-        kept |= _after(self._proto, kept)
+        kept |= _sums_and_activations_after(self._proto, kept)
         return self._made(self._proto, [name for name in self._nodes if name not in kept])
 
     def most_changing(self, share: float, feeds: Sequence[Any]) -> list[str]:
@@ -130,15 +131,15 @@ class Quantizer:
 
 def _quantizable(proto: Any) -> tuple[list[Layer], list[str], set[str]]:
     """What is to compute in eight bits: the layers of all convs but the last ones, and the names of their nodes and of
-    those between them; and which of their outputs stay in float32, since of convs none but last ones depend on them,
-    and something else than a ReLU lies between."""
+    those between them; and which of these convs' outputs stay in float32: those on which no conv in eight bits depends,
+    unless a last conv reads them directly or through a ReLU."""
     weights = {weight.name: weight for weight in proto.graph.initializer}
     after: set[str] = set()  # the tensors that depend on a conv
-    convs_after: set[str] = set()  # those that a conv gives
+    conv_outputs: set[str] = set()  # those that a conv gives
     for node in proto.graph.node:
         if node.op_type == "Conv" or after.intersection(node.input):
             after.update(node.output)
-        convs_after.update(node.output if node.op_type == "Conv" else ())
+        conv_outputs.update(node.output if node.op_type == "Conv" else ())
     ahead: set[str] = set()  # the tensors on which a conv depends
     ahead_of_chosen: set[str] = set()  # those on which a conv in eight bits does
     before_last: set[str] = set()  # those that a last conv reads, with a ReLU or without
@@ -153,7 +154,7 @@ def _quantizable(proto: Any) -> tuple[list[Layer], list[str], set[str]]:
         if chosen:
             convs.setdefault(node.input[1], []).append(node)
             in_float.update(() if serves or ends else node.output)
-        after_conv = ends and node.op_type in _ACTIVATIONS and node.input[0] in convs_after
+        after_conv = ends and node.op_type in _ACTIVATIONS and node.input[0] in conv_outputs
         between = serves and node.op_type in _BETWEEN and (node.op_type != "Add" or after.issuperset(node.input))
         if chosen or after_conv or between:
             nodes.append(node.name)
@@ -164,7 +165,7 @@ def _quantizable(proto: Any) -> tuple[list[Layer], list[str], set[str]]:
     return layers, nodes[::-1], in_float
 
 
-def _after(proto: Any, convs: Collection[str]) -> set[str]:
+def _sums_and_activations_after(proto: Any, convs: Collection[str]) -> set[str]:
     """The sums and activations that read what these convs give, which they would bring to eight bits."""
     outputs = {output for node in proto.graph.node if node.name in convs for output in node.output}
     kinds = ("Add", *_ACTIVATIONS)

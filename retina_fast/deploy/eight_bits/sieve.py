@@ -10,7 +10,7 @@ computed at the cells where a float32 logit reaches the threshold.
 
 A level's margin is twice the largest amount by which an 8-bit logit was too low on the calibration images, and its
 excess twice that by which one was too high. With q for 8-bit logits and q_k for the k-th highest of them, at least k
-logits are q_k - excess or more, so none of the k highest has a q below q_k - excess - margin.
+float32 logits are q_k - excess or more, so none of the k highest has a q below q_k - excess - margin.
 """
 
 import math
@@ -27,7 +27,7 @@ MARGIN = 2.0
 FEW_LOGITS = 64
 """Up to so many logits a cell are few: all of them are computed at each cell that has a candidate."""
 GROUP = 32
-"""If a cell has more, they are computed for groups of so many cells, those alone that one of the group wants."""
+"""With more, cells are taken in groups of this size; each group computes the logits that one of its cells wants."""
 MOST_CELLS = 0.5
 """If a larger share of a level's cells have candidates, and a cell few logits, the convs are computed at all cells."""
 
@@ -77,10 +77,10 @@ class LastConv:
         height, width, channels = features.shape[1:]
         table = features.view(-1, channels)
         down, right = (
-            torch.arange(side) - before for side, before in zip(self.weight.shape[2:], self.pads, strict=False)
+            torch.arange(side) - before for side, before in zip(self.weight.shape[2:], self.pads[:2], strict=True)
         )
         beside = (down[:, None] * width + right).flatten()  # where a cell's neighbours lie beside it
-        index = (cells[:, None] + beside).clamp_(0, len(table) - 1)
+        index = (cells[:, None] + beside).clamp_(0, len(table) - 1)  # at an edge wrong, and replaced below
         patches = table.index_select(0, index.flatten())
         row, column = cells // width % height, cells % width
         at_edge = (row + down[0] < 0) | (row + down[-1] >= height)
@@ -92,7 +92,7 @@ class LastConv:
         patches.index_fill_(0, places[outside.flatten(1)], self.inputs[level].zero)
         return patches.view(len(cells), len(beside) * channels)
 
-    def of(self, patches: Tensor, level: int, outputs: Tensor | None = None) -> Tensor:
+    def at_patches(self, patches: Tensor, level: int, outputs: Tensor | None = None) -> Tensor:
         """(P, N): P of the outputs, all if None, for N patches of a level."""
         codes = self.inputs[level]
         values = patches.float()
@@ -105,7 +105,7 @@ class LastConv:
 
 
 class _Rows:
-    """A tensor of rows with one value in all, which is given again and again; what was written is wiped each time."""
+    """A buffer filled with one value; :meth:`blank` first wipes the rows that were written since its last call."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -130,7 +130,7 @@ class Sieve:
         deltas: the one that gives the box offsets.
         codes: what a code of the logits in eight bits stands for, a level each.
         margins: how far a logit in eight bits may lie below the one in float32, a level each.
-        excesses: how far above.
+        excesses: how far it may lie above, a level each.
     """
 
     logits: LastConv
@@ -138,10 +138,10 @@ class Sieve:
     codes: tuple[Codes, ...]
     margins: tuple[float, ...]
     excesses: tuple[float, ...]
-    _kept: dict[int, tuple[_Rows, _Rows]] = field(default_factory=dict, repr=False, compare=False)
+    _buffers: dict[int, tuple[_Rows, _Rows]] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_kept": {}}
+        return vars(self) | {"_buffers": {}}
 
     def __call__(self, outputs: Sequence[Tensor], threshold: float, topk: int) -> tuple[list[Tensor], list[Tensor]]:
         """The levels (B, O, H, W) of logits and of box offsets, in channels_last memory, which the next call reuses.
@@ -180,7 +180,7 @@ class Sieve:
                 cells, of_cells = cells[chosen], of_cells.index_select(0, chosen)
         if least == 0 or (few and len(cells) > MOST_CELLS * len(greatest)):
             return self.logits.everywhere(for_logits, level), self.deltas.everywhere(for_deltas, level)
-        logits, deltas = self._kept.setdefault(level, (_Rows(-math.inf), _Rows(0.0)))
+        logits, deltas = self._buffers.setdefault(level, (_Rows(-math.inf), _Rows(0.0)))
         rows = logits.blank(len(greatest), count)
         offsets = deltas.blank(len(greatest), len(self.deltas.bias))
         logits.written = cells
@@ -192,22 +192,29 @@ class Sieve:
         found = [cells[:0]]
         for group, of_group in groups if len(cells) else ():
             wanted = None if few else (of_group.amax(dim=0) >= least).nonzero()[:, 0]
-            made = self.logits.of(self.logits.patches(for_logits, level, group), level, wanted).T
+            made = self.logits.at_patches(self.logits.patches(for_logits, level, group), level, wanted).T
             if wanted is None:
                 rows[group] = made
             else:
                 rows[group[:, None], wanted] = made
             found.append(group[made.amax(dim=1) >= logit])
         deltas.written = cells = torch.cat(found)
-        offsets[cells] = self.deltas.of(self.deltas.patches(for_deltas, level, cells), level).T
+        offsets[cells] = self.deltas.at_patches(self.deltas.patches(for_deltas, level, cells), level).T
         return rows.view(codes.shape), offsets.view(*codes.shape[:3], offsets.shape[1])
 
     def _least_of_best(self, level: int, of_cells: Tensor, images: Tensor, topk: int) -> int:
-        """The least code of a logit (N, O) that can be among the ``topk`` highest of its image (N,), which rises."""
+        """The least code with which a logit can be among the ``topk`` highest of its image.
+
+        Args:
+            level: which one the logits are of.
+            of_cells: (N, O) codes.
+            images: (N,) ascending.
+            topk: how many are looked at.
+        """
         lowest = 255
         for of_image in of_cells.split(torch.bincount(images).tolist()):
             counts = torch.bincount(of_image.flatten(), minlength=256).flip(0).cumsum(0)
-            kth = 255 - int((counts < topk).sum())  # -1 if there are fewer
+            kth = 255 - int((counts < topk).sum())  # -1 if the image has fewer here
             lowest = min(lowest, kth)
         return math.ceil(lowest - (self.margins[level] + self.excesses[level]) / self.codes[level].scale)
 
@@ -223,4 +230,4 @@ class Sieve:
                 too_low[i] = max(too_low[i], float(below.amax()) if len(below) else 0.0)
                 too_high[i] = max(too_high[i], float(above.amax()) if len(above) else 0.0)
         margins, excesses = (tuple(MARGIN * error for error in errors) for errors in (too_low, too_high))
-        return replace(self, margins=margins, excesses=excesses, _kept={})
+        return replace(self, margins=margins, excesses=excesses, _buffers={})

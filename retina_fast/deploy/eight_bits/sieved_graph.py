@@ -1,4 +1,4 @@
-"""The graph of a network in eight bits whose last convs are a :class:`retina_fast.deploy.eight_bits.sieve.Sieve`'s.
+"""The graph of a network in eight bits, whose last convs are left to a :mod:`retina_fast.deploy.eight_bits.sieve`.
 
 It gives the logits in eight bits, by which the sieve decides where to compute them in float32, and the features that
 the last convs read, in eight bits, too.
@@ -87,7 +87,7 @@ def _last_conv(convs: Sequence[Any], weights: Mapping[str, Any], inputs: tuple[C
 
 
 @dataclass(frozen=True)
-class _Feature:
+class _Quantized:
     """A tensor in uint8, by its name, and the names of its scale and zero point."""
 
     name: str
@@ -103,9 +103,9 @@ class _Features:
         self, graph: Any, made_by: Mapping[str, Any], weights: Mapping[str, Any], ranges: Mapping[str, Any]
     ) -> None:
         self.graph, self.made_by, self.weights, self.ranges = graph, made_by, weights, ranges
-        self.made: dict[str, _Feature] = {}
+        self.made: dict[str, _Quantized] = {}
 
-    def of(self, conv: Any) -> _Feature:
+    def of(self, conv: Any) -> _Quantized:
         """That which a conv reads."""
         from onnx import numpy_helper
 
@@ -115,16 +115,16 @@ class _Features:
             scale, zero = (numpy_helper.to_array(self.weights[value]) for value in before.input[1:])
             if zero.dtype == "uint8" and zero.size == 1:
                 codes, its_scale, its_zero = before.input
-                return _Feature(codes, its_scale, its_zero, Codes(float(scale), int(zero)))
+                return _Quantized(codes, its_scale, its_zero, Codes(float(scale), int(zero)))
         if name not in self.made:
             self.made[name] = self._quantized(name)
         return self.made[name]
 
-    def _quantized(self, name: str) -> _Feature:
+    def _quantized(self, name: str) -> _Quantized:
         from onnx import helper
 
         codes = _codes(*(value.item() for value in self.ranges[name].range_value))
-        feature = _Feature(f"{name}_sieve_codes", f"{name}_sieve_scale", f"{name}_sieve_zero", codes)
+        feature = _Quantized(f"{name}_sieve_codes", f"{name}_sieve_scale", f"{name}_sieve_zero", codes)
         _hold(self.graph, {feature.scale: np.float32(codes.scale), feature.zero: np.uint8(codes.zero)})
         inputs = [name, feature.scale, feature.zero]
         self.graph.node.append(helper.make_node("QuantizeLinear", inputs, [feature.name], f"{feature.name}_quantize"))
@@ -161,23 +161,23 @@ def _rounded(weight: Any) -> Any:
     return rounded
 
 
-def _in_eight_bits(graph: Any, level: int, last: LastConv, feature: _Feature, found: Any) -> Codes:
+def _in_eight_bits(graph: Any, level: int, last: LastConv, feature: _Quantized, found: Any) -> Codes:
     """Append the conv with 8-bit inputs, weights and outputs; what the codes of its outputs stand for."""
     from onnx import helper
 
     least, greatest = (value.item() for value in found.range_value)
     codes = _codes(max(least, LOWEST), greatest)
     weight = last.weight.numpy()
-    of_weight = np.maximum(np.abs(weight).max(axis=(1, 2, 3)) / 127, 1e-12).astype(np.float32)  # (O,)
-    of_bias = (of_weight * np.float32(feature.codes.scale)).astype(np.float32)
+    weight_scale = np.maximum(np.abs(weight).max(axis=(1, 2, 3)) / 127, 1e-12).astype(np.float32)  # (O,)
+    bias_scale = (weight_scale * np.float32(feature.codes.scale)).astype(np.float32)
     limit = 2**31 - 1
     held = {
         "out_scale": np.float32(codes.scale),
         "out_zero": np.uint8(codes.zero),
-        "weight": _rounded(weight / of_weight[:, None, None, None]),
-        "of_weight": of_weight,
-        "bias": np.clip(np.rint(last.bias.numpy() / of_bias), -limit, limit).astype(np.int32),
-        "of_bias": of_bias,
+        "weight": _rounded(weight / weight_scale[:, None, None, None]),
+        "weight_scale": weight_scale,
+        "bias": np.clip(np.rint(last.bias.numpy() / bias_scale), -limit, limit).astype(np.int32),
+        "bias_scale": bias_scale,
     }
     name = {key: f"sieve{level}_{key}" for key in (*held, "codes", "x", "w", "b", "y", "out")}
     _hold(graph, {name[key]: value for key, value in held.items()})
@@ -188,8 +188,8 @@ def _in_eight_bits(graph: Any, level: int, last: LastConv, feature: _Feature, fo
         graph.node.append(node)
 
     add("DequantizeLinear", [feature.name, feature.scale, feature.zero], "x")
-    add("DequantizeLinear", ["weight", "of_weight"], "w", axis=0)
-    add("DequantizeLinear", ["bias", "of_bias"], "b", axis=0)
+    add("DequantizeLinear", ["weight", "weight_scale"], "w", axis=0)
+    add("DequantizeLinear", ["bias", "bias_scale"], "b", axis=0)
     add("Conv", ["x", "w", "b"], "y", pads=list(last.pads), kernel_shape=list(last.weight.shape[2:]))
     add("QuantizeLinear", ["y", "out_scale", "out_zero"], "out")
     add("Transpose", ["out"], "codes", perm=[0, 2, 3, 1])

@@ -24,7 +24,7 @@ def batch_norm(make, level):
 
 
 def none(make, level):
-    return [make("Identity", [f"c{level}"], [f"n{level}"], f"same{level}")]
+    return []
 
 
 def graph(between=none, relu="Relu", others=None):
@@ -36,8 +36,6 @@ def graph(between=none, relu="Relu", others=None):
     nodes = [make("MaxPool", ["x"], ["y"], "pool", kernel_shape=[2, 2], strides=[2, 2])]
     for level in "xy":
         made = between(make, level)
-        if between is none:  # the conv's output itself
-            made = []
         nodes += [
             make("Conv", [level, "w", "b"], [f"c{level}"], f"tower{level}", **pads),
             *made,

@@ -47,10 +47,10 @@ def test_a_conv_at_some_cells_and_at_all(kernel, level):
     given, right = features.clone(), expected.flatten(0, 2)
     for cells in (torch.arange(2 * 6 * 9), (torch.rand(2 * 6 * 9) < 0.5).nonzero()[:, 0], torch.tensor([54, 0])):
         patches = conv.patches(features, level, cells)
-        made = conv.of(patches, level).T
+        made = conv.at_patches(patches, level).T
         torch.testing.assert_close(made.double(), right[cells], rtol=1e-5, atol=1e-5)
         some = torch.tensor([5, 0])
-        made = conv.of(patches, level, some).T
+        made = conv.at_patches(patches, level, some).T
         torch.testing.assert_close(made.double(), right[cells][:, some], rtol=1e-5, atol=1e-5)
     assert torch.equal(features, given)
 
@@ -99,14 +99,14 @@ def test_of_many_logits_those_that_are_candidates_are_computed(monkeypatch):
         level[torch.rand(level.shape) < 0.002] = 255
     features = [features_of(2, side, 7, 5) for _ in range(2) for side in (5, 3)]
     products: list[tuple[LastConv, int, int]] = []
-    of = LastConv.of
+    at_patches = LastConv.at_patches
 
     def counted(conv, patches, level, wanted=None):
-        made = of(conv, patches, level, wanted)
+        made = at_patches(conv, patches, level, wanted)
         products.append((conv, *made.T.shape))
         return made
 
-    monkeypatch.setattr(LastConv, "of", counted)
+    monkeypatch.setattr(LastConv, "at_patches", counted)
     logits, deltas = sieve([*codes, *features], 0.5, 10**9)
     for i, least in enumerate((97, 95)):
         chosen = (codes[i] >= least).permute(0, 3, 1, 2)
@@ -219,7 +219,7 @@ def test_errors_of_rounded_weights_cancel_where_the_input_is_smooth():
     assert made
     held = {weight.name: onnx.numpy_helper.to_array(weight).astype(np.float64) for weight in made[0].graph.initializer}
     exact = made[1].logits.weight.double().numpy()
-    step = held["sieve0_of_weight"][:, None, None, None]
+    step = held["sieve0_weight_scale"][:, None, None, None]
     error = held["sieve0_weight"] * step - exact
     assert np.abs(error / step).max() <= 1.0 + 1e-6
     assert np.abs((error / step).sum(axis=(2, 3))).max() <= 0.5 + 1e-6  # of single roundings up to 4.5
