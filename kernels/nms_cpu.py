@@ -209,8 +209,9 @@ def kept_of_image(
         kept = _stay(boxes[:seen], None if labels is None else labels[:seen], thresh).nonzero()[0][:most]
         if seen == len(boxes) or len(kept) == most:
             return kept
-        # Worse boxes are kept less often: twice as many as the rate so far asks for, and at least 4 times as many.
-        seen = min(len(boxes), max(4 * seen, 2 * seen * (most or 0) // max(len(kept), 1)))
+        # Worse boxes are kept less often: twice as many as the rate so far asks for, but 4 to 16 times as many.
+        asked = 2 * seen * (most or 0) // max(len(kept), 1)
+        seen = min(len(boxes), max(4 * seen, min(asked, 16 * seen)))
 
 
 def _stay(boxes: NDArray[Any], labels: NDArray[Any] | None, thresh: float) -> NDArray[Any]:

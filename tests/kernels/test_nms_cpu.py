@@ -71,6 +71,7 @@ def scene(kind, count, classes, dtype):
         + torch.rand(count, 2, generator=generator) * 9,
         "a chain": torch.stack((x * 8.0, 0.0 * x), dim=1),
         "one place": torch.zeros(count, 2),
+        "none": torch.stack((x % 200 * 50.0, x // 200 * 50.0), dim=1),
     }[kind]
     if kind == "a chain":
         scores = scores.sort(descending=True).values
@@ -124,6 +125,24 @@ def test_labels_of_any_size(labels, way):
     boxes = torch.tensor([[0.0, 0, 9, 9]]).repeat(3 * 30, 1)
     kept = nms_image(boxes, torch.arange(90, 0, -1) / 90, torch.tensor(labels).repeat(30), 0.5)
     assert kept.tolist() == [0, 1]
+
+
+def test_no_more_boxes_are_looked_at_than_a_few_times_those_that_serve(monkeypatch):
+    """Where the best lie on one place, and the rate at which they are kept says nothing about the others."""
+    seen = []
+    stay = nms_cpu._stay
+
+    def counted(boxes, labels, thresh):
+        seen.append(len(boxes))
+        return stay(boxes, labels, thresh)
+
+    monkeypatch.setattr(nms_cpu, "_stay", counted)
+    boxes, scores, _ = scene("none", 30_000, 1, torch.float32)
+    boxes[:600] = boxes[0]
+    scores = torch.arange(30_000, 0, -1).float()
+    kept = nms_image(boxes, scores, None, 0.5, 300)
+    assert torch.equal(kept, torchvision.ops.nms(boxes, scores, 0.5)[:300])
+    assert seen == [600, 9600]
 
 
 @pytest.mark.parametrize("count", [9, 1000])

@@ -174,7 +174,7 @@ class Sieve:
         few = count <= FEW_LOGITS
         of_cells = codes.view(-1, count).index_select(0, cells)
         if least:
-            raised = self._least_of_best(level, of_cells, cells // (len(greatest) // len(codes)), topk)
+            raised = self._least_of_best(level, of_cells, cells // (codes.shape[1] * codes.shape[2]), topk)
             if raised > least:
                 least, chosen = raised, (greatest.index_select(0, cells) >= raised).nonzero()[:, 0]
                 cells, of_cells = cells[chosen], of_cells.index_select(0, chosen)
@@ -212,7 +212,7 @@ class Sieve:
             topk: how many are looked at.
         """
         lowest = 255
-        for of_image in of_cells.split(torch.bincount(images).tolist()):
+        for of_image in of_cells.split([count for count in torch.bincount(images).tolist() if count]):
             counts = torch.bincount(of_image.flatten(), minlength=256).flip(0).cumsum(0)
             kth = 255 - int((counts < topk).sum())  # -1 if the image has fewer here
             lowest = min(lowest, kth)

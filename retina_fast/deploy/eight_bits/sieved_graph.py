@@ -168,7 +168,10 @@ def _in_eight_bits(graph: Any, level: int, last: LastConv, feature: _Quantized, 
     least, greatest = (value.item() for value in found.range_value)
     codes = _codes(max(least, LOWEST), greatest)
     weight = last.weight.numpy()
-    weight_scale = np.maximum(np.abs(weight).max(axis=(1, 2, 3)) / 127, 1e-12).astype(np.float32)  # (O,)
+    # (O,): with it the bias, too, is a whole number of 31 bits, as of a channel whose weights are 0.
+    least_scale = np.abs(last.bias.numpy()) / (2**30 * feature.codes.scale)
+    weight_scale = np.maximum(np.maximum(np.abs(weight).max(axis=(1, 2, 3)) / 127, least_scale), 1e-12)
+    weight_scale = weight_scale.astype(np.float32)
     bias_scale = (weight_scale * np.float32(feature.codes.scale)).astype(np.float32)
     limit = 2**31 - 1
     held = {

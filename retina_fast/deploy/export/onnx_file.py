@@ -103,6 +103,7 @@ def onnx_session(content: bytes) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else they wait busily when a run has ended
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 

@@ -161,6 +161,23 @@ def test_the_highest_logits_of_each_image_are_computed(logits, topk):
         assert chosen.sum() < 0.8 * (all_of_them > -math.inf).sum()
 
 
+def test_images_without_candidates_change_nothing_for_the_others():
+    sieve = Sieve(last_conv(6), last_conv(4), (Codes(0.1, 100),), (0.1,), (0.1,))
+    codes = torch.randint(0, 256, (1, 40, 40, 6), dtype=torch.uint8)
+    features = features_of(1, 40, 40, 5)
+    (alone,), _ = sieve([codes, features, features], 0.5, 9)
+    expected = alone.clone()
+    assert 9 <= (expected > -math.inf).sum() < 0.1 * expected.numel()
+    blank = torch.zeros_like(codes)
+    for place, batch in enumerate(([codes, blank], [blank, codes, blank], [blank, blank, codes])):
+        many = features.expand(len(batch), -1, -1, -1).contiguous()
+        (logits,), _ = sieve([torch.cat(batch), many, many], 0.5, 9)
+        torch.testing.assert_close(logits[place : place + 1], expected)
+        assert (logits > -math.inf).sum() == (expected > -math.inf).sum()
+    none = codes[:0], features[:0], features[:0]
+    assert [level[0].shape for level in sieve(none, 0.5, 9)] == [(0, 6, 40, 40), (0, 4, 40, 40)]
+
+
 @pytest.mark.parametrize("logits", [6, FEW_LOGITS + 6])
 def test_nothing_of_an_earlier_call_is_left(logits):
     sieve = Sieve(last_conv(logits), last_conv(4), (Codes(0.1, 100),), (0.1,), (0.1,))
@@ -223,6 +240,22 @@ def test_errors_of_rounded_weights_cancel_where_the_input_is_smooth():
     error = held["sieve0_weight"] * step - exact
     assert np.abs(error / step).max() <= 1.0 + 1e-6
     assert np.abs((error / step).sum(axis=(2, 3))).max() <= 0.5 + 1e-6  # of single roundings up to 4.5
+
+
+def test_a_channel_without_weights_has_its_bias():
+    onnx = pytest.importorskip("onnx")
+    proto = graph()
+    for weight in proto.graph.initializer:
+        value = onnx.numpy_helper.to_array(weight).copy()
+        if weight.name in ("w_logits", "b_logits"):
+            value[2] = 0.0 if weight.name == "w_logits" else -4.6
+            weight.CopyFrom(onnx.numpy_helper.from_array(value, weight.name))
+    ranges = {name: SimpleNamespace(range_value=np.array([-2.0, 2.0])) for name in ("r0", "r1", "l0", "l1")}
+    made = sieved(proto, ranges)
+    assert made
+    held = {weight.name: onnx.numpy_helper.to_array(weight).astype(np.float64) for weight in made[0].graph.initializer}
+    np.testing.assert_allclose((held["sieve0_bias"] * held["sieve0_bias_scale"])[2], -4.6, rtol=1e-5)
+    assert not held["sieve0_weight"][2].any()
 
 
 def test_no_cell_above_the_threshold_is_missed():
