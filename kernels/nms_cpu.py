@@ -76,14 +76,18 @@ def _decide_block(
     height = np.minimum(y2[i], y2[j])
     height -= np.maximum(y1[i], y1[j])
     over = _exceeds(width, height, areas[i], areas[j], thresh)
-    above, below = (i[over], j[over]) if listed else (meet & over)[:, :size].nonzero()
+    if listed:
+        above, below = i[over], j[over]
+    else:
+        over &= meet  # of one class
+        above, below = over[:, :size].nonzero()
     later = (above < below) & (below < size)
     stays = _settled(above[later], below[later], size)
     if listed:
         left = np.ones(len(boxes), bool)
         left[below[stays[above]]] = False
     else:
-        left = ~(meet & over)[stays].any(axis=0)
+        left = ~over[stays].any(axis=0)
     return stays, size + np.flatnonzero(left[size:])
 
 

@@ -4,9 +4,9 @@ A conv and what lies between two convs (ReLU, sum, max pooling, upsampling) comp
 scale for each output channel, uint8 activations with a scale and a zero point for each tensor, int32 biases. The last
 convs, which give logits and box offsets, stay in float32 with all that comes after them, and so does what comes before
 the first conv. What the last convs read is in eight bits where a conv makes it, with or without a ReLU, and in float32
-where a norm does. The file says so with QuantizeLinear and DequantizeLinear, which are standard
-operators: a runtime without 8-bit convs computes the same in float32. The scheme is that of Jacob et al., "Quantization
-and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (CVPR 2018), equations 1 to 7.
+where a norm does. The file says so with QuantizeLinear and DequantizeLinear, which are standard operators: a runtime
+without 8-bit convs computes the same in float32. The scheme is that of Jacob et al., "Quantization and Training of
+Neural Networks for Efficient Integer-Arithmetic-Only Inference" (CVPR 2018), equations 1 to 7.
 """
 
 import copy

@@ -173,13 +173,12 @@ def _in_eight_bits(graph: Any, level: int, last: LastConv, feature: _Quantized, 
     weight_scale = np.maximum(np.maximum(np.abs(weight).max(axis=(1, 2, 3)) / 127, least_scale), 1e-12)
     weight_scale = weight_scale.astype(np.float32)
     bias_scale = (weight_scale * np.float32(feature.codes.scale)).astype(np.float32)
-    limit = 2**31 - 1
     held = {
         "out_scale": np.float32(codes.scale),
         "out_zero": np.uint8(codes.zero),
         "weight": _rounded(weight / weight_scale[:, None, None, None]),
         "weight_scale": weight_scale,
-        "bias": np.clip(np.rint(last.bias.numpy() / bias_scale), -limit, limit).astype(np.int32),
+        "bias": np.rint(last.bias.numpy() / bias_scale).astype(np.int32),
         "bias_scale": bias_scale,
     }
     name = {key: f"sieve{level}_{key}" for key in (*held, "codes", "x", "w", "b", "y", "out")}
