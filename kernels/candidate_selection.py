@@ -48,15 +48,14 @@ def candidates_width(levels: Sequence[Tensor], topk: int) -> int:
     return max(1, sum(min(topk, level.shape[1] * level.shape[2]) for level in levels))
 
 
-def _top(values: Tensor, k: int) -> Tensor:
-    """Positions of the k highest values (n,), highest first, the lower position first on a tie."""
-    if len(values) > k > 0:
-        kth = values.topk(k).values[-1]
-        above = values > kth
-        ties = (values == kth).nonzero().squeeze(1)[: k - int(above.sum())]
-        positions = torch.cat((above.nonzero().squeeze(1), ties)).sort().values
-        return positions[values[positions].sort(descending=True, stable=True).indices]
-    return values.sort(descending=True, stable=True).indices[:k]
+def _highest(values: Tensor, k: int) -> Tensor:
+    """Which of values (n,) are the k highest, as bool; of equal ones those at the lower positions."""
+    if len(values) <= k or k == 0:
+        return torch.full_like(values, k > 0, dtype=torch.bool)
+    kth = values.topk(k).values[-1]
+    chosen = values > kth
+    chosen[(values == kth).nonzero()[: k - int(chosen.sum()), 0]] = True
+    return chosen
 
 
 _STRETCH = 64  # logits: a power of two, so that PyTorch finds the maxima by vector instructions
@@ -96,7 +95,7 @@ def candidate_selection_reference(
         for level in levels:
             flat = level[b].reshape(-1)  # (N_l * K,)
             survivors = _contenders(flat, threshold, topk)
-            survivors = survivors[_top(flat[survivors].float(), topk)]
+            survivors = survivors[_highest(flat[survivors].float(), topk)]
             values.append(flat[survivors].float())
             indices.append(survivors + first)
             first += len(flat)
