@@ -2,6 +2,7 @@
 # With a GPU: make gpu-test · make gpu.
 PYTHON ?= python3
 BIN := .venv/bin
+# Python compiles what is imported; that pip compiles all modules of all packages takes a third of the set-up.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 

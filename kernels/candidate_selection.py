@@ -95,17 +95,18 @@ def candidate_selection_reference(
         for level in levels:
             flat = level[b].reshape(-1)  # (N_l * K,)
             survivors = _contenders(flat, threshold, topk)
-            survivors = survivors[_highest(flat[survivors].float(), topk)]
-            values.append(flat[survivors].float())
-            indices.append(survivors + first)
+            found = flat[survivors].float()
+            chosen = _highest(found, topk)
+            values.append(found[chosen])
+            indices.append(survivors[chosen] + first)
             first += len(flat)
         joined, order = torch.cat(values).sort(descending=True, stable=True)
-        chosen = torch.cat(indices)[order]
-        row = slice(len(chosen))
-        anchors[b, row] = chosen // num_classes
+        index = torch.cat(indices)[order]
+        row = slice(len(index))
+        anchors[b, row] = index // num_classes
         scores[b, row] = torch.sigmoid(joined)
-        labels[b, row] = chosen % num_classes
-        counts[b] = len(chosen)
+        labels[b, row] = index % num_classes
+        counts[b] = len(index)
     return Candidates(anchors, scores, labels, counts)
 
 
