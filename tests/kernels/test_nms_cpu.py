@@ -12,35 +12,12 @@ from retina_fast.kernels import batched_nms as module
 from retina_fast.kernels import nms_cpu
 from retina_fast.kernels.batched_nms import nms_image
 
-# Constants under which all boxes go one way. Few pairs in a loop, a chunk or a block make several of each.
+# Constants under which all boxes go one way. Small windows, chunks and loops make several of each.
 WAYS = {
     "as it is": {},
-    "pairs": {"_FEW": 10**9},
-    "classes": {"_FEW": 0, "_LIST": 10**9},
-    "sweeps": {"_FEW": 0, "_LIST": 0, "_OF_A_CLASS": 0, "_LISTED": 0, "_CHUNK": 400, "_LOOPED": 0},
-    "sweeps in vain": {"_FEW": 0, "_LIST": 0, "_OF_A_CLASS": 0, "_LISTED": 0, "_CHUNK": 50, "_KNOWN": 9},
-    "blocks": {
-        "_FEW": 0,
-        "_LIST": 0,
-        "_OF_A_CLASS": 0,
-        "_LISTED": 10**9,
-        "_CALLED": 0,
-        "_ALONE": 10**9,
-        "_BLOCK": 999,
-        "_ROUNDS": 0,
-        "_SPARSE": 0,
-    },
-    "calls": {"_FEW": 0, "_LIST": 0, "_OF_A_CLASS": 0, "_LISTED": 10**9, "_PROBE": 3, "_CALLS": 0, "_CALLED": 10**9},
-    "blocks of each class": {
-        "_FEW": 0,
-        "_LIST": 0,
-        "_OF_A_CLASS": 0,
-        "_LISTED": 10**9,
-        "_PROBE": 3,
-        "_CALLED": 0,
-        "_ALONE": 1,
-        "_SPARSE": 10**9,
-    },
+    "one window": {"_FIRST": (10**9, 10**9), "_ROUNDS": 0},
+    "lists": {"_FIRST": (16, 16), "_CALL": 10**9, "_CHUNK": 50, "_LOOPED": 0},
+    "calls": {"_FIRST": (16, 16), "_CALL": -(10**9)},
 }
 
 
@@ -120,29 +97,65 @@ def test_the_sum_of_two_areas_may_be_infinite(way):
         assert torch.equal(nms_image(boxes, scores, labels, threshold), expected)
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 0], [2**62, -(2**62), 2**62], [2**40, 2**40 + 1, 2**40]])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.tensor([0, 1, 0]),
+        torch.tensor([2**62, -(2**62), 2**62]),
+        torch.tensor([2**40, 2**40 + 1, 2**40]),
+        torch.tensor([-128, 127, -128], dtype=torch.int8),
+        torch.tensor([0, 32, 0], dtype=torch.uint8),
+    ],
+)
 def test_labels_of_any_size(labels, way):
     boxes = torch.tensor([[0.0, 0, 9, 9]]).repeat(3 * 30, 1)
-    kept = nms_image(boxes, torch.arange(90, 0, -1) / 90, torch.tensor(labels).repeat(30), 0.5)
-    assert kept.tolist() == [0, 1]
+    for threshold in (0.0, 0.5):
+        kept = nms_image(boxes, torch.arange(90, 0, -1) / 90, labels.repeat(30), threshold)
+        assert kept.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.5, 0.75, 0.999, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pairs_as_far_apart_as_any_that_overlap_enough(threshold, dtype, way):
+    """The second box of a pair is as wide, or the share of the threshold as wide or as high, or the reverse, and moved
+    to where the IoU is nearly the threshold; all far from the origin, or so small that areas have few bits left."""
+    generator = torch.Generator().manual_seed(0)
+    ratio = torch.tensor([threshold, (1 + threshold) / 2, 1.0, 2 / (1 + threshold), 1 / threshold])
+    ratio = ratio[torch.randint(0, 5, (400,), generator=generator)].double()
+    covered = (1 + ratio) * threshold / (1 + threshold)  # the width of the intersection where the IoU is the threshold
+    shift = torch.where(ratio < 1, 1 - covered, ratio - covered).clamp(min=0) * torch.randint(
+        0, 2, (400,), generator=generator
+    ).mul(2).sub(1)
+    shift += (1 - ratio) / 2 * (shift == 0)
+    shift += 1e-3 * torch.randn(400, generator=generator)
+    first = torch.tensor([0.0, 0, 1, 1]).double().repeat(400, 1)
+    second = torch.stack((shift, 0 * shift, shift + ratio, 0 * shift + 1), dim=1)
+    place = 5 * torch.stack((torch.arange(400) % 20, torch.arange(400) // 20), dim=1).repeat(1, 2)
+    boxes = torch.cat((first + place, second + place))
+    boxes[::2] = boxes[::2, [1, 0, 3, 2]]
+    scores, labels = torch.rand(800, generator=generator), torch.arange(400).repeat(2) % 3
+    for scale, offset in ((1.0, 0.0), (8.0, -3e5), (1e-21, 0.0), (1e15, 1e18)):
+        moved = (boxes * scale + offset).to(dtype)
+        expected = class_by_class(moved, scores.to(dtype), labels, threshold)
+        assert torch.equal(nms_image(moved, scores, labels, threshold), expected)
 
 
 def test_no_more_boxes_are_looked_at_than_a_few_times_those_that_serve(monkeypatch):
     """Where the best lie on one place, and the rate at which they are kept says nothing about the others."""
     seen = []
-    stay = nms_cpu._stay
+    of_ranks = nms_cpu._Frame.sorted
 
-    def counted(boxes, labels, thresh):
-        seen.append(len(boxes))
-        return stay(boxes, labels, thresh)
+    def counted(frame, ranks):
+        seen.append(ranks.stop - ranks.start)
+        return of_ranks(frame, ranks)
 
-    monkeypatch.setattr(nms_cpu, "_stay", counted)
+    monkeypatch.setattr(nms_cpu._Frame, "sorted", counted)
     boxes, scores, _ = scene("none", 30_000, 1, torch.float32)
     boxes[:600] = boxes[0]
     scores = torch.arange(30_000, 0, -1).float()
     kept = nms_image(boxes, scores, None, 0.5, 300)
     assert torch.equal(kept, torchvision.ops.nms(boxes, scores, 0.5)[:300])
-    assert seen == [600, 9600]
+    assert seen == [0, 600, 1200]
 
 
 @pytest.mark.parametrize("count", [9, 1000])
