@@ -12,6 +12,7 @@ stands for is written there (``candidate_places.py``).
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ def _highest(values: Tensor, k: int) -> Tensor:
     """Which of values (n,) are the k highest, as bool; of equal ones those at the lower positions."""
     if len(values) <= k or k == 0:
         return torch.full_like(values, k > 0, dtype=torch.bool)
-    kth = values.topk(k).values[-1]
+    kth = values.kthvalue(len(values) + 1 - k).values
     chosen = values > kth
     chosen[(values == kth).nonzero()[: k - int(chosen.sum()), 0]] = True
     return chosen
@@ -61,7 +62,7 @@ def _highest(values: Tensor, k: int) -> Tensor:
 _STRETCH = 64  # logits: a power of two, so that PyTorch finds the maxima by vector instructions
 
 
-def _contenders(flat: Tensor, threshold: float, topk: int) -> Tensor:
+def contenders(flat: Tensor, threshold: float, topk: int) -> Tensor:
     """Rising positions of values (n,) above the threshold, the topk highest among them.
 
     The values are looked at by stretches of 64. Each of the topk stretches with the highest maxima holds a value that
@@ -80,27 +81,35 @@ def _contenders(flat: Tensor, threshold: float, topk: int) -> Tensor:
     return positions[(values > threshold) & (values >= lowest)]
 
 
-def candidate_selection_reference(
-    logits: Sequence[Tensor], num_classes: int, score_thresh: float, topk: int
+def candidates_of(
+    found: Sequence[Sequence[tuple[Tensor, Tensor]]],
+    sizes: Sequence[int],
+    num_classes: int,
+    topk: int,
+    device: torch.device,
 ) -> Candidates:
-    """The definition; see :func:`candidate_selection`."""
-    levels = flatten_all(logits, num_classes)
-    shape = len(levels[0]), candidates_width(levels, topk)
-    anchors = levels[0].new_zeros(shape, dtype=torch.int64)
-    scores = levels[0].new_zeros(shape, dtype=torch.float32)
+    """The candidates among logits that exceed the threshold.
+
+    Args:
+        found: for each image and level, the logits ``(n,)`` float32, and their rising positions ``(n,)`` among all
+            of that image and level.
+        sizes: how many logits an image has on each level.
+        num_classes: K.
+        topk: the most candidates of an image and level.
+        device: where the result is to lie.
+    """
+    shape = len(found), max(1, sum(min(topk, size) for size in sizes))
+    anchors = torch.zeros(shape, dtype=torch.int64, device=device)
+    scores = torch.zeros(shape, dtype=torch.float32, device=device)
     labels, counts = torch.full_like(anchors, -1), anchors.new_zeros(len(anchors))
-    threshold = logit(score_thresh)
-    for b in range(len(anchors)):
-        values, indices, first = [], [], 0
-        for level in levels:
-            flat = level[b].reshape(-1)  # (N_l * K,)
-            survivors = _contenders(flat, threshold, topk)
-            found = flat[survivors].float()
-            chosen = _highest(found, topk)
-            values.append(found[chosen])
-            indices.append(survivors[chosen] + first)
-            first += len(flat)
-        joined, order = torch.cat(values).sort(descending=True, stable=True)
+    firsts = [*accumulate(sizes, initial=0)]
+    for b, levels in enumerate(found):
+        chosen = [_highest(values, topk) for values, _ in levels]
+        joined = torch.cat([values[best] for (values, _), best in zip(levels, chosen, strict=True)])
+        joined, order = joined.sort(descending=True, stable=True)
+        indices = [
+            positions[best] + first for (_, positions), best, first in zip(levels, chosen, firsts[:-1], strict=True)
+        ]
         index = torch.cat(indices)[order]
         row = slice(len(index))
         anchors[b, row] = index // num_classes
@@ -108,6 +117,23 @@ def candidate_selection_reference(
         labels[b, row] = index % num_classes
         counts[b] = len(index)
     return Candidates(anchors, scores, labels, counts)
+
+
+def candidate_selection_reference(
+    logits: Sequence[Tensor], num_classes: int, score_thresh: float, topk: int
+) -> Candidates:
+    """The definition; see :func:`candidate_selection`."""
+    levels = flatten_all(logits, num_classes)
+    threshold = logit(score_thresh)
+
+    def found(image: Tensor) -> tuple[Tensor, Tensor]:
+        flat = image.reshape(-1)  # (N_l * K,)
+        positions = contenders(flat, threshold, topk)
+        return flat[positions].float(), positions
+
+    images = [[found(level[b]) for level in levels] for b in range(len(levels[0]))]
+    sizes = [level.shape[1] * level.shape[2] for level in levels]
+    return candidates_of(images, sizes, num_classes, topk, levels[0].device)
 
 
 _Fields = tuple[Tensor, Tensor, Tensor, Tensor]  # of Candidates

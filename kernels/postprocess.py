@@ -15,7 +15,7 @@ from retina_fast.kernels.batched_nms import batched_nms, is_walked, thresholds_o
 from retina_fast.kernels.box_decode import box_decode
 from retina_fast.kernels.candidate_places import Decoding, write_candidates
 from retina_fast.kernels.candidate_search import search_keys
-from retina_fast.kernels.candidate_selection import candidate_selection, candidates_width, logit
+from retina_fast.kernels.candidate_selection import Candidates, candidate_selection, candidates_width, logit
 from retina_fast.kernels.dispatch import is_differentiated, runs_triton, tl, triton
 from retina_fast.kernels.levels import check_levels, flatten_all
 from retina_fast.kernels.nms_tiles import suppress_by_tiles, tile_progress
@@ -43,6 +43,18 @@ def postprocess_by_steps(
     """The definition; see :func:`postprocess`. Each step runs by its own kernels or reference."""
     candidates = candidate_selection(logits, num_classes, score_thresh, topk)
     boxes = box_decode(deltas, anchors, candidates.anchors, image_sizes, reg_max)  # (B, M, 4)
+    return detections_of(candidates, boxes, image_sizes, original_sizes, iou_thresh, max_detections)
+
+
+def detections_of(
+    candidates: Candidates,
+    boxes: Tensor,
+    image_sizes: Tensor,
+    original_sizes: Tensor,
+    iou_thresh: float,
+    max_detections: int,
+) -> Fields:
+    """The last steps, from candidates and their boxes ``(B, M, 4)`` in the pixels of the batch."""
     most = min(max_detections, boxes.shape[1])
     # The candidates lie best first, so that the suppression needs no scores.
     kept = batched_nms(boxes, None, candidates.labels, candidates.counts, iou_thresh, most)

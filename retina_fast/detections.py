@@ -8,8 +8,10 @@ from torch import Tensor
 from torchvision.models.detection import retinanet as tv
 
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
+from retina_fast.kernels.box_decode import box_decode
+from retina_fast.kernels.candidate_selection import Candidates
 from retina_fast.kernels.dispatch import is_transformed
-from retina_fast.kernels.postprocess import postprocess
+from retina_fast.kernels.postprocess import detections_of, postprocess
 
 _NO_LIMIT = 2**31 - 1
 
@@ -91,3 +93,29 @@ def detect(outputs: HeadOutputs, image_sizes: Tensor, original_sizes: Tensor, th
     logits, deltas, anchors = outputs.levels[LOGITS], outputs.levels[DELTAS], outputs.anchors.float()
     constants = outputs.num_classes, *thresholds, outputs.reg_max
     return Detections(*postprocess(logits, deltas, anchors, image_sizes, original_sizes, *constants))
+
+
+def detect_candidates(
+    candidates: Candidates,
+    deltas: Tensor,
+    anchors: Tensor,
+    image_sizes: Tensor,
+    original_sizes: Tensor,
+    thresholds: Thresholds,
+    reg_max: int,
+) -> Detections:
+    """The same from candidates that are chosen already.
+
+    Args:
+        candidates: M an image.
+        deltas: ``(B, M, C)`` of their anchors alone.
+        anchors: ``(N, 4)``, all that there are.
+        image_sizes: as :func:`detect` takes them.
+        original_sizes: likewise.
+        thresholds: of which those of the suppression count.
+        reg_max: as :class:`retina_fast.forward.HeadOutputs` has it.
+    """
+    places = torch.arange(deltas.shape[1], device=deltas.device).expand(len(deltas), -1)
+    boxes = box_decode([deltas], anchors.float()[candidates.anchors], places, image_sizes, reg_max)
+    limits = thresholds.nms_thresh, thresholds.detections_per_img
+    return Detections(*detections_of(candidates, boxes, image_sizes, original_sizes, *limits))

@@ -44,7 +44,7 @@ from retina_fast.deploy.export.write import export
 from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
 from retina_fast.deploy.onnx_network import PAUSE, RUNTIMES, Network, Run, graph_input, trace
 from retina_fast.deploy.report import pixels_of
-from retina_fast.forward import LOGITS, run_convs
+from retina_fast.forward import LOGITS, cells_of, run_convs
 from retina_fast.predict.evaluate import evaluate
 from retina_fast.predict.load import TREES, load_model
 
@@ -245,11 +245,13 @@ def random_model(build: Callable[..., RetinaNet], picture: Tensor) -> RetinaNet:
 
 
 def candidates(engine: Engine, image: Tensor) -> float:
-    """The share of cells at which logits are computed in float32."""
-    network = engine.settings.network
+    """The share of cells that have a candidate."""
+    network, model = engine.settings.network, engine.model
     assert network is not None
-    levels = network(engine.model, pixels_of(engine.model, image))[1][LOGITS]
-    return float(torch.cat([(level.amax(dim=1) > -torch.inf).flatten() for level in levels]).float().mean())
+    features, found, _ = network.candidates(model, pixels_of(model, image))
+    per_cell = model.anchor_generator.num_anchors_per_location()[0]
+    cells = found.anchors[0, : int(found.counts)] // per_cell
+    return len(cells.unique()) / sum(cells_of(features))
 
 
 def medians(engines: Mapping[str, Any], image: Tensor) -> dict[str, tuple[float, float]]:
@@ -284,7 +286,7 @@ def speed(names: Sequence[str], threads: Sequence[int]) -> None:
         engine = compile_inference(model, pictures, dtype=torch.int8)
         engines = {"float32, PyTorch": compile_inference(model, dtype=torch.float32), **by_runtime(engine)}
         engines |= rivals(model, engine, pictures)
-        print(f"{name}: {100 * candidates(engine, pictures[0]):.1f}% of the cells have logits in float32", flush=True)
+        print(f"{name}: {100 * candidates(engine, pictures[0]):.1f}% of the cells have a candidate", flush=True)
         for count in threads:
             torch.set_num_threads(count)
             found = medians({way: copy.deepcopy(engine) for way, engine in engines.items()}, pictures[0])

@@ -307,7 +307,7 @@ def compile_inference(
             report.float8, report.difference = add_float8(plain, engine, images, "float8")
     elif len(images):
         with timed_convs():
-            engine.report.difference = difference(plain, own, images, network.everywhere if network else run_convs)
+            engine.report.difference = difference(plain, own, images, network or run_convs)
             if dtype == torch.int8 and other:
                 other.kept = compare_with(plain, engine, images)
     return engine

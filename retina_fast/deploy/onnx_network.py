@@ -17,6 +17,7 @@ from retina_fast.deploy.eight_bits.group_norm import norms_by_sums
 from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.deploy.export.onnx_file import QUANTIZED_OPSET, onnx_session, translate
 from retina_fast.forward import DELTAS, LOGITS, run_convs
+from retina_fast.kernels.candidate_selection import Candidates
 from retina_fast.model import RetinaNet
 
 Run = Callable[[Any], Sequence[Any]]
@@ -83,7 +84,7 @@ class Network:
         content: an ONNX file of :func:`trace`, quantised or not; with a sieve, that of
             :func:`retina_fast.deploy.eight_bits.sieved_graph.sieved`.
         runtime: a key of :data:`RUNTIMES`.
-        sieve: what computes the last convs, at the cells in which a detection can be.
+        sieve: what computes the last convs.
     """
 
     def __init__(self, content: bytes, runtime: str, sieve: Sieve | None = None) -> None:
@@ -92,32 +93,25 @@ class Network:
         self._forms: dict[tuple[int, ...], tuple[list[Tensor], dict[str, int | None]]] = {}
 
     def __call__(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Mapping[str, Any]]:
-        """``pixels`` (B, 3, H, W) float32. Of the features only the shapes are right: anchors need no more.
-
-        With a sieve, logits are minus infinity where the score cannot exceed the model's threshold, or cannot be among
-        the ``topk_candidates`` highest of its level; a few of these are given all the same. What is returned may be
-        written over by the next call.
-        """
-        return self._outputs(model, pixels, model.score_thresh, model.topk_candidates)
-
-    def everywhere(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Mapping[str, Any]]:
-        """The same, with the logits and box offsets of all cells."""
-        return self._outputs(model, pixels, 0.0, model.topk_candidates)
-
-    def _outputs(
-        self, model: Any, pixels: Tensor, threshold: float, topk: int
-    ) -> tuple[list[Tensor], Mapping[str, Any]]:
+        """``pixels`` (B, 3, H, W) float32. Of the features only the shapes are right: anchors need no more."""
         features, counts = self._form(model, pixels)
         outputs = self.run(pixels)
-        returned: dict[str, Any] = {}
         if self.sieve:
-            returned[LOGITS], returned[DELTAS] = self.sieve(outputs, threshold, topk)
-        else:
-            outputs = [level.permute(0, 3, 1, 2) if level.dim() == 4 else level for level in outputs]
-            for name, count in counts.items():
-                returned[name] = outputs[0] if count is None else outputs[:count]
-                outputs = outputs[count or 1 :]
-        return [level.expand(len(pixels), -1, -1, -1) for level in features], returned
+            return features, dict(zip((LOGITS, DELTAS), self.sieve.everywhere(outputs), strict=True))
+        returned: dict[str, Any] = {}
+        outputs = [level.permute(0, 3, 1, 2) if level.dim() == 4 else level for level in outputs]
+        for name, count in counts.items():
+            returned[name] = outputs[0] if count is None else outputs[:count]
+            outputs = outputs[count or 1 :]
+        return features, returned
+
+    def candidates(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Candidates, Tensor]:
+        """Features as above, candidates, and their box offsets (B, M, C), by the sieve."""
+        assert self.sieve is not None
+        features, outputs = self._form(model, pixels)[0], self.run(pixels)
+        num_classes = int(model.head.classification_head.num_classes)
+        found = self.sieve.candidates(outputs, num_classes, model.score_thresh, model.topk_candidates)
+        return features, found, self.sieve.offsets(outputs, found.anchors, outputs[0].shape[3] // num_classes)
 
     def run(self, pixels: Tensor) -> list[Tensor]:
         """The outputs of the graph."""
@@ -126,19 +120,17 @@ class Network:
         return [torch.from_numpy(output) for output in self._run(graph_input(pixels))]
 
     def _form(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], dict[str, int | None]]:
-        """The features of one image, empty, and how many levels the heads return of each output."""
+        """The features, empty, and how many levels the heads return of each output."""
         size = tuple(pixels.shape[1:])
         if size not in self._forms:
             features, returned = run_convs(model, pixels[:1])
             levels = [level.new_zeros(()).expand(level.shape) for level in features]
-            self._forms[size] = (
-                levels,
-                {
-                    name: None if isinstance(returned[name], Tensor) else len(returned[name])
-                    for name in (LOGITS, DELTAS)
-                },
-            )
-        return self._forms[size]
+            counts = {
+                name: None if isinstance(returned[name], Tensor) else len(returned[name]) for name in (LOGITS, DELTAS)
+            }
+            self._forms[size] = levels, counts
+        levels, counts = self._forms[size]
+        return [level.expand(len(pixels), -1, -1, -1) for level in levels], counts
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy opens the graph anew: a session can be neither copied nor pickled."""

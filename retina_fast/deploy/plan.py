@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retina_fast.anchors import batch_anchors
 from retina_fast.cuda_graph import CaptureStream
 from retina_fast.deploy.onnx_network import Network
 from retina_fast.deploy.tuned import timed_convs
-from retina_fast.detections import Detections, Thresholds, detect
+from retina_fast.detections import Detections, Thresholds, detect, detect_candidates
 from retina_fast.forward import Convs, Sizes, run_network
+from retina_fast.heads import reg_max_of
 from retina_fast.kernels.image_batch import image_batch, image_table, launch_image_batch
 from retina_fast.model import RetinaNet
 
@@ -83,9 +85,14 @@ class Plan:
 
     def detect_in_batch(self) -> Detections:
         """From the batch to detections."""
+        sizes, thresholds = (self.table[:, 3:5], self.table[:, 1:3]), Thresholds.of(self.model)
+        if isinstance(self.convs, Network) and self.convs.sieve:
+            features, candidates, deltas = self.convs.candidates(self.model, self.batch)
+            anchors = batch_anchors(self.model.anchor_generator, self.batch, (), features)
+            return detect_candidates(candidates, deltas, anchors, *sizes, thresholds, reg_max_of(self.model.head))
         outputs = run_network(self.model, self.batch, convs=self.convs)
         self.anchors = outputs.anchors
-        return detect(outputs, self.table[:, 3:5], self.table[:, 1:3], Thresholds.of(self.model))
+        return detect(outputs, *sizes, thresholds)
 
 
 def captured(run: Run, stream: Any) -> Run:

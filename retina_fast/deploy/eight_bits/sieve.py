@@ -3,10 +3,10 @@
 Logits and box offsets are to be those of float32 convs. But nearly all cells of the pyramid are background, and these
 two convs, left in float32, would take as long as all the others in eight bits. So the graph
 (:mod:`retina_fast.deploy.eight_bits.sieved_graph`) computes the logits in eight bits, which serve to decide: a logit is
-a candidate if that value, plus a margin, exceeds the score threshold, and if it can be one of the k highest of its
-image and level, which are all that is ever looked at. Candidates are computed in float32 here, as products with the 3x3
-neighbourhoods of what the conv reads, which is in eight bits. All other logits are minus infinity. Box offsets are
-computed at the cells where a float32 logit reaches the threshold.
+computed in float32 if that value, plus a margin, exceeds the score threshold, and if it can be one of the k highest of
+its image and level, which are all that is ever looked at. It is the product with the 3x3 neighbourhood of what the conv
+reads, which is in eight bits. Those logits that exceed the threshold, and are among the highest, are the candidates;
+box offsets are computed at their cells alone.
 
 A level's margin is twice the largest amount by which an 8-bit logit was too low on the calibration images, and its
 excess twice that by which one was too high. With q for 8-bit logits and q_k for the k-th highest of them, at least k
@@ -15,12 +15,13 @@ float32 logits are q_k - excess or more, so none of the k highest has a q below 
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from retina_fast.kernels.candidate_selection import Candidates, candidates_of, contenders, logit
 
 MARGIN = 2.0
 """In units of the largest error on the calibration images."""
@@ -28,8 +29,8 @@ FEW_LOGITS = 64
 """Up to so many logits a cell are few: all of them are computed at each cell that has a candidate."""
 GROUP = 32
 """With more, cells are taken in groups of this size; each group computes the logits that one of its cells wants."""
-MOST_CELLS = 0.5
-"""If a larger share of a level's cells have candidates, and a cell few logits, the convs are computed at all cells."""
+MOST_CELLS = 0.4
+"""If a conv is wanted at a larger share of a level's cells, it is computed at all of them."""
 
 
 @dataclass(frozen=True)
@@ -103,27 +104,19 @@ class LastConv:
             weight, bias = weight.index_select(0, outputs), bias.index_select(0, outputs)
         return torch.addmm(bias[:, None], weight, values.T, alpha=codes.scale)
 
-
-class _Rows:
-    """A buffer filled with one value; :meth:`blank` first wipes the rows that were written since its last call."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-        self.tensor = torch.empty(0)
-        self.written = torch.empty(0, dtype=torch.int64)
-
-    def blank(self, rows: int, width: int) -> Tensor:
-        """(rows, width) float32, to be written at ``written`` alone."""
-        if self.tensor.shape == (rows, width):
-            self.tensor.index_fill_(0, self.written, self.value)
-        else:
-            self.tensor = torch.full((rows, width), self.value)
-        return self.tensor
+    def at(self, features: Tensor, level: int, cells: Tensor) -> Tensor:
+        """(N, O) at N cells, their indices among the B * H * W of features (B, H, W, C) uint8."""
+        if len(cells) > MOST_CELLS * features.shape[:3].numel():
+            return self.everywhere(features, level).flatten(0, 2).index_select(0, cells)
+        return self.at_patches(self.patches(features, level, cells), level).T
 
 
 @dataclass(frozen=True)
 class Sieve:
-    """What decides which logits are candidates, and the convs that are computed there.
+    """What finds the candidates, and the convs that are computed there.
+
+    Its methods take the outputs of the graph, uint8 all: L levels of logits (B, H, W, O), then L of the features that
+    the logits' conv reads, then L of those that the other reads, (B, H, W, C) each.
 
     Attributes:
         logits: the conv that gives the logits.
@@ -138,69 +131,85 @@ class Sieve:
     codes: tuple[Codes, ...]
     margins: tuple[float, ...]
     excesses: tuple[float, ...]
-    _buffers: dict[int, tuple[_Rows, _Rows]] = field(default_factory=dict, repr=False, compare=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_buffers": {}}
-
-    def __call__(self, outputs: Sequence[Tensor], threshold: float, topk: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The levels (B, O, H, W) of logits and of box offsets, in channels_last memory, which the next call reuses.
-
-        Args:
-            outputs: of the graph, uint8 all: L levels of logits (B, H, W, O), then L of the features that the logits'
-                conv reads, then L of those that the other reads, (B, H, W, C) each.
-            threshold: the score that a detection must exceed; 0 or less makes every logit a candidate.
-            topk: the most candidates of an image and level.
-        """
+    def everywhere(self, outputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The levels (B, O, H, W) of logits and of box offsets, in channels_last memory."""
         levels = len(self.codes)
-        logit = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else math.inf * (threshold - 0.5)
-        logits, deltas = [], []
-        for i, (codes, margin) in enumerate(zip(self.codes, self.margins, strict=True)):
-            # Code 255 may stand for any greater value, and code 0 for any lower one.
-            least = math.ceil(max(0.0, min(255.0, (logit - margin) / codes.scale + codes.zero)))
-            level = self._level(i, outputs[i::levels], least, logit, topk)
-            logits.append(level[0].permute(0, 3, 1, 2))
-            deltas.append(level[1].permute(0, 3, 1, 2))
+        logits, deltas = (
+            [conv.everywhere(outputs[first + i], i).permute(0, 3, 1, 2) for i in range(levels)]
+            for conv, first in ((self.logits, levels), (self.deltas, 2 * levels))
+        )
         return logits, deltas
 
-    def _level(
-        self, level: int, outputs: Sequence[Tensor], least: int, logit: float, topk: int
-    ) -> tuple[Tensor, Tensor]:
-        """One level's logits and box offsets, (B, H, W, O) each; candidates have codes of at least ``least``."""
-        codes, for_logits, for_deltas = outputs
-        count = codes.shape[3]
+    def candidates(self, outputs: Sequence[Tensor], num_classes: int, score_thresh: float, topk: int) -> Candidates:
+        """What :func:`retina_fast.kernels.candidate_selection.candidate_selection` gives for the logits of all cells,
+        unless an image makes larger errors in eight bits than margin and excess allow for."""
+        batch, levels = len(outputs[0]), range(len(self.codes))
+        of_levels = [self._found(i, outputs[i], outputs[len(levels) + i], logit(score_thresh), topk) for i in levels]
+        images = [[found[b] for found in of_levels] for b in range(batch)]
+        sizes = [outputs[i].shape[1:].numel() for i in levels]
+        return candidates_of(images, sizes, num_classes, topk, outputs[0].device)
+
+    def offsets(self, outputs: Sequence[Tensor], anchors: Tensor, per_cell: int) -> Tensor:
+        """The box offsets (B, M, C) of chosen anchors (B, M), counted over all levels; a cell has ``per_cell``."""
+        batch, levels = len(anchors), len(self.codes)
+        cells = anchors // per_cell
+        sizes = [level.shape[1:3].numel() for level in outputs[:levels]]
+        chosen = torch.zeros(batch, sum(sizes), dtype=torch.bool).scatter_(1, cells, True)
+        rows, places, first = [], [], 0
+        for i, of_level in enumerate(chosen.split(sizes, dim=1)):
+            flat = of_level.flatten()
+            rows.append(self.deltas.at(outputs[2 * levels + i], i, flat.nonzero()[:, 0]))
+            places.append(flat.cumsum(0).view_as(of_level) + (first - 1))
+            first += len(rows[i])
+        index = torch.cat(places, dim=1).gather(1, cells) * per_cell + anchors % per_cell
+        of_anchors = torch.cat(rows).view(first * per_cell, len(self.deltas.bias) // per_cell)
+        return of_anchors.index_select(0, index.flatten()).unflatten(0, anchors.shape)
+
+    def _found(
+        self, level: int, codes: Tensor, features: Tensor, threshold: float, topk: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each image the logits above a threshold that can be among the highest, and their positions among all of
+        the image and level."""
+        held, count = self.codes[level], codes.shape[3]
+        # Code 255 may stand for any greater value, and code 0 for any lower one.
+        least = math.ceil(max(0.0, min(255.0, (threshold - self.margins[level]) / held.scale + held.zero)))
+        if not least:
+            images = self.logits.everywhere(features, level).flatten(1)
+            return [(image[place], place) for image in images for place in (contenders(image, threshold, topk),)]
         greatest = codes.amax(dim=3).flatten()
         cells = (greatest >= least).nonzero()[:, 0]
-        few = count <= FEW_LOGITS
         of_cells = codes.view(-1, count).index_select(0, cells)
-        if least:
-            raised = self._least_of_best(level, of_cells, cells // (codes.shape[1] * codes.shape[2]), topk)
-            if raised > least:
-                least, chosen = raised, (greatest.index_select(0, cells) >= raised).nonzero()[:, 0]
-                cells, of_cells = cells[chosen], of_cells.index_select(0, chosen)
-        if least == 0 or (few and len(cells) > MOST_CELLS * len(greatest)):
-            return self.logits.everywhere(for_logits, level), self.deltas.everywhere(for_deltas, level)
-        logits, deltas = self._buffers.setdefault(level, (_Rows(-math.inf), _Rows(0.0)))
-        rows = logits.blank(len(greatest), count)
-        offsets = deltas.blank(len(greatest), len(self.deltas.bias))
-        logits.written = cells
-        if len(cells) and not few:  # cells that want few logits want much the same ones
-            order = (of_cells >= least).sum(dim=1).argsort()
-            cells, of_cells = cells[order], of_cells.index_select(0, order)
-        size = max(len(cells), 1) if few else GROUP
-        groups = zip(cells.split(size), of_cells.split(size), strict=True)
-        found = [cells[:0]]
-        for group, of_group in groups if len(cells) else ():
-            wanted = None if few else (of_group.amax(dim=0) >= least).nonzero()[:, 0]
-            made = self.logits.at_patches(self.logits.patches(for_logits, level, group), level, wanted).T
-            if wanted is None:
-                rows[group] = made
-            else:
-                rows[group[:, None], wanted] = made
-            found.append(group[made.amax(dim=1) >= logit])
-        deltas.written = cells = torch.cat(found)
-        offsets[cells] = self.deltas.at_patches(self.deltas.patches(for_deltas, level, cells), level).T
-        return rows.view(codes.shape), offsets.view(*codes.shape[:3], offsets.shape[1])
+        raised = self._least_of_best(level, of_cells, cells // codes.shape[1:3].numel(), topk)
+        if raised > least:
+            least, chosen = raised, (greatest.index_select(0, cells) >= raised).nonzero()[:, 0]
+            cells, of_cells = cells[chosen], of_cells.index_select(0, chosen)
+        if count <= FEW_LOGITS:
+            rows = self.logits.at(features, level, cells)
+            row, output = (rows > threshold).nonzero(as_tuple=True)
+            values, places = rows[row, output], cells[row] * count + output
+        else:
+            values, places = self._in_groups(level, features, cells, of_cells >= least, threshold)
+        size = codes.shape[1:].numel()
+        counts = torch.searchsorted(places, torch.arange(len(codes) + 1) * size).diff().tolist()
+        split = zip(values.split(counts), places.split(counts), strict=True)
+        return [(value, place - b * size) for b, (value, place) in enumerate(split)]
+
+    def _in_groups(
+        self, level: int, features: Tensor, cells: Tensor, wanted: Tensor, threshold: float
+    ) -> tuple[Tensor, Tensor]:
+        """The logits above a threshold among those wanted of each cell (N, O), and their rising positions among all."""
+        order = wanted.sum(dim=1).argsort()  # cells that want few logits want much the same ones
+        values, places = [torch.empty(0)], [cells[:0]]
+        for group in order.split(GROUP) if len(order) else ():
+            outputs = wanted.index_select(0, group).any(dim=0).nonzero()[:, 0]
+            own = cells.index_select(0, group)
+            rows = self.logits.at_patches(self.logits.patches(features, level, own), level, outputs).T
+            row, column = (rows > threshold).nonzero(as_tuple=True)
+            values.append(rows[row, column])
+            places.append(own[row] * wanted.shape[1] + outputs[column])
+        place, order = torch.cat(places).sort()
+        return torch.cat(values)[order], place
 
     def _least_of_best(self, level: int, of_cells: Tensor, images: Tensor, topk: int) -> int:
         """The least code with which a logit can be among the ``topk`` highest of its image.
@@ -230,4 +239,4 @@ class Sieve:
                 too_low[i] = max(too_low[i], float(below.amax()) if len(below) else 0.0)
                 too_high[i] = max(too_high[i], float(above.amax()) if len(above) else 0.0)
         margins, excesses = (tuple(MARGIN * error for error in errors) for errors in (too_low, too_high))
-        return replace(self, margins=margins, excesses=excesses, _buffers={})
+        return replace(self, margins=margins, excesses=excesses)

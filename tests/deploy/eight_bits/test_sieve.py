@@ -1,7 +1,6 @@
 """The last convs where a detection can be: exact there, and no cell above the threshold is missed."""
 
 import math
-import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +11,8 @@ import torch.nn.functional as F
 
 from retina_fast.deploy.eight_bits.sieve import FEW_LOGITS, MARGIN, Codes, LastConv, Sieve
 from retina_fast.deploy.eight_bits.sieved_graph import sieved
+from retina_fast.kernels.candidate_selection import candidate_selection, logit
+from retina_fast.kernels.levels import flatten_all
 from tests.deploy.eight_bits.test_quantize import noise
 
 
@@ -55,144 +56,143 @@ def test_a_conv_at_some_cells_and_at_all(kernel, level):
     assert torch.equal(features, given)
 
 
+def same_as_everywhere(sieve, outputs, num_classes, score_thresh, topk):
+    """Whether candidates and box offsets are those that the convs give at all cells; the candidates."""
+    logits, deltas = sieve.everywhere(outputs)
+    right = candidate_selection(logits, num_classes, score_thresh, topk)
+    ours = sieve.candidates(outputs, num_classes, score_thresh, topk)
+    assert torch.equal(ours.counts, right.counts)
+    per_cell = logits[0].shape[1] // num_classes
+    offsets = sieve.offsets(outputs, ours.anchors, per_cell)
+    flat = torch.cat(flatten_all(deltas, offsets.shape[2]), dim=1)
+    for b, count in enumerate(right.counts.tolist()):
+        (keys, scores), (right_keys, right_scores) = (
+            ((found.anchors * num_classes + found.labels)[b, :count], found.scores[b, :count])
+            for found in (ours, right)
+        )
+        assert (scores.diff() <= 0).all()
+        order, right_order = keys.argsort(), right_keys.argsort()
+        assert torch.equal(keys[order], right_keys[right_order])
+        torch.testing.assert_close(scores[order], right_scores[right_order], rtol=1e-4, atol=1e-5)
+        assert (ours.labels[b, count:] == -1).all()
+        torch.testing.assert_close(offsets[b, :count], flat[b, ours.anchors[b, :count]], rtol=1e-4, atol=1e-3)
+    return ours
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """What the convs computed: which conv, its level, the cells, and how many outputs."""
+    made: list[tuple[LastConv, int, list[int], int]] = []
+    patches, at_patches, everywhere = LastConv.patches, LastConv.at_patches, LastConv.everywhere
+    cells_of: list[list[int]] = []
+
+    def noted(conv, features, level, cells):
+        cells_of.append(cells.tolist())
+        return patches(conv, features, level, cells)
+
+    def multiplied(conv, rows, level, outputs=None):
+        product = at_patches(conv, rows, level, outputs)
+        made.append((conv, level, cells_of[-1], len(product)))
+        return product
+
+    def dense(conv, features, level):
+        made.append((conv, level, list(range(features.shape[:3].numel())), len(conv.bias)))
+        return everywhere(conv, features, level)
+
+    for name, way in (("patches", noted), ("at_patches", multiplied), ("everywhere", dense)):
+        monkeypatch.setattr(LastConv, name, way)
+    return made
+
+
 def outputs_of(codes):
     """One level of codes (H, W) as a graph gives them: the second of three logits has the code, the others 0."""
     codes = torch.tensor(codes, dtype=torch.uint8)[None, :, :, None]
     return [F.pad(codes, (1, 1)), *(features_of(1, *codes.shape[1:3], 5) for _ in range(2))]
 
 
-def test_logits_are_chosen_by_code_margin_and_threshold():
-    sieve = Sieve(last_conv(3), last_conv(4), (Codes(0.5, 10),), (1.0,), (0.0,))  # logit -5 has code 0, 0 has 10
+def test_cells_are_chosen_by_code_margin_and_threshold(computed):
+    sieve = Sieve(last_conv(3), last_conv(12), (Codes(0.5, 10),), (1.0,), (0.0,))  # logit -5 has code 0, 0 has 10
     outputs = outputs_of([[0, 7, 8, 255], [3, 4, 9, 0]])
 
-    def cells(threshold, sieve=sieve):
-        (logits,), (deltas,) = sieve(outputs, threshold, 99)
-        assert logits.shape == (1, 3, 2, 4)
-        assert deltas.shape == (1, 4, 2, 4)
-        chosen = logits[0] > -math.inf
-        right = sieve.logits.everywhere(outputs[1], 0)[0].permute(2, 0, 1)
-        torch.testing.assert_close(logits[0][chosen], right[chosen], rtol=1e-5, atol=1e-5)
-        above = chosen.any(dim=0) & (logits[0].sigmoid() >= threshold).any(dim=0)
-        right = sieve.deltas.everywhere(outputs[2], 0)[0].permute(2, 0, 1)
-        torch.testing.assert_close(deltas[0][:, above], right[:, above], rtol=1e-5, atol=1e-5)
-        assert above.all() or not deltas[0][:, ~above].any()
-        assert torch.equal(chosen[0], chosen[1])  # all logits of a cell
-        assert torch.equal(chosen[0], chosen[2])
-        return chosen[1].int().tolist()
+    rows = sieve.logits.everywhere(outputs[1], 0).flatten(0, 2)
 
-    assert cells(0.5) == [[0, 0, 1, 1], [0, 0, 1, 0]]  # logit 0, less the margin: -1, which has code 8
-    assert cells(0.5, replace(sieve, margins=(0.0,))) == [[0, 0, 0, 1], [0, 0, 0, 0]]
-    assert cells(torch.tensor(0.2).logit().neg().sigmoid().item()) == [[0, 0, 0, 1], [0, 0, 0, 0]]
-    assert cells(1.0) == [[0, 0, 0, 1], [0, 0, 0, 0]]  # 255 stands for any greater logit
-    everywhere = [[1] * 4] * 2
-    assert cells(0.0) == cells(-1.0) == cells(0.001) == everywhere  # code 0 stands for any lower logit
-    assert cells(0.1) == everywhere  # more than half of the cells: dense
+    def check(threshold, chosen, sieve=sieve, all_computed=False):
+        computed.clear()
+        found = sieve.candidates(outputs, 1, threshold, 99)
+        conv, level, cells, wanted = computed[0]
+        assert (len(computed), conv, level, wanted) == (1, sieve.logits, 0, 3)  # all logits of a cell
+        assert cells == ([*range(8)] if all_computed else chosen)
+        above = (rows > logit(threshold)) & torch.isin(torch.arange(8), torch.tensor(chosen))[:, None]
+        expected = rows.masked_fill(~above, -math.inf).flatten().sort(descending=True, stable=True)
+        count = int(above.sum())
+        assert found.counts.tolist() == [count]
+        assert found.anchors[0, :count].tolist() == expected.indices[:count].tolist()
+        torch.testing.assert_close(found.scores[0, :count], expected.values[:count].sigmoid(), rtol=1e-4, atol=1e-5)
+        assert (found.labels[0] == 0).sum() == count
 
-
-def test_of_many_logits_those_that_are_candidates_are_computed(monkeypatch):
-    monkeypatch.setattr("retina_fast.deploy.eight_bits.sieve.GROUP", 4)
-    outputs = FEW_LOGITS + 9
-    codes_of = Codes(0.1, 100), Codes(0.2, 95)
-    sieve = Sieve(last_conv(outputs), last_conv(4), codes_of, (0.3, 0.0), (0.0, 0.0))
-    codes = [torch.randint(0, 90, (2, side, 7, outputs), dtype=torch.uint8) for side in (5, 3)]
-    for level in codes:
-        level[torch.rand(level.shape) < 0.002] = 255
-    features = [features_of(2, side, 7, 5) for _ in range(2) for side in (5, 3)]
-    products: list[tuple[LastConv, int, int]] = []
-    at_patches = LastConv.at_patches
-
-    def counted(conv, patches, level, wanted=None):
-        made = at_patches(conv, patches, level, wanted)
-        products.append((conv, *made.T.shape))
-        return made
-
-    monkeypatch.setattr(LastConv, "at_patches", counted)
-    logits, deltas = sieve([*codes, *features], 0.5, 10**9)
-    for i, least in enumerate((97, 95)):
-        chosen = (codes[i] >= least).permute(0, 3, 1, 2)
-        exact = [
-            conv.everywhere(x, i).permute(0, 3, 1, 2)
-            for conv, x in ((sieve.logits, features[i]), (sieve.deltas, features[2 + i]))
-        ]
-        assert chosen.any()
-        torch.testing.assert_close(logits[i][chosen], exact[0][chosen], rtol=1e-4, atol=1e-4)
-        others = logits[i] > -math.inf  # wanted by another cell of the group
-        torch.testing.assert_close(logits[i][others], exact[0][others], rtol=1e-4, atol=1e-4)
-        above = (logits[i] >= 0).any(dim=1)
-        assert above.any()
-        torch.testing.assert_close(
-            deltas[i].permute(0, 2, 3, 1)[above], exact[1].permute(0, 2, 3, 1)[above], rtol=1e-4, atol=1e-4
-        )
-        assert not deltas[i].permute(0, 2, 3, 1)[~above].any()
-    groups = [(count, wanted) for conv, count, wanted in products if conv is sieve.logits]
-    assert len(groups) > 2
-    assert all(count <= 4 for count, _ in groups)
-    assert sum(count * wanted for count, wanted in groups) < 0.2 * sum(level.numel() for level in logits)
+    check(0.5, [2, 3, 6])  # logit 0, less the margin: -1, which has code 8
+    check(0.5, [3], replace(sieve, margins=(0.0,)))
+    check(torch.tensor(0.2).logit().neg().sigmoid().item(), [3])
+    check(1.0, [3])  # 255 stands for any greater logit
+    for threshold in (0.0, -1.0, 0.001):  # code 0 stands for any lower logit
+        check(threshold, [*range(8)], all_computed=True)
+    check(0.1, [1, 2, 3, 5, 6], all_computed=True)  # more than 40% of the cells
 
 
-@pytest.mark.parametrize("logits", [6, FEW_LOGITS + 6])
-@pytest.mark.parametrize("topk", [0, 1, 5, 10**9])
-def test_the_highest_logits_of_each_image_are_computed(logits, topk):
-    """Where codes are as far off as margin and excess say, and saturate; the second image has lower logits."""
-    held, margin, excess = Codes(0.5, 128), 2.0, 3.0
-    conv, features = last_conv(logits), features_of(2, 15, 9, 5)
-    features[1] //= 2
-    conv = replace(conv, bias=conv.bias - conv.everywhere(features, 0).quantile(0.9))
-    exact = conv.everywhere(features, 0)
+def of_exact(conv, features, level, held, margin, excess):
+    """Codes that are as far off as margin and excess say, and saturate."""
+    exact = conv.everywhere(features, level)
     off = exact - margin + held.scale + torch.rand(exact.shape) * (margin + excess - 2 * held.scale)
-    codes = (off / held.scale + held.zero).round().clamp(0, 255).to(torch.uint8)
-    sieve = Sieve(conv, last_conv(4), (held,), (margin,), (excess,))
-    (ours,), (deltas,) = (level[0].permute(0, 2, 3, 1)[None] for level in sieve([codes, features, features], 0.5, topk))
-    chosen = ours > -math.inf
-    torch.testing.assert_close(ours[chosen], exact[chosen], rtol=1e-4, atol=1e-3)
-    right_deltas = sieve.deltas.everywhere(features, 0)
-    for image in range(2):
-        above = exact[image][exact[image] > 0.01]
-        assert len(above) > 20
-        best = exact[image] > max(
-            0.01, float(above.topk(min(topk, len(above))).values[-1]) - 0.01 if topk else math.inf
-        )
-        assert int(best.sum()) >= min(topk, len(above))
-        assert chosen[image][best].all()
-        cells = best.any(dim=2)
-        torch.testing.assert_close(deltas[image][cells], right_deltas[image][cells], rtol=1e-4, atol=1e-3)
-    if topk < 10**9:
-        (all_of_them,), _ = sieve([codes, features, features], 0.5, 10**9)
-        assert chosen.sum() < 0.8 * (all_of_them > -math.inf).sum()
+    return (off / held.scale + held.zero).round().clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("classes", [2, FEW_LOGITS // 3 + 2])
+@pytest.mark.parametrize("topk", [0, 1, 5, 40, 10**9])
+def test_candidates_are_those_of_all_cells(classes, topk, computed, monkeypatch):
+    """Of two levels and images, of which the second has lower logits; where an anchor has few classes, and many."""
+    monkeypatch.setattr("retina_fast.deploy.eight_bits.sieve.GROUP", 4)
+    conv = last_conv(3 * classes)
+    features = [features_of(2, side, 9, 5) for side in (15, 8)]
+    for level in features:
+        level[1] //= 2
+    conv = replace(conv, bias=conv.bias - conv.everywhere(features[0], 0).quantile(0.95))
+    held, margins, excesses = (Codes(0.5, 128), Codes(0.4, 100)), (2.0, 1.0), (3.0, 1.5)
+    codes = [of_exact(conv, features[i], i, held[i], margins[i], excesses[i]) for i in range(2)]
+    sieve = Sieve(conv, last_conv(12), held, margins, excesses)
+    outputs = [*codes, *features, *(features_of(2, side, 9, 5) for side in (15, 8))]
+    found = same_as_everywhere(sieve, outputs, classes, 0.5, topk)
+    assert found.counts[0] >= min(topk, 40)
+    computed.clear()
+    sieve.candidates(outputs, classes, 0.5, topk)
+    products = [(level, len(cells) * wanted) for conv, level, cells, wanted in computed]
+    if topk <= 5:  # and not all that exceed the threshold
+        most = sum(count for _, count in products)
+        computed.clear()
+        sieve.candidates(outputs, classes, 0.5, 10**9)
+        assert most < sum(len(cells) * wanted for _, _, cells, wanted in computed)
+    if classes > 2 and topk <= 5:
+        assert all(len(cells) <= 4 for _, _, cells, _ in computed)
+        assert sum(count for _, count in products) < 0.5 * sum(level.numel() for level in codes)
+    for score_thresh in (0.0, 0.02, 0.9, 1.0):
+        same_as_everywhere(sieve, outputs, classes, score_thresh, topk)
 
 
 def test_images_without_candidates_change_nothing_for_the_others():
-    sieve = Sieve(last_conv(6), last_conv(4), (Codes(0.1, 100),), (0.1,), (0.1,))
+    sieve = Sieve(last_conv(6), last_conv(12), (Codes(0.1, 100),), (0.1,), (0.1,))
     codes = torch.randint(0, 256, (1, 40, 40, 6), dtype=torch.uint8)
     features = features_of(1, 40, 40, 5)
-    (alone,), _ = sieve([codes, features, features], 0.5, 9)
-    expected = alone.clone()
-    assert 9 <= (expected > -math.inf).sum() < 0.1 * expected.numel()
+    alone = sieve.candidates([codes, features, features], 2, 0.5, 9)
+    assert alone.counts.tolist() == [9]
     blank = torch.zeros_like(codes)
     for place, batch in enumerate(([codes, blank], [blank, codes, blank], [blank, blank, codes])):
         many = features.expand(len(batch), -1, -1, -1).contiguous()
-        (logits,), _ = sieve([torch.cat(batch), many, many], 0.5, 9)
-        torch.testing.assert_close(logits[place : place + 1], expected)
-        assert (logits > -math.inf).sum() == (expected > -math.inf).sum()
-    none = codes[:0], features[:0], features[:0]
-    assert [level[0].shape for level in sieve(none, 0.5, 9)] == [(0, 6, 40, 40), (0, 4, 40, 40)]
-
-
-@pytest.mark.parametrize("logits", [6, FEW_LOGITS + 6])
-def test_nothing_of_an_earlier_call_is_left(logits):
-    sieve = Sieve(last_conv(logits), last_conv(4), (Codes(0.1, 100),), (0.1,), (0.1,))
-
-    def outputs(height):
-        codes = torch.randint(0, 90, (1, height, 7, logits), dtype=torch.uint8)
-        codes[torch.rand(codes.shape) < 0.01] = 255
-        return [codes, features_of(1, height, 7, 5), features_of(1, height, 7, 5)]
-
-    for height in (5, 5, 3, 5, 5):
-        given = outputs(height)
-        fresh = pickle.loads(pickle.dumps(sieve))
-        for ours, right in zip(sieve(given, 0.5, 9), fresh(given, 0.5, 9), strict=True):
-            assert torch.equal(ours[0], right[0])
-    assert len(pickle.dumps(sieve)) == len(pickle.dumps(fresh))  # what is kept between calls stays here
+        found = sieve.candidates([torch.cat(batch), many, many], 2, 0.5, 9)
+        assert found.counts.tolist() == [9 * (image is codes) for image in batch]
+        assert torch.equal(found.anchors[place], alone.anchors[0])
+        torch.testing.assert_close(found.scores[place], alone.scores[0])
+    none = sieve.candidates([codes[:0], features[:0], features[:0]], 2, 0.5, 9)
+    assert none.anchors.shape == (0, 9)
+    assert sieve.offsets([codes[:0], features[:0], features[:0]], none.anchors, 3).shape == (0, 9, 4)
 
 
 def graph(last="Conv"):
@@ -285,18 +285,13 @@ def test_no_cell_above_the_threshold_is_missed():
         assert 0 < sieve.excesses[i] < 1
         assert (sieve.margins[i], sieve.excesses[i]) == pytest.approx((MARGIN * too_low, MARGIN * too_high))
     x = noise(2, 3, 24, 16, seed=9)
-    exact = run(quantized, x)  # whose last convs are in float32
-    sifted = 0
-    for threshold in (0.02, 0.05, 0.3, 0.9):
-        logits, deltas = sieve(run(proto, x), threshold, 10**9)
-        for i in range(2):
-            chosen, above = logits[i].permute(0, 2, 3, 1) > -math.inf, exact[i].sigmoid() > threshold
-            assert not (above & ~chosen).any()
-            boxes = above.any(dim=3)
-            for ours, theirs, at in ((logits[i], exact[i], chosen), (deltas[i], exact[2 + i], boxes)):
-                torch.testing.assert_close(ours.permute(0, 2, 3, 1)[at], theirs[at], rtol=1e-4, atol=1e-4)
-            sifted += int((~chosen).sum())
-    assert sifted > 500
+    exact, outputs = run(quantized, x), run(proto, x)  # the last convs of the first are in float32
+    logits, deltas = sieve.everywhere(outputs)
+    for ours, theirs in zip(logits + deltas, exact, strict=True):
+        torch.testing.assert_close(ours.permute(0, 2, 3, 1), theirs, rtol=1e-4, atol=1e-4)
+    found = [same_as_everywhere(sieve, outputs, 3, threshold, 10**9) for threshold in (0.02, 0.05, 0.3, 0.9)]
+    assert (found[0].counts > found[1].counts).all()
+    assert (found[2].counts > 0).all()
 
 
 def test_other_outputs_than_those_of_two_convs_are_left_alone():
