@@ -27,7 +27,7 @@ MARGIN = 2.0
 """In units of the largest error on the calibration images."""
 FEW_LOGITS = 64
 """Up to so many logits a cell are few: all of them are computed at each cell that has a candidate."""
-GROUP = 32
+GROUP = 64
 """With more, cells are taken in groups of this size; each group computes the logits that one of its cells wants."""
 MOST_CELLS = 0.4
 """If a conv is wanted at a larger share of a level's cells, it is computed at all of them."""
@@ -61,37 +61,32 @@ class LastConv:
     pads: tuple[int, int, int, int]
     inputs: tuple[Codes, ...]
 
+    def padded(self, features: Tensor, level: int) -> Tensor:
+        """Features (B, H, W, C) uint8 with a border of the code that stands for 0."""
+        top, left, bottom, right = self.pads
+        return F.pad(features, (0, 0, left, right, top, bottom), value=self.inputs[level].zero)
+
     def everywhere(self, features: Tensor, level: int) -> Tensor:
         """(B, H, W, O) of features (B, H, W, C) uint8."""
-        top, left, bottom, right = self.pads
-        padded = F.pad(self.inputs[level].values(features), (0, 0, left, right, top, bottom)).permute(0, 3, 1, 2)
-        return F.conv2d(padded, self.weight, self.bias).permute(0, 2, 3, 1)
+        values = self.inputs[level].values(self.padded(features, level)).permute(0, 3, 1, 2)
+        return F.conv2d(values, self.weight, self.bias).permute(0, 2, 3, 1)
 
-    def patches(self, features: Tensor, level: int, cells: Tensor) -> Tensor:
+    def patches(self, padded: Tensor, cells: Tensor) -> Tensor:
         """(N, kernel height * kernel width * C) uint8: what the conv reads at N cells.
 
         Args:
-            features: (B, H, W, C) uint8.
-            level: which one they are of.
-            cells: (N,) their indices among the B * H * W.
+            padded: of :meth:`padded`.
+            cells: (N,) their indices among the B * H * W cells without the border.
         """
-        height, width, channels = features.shape[1:]
-        table = features.view(-1, channels)
-        down, right = (
-            torch.arange(side) - before for side, before in zip(self.weight.shape[2:], self.pads[:2], strict=True)
-        )
-        beside = (down[:, None] * width + right).flatten()  # where a cell's neighbours lie beside it
-        index = (cells[:, None] + beside).clamp_(0, len(table) - 1)  # at an edge wrong, and replaced below
-        patches = table.index_select(0, index.flatten())
-        row, column = cells // width % height, cells % width
-        at_edge = (row + down[0] < 0) | (row + down[-1] >= height)
-        at_edge |= (column + right[0] < 0) | (column + right[-1] >= width)
-        edge = at_edge.nonzero()[:, 0]
-        rows, columns = row[edge, None] + down, column[edge, None] + right
-        outside = ((rows < 0) | (rows >= height))[:, :, None] | ((columns < 0) | (columns >= width))[:, None]
-        places = edge[:, None] * len(beside) + torch.arange(len(beside))
-        patches.index_fill_(0, places[outside.flatten(1)], self.inputs[level].zero)
-        return patches.view(len(cells), len(beside) * channels)
+        rows, columns, channels = padded.shape[1:]
+        sides = self.weight.shape[2:]
+        height, width = rows - sides[0] + 1, columns - sides[1] + 1
+        down, right = (torch.arange(side) for side in sides)
+        beside = (down[:, None] * columns + right).flatten()  # where a cell's neighbours lie beside the first of them
+        line = cells // width  # of all images
+        first = (line + line // height * (sides[0] - 1)) * columns + cells % width
+        index = (first[:, None] + beside).flatten()
+        return padded.view(-1, channels).index_select(0, index).view(len(cells), len(beside) * channels)
 
     def at_patches(self, patches: Tensor, level: int, outputs: Tensor | None = None) -> Tensor:
         """(P, N): P of the outputs, all if None, for N patches of a level."""
@@ -108,7 +103,7 @@ class LastConv:
         """(N, O) at N cells, their indices among the B * H * W of features (B, H, W, C) uint8."""
         if len(cells) > MOST_CELLS * features.shape[:3].numel():
             return self.everywhere(features, level).flatten(0, 2).index_select(0, cells)
-        return self.at_patches(self.patches(features, level, cells), level).T
+        return self.at_patches(self.patches(self.padded(features, level), cells), level).T
 
 
 @dataclass(frozen=True)
@@ -200,11 +195,12 @@ class Sieve:
     ) -> tuple[Tensor, Tensor]:
         """The logits above a threshold among those wanted of each cell (N, O), and their rising positions among all."""
         order = wanted.sum(dim=1).argsort()  # cells that want few logits want much the same ones
+        padded = self.logits.padded(features, level)
         values, places = [torch.empty(0)], [cells[:0]]
         for group in order.split(GROUP) if len(order) else ():
             outputs = wanted.index_select(0, group).any(dim=0).nonzero()[:, 0]
             own = cells.index_select(0, group)
-            rows = self.logits.at_patches(self.logits.patches(features, level, own), level, outputs).T
+            rows = self.logits.at_patches(self.logits.patches(padded, own), level, outputs).T
             row, column = (rows > threshold).nonzero(as_tuple=True)
             values.append(rows[row, column])
             places.append(own[row] * wanted.shape[1] + outputs[column])

@@ -47,7 +47,7 @@ def test_a_conv_at_some_cells_and_at_all(kernel, level):
     torch.testing.assert_close(conv.everywhere(features, level).double(), expected, rtol=1e-5, atol=1e-5)
     given, right = features.clone(), expected.flatten(0, 2)
     for cells in (torch.arange(2 * 6 * 9), (torch.rand(2 * 6 * 9) < 0.5).nonzero()[:, 0], torch.tensor([54, 0])):
-        patches = conv.patches(features, level, cells)
+        patches = conv.patches(conv.padded(features, level), cells)
         made = conv.at_patches(patches, level).T
         torch.testing.assert_close(made.double(), right[cells], rtol=1e-5, atol=1e-5)
         some = torch.tensor([5, 0])
@@ -86,9 +86,9 @@ def computed(monkeypatch):
     patches, at_patches, everywhere = LastConv.patches, LastConv.at_patches, LastConv.everywhere
     cells_of: list[list[int]] = []
 
-    def noted(conv, features, level, cells):
+    def noted(conv, padded, cells):
         cells_of.append(cells.tolist())
-        return patches(conv, features, level, cells)
+        return patches(conv, padded, cells)
 
     def multiplied(conv, rows, level, outputs=None):
         product = at_patches(conv, rows, level, outputs)
