@@ -1,9 +1,10 @@
 """Suppression of one image's boxes on a CPU, without a loop over boxes or classes in Python.
 
-The best boxes are decided on first, by windows of which each is twice as large as the one before. The boxes of a window
-are compared with those that are kept already, then with each other. What is compared is a list of pairs: boxes lie
-sorted by class and the middle of their width, and two boxes whose IoU exceeds a threshold t have their middles close
-together. Each covers more than t of the other's width then, so the middles lie less than
+A few boxes are compared pair by pair. Of more, the best are decided on first, by windows of which each is twice as large
+as the one before. The boxes of a window are compared with those that are kept already, then with each other. What is
+compared is a list of pairs: boxes lie sorted by class and the middle of their width, and two boxes whose IoU exceeds a
+threshold t have their middles close together. Each covers more than t of the other's width then, so the middles lie
+less than
 
     w max(1 - t, (1 / t - 1) / 2)
 
@@ -22,6 +23,7 @@ from torchvision.ops.boxes import nms as torchvision_nms  # bound now: ours may 
 
 Array = NDArray[Any]
 
+_FEW = 128  # boxes of which all pairs are compared
 _FIRST = 256, 1024  # boxes of the first window, at least and at most; between them twice as many as are asked for
 _KEPT = 1 / 8  # the share of a first window that is kept, as a guess
 _CHUNK = 2**15  # pairs that are listed in one go, so that they fit a cache
@@ -29,6 +31,12 @@ _CALL = 2048  # pairs that are listed in the time of a call of torchvision's
 _LOOPED = 100  # pairs of overlapping boxes that a loop is fastest for
 _ROUNDS = 16  # in which nearly all sets of overlapping boxes are decided
 _SLACK = 1e-5  # of a width or height: more than all rounding of an IoU comes to
+
+
+def _sides(boxes: Array) -> Array:
+    """(5, n) x1, y1, x2, y2 and area of boxes (n, 4)."""
+    x1, y1, x2, y2 = boxes.T
+    return np.stack((x1, y1, x2, y2, (x2 - x1) * (y2 - y1)))
 
 
 class _Sorted(NamedTuple):
@@ -78,11 +86,9 @@ class _Frame:
         """The boxes of these ranks."""
         boxes = self.boxes[ranks]
         kind = np.finfo(boxes.dtype)
-        sides = np.empty((5, len(boxes)), boxes.dtype)
-        sides[:4] = boxes.T
+        sides = _sides(boxes)
         x1, y1, x2, y2, area = sides
         width, height = x2 - x1, y2 - y1
-        np.multiply(width, height, out=area)
         # Of smaller areas rounding leaves a few bits, and their IoUs may exceed the true ones by any amount.
         reach = self.reach if area.min(initial=1) > kind.tiny / kind.eps else np.inf
         across = np.array((x1, width), np.float64)
@@ -96,6 +102,20 @@ class _Frame:
         down[1] += 8 * kind.eps * self.farthest
         order = across[0].argsort()
         return _Sorted(np.arange(ranks.start, ranks.stop), sides, across, down).take(order)
+
+
+def _exceeds(a: Array, i: Array, b: Array, j: Array, thresh: float) -> Array:
+    """Which pairs have an IoU above the threshold, as their places in the list, from the sides of their boxes."""
+    (x1, y1, x2, y2, area), (u1, v1, u2, v2, other) = a, b
+    width = np.minimum(x2.take(i), u2.take(j))
+    width -= np.maximum(x1.take(i), u1.take(j))
+    height = np.minimum(y2.take(i), v2.take(j))
+    height -= np.maximum(y1.take(i), v1.take(j))
+    intersection = np.maximum(width, 0, out=width)
+    intersection *= np.maximum(height, 0, out=height)
+    union = np.add(area.take(i), other.take(j), out=height)
+    union -= intersection
+    return (np.divide(intersection, union, out=union) > thresh).nonzero()[0]
 
 
 def _overlapping(a: _Sorted, b: _Sorted, first: Array, counts: Array, thresh: float) -> tuple[Array, Array]:
@@ -114,16 +134,7 @@ def _overlapping(a: _Sorted, b: _Sorted, first: Array, counts: Array, thresh: fl
         apart -= a.down[0, start:stop].repeat(own)
         near = (np.abs(apart, out=apart) <= a.down[1, start:stop].repeat(own)).nonzero()[0]
         i, j = np.arange(start, stop).repeat(own).take(near), j.take(near)
-        (x1, y1, x2, y2, area), (u1, v1, u2, v2, other) = a.sides, b.sides
-        width = np.minimum(x2.take(i), u2.take(j))
-        width -= np.maximum(x1.take(i), u1.take(j))
-        height = np.minimum(y2.take(i), v2.take(j))
-        height -= np.maximum(y1.take(i), v1.take(j))
-        intersection = np.maximum(width, 0, out=width)
-        intersection *= np.maximum(height, 0, out=height)
-        union = np.add(area.take(i), other.take(j), out=height)
-        union -= intersection
-        over = (np.divide(intersection, union, out=union) > thresh).nonzero()[0]
+        over = _exceeds(a.sides, i, b.sides, j, thresh)
         found.append((i.take(over), j.take(over)))
         start, done = stop, int(ends[stop - 1])
     i, j = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
@@ -219,6 +230,13 @@ def kept_of_image(boxes: Array, labels: Array | None, thresh: float, most: int |
     if not thresh <= 2:  # which no IoU exceeds, however it is rounded
         return np.arange(min(most, len(boxes)))
     with np.errstate(all="ignore"):
+        if len(boxes) <= _FEW:
+            i, j = np.triu_indices(len(boxes), 1)
+            if labels is not None:
+                same = (labels[i] == labels[j]).nonzero()[0]
+                i, j = i[same], j[same]
+            over = _exceeds(sides := _sides(boxes), i, sides, j, thresh)
+            return _settled(i[over], j[over], len(boxes)).nonzero()[0][:most]
         width = boxes[:, 2] - boxes[:, 0]
         area = width * (boxes[:, 3] - boxes[:, 1])
         # The others overlap nothing: they have no area, an infinite one, or a NaN.

@@ -15,9 +15,10 @@ from retina_fast.kernels.batched_nms import nms_image
 # Constants under which all boxes go one way. Small windows, chunks and loops make several of each.
 WAYS = {
     "as it is": {},
-    "one window": {"_FIRST": (10**9, 10**9), "_ROUNDS": 0},
-    "lists": {"_FIRST": (16, 16), "_CALL": 10**9, "_CHUNK": 50, "_LOOPED": 0},
-    "calls": {"_FIRST": (16, 16), "_CALL": -(10**9)},
+    "pairs": {"_FEW": 10**9},
+    "one window": {"_FEW": 0, "_FIRST": (10**9, 10**9), "_ROUNDS": 0},
+    "lists": {"_FEW": 0, "_FIRST": (16, 16), "_CALL": 10**9, "_CHUNK": 50, "_LOOPED": 0},
+    "calls": {"_FEW": 0, "_FIRST": (16, 16), "_CALL": -(10**9)},
 }
 
 
