@@ -1,6 +1,6 @@
 """Suppression of one image's boxes on a CPU, without a loop over boxes or classes in Python.
 
-A few boxes are compared pair by pair. Of more, the best are decided on first, by windows, each twice as large as the one
+A few boxes are compared pair by pair. Of more, the best are decided on first, by windows, each twice as large as that
 before. The boxes of a window are compared with those that are kept already, then with each other. What is compared is a
 list of pairs: boxes lie sorted by class and the middle of their width, and two boxes whose IoU exceeds a threshold t
 have their middles close together. Each covers more than t of the other's width then, so the middles lie less than

@@ -14,8 +14,9 @@ twenty has a score above the threshold. The engines take turns; medians are give
 processor's time, which other work on the machine disturbs less.
 
 ``trees`` is AP50 of the embedded detector, or of a model file, in float32 and in eight bits by each runtime: calibrated
-on 12 tiles of the training photographs, judged on the held-out parts and two other forests. Between which bounds the
-difference from float32 lies if squares of the photographs are drawn anew is what ``resampled.py`` says.
+on 12 tiles of the training photographs, judged on the held-out parts, on two other forests, and on all of these
+together. Between which bounds the difference from float32 lies if squares of the photographs are drawn anew is what
+``resampled.py`` says.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models.resampled import Matched, interval, matched
+from benchmarks.models.resampled import Matched, matched, print_ap50, together
 from demo.trees import prepare
 from retina_fast import RetinaNet, compile_inference, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
 from retina_fast.data.coco import CocoDataset, read_image
@@ -312,18 +313,15 @@ def trees(file: Path, float32_share: float) -> None:
     engine = compile_inference(model, training_tiles(), dtype=torch.int8, float32_share=float32_share)
     print(engine, flush=True)
     engines = {"float32, PyTorch": compile_inference(model, dtype=torch.float32), **by_runtime(engine)}
+    parts: dict[str, list[Matched]] = {name: [] for name in engines}
     for split in SPLITS:
         data = CocoDataset(folder / f"{split}.json", folder / split)
-        exact: Matched | None = None
         for name, detector in engines.items():
             judged = evaluate(detector, content.classes, data, workers=0)
             assert judged is not None
-            found = matched(judged.results, data.coco)
-            line = f"{name}: AP50 of {split} {100 * judged.metrics.values['AP50']:.2f}"
-            if exact:
-                line += ", less float32's {:.2f} to {:.2f} in 95% of the draws".format(*interval(found, exact))
-            print(line, flush=True)
-            exact = exact or found
+            parts[name].append(matched(judged.results, data.coco))
+        print_ap50(split, {name: found[-1] for name, found in parts.items()})
+    print_ap50("all of them together", {name: together(found) for name, found in parts.items()})
 
 
 def main() -> None:

@@ -65,6 +65,22 @@ def matched(results: Sequence[Mapping[str, Any]], coco: Mapping[str, Any]) -> Ma
     return Matched(torch.cat(scores), torch.cat(right), torch.cat(squares), torch.cat(of_truths))
 
 
+def together(parts: Sequence[Matched]) -> Matched:
+    """The detections and true boxes of several sets of photographs as of one."""
+    first, moved = 0, []
+    for part in parts:
+        squares, of_truths = (rows + torch.tensor([first, 0, 0]) for rows in (part.squares, part.of_truths))
+        moved.append(Matched(part.scores, part.right, squares, of_truths))
+        first = 1 + int(max(rows[:, 0].max() if len(rows) else first for rows in (squares, of_truths)))
+    return Matched(*map(torch.cat, zip(*moved, strict=True)))
+
+
+def ap50(found: Matched) -> float:
+    """AP at an IoU of 0.5, in points."""
+    ones = torch.ones(1, len(found.scores)), torch.ones(1, len(found.of_truths))
+    return 100 * float(average_precision(found, *ones))
+
+
 def average_precision(found: Matched, weights: Tensor, of_truths: Tensor) -> Tensor:
     """COCO's AP at an IoU of 0.5, over 101 recalls, (R,).
 
@@ -96,3 +112,13 @@ def interval(ours: Matched, theirs: Matched) -> tuple[float, float]:
     )
     bounds = (100 * difference).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     return float(bounds[0]), float(bounds[1])
+
+
+def print_ap50(split: str, found: Mapping[str, Matched]) -> None:
+    """Print AP50 of each detector, and between which bounds its difference from the first, in float32, lies."""
+    exact = next(iter(found.values()))
+    for name, of_one in found.items():
+        line = f"{name}: AP50 of {split} {ap50(of_one):.2f}"
+        if of_one is not exact:
+            line += ", less float32's {:.2f} to {:.2f} in 95% of the draws".format(*interval(of_one, exact))
+        print(line, flush=True)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.models.resampled import average_precision, interval, matched
+from benchmarks.models.resampled import ap50, average_precision, interval, matched, together
 from retina_fast.data.metrics import coco_metrics
 
 
@@ -41,6 +41,19 @@ def test_ap50_is_cocos():
     assert abs(float(average_precision(found, *ones)) - expected) < 1e-6
     twice = average_precision(found, 2 * ones[0], 2 * ones[1])  # nothing changes if each counts twice
     assert abs(float(twice) - expected) < 0.02
+
+
+def test_sets_of_photographs_together_are_judged_as_one():
+    (coco, results), (other, others) = forest(0), forest(3, trees=20, images=3)
+    shifted: dict[str, Any] = {"images": [*coco["images"], *({"id": image["id"] + 2} for image in other["images"])]}
+    moved = [[entry | {"image_id": entry["image_id"] + 2} for entry in rows] for rows in (other["annotations"], others)]
+    shifted["annotations"] = coco["annotations"] + moved[0]
+    none = matched([], {"images": [{"id": 1}], "annotations": []})
+    joined = together([matched(results, coco), none, matched(others, other)])
+    expected = matched(results + moved[1], shifted)
+    assert ap50(joined) == ap50(expected)
+    assert len(joined.squares.unique(dim=0)) == len(expected.squares.unique(dim=0))
+    assert len(joined.of_truths.unique(dim=0)) == len(expected.of_truths.unique(dim=0))
 
 
 def test_the_interval_tells_noise_from_a_loss():

@@ -1,6 +1,7 @@
 """Suppression on a CPU by each of its ways, against one call of torchvision's for every class."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from retina_fast.kernels import nms_cpu
 from retina_fast.kernels.batched_nms import nms_image
 
 # Constants under which all boxes go one way. Small windows, chunks and loops make several of each.
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "pairs": {"_FEW": 10**9},
     "one window": {"_FEW": 0, "_FIRST": (10**9, 10**9), "_ROUNDS": 0},
