@@ -49,16 +49,17 @@ def scene(kind, count, classes, dtype):
         "a few places": torch.rand(5, 2, generator=generator)[x % 5] * 200
         + torch.rand(count, 2, generator=generator) * 9,
         "a chain": torch.stack((x * 8.0, 0.0 * x), dim=1),
+        "a column": torch.stack((0.0 * x, x * 8.0), dim=1),
         "one place": torch.zeros(count, 2),
         "none": torch.stack((x % 200 * 50.0, x // 200 * 50.0), dim=1),
     }[kind]
-    if kind == "a chain":
+    if kind in ("a chain", "a column"):
         scores = scores.sort(descending=True).values
-    size = 20 + (0 if kind in ("a chain", "one place") else 9 * torch.rand(count, 2, generator=generator))
+    size = 20 + (0 if kind in ("a chain", "a column", "one place") else 9 * torch.rand(count, 2, generator=generator))
     return torch.cat((corner, corner + size), dim=1).to(dtype), scores, labels
 
 
-@pytest.mark.parametrize("kind", ["scattered", "a few places", "a chain", "one place"])
+@pytest.mark.parametrize("kind", ["scattered", "a few places", "a chain", "a column", "one place"])
 def test_each_way_keeps_what_torchvision_keeps(kind, way):
     for dtype, classes, count in itertools.product((torch.float32, torch.float64), (1, 4), (30, 170)):
         boxes, scores, labels = scene(kind, count, classes, dtype)
@@ -158,6 +159,22 @@ def test_no_more_boxes_are_looked_at_than_a_few_times_those_that_serve(monkeypat
     kept = nms_image(boxes, scores, None, 0.5, 300)
     assert torch.equal(kept, torchvision.ops.nms(boxes, scores, 0.5)[:300])
     assert seen == [0, 600, 1200]
+
+
+@pytest.mark.parametrize("kind", ["a chain", "a column"])
+def test_boxes_are_sorted_along_the_axis_that_parts_them(kind, monkeypatch):
+    pairs = []
+    overlapping = nms_cpu._overlapping
+
+    def counted(a, b, first, counts, thresh):
+        pairs.append(int(counts.sum()))
+        return overlapping(a, b, first, counts, thresh)
+
+    monkeypatch.setattr(nms_cpu, "_overlapping", counted)
+    boxes, scores, _ = scene(kind, 5000, 1, torch.float32)
+    scores = scores[torch.randperm(5000, generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(nms_image(boxes, scores, None, 0.5), torchvision.ops.nms(boxes, scores, 0.5))
+    assert sum(pairs) < 10 * 5000
 
 
 @pytest.mark.parametrize("count", [9, 1000])
