@@ -9,7 +9,7 @@ inputs. The sum is rounded: its two paths disagree on borderline boxes, and 16-b
 added. torchvision also writes the overlaps of all pairs as bits, which one block then reads to the end. Here a few
 thousand boxes are shared out by class to programs that each walk down their own (``nms_walk.py``). Many boxes, or those
 of one class, are compared by the whole GPU, tile by tile (``nms_tiles.py``). The sizes alone decide which, so that
-nothing waits for the GPU.
+nothing waits for the GPU. On a CPU each image goes through ``nms_cpu.py``.
 """
 
 import functools
@@ -56,7 +56,8 @@ def nms_image(
     boxes = at_least_float32(boxes).detach()
     rows = _on_host(boxes)
     classes = None if labels is None else _on_host(labels)
-    if scores is not None and 1 < len(rows) <= FEW and (classes is None or not (classes != classes[0]).any()):
+    fits = scores is not None and scores.element_size() <= boxes.element_size()
+    if scores is not None and fits and 1 < len(rows) <= FEW and (classes is None or not (classes != classes[0]).any()):
         return torchvision_nms(boxes, scores.to(boxes.dtype), iou_thresh)[:most]
     order = None if scores is None else best_first(_on_host(at_least_float32(scores)))
     if order is not None:
@@ -121,7 +122,8 @@ def _score_keys_kernel(
 @functools.cache
 def rounded_down(value: float) -> float:
     """The greatest float32 that is not above a float64: a float32 number exceeds either both or neither."""
-    near = np.float32(value)
+    with np.errstate(over="ignore"):
+        near = np.float32(value)
     return float(near if float(near) <= value else np.nextafter(near, np.float32(-np.inf)))
 
 

@@ -98,6 +98,8 @@ def candidates_of(
         topk: the most candidates of an image and level.
         device: where the result is to lie.
     """
+    if topk < 0:
+        raise ValueError(f"topk must be at least 0, got {topk}")
     shape = len(found), max(1, sum(min(topk, size) for size in sizes))
     anchors = torch.zeros(shape, dtype=torch.int64, device=device)
     scores = torch.zeros(shape, dtype=torch.float32, device=device)

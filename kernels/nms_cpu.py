@@ -1,16 +1,16 @@
-"""Suppression of one image's boxes on a CPU, without a loop over boxes or classes in Python.
+"""Suppression of one image's boxes on a CPU, mostly by passes over lists of pairs.
 
-A few boxes are compared pair by pair. Of more, the best are decided on first, by windows, each twice as large as that
-before. The boxes of a window are compared with those that are kept already, then with each other. What is compared is a
-list of pairs: boxes lie sorted by class and the middle of their width, and two boxes whose IoU exceeds a threshold t
-have their middles close together. Each covers more than t of the other's width then, so the middles lie less than
+A few boxes are compared pair by pair. Of more, the best are decided on first, by windows, each up to twice as large as
+that before. The boxes of a window are compared with those that are kept already, then with each other. What is compared
+is a list of pairs: boxes lie sorted by class and the middle of their width, and two boxes whose IoU exceeds a threshold
+t have their middles close together. The IoU of their intervals of x exceeds t then, too, so the middles lie less than
 
-    w max(1 - t, (1 / t - 1) / 2)
+    w (1 / t - 1) / 2
 
 apart, where w is the width of either of the two, and likewise in height. Where the image's boxes are parted better by
-their y coordinates, both axes are exchanged first. Where many boxes lie on few places nearly all of them are pairs; but
-few boxes are kept then, for which torchvision's own function is fast. Each IoU is computed step by step as torchvision
-computes it, in the dtype of the boxes.
+their y coordinates, both axes are exchanged first. Where many boxes lie on few places nearly all of them are pairs; if
+few boxes were kept in the window before, torchvision's own function is fast then. Each IoU is computed step by step as
+torchvision computes it, in the dtype of the boxes.
 """
 
 import math
@@ -25,12 +25,13 @@ Array = NDArray[Any]
 
 _FEW = 128  # boxes of which all pairs are compared
 _FIRST = 256, 1024  # boxes of the first window, at least and at most; between them twice as many as are asked for
+_LARGEST = 2048  # boxes of any window, whose pairs thus take 32 MB at most
 _KEPT = 1 / 8  # the share of a first window that is kept, as a guess
 _CHUNK = 2**15  # pairs that are listed in one go, so that they fit a cache
 _CALL = 2048  # pairs that are listed in the time of a call of torchvision's
 _LOOPED = 100  # pairs of overlapping boxes that a loop is fastest for
 _ROUNDS = 16  # in which nearly all sets of overlapping boxes are decided
-_SLACK = 1e-5  # of a width or height: more than all rounding of an IoU comes to
+_SLACK = 1e-5  # of a distance or a width: more than all rounding of an IoU comes to
 
 
 def _sides(boxes: Array) -> Array:
@@ -40,7 +41,7 @@ def _sides(boxes: Array) -> Array:
 
 
 class _Sorted(NamedTuple):
-    """Boxes by class and the middle of their width."""
+    """Boxes by class and the middle of their extent along the axis that they are sorted by, here called x."""
 
     ranks: Array
     """(n,) positions among all boxes of the image, best first."""
@@ -62,7 +63,7 @@ class _Sorted(NamedTuple):
 
 
 class _Frame:
-    """What the places of an image's boxes are measured by.
+    """The scale of an image's coordinates, and how far apart boxes can lie of which one suppresses the other.
 
     Args:
         boxes: (N, 4) best first, all with an area.
@@ -78,8 +79,8 @@ class _Frame:
         self.boxes, self.labels = boxes, labels
         self.low, high = float(boxes.min()), float(boxes.max())
         self.half = high / 2 - self.low / 2
-        # Below 1e-5 the product of two sides, rounded, says little about either.
-        self.reach = max(1 - thresh, (1 / thresh - 1) / 2, 0) + _SLACK if thresh > 1e-5 else math.inf
+        # Below 1e-5 all boxes are compared whose middles are near enough to touch.
+        self.reach = max((1 / thresh - 1) / 2, 0) * (1 + _SLACK) + _SLACK if thresh > 1e-5 else math.inf
         self.farthest = max(-self.low, high)
 
     def sorted(self, ranks: slice) -> _Sorted:
@@ -97,7 +98,7 @@ class _Frame:
         across[1] = np.minimum(reach * across[1], across[1] / 2 + 1)
         if self.labels is not None:
             across[0] += 8 * self.labels[ranks]
-        across[1] += 2.0**-48 * (across[0].max(initial=0) + self.farthest / self.half)
+        across[1] += 4 * kind.eps + 2.0**-48 * (across[0].max(initial=0) + self.farthest / self.half)
         down = np.array((y1 / 2 + y2 / 2, np.minimum(reach * height, height / 2 + self.half)), boxes.dtype)
         down[1] += 8 * kind.eps * self.farthest
         order = across[0].argsort()
@@ -173,7 +174,7 @@ def kept_class_by_class(boxes: Array, labels: Array | None, thresh: float) -> Ar
 
 
 def _stay(window: _Sorted, frame: _Frame, thresh: float, share: float) -> Array:
-    """Which boxes of a window stay, as bool, if no others suppress them; about what share of them is a guess."""
+    """Which boxes of a window stay, as bool, if no others suppress them; torchvision's time is guessed by the share that stayed in the window before."""
     middle, reach = window.across
     first = np.arange(1, len(middle) + 1)
     counts = middle.searchsorted(middle + reach, "right") - first
@@ -183,7 +184,7 @@ def _stay(window: _Sorted, frame: _Frame, thresh: float, share: float) -> Array:
         ranks = window.ranks[by_rank]
         labels = None if frame.labels is None else frame.labels[ranks]
         classes = 1 if labels is None else len(np.unique(labels))
-        if pairs > classes * _CALL + share * len(ranks) ** 2 / (2 * classes):
+        if 2 * pairs > classes * _CALL + share * len(ranks) ** 2 / (2 * classes):
             stays = np.zeros(len(ranks), bool)
             stays[by_rank[kept_class_by_class(frame.boxes[ranks], labels, thresh)]] = True
             return stays
@@ -197,8 +198,8 @@ def _kept_of_able(boxes: Array, labels: Array | None, thresh: float, most: int) 
     """:func:`kept_of_image` of boxes that all have an area, at a threshold from 0 to 2."""
     if not len(boxes):
         return np.empty(0, np.int64)
-    left, top, right, bottom = boxes[: _FIRST[1]].astype(np.float64).T
-    across, down = ((high - low).mean() / (high.max() - low.min()) for low, high in ((left, right), (top, bottom)))
+    x1, y1, x2, y2 = boxes[: _FIRST[1]].astype(np.float64).T
+    across, down = ((high - low).mean() / (high.max() - low.min()) for low, high in ((x1, x2), (y1, y2)))
     if down < across:  # fewer boxes share a y than an x coordinate; IoUs are the same numbers with x and y exchanged
         boxes = boxes[:, [1, 0, 3, 2]]
     frame, share = _Frame(boxes, labels, thresh), _KEPT
@@ -206,7 +207,7 @@ def _kept_of_able(boxes: Array, labels: Array | None, thresh: float, most: int) 
     kept = frame.sorted(slice(0, 0))
     while first < len(boxes) and len(kept.ranks) < most:
         window = frame.sorted(slice(first, min(first + size, len(boxes))))
-        first, size = first + size, 2 * size
+        first, size = first + size, min(2 * size, _LARGEST)
         if len(kept.ranks):
             middle, reach = window.across
             start = kept.across[0].searchsorted(middle - reach)
@@ -231,7 +232,7 @@ def kept_of_image(boxes: Array, labels: Array | None, thresh: float, most: int |
             class is strictly above. Where it is NaN none goes.
     """
     most = len(boxes) if most is None else most
-    if not thresh <= 2:  # which no IoU exceeds, however it is rounded
+    if not thresh <= 2:  # rounding may lift an IoU a little above 1, but not to 2
         return np.arange(min(most, len(boxes)))
     with np.errstate(all="ignore"):
         if len(boxes) <= _FEW:

@@ -117,7 +117,7 @@ def test_labels_of_any_size(labels, way):
         assert kept.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.5, 0.75, 0.999, 1.0])
+@pytest.mark.parametrize("threshold", [0.003, 0.05, 0.3, 0.5, 0.75, 0.999, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pairs_as_far_apart_as_any_that_overlap_enough(threshold, dtype, way):
     """The second box of a pair is as wide, or the share of the threshold as wide or as high, or the reverse, and moved
@@ -141,6 +141,46 @@ def test_pairs_as_far_apart_as_any_that_overlap_enough(threshold, dtype, way):
         moved = (boxes * scale + offset).to(dtype)
         expected = class_by_class(moved, scores.to(dtype), labels, threshold)
         assert torch.equal(nms_image(moved, scores, labels, threshold), expected)
+
+
+def test_a_wide_box_beside_a_narrow_one_at_a_low_threshold(way):
+    """Rounding is relative to the wider box, and the middle of a wide one by more than a narrow one's width."""
+    pairs = {
+        float(np.float32(3e-5)): (
+            (0.0857560932636261, 1.9738744497299194, 62937.3671875),
+            (0.23817385733127594, 2.042165756225586),
+        ),
+        0.0: ((-5.540437797435516e-08, 0.967536211013794, -5.540436731621412e-08), (0.0, 0.4)),
+    }
+    scores, labels = torch.arange(300, 0, -1).float(), torch.arange(150).repeat_interleave(2)
+    for threshold, ((left, *rights), (top, bottom)) in pairs.items():
+        boxes = torch.tensor([[left, top, right, bottom] for right in rights]).repeat(150, 1)
+        for given in (boxes, boxes[:, [1, 0, 3, 2]]):
+            assert nms_image(given, scores, labels, threshold).tolist() == [*range(0, 300, 2)]
+
+
+def test_many_boxes_on_one_place_after_many_that_are_apart(monkeypatch):
+    """The rate at which boxes were kept says nothing then, and no more pairs are listed at once than of one window."""
+    pairs = []
+    overlapping = nms_cpu._overlapping
+
+    def counted(a, b, first, counts, thresh):
+        pairs.append(int(counts.sum()))
+        return overlapping(a, b, first, counts, thresh)
+
+    monkeypatch.setattr(nms_cpu, "_overlapping", counted)
+    boxes, scores, _ = scene("none", 30_000, 1, torch.float32)
+    boxes[15_000:] = torch.tensor([-99.0, -99.0, -50.0, -50.0])
+    scores = torch.arange(30_000, 0, -1).float()
+    assert nms_image(boxes, scores, None, 0.5).tolist() == [*range(15_001)]
+    assert max(pairs) < nms_cpu._LARGEST**2 / 2
+    assert sum(pairs) < 100 * 30_000
+
+
+def test_scores_of_more_bits_than_the_boxes():
+    boxes = torch.tensor([[0.0, 0, 9, 9]]).repeat(2, 1)
+    for scores in ([0.5, 0.5 + 1e-12], [1e300, 1e301]):
+        assert nms_image(boxes, torch.tensor(scores, dtype=torch.float64), None, 0.5).tolist() == [1]
 
 
 def test_no_more_boxes_are_looked_at_than_a_few_times_those_that_serve(monkeypatch):

@@ -4,8 +4,8 @@ Logits and box offsets are to be those of float32 convs. But nearly all cells of
 two convs, left in float32, would take as long as all the others in eight bits. So the graph
 (:mod:`retina_fast.deploy.eight_bits.sieved_graph`) computes the logits in eight bits, which serve to decide: a logit is
 computed in float32 if that value, plus a margin, exceeds the score threshold, and if it can be one of the k highest of
-its image and level, which are all that is ever looked at. It is the product with the 3x3 neighbourhood of what the conv
-reads, which is in eight bits. Those logits that exceed the threshold, and are among the highest, are the candidates;
+its image and level, which are all that is ever looked at. It is the product with the neighbourhood of what the conv reads,
+which is in eight bits. Those logits that exceed the threshold, and are among the highest, are the candidates;
 box offsets are computed at their cells alone.
 
 A level's margin is twice the largest amount by which an 8-bit logit was too low on the calibration images, and its
@@ -67,7 +67,7 @@ class LastConv:
         return F.pad(features, (0, 0, left, right, top, bottom), value=self.inputs[level].zero)
 
     def everywhere(self, features: Tensor, level: int) -> Tensor:
-        """(B, H, W, O) of features (B, H, W, C) uint8."""
+        """The outputs (B, H, W, O) for features (B, H, W, C) uint8."""
         values = self.inputs[level].values(self.padded(features, level)).permute(0, 3, 1, 2)
         return F.conv2d(values, self.weight, self.bias).permute(0, 2, 3, 1)
 
@@ -169,16 +169,16 @@ class Sieve:
         held, count = self.codes[level], codes.shape[3]
         # Code 255 may stand for any greater value, and code 0 for any lower one.
         least = math.ceil(max(0.0, min(255.0, (threshold - self.margins[level]) / held.scale + held.zero)))
-        if not least:
-            images = self.logits.everywhere(features, level).flatten(1)
-            return [(image[place], place) for image in images for place in (contenders(image, threshold, topk),)]
         greatest = codes.amax(dim=3).flatten()
         cells = (greatest >= least).nonzero()[:, 0]
         of_cells = codes.view(-1, count).index_select(0, cells)
-        raised = self._least_of_best(level, of_cells, cells // codes.shape[1:3].numel(), topk)
+        raised = self._least_of_best(level, of_cells, cells // codes.shape[1:3].numel(), topk) if least else 0
         if raised > least:
             least, chosen = raised, (greatest.index_select(0, cells) >= raised).nonzero()[:, 0]
             cells, of_cells = cells[chosen], of_cells.index_select(0, chosen)
+        if len(cells) > MOST_CELLS * len(greatest):
+            images = self.logits.everywhere(features, level).flatten(1)
+            return [(image[place], place) for image in images for place in (contenders(image, threshold, topk),)]
         if count <= FEW_LOGITS:
             rows = self.logits.at(features, level, cells)
             row, output = (rows > threshold).nonzero(as_tuple=True)
@@ -194,7 +194,7 @@ class Sieve:
         self, level: int, features: Tensor, cells: Tensor, wanted: Tensor, threshold: float
     ) -> tuple[Tensor, Tensor]:
         """The logits above a threshold among those wanted of each cell (N, O), and their rising positions among all."""
-        order = wanted.sum(dim=1).argsort()  # cells that want few logits want much the same ones
+        order = wanted.sum(dim=1).argsort()  # by how many logits they want
         padded = self.logits.padded(features, level)
         values, places = [torch.empty(0)], [cells[:0]]
         for group in order.split(GROUP) if len(order) else ():
@@ -208,7 +208,7 @@ class Sieve:
         return torch.cat(values)[order], place
 
     def _least_of_best(self, level: int, of_cells: Tensor, images: Tensor, topk: int) -> int:
-        """The least code with which a logit can be among the ``topk`` highest of its image.
+        """The least code with which a logit of any of the images can be among the ``topk`` highest of its image.
 
         Args:
             level: which one the logits are of.
