@@ -174,7 +174,8 @@ def kept_class_by_class(boxes: Array, labels: Array | None, thresh: float) -> Ar
 
 
 def _stay(window: _Sorted, frame: _Frame, thresh: float, share: float) -> Array:
-    """Which boxes of a window stay, as bool, if no others suppress them; torchvision's time is guessed by the share that stayed in the window before."""
+    """Which boxes of a window stay, as bool, if no others suppress them; of the window before it a ``share`` stayed, by
+    which torchvision's time is guessed."""
     middle, reach = window.across
     first = np.arange(1, len(middle) + 1)
     counts = middle.searchsorted(middle + reach, "right") - first

@@ -4,8 +4,8 @@ Logits and box offsets are to be those of float32 convs. But nearly all cells of
 two convs, left in float32, would take as long as all the others in eight bits. So the graph
 (:mod:`retina_fast.deploy.eight_bits.sieved_graph`) computes the logits in eight bits, which serve to decide: a logit is
 computed in float32 if that value, plus a margin, exceeds the score threshold, and if it can be one of the k highest of
-its image and level, which are all that is ever looked at. It is the product with the neighbourhood of what the conv reads,
-which is in eight bits. Those logits that exceed the threshold, and are among the highest, are the candidates;
+its image and level, which are all that is ever looked at. It is the product with the neighbourhood of what the conv
+reads, which is in eight bits. Those logits that exceed the threshold, and are among the highest, are the candidates;
 box offsets are computed at their cells alone.
 
 A level's margin is twice the largest amount by which an 8-bit logit was too low on the calibration images, and its
