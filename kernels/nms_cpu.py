@@ -151,8 +151,8 @@ def _settled(above: Array, below: Array, count: int) -> Array:
         first = np.ones(count, bool)
         first[below] = False  # boxes that no undecided one can suppress
         gone[below[first[above]]] = True
-        open = (~(first | gone)[above] & ~gone[below]).nonzero()[0]
-        above, below = above[open], below[open]
+        undecided = (~(first | gone)[above] & ~gone[below]).nonzero()[0]
+        above, below = above[undecided], below[undecided]
     order = below.argsort(kind="stable")
     flags = bytearray(gone)
     for a, b in zip(above[order].tolist(), below[order].tolist(), strict=True):

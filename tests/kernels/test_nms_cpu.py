@@ -31,6 +31,20 @@ def way(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def listed(monkeypatch):
+    """How many pairs each list of them had."""
+    pairs: list[int] = []
+    overlapping = nms_cpu._overlapping
+
+    def counted(a, b, first, counts, thresh):
+        pairs.append(int(counts.sum()))
+        return overlapping(a, b, first, counts, thresh)
+
+    monkeypatch.setattr(nms_cpu, "_overlapping", counted)
+    return pairs
+
+
 def class_by_class(boxes, scores, labels, threshold):
     """Positions of the kept boxes by torchvision's exact function, best first."""
     classes = [(labels == label).nonzero().squeeze(1) for label in labels.unique()]
@@ -159,22 +173,14 @@ def test_a_wide_box_beside_a_narrow_one_at_a_low_threshold(way):
             assert nms_image(given, scores, labels, threshold).tolist() == [*range(0, 300, 2)]
 
 
-def test_many_boxes_on_one_place_after_many_that_are_apart(monkeypatch):
+def test_many_boxes_on_one_place_after_many_that_are_apart(listed):
     """The rate at which boxes were kept says nothing then, and no more pairs are listed at once than of one window."""
-    pairs = []
-    overlapping = nms_cpu._overlapping
-
-    def counted(a, b, first, counts, thresh):
-        pairs.append(int(counts.sum()))
-        return overlapping(a, b, first, counts, thresh)
-
-    monkeypatch.setattr(nms_cpu, "_overlapping", counted)
     boxes, scores, _ = scene("none", 30_000, 1, torch.float32)
     boxes[15_000:] = torch.tensor([-99.0, -99.0, -50.0, -50.0])
     scores = torch.arange(30_000, 0, -1).float()
     assert nms_image(boxes, scores, None, 0.5).tolist() == [*range(15_001)]
-    assert max(pairs) < nms_cpu._LARGEST**2 / 2
-    assert sum(pairs) < 100 * 30_000
+    assert max(listed) < nms_cpu._LARGEST**2 / 2
+    assert sum(listed) < 100 * 30_000
 
 
 def test_scores_of_more_bits_than_the_boxes():
@@ -202,19 +208,11 @@ def test_no_more_boxes_are_looked_at_than_a_few_times_those_that_serve(monkeypat
 
 
 @pytest.mark.parametrize("kind", ["a chain", "a column"])
-def test_boxes_are_sorted_along_the_axis_that_parts_them(kind, monkeypatch):
-    pairs = []
-    overlapping = nms_cpu._overlapping
-
-    def counted(a, b, first, counts, thresh):
-        pairs.append(int(counts.sum()))
-        return overlapping(a, b, first, counts, thresh)
-
-    monkeypatch.setattr(nms_cpu, "_overlapping", counted)
+def test_boxes_are_sorted_along_the_axis_that_parts_them(kind, listed):
     boxes, scores, _ = scene(kind, 5000, 1, torch.float32)
     scores = scores[torch.randperm(5000, generator=torch.Generator().manual_seed(0))]
     assert torch.equal(nms_image(boxes, scores, None, 0.5), torchvision.ops.nms(boxes, scores, 0.5))
-    assert sum(pairs) < 10 * 5000
+    assert sum(listed) < 10 * 5000
 
 
 @pytest.mark.parametrize("count", [9, 1000])
