@@ -33,7 +33,8 @@ def test_focal_loss_is_bound_by_memory_at_the_floor_of_10_us_an_image():
         assert 1e6 * (step.seconds - hardware.START) / 8 == pytest.approx(floor, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["chain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("none", "all"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "all", "chain"])
 def test_instructions_of_suppression_are_those_executed(kind):
     """The counts are of PTX on the emulator, the model's of machine code."""
     case, boxes = "batched_nms class-agnostic, all kept", 1024

@@ -223,7 +223,7 @@ any_box = st.one_of(box, st.tuples(numbers, numbers, numbers, numbers))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compiles once, but the draws are made for the interpreter's pace")
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(any_box, st.sampled_from([0.0, 0.5, 1.0, float("nan")]), st.integers(0, 2)), max_size=12),
     st.sampled_from([0.0, 0.25, 0.5]),
