@@ -15,7 +15,6 @@ from retina_fast.deploy.eight_bits.agreement import COMPARED, SEARCHED, Found, K
 from retina_fast.deploy.eight_bits.calibration import calibration_images
 from retina_fast.deploy.eight_bits.quantize import Quantizer
 from retina_fast.deploy.eight_bits.sieved_graph import sieved
-from retina_fast.deploy.fusion.fold import even_out_groups
 from retina_fast.deploy.onnx_network import RUNTIMES, Network, fastest, graph_input, trace
 from retina_fast.deploy.report import RuntimeChoice, pixels_of
 from retina_fast.forward import run_convs
@@ -51,8 +50,6 @@ def choose_network(
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise UserError(f"other runtimes, and eight bits, serve a CPU alone, but the model is on {device}")
-    if eight_bits:
-        even_out_groups(model)
     pixels = pixels_of(model, images[0])
     proto = trace(model, model.transform.size_divisible)
     layers, left, sieve = 0, [], None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from retina_fast.convert import copied
 from retina_fast.deploy.eight_bits.group_norm import norms_by_sums
+from retina_fast.deploy.eight_bits.products import convs_as_products
 from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.deploy.export.onnx_file import QUANTIZED_OPSET, onnx_session, translate
 from retina_fast.forward import DELTAS, LOGITS, run_convs
@@ -138,7 +139,9 @@ class Network:
 
 
 def _onnxruntime(content: bytes) -> Run:
-    session = onnx_session(content)
+    import onnx
+
+    session = onnx_session(convs_as_products(onnx.load_from_string(content)).SerializeToString())
     return lambda pixels: session.run(None, {"pixels": pixels})
 
 

@@ -16,13 +16,17 @@ relative error of up to 0.5%, at 3 times of 1e-5.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from retina_fast.deploy.eight_bits.parts import Graph
+
 
 @dataclass(frozen=True)
-class _Norm:
+class GroupNorm:
     """A GroupNorm in a graph: the tensor it reads, what it does to it, and the nodes of which it is made."""
 
     x: str
@@ -43,36 +47,29 @@ def norms_by_sums(proto: Any) -> Any:
 
         >>> faster = norms_by_sums(onnx.load("quantized.onnx"))  # doctest: +SKIP
     """
-    from onnx import numpy_helper
-
     proto = copy.deepcopy(proto)
-    graph = proto.graph
-    weights = {weight.name: numpy_helper.to_array(weight) for weight in graph.initializer}
-    made_by = {output: node for node in graph.node for output in node.output}
-    norms = _norms(graph, made_by, weights)
+    graph = Graph(proto.graph)
+    norms = group_norms(graph)
     last = {norm.nodes[-1].output[0]: norm for norm in norms}
     replaced = {output for norm in norms for node in norm.nodes for output in node.output}
     nodes: list[Any] = []
-    for node in graph.node:
+    for node in proto.graph.node:
         if node.output[0] in last:
-            nodes += _by_sums(graph, last[node.output[0]], made_by, weights)
+            nodes += _by_sums(graph, last[node.output[0]])
         elif node.output[0] not in replaced:
             nodes.append(node)
     nodes = [copy.deepcopy(node) for node in nodes]  # the old ones go with the list
-    del graph.node[:]
-    graph.node.extend(nodes)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
     return proto
 
 
-def _norms(graph: Any, made_by: Mapping[str, Any], weights: Mapping[str, Any]) -> list[_Norm]:
-    """Reshape, InstanceNormalization, Reshape, Mul and Add, each read by the next one alone."""
-    readers: dict[str, list[Any]] = {output.name: [None] for output in graph.output}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+def group_norms(graph: Graph) -> list[GroupNorm]:
+    """Those of a graph: Reshape, InstanceNormalization, Reshape, Mul and Add, each read by the next one alone."""
+    weights = {name: graph.array(name) for name in graph.weights}
 
     def next_after(node: Any, kind: str) -> Any:
-        following = readers.get(node.output[0], [])
+        following = graph.readers.get(node.output[0], [])
         return following[0] if len(following) == 1 and following[0] and following[0].op_type == kind else None
 
     def constant(node: Any) -> Any:
@@ -81,10 +78,10 @@ def _norms(graph: Any, made_by: Mapping[str, Any], weights: Mapping[str, Any]) -
         return held[0].flatten() if len(held) == 1 and held[0].shape[1:] == (1, 1) else None
 
     norms = []
-    for node in graph.node:
+    for node in graph.graph.node:
         if node.op_type != "InstanceNormalization" or not all(name in weights for name in node.input[1:]):
             continue
-        first = made_by.get(node.input[0])
+        first = graph.made_by.get(node.input[0])
         groups, ones, zeros = len(weights[node.input[1]]), *(weights[name] for name in node.input[1:])
         if first is None or first.op_type != "Reshape" or next_after(first, node.op_type) is None:
             continue
@@ -97,21 +94,19 @@ def _norms(graph: Any, made_by: Mapping[str, Any], weights: Mapping[str, Any]) -
             continue
         epsilon = next((entry.f for entry in node.attribute if entry.name == "epsilon"), 1e-5)
         chain = (first, node, back, product, total)
-        norms.append(_Norm(first.input[0], constant(product), constant(total), groups, epsilon, chain))
+        norms.append(GroupNorm(first.input[0], constant(product), constant(total), groups, epsilon, chain))
     return norms
 
 
-def _by_sums(graph: Any, norm: _Norm, made_by: Mapping[str, Any], weights: Mapping[str, Any]) -> list[Any]:
+def _by_sums(graph: Graph, norm: GroupNorm) -> list[Any]:
     """The nodes that take the place of a norm's; their constants are added to the graph."""
-    import numpy as np
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
     output, groups = norm.nodes[-1].output[0], norm.groups
     nodes: list[Any] = []
 
     def held(name: str, value: Any) -> str:
-        graph.initializer.append(numpy_helper.from_array(np.asarray(value), f"{output}_{name}"))
-        return f"{output}_{name}"
+        return graph.hold(f"{output}_{name}", value)
 
     def add(kind: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
         made = f"{output}_{name}" if name else output
@@ -119,9 +114,9 @@ def _by_sums(graph: Any, norm: _Norm, made_by: Mapping[str, Any], weights: Mappi
         return made
 
     x, centre = norm.x, np.float32(0)  # a value of x counts as what it has more than the centre
-    before = made_by.get(x)
+    before = graph.made_by.get(x)
     if before and before.op_type == "DequantizeLinear":
-        step, zero = (weights.get(name, np.zeros(2)) for name in before.input[1:3])
+        step, zero = (graph.array(name) if name in graph.weights else np.zeros(2) for name in before.input[1:3])
         if step.size == zero.size == 1:
             x = add("DequantizeLinear", [*before.input[:2], held("no_zero", np.zeros_like(zero))], "of_codes")
             centre = np.float32(step * zero.astype(np.float32))

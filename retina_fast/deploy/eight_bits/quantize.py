@@ -20,6 +20,7 @@ from typing import Any
 
 from retina_fast.data.errors import UserError
 from retina_fast.deploy.eight_bits.equalize import equalized
+from retina_fast.deploy.eight_bits.groups import with_even_groups
 from retina_fast.deploy.eight_bits.parts import last_convs, part_before
 from retina_fast.deploy.export.onnx_file import onnx_session
 
@@ -64,11 +65,11 @@ class Quantizer:
     def __init__(self, proto: Any, feeds: Iterable[Any], symmetric: bool = False) -> None:
         feeds = iter(feeds)
         first = list(itertools.islice(feeds, _SCALED_ON))
-        proto = equalized(proto, first)
-        self._proto, self._symmetric = proto, symmetric
         self.layers, self._nodes, self._in_float = _quantizable(proto)
         if not self.layers:
             raise UserError("the model has no conv that could compute in eight bits: all but the last ones would")
+        proto = equalized(with_even_groups(proto, first, but=self._in_float), first)
+        self._proto, self._symmetric = proto, symmetric
         self.ranges: Mapping[str, Any] = _ranges(_heads(proto), itertools.chain(first, feeds))
 
     def quantized(self, but: Collection[str] = ()) -> Any:

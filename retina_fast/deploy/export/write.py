@@ -22,7 +22,7 @@ from retina_fast.deploy.export.graph import SHAPES, Graph
 from retina_fast.deploy.export.onnx_file import KEY, OPSET, QUANTIZED_OPSET, OnnxPostprocess, translate, write_onnx
 from retina_fast.deploy.export.openvino_files import weights_file, write_openvino
 from retina_fast.deploy.export.postprocess import Postprocess
-from retina_fast.deploy.fusion.fold import conv_outputs, even_out_groups, fold_batch_norm
+from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
 from retina_fast.model import RetinaNet
 from retina_fast.transform import resized_size
 
@@ -143,7 +143,6 @@ def export(
     if calibration is not None:
         sample = torch.rand(1, 3, 128, 128, device="cpu")
         fold_batch_norm(own, lambda: conv_outputs(own, sample))
-        even_out_groups(own)
     graph = Graph(own, image_size, preprocess, OnnxPostprocess if kind.through_onnx else Postprocess)
     labels = range(graph.postprocess.num_classes)
     if isinstance(classes, str):

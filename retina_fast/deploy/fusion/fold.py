@@ -21,8 +21,6 @@ from retina_fast.stock import has_hooks
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, misc.FrozenBatchNorm2d, FrozenBatchNorm2d)
 _LARGEST_CHANGE = 1e-3  # the allowed relative change of an output, in norm; rounding alone in float32 makes 1e-6
 
-_LARGEST_SCALE = 16.0  # of a group; a dead one would get any
-
 
 def count_norms(model: nn.Module) -> int:
     """How many BatchNorms, frozen ones included, the model has."""
@@ -33,39 +31,6 @@ def conv_outputs(model: Any, pixels: Tensor) -> list[Tensor]:
     """All that trunk and heads give for pixels (B, C, H, W): a run of the model for :func:`fold_batch_norm`."""
     features, returned = run_convs(model, pixels)
     return [*features, *(level for output in returned.values() for level in output)]
-
-
-def even_out_groups(model: nn.Module) -> int:
-    """Scale the groups of convs before GroupNorm, in place, so that their weights have one norm; count these convs.
-
-    GroupNorm takes the scale out again, up to its eps, while in eight bits a small group would get few of the steps
-    that all groups share. It serves torchvision's ``Conv2dNormActivation``, of which the v2 heads are made. (Nagel et
-    al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, does so across layers.)
-
-    Example::
-
-        >>> layer = misc.Conv2dNormActivation(3, 8, norm_layer=lambda channels: nn.GroupNorm(2, channels))
-        >>> with torch.no_grad():
-        ...     _ = layer[0].weight[:4].mul_(5)
-        >>> even_out_groups(layer), bool(layer[0].weight[:4].norm().isclose(layer[0].weight[4:].norm()))
-        (1, True)
-    """
-    count = 0
-    for layer in model.modules():
-        parts = list(layer.children()) if type(layer) is misc.Conv2dNormActivation else []
-        if len(parts) < 2 or not isinstance(parts[0], nn.Conv2d) or type(parts[1]) is not nn.GroupNorm:
-            continue
-        conv, groups = parts[0], parts[1].num_groups
-        if has_hooks(layer) or has_hooks(conv):
-            continue
-        with torch.no_grad():
-            norms = conv.weight.reshape(groups, -1).norm(dim=1)
-            scale = (norms.max() / norms).clamp(max=_LARGEST_SCALE).repeat_interleave(conv.out_channels // groups)
-            conv.weight.mul_(scale[:, None, None, None])
-            if conv.bias is not None:
-                conv.bias.mul_(scale)
-        count += 1
-    return count
 
 
 def fold_batch_norm(model: nn.Module, run: Callable[[], Sequence[Tensor]]) -> int:

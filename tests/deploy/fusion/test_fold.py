@@ -1,8 +1,5 @@
 """BatchNorm folded into convs: where it may be, where it must not, and that nothing else changes."""
 
-from functools import partial
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +7,7 @@ from torchvision.ops.misc import Conv2dNormActivation, FrozenBatchNorm2d
 
 from retina_fast import builders, compile_inference
 from retina_fast.backbones import frozen_norm
-from retina_fast.deploy.fusion.fold import count_norms, even_out_groups, fold_batch_norm
+from retina_fast.deploy.fusion.fold import count_norms, fold_batch_norm
 
 
 def with_statistics(model):
@@ -145,21 +142,3 @@ def test_a_part_with_a_hook_is_left_alone(part):
 def test_a_norm_without_running_statistics_is_left_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
     assert folded_and_change(model, torch.rand(1, 3, 9, 9))[0] == 0
-
-
-def test_groups_before_group_norm_are_evened_out():
-    torch.manual_seed(0)
-    heads: Any = nn.ModuleList(
-        Conv2dNormActivation(3, 8, norm_layer=partial(nn.GroupNorm, 4), bias=bias) for bias in (True, False)
-    )
-    x = torch.rand(2, 3, 9, 9)
-    with torch.no_grad():
-        heads[0][0].weight[2:4] *= 7
-        heads[1][0].weight[6:] = 0  # a dead group stays dead
-        before = [head(x) for head in heads]
-        assert even_out_groups(heads) == 2
-        for head, old in zip(heads, before, strict=True):
-            torch.testing.assert_close(head(x), old, rtol=0, atol=1e-3)  # by eps alone
-    norms = heads[0][0].weight.reshape(4, -1).norm(dim=1)
-    torch.testing.assert_close(norms, norms.max().expand(4))
-    assert not heads[1][0].weight[6:].any()
