@@ -172,19 +172,22 @@ class Sieve:
         greatest = codes.amax(dim=3).flatten()
         cells = (greatest >= least).nonzero()[:, 0]
         of_cells = codes.view(-1, count).index_select(0, cells)
-        raised = self._least_of_best(level, of_cells, cells // codes.shape[1:3].numel(), topk) if least else 0
-        if raised > least:
-            least, chosen = raised, (greatest.index_select(0, cells) >= raised).nonzero()[:, 0]
-            cells, of_cells = cells[chosen], of_cells.index_select(0, chosen)
+        images = cells // codes.shape[1:3].numel()
+        leasts = torch.full_like(images, least, dtype=torch.uint8)  # of each cell
+        if least:
+            leasts = self._least_of_best(level, of_cells, images, len(codes), topk).clamp_(min=least).byte()[images]
+            chosen = (greatest.index_select(0, cells) >= leasts).nonzero()[:, 0]
+            if len(chosen) < len(cells):
+                cells, of_cells, leasts = cells[chosen], of_cells.index_select(0, chosen), leasts[chosen]
         if len(cells) > MOST_CELLS * len(greatest):
-            images = self.logits.everywhere(features, level).flatten(1)
-            return [(image[place], place) for image in images for place in (contenders(image, threshold, topk),)]
+            exact = self.logits.everywhere(features, level).flatten(1)
+            return [(image[place], place) for image in exact for place in (contenders(image, threshold, topk),)]
         if count <= FEW_LOGITS:
             rows = self.logits.at(features, level, cells)
             row, output = (rows > threshold).nonzero(as_tuple=True)
             values, places = rows[row, output], cells[row] * count + output
         else:
-            values, places = self._in_groups(level, features, cells, of_cells >= least, threshold)
+            values, places = self._in_groups(level, features, cells, of_cells >= leasts[:, None], threshold)
         size = codes.shape[1:].numel()
         counts = torch.searchsorted(places, torch.arange(len(codes) + 1) * size).diff().tolist()
         split = zip(values.split(counts), places.split(counts), strict=True)
@@ -207,21 +210,23 @@ class Sieve:
         place, order = torch.cat(places).sort()
         return torch.cat(values)[order], place
 
-    def _least_of_best(self, level: int, of_cells: Tensor, images: Tensor, topk: int) -> int:
-        """The least code with which a logit of any of the images can be among the ``topk`` highest of its image.
+    def _least_of_best(self, level: int, of_cells: Tensor, images: Tensor, batch: int, topk: int) -> Tensor:
+        """(batch,) int32: the least code with which a logit of an image can be among its ``topk`` highest.
 
         Args:
             level: which one the logits are of.
             of_cells: (N, O) codes.
-            images: (N,) ascending.
+            images: (N,) ascending, of which image they are.
+            batch: how many images there are.
             topk: how many are looked at.
         """
-        lowest = 255
-        for of_image in of_cells.split([count for count in torch.bincount(images).tolist() if count]):
+        below = (self.margins[level] + self.excesses[level]) / self.codes[level].scale
+        leasts = []
+        for of_image in of_cells.split(torch.bincount(images, minlength=batch).tolist()):
             counts = torch.bincount(of_image.flatten(), minlength=256).flip(0).cumsum(0)
             kth = 255 - int((counts < topk).sum())  # -1 if the image has fewer here
-            lowest = min(lowest, kth)
-        return math.ceil(lowest - (self.margins[level] + self.excesses[level]) / self.codes[level].scale)
+            leasts.append(math.ceil(kth - below))
+        return torch.tensor(leasts, dtype=torch.int32)
 
     def measured(self, outputs: Iterable[Sequence[Tensor]]) -> "Sieve":
         """The same with the margins and excesses that the graph's outputs for some images ask for."""

@@ -177,6 +177,19 @@ def test_candidates_are_those_of_all_cells(classes, topk, computed, monkeypatch)
         same_as_everywhere(sieve, outputs, classes, score_thresh, topk)
 
 
+def test_of_each_image_those_are_computed_that_can_be_among_its_own_highest(computed):
+    """An image with few logits above the threshold does not lower the bar for the others."""
+    sieve = Sieve(last_conv(6), last_conv(12), (Codes(0.1, 100),), (0.1,), (0.1,))
+    codes, features = torch.randint(0, 256, (2, 40, 40, 6), dtype=torch.uint8), features_of(2, 40, 40, 5)
+    codes[1] = 0
+    codes[1, 7, 3:8] = 200
+    sieve.candidates([codes, features, features], 2, 0.5, 9)
+    sieve.candidates([codes[:1], features[:1], features[:1]], 2, 0.5, 9)
+    (_, _, both, _), (_, _, alone, _) = computed
+    assert both == [*alone, *range(1600 + 7 * 40 + 3, 1600 + 7 * 40 + 8)]
+    assert len(alone) < 200  # of 1,600
+
+
 def test_images_without_candidates_change_nothing_for_the_others():
     sieve = Sieve(last_conv(6), last_conv(12), (Codes(0.1, 100),), (0.1,), (0.1,))
     codes = torch.randint(0, 256, (1, 40, 40, 6), dtype=torch.uint8)
