@@ -75,7 +75,7 @@ class Quantizer:
     def quantized(self, but: Collection[str] = ()) -> Any:
         """The graph in eight bits, a new ModelProto, but for the layers of these names, which stay in float32."""
         kept = {node for layer in self.layers if layer.name in but for node in layer.nodes}
-        kept |= _sums_and_activations_after(self._proto, kept)
+        kept |= _readers(self._proto, kept, ("Add", *_ACTIVATIONS))  # which would bring their outputs to eight bits
         return self._made(self._proto, [name for name in self._nodes if name not in kept])
 
     def most_changing(self, share: float, feeds: Sequence[Any]) -> list[str]:
@@ -93,7 +93,8 @@ class Quantizer:
         before = [_outputs(heads, feed) for feed in feeds]
         changes = {}
         for layer in self.layers:
-            alone = self._made(heads, list(layer.nodes))
+            activations = _readers(heads, layer.nodes, _ACTIVATIONS)  # by whose outputs the steps are chosen
+            alone = self._made(heads, [*layer.nodes, *activations.intersection(self._nodes)])
             after = [_outputs(alone, feed) for feed in feeds]
             changes[layer.name] = sum(map(_change, before, after))
         left, names = share * sum(products.values()), []
@@ -166,10 +167,9 @@ def _quantizable(proto: Any) -> tuple[list[Layer], list[str], set[str]]:
     return layers, nodes[::-1], in_float
 
 
-def _sums_and_activations_after(proto: Any, convs: Collection[str]) -> set[str]:
-    """The sums and activations that read what these convs give, which they would bring to eight bits."""
+def _readers(proto: Any, convs: Collection[str], kinds: Collection[str]) -> set[str]:
+    """The nodes of these kinds that read what these convs give."""
     outputs = {output for node in proto.graph.node if node.name in convs for output in node.output}
-    kinds = ("Add", *_ACTIVATIONS)
     return {node.name for node in proto.graph.node if node.op_type in kinds and outputs.intersection(node.input)}
 
 

@@ -103,6 +103,18 @@ def test_eight_bits_are_near_float32_in_two_runtimes(quantizer):
     np.testing.assert_allclose(ours, reference[0], atol=0.02 * np.abs(expected).max())
 
 
+def test_a_layer_is_tried_with_the_activations_that_bound_its_outputs(quantizer, monkeypatch):
+    made, tried = quantizer._made, []
+
+    def noted(proto, nodes):
+        tried.append(set(nodes))
+        return made(proto, nodes)
+
+    monkeypatch.setattr(quantizer, "_made", noted)
+    quantizer.most_changing(0.5, [noise(1, 3, 16, 16)])
+    assert tried == [{"first", "relu"}, {"third", "second", "relu after it"}]
+
+
 def test_layers_that_stay_in_float32(quantizer):
     import onnx
 
