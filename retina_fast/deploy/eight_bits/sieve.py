@@ -29,6 +29,8 @@ FEW_LOGITS = 64
 """Up to so many logits a cell are few: all of them are computed at each cell that has a candidate."""
 GROUP = 64
 """With more, cells are taken in groups of this size; each group computes the logits that one of its cells wants."""
+CELLS = 4096
+"""So many cells are computed at a time, which bounds the memory that their neighbourhoods take in float32."""
 MOST_CELLS = 0.4
 """If a conv is wanted at a larger share of a level's cells, it is computed at all of them."""
 
@@ -103,7 +105,9 @@ class LastConv:
         """(N, O) at N cells, their indices among the B * H * W of features (B, H, W, C) uint8."""
         if len(cells) > MOST_CELLS * features.shape[:3].numel():
             return self.everywhere(features, level).flatten(0, 2).index_select(0, cells)
-        return self.at_patches(self.patches(self.padded(features, level), cells), level).T
+        padded = self.padded(features, level)
+        rows = [self.at_patches(self.patches(padded, some), level) for some in cells.split(CELLS)]
+        return torch.cat(rows, dim=1).T
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,16 @@ def test_of_each_image_those_are_computed_that_can_be_among_its_own_highest(comp
     assert len(alone) < 200  # of 1,600
 
 
+def test_many_cells_are_computed_part_by_part(computed, monkeypatch):
+    conv, features = last_conv(6), features_of(2, 40, 40, 5)
+    cells = (torch.rand(2 * 40 * 40) < 0.3).nonzero()[:, 0]
+    expected = conv.at(features, 0, cells)
+    monkeypatch.setattr("retina_fast.deploy.eight_bits.sieve.CELLS", 100)
+    torch.testing.assert_close(conv.at(features, 0, cells), expected)
+    assert [part for _, _, of_part, _ in computed[1:] for part in of_part] == cells.tolist()
+    assert max(len(of_part) for _, _, of_part, _ in computed[1:]) == 100
+
+
 def test_images_without_candidates_change_nothing_for_the_others():
     sieve = Sieve(last_conv(6), last_conv(12), (Codes(0.1, 100),), (0.1,), (0.1,))
     codes = torch.randint(0, 256, (1, 40, 40, 6), dtype=torch.uint8)
