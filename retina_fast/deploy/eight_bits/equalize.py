@@ -19,10 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from retina_fast.deploy.eight_bits.parts import Graph, Inputs, channel_ranges, last_convs
-
-LEAST = 1 / 16
-"""The least c: a channel that is silent in these images may speak in others."""
+from retina_fast.deploy.eight_bits.parts import Graph, Inputs, channel_ranges, last_convs, like_ranges
 
 
 def equalized(proto: Any, feeds: Sequence[Any]) -> Any:
@@ -52,9 +49,8 @@ def equalized(proto: Any, feeds: Sequence[Any]) -> Any:
     ranges = channel_ranges(proto, [conv.input[0] for convs, _ in found for conv in convs], feeds)
     for convs, makers in found:
         of_levels = np.stack([np.abs(ranges[conv.input[0]]).max(axis=0) for conv in convs])  # (L, C)
-        greatest = of_levels.max(axis=1, keepdims=True)
-        if np.isfinite(of_levels).all() and greatest.all():  # no level is all zeros
-            scale = np.clip((of_levels / greatest).max(axis=0), LEAST, 1)  # (C,)
+        scale = like_ranges(of_levels)
+        if scale is not None:
             graph.scale(makers, 1 / scale, axis=0)
             graph.scale([(conv, 1) for conv in convs], scale, axis=1)
     return proto

@@ -6,7 +6,8 @@ of group g in level l, and h_lg for the largest distance of a value there from m
 
     m_g = mean over l of (a_lg + b_lg) / 2        c_g = max over l of  h_lg / max over j of h_lj,
 
-the smallest c_g with which no group reaches farther than the one of its level that reaches farthest. (Scales as in
+the smallest c_g with which no group reaches farther than the one of its level that reaches farthest. Groups so small
+that epsilon counts keep their size. (Scales as in
 Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.1; a norm
 asks for no inverse in the layer after it.)
 """
@@ -19,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from retina_fast.deploy.eight_bits.group_norm import group_norms
-from retina_fast.deploy.eight_bits.parts import Graph, channel_ranges
+from retina_fast.deploy.eight_bits.parts import Graph, channel_ranges, like_ranges
 
-LEAST = 1 / 16
-"""The least c: a group that is silent in these images may speak in others."""
+FAR = 2500
+"""A group whose squared reach is less than so many times the norm's epsilon keeps its size, since epsilon counts there.
+Of the variance of others it is at most 1%, if they reach five deviations far."""
 
 
 def with_even_groups(proto: Any, feeds: Sequence[Any], but: Collection[str] = ()) -> Any:
@@ -43,12 +45,14 @@ def with_even_groups(proto: Any, feeds: Sequence[Any], but: Collection[str] = ()
     proto = copy.deepcopy(proto)
     graph = Graph(proto.graph)
     levels: dict[tuple[str, int], list[Any]] = defaultdict(list)  # the nodes of each conv, by its weights and groups
+    epsilons: dict[str, float] = defaultdict(float)
     for norm in group_norms(graph):
         conv = graph.made_by.get(norm.x)
         others = [node for node in graph.readers[norm.x] if node is not norm.nodes[0]]
         alone = all(node is not None and node.op_type == "Shape" for node in others)
         if conv and conv.op_type == "Conv" and alone and norm.x not in but:
             levels[conv.input[1], norm.groups].append(conv)
+            epsilons[conv.input[1]] = max(epsilons[conv.input[1]], norm.epsilon)
     found = {key: convs for key, convs in levels.items() if _are_its_own(graph, convs)}
     if not found or not feeds:
         return proto
@@ -59,10 +63,10 @@ def with_even_groups(proto: Any, feeds: Sequence[Any], but: Collection[str] = ()
         least, greatest = least.min(axis=2), greatest.max(axis=2)  # (L, groups)
         middle = ((least + greatest) / 2).mean(axis=0)
         reach = np.maximum(greatest - middle, middle - least)
-        farthest = reach.max(axis=1, keepdims=True)
-        if not np.isfinite(of_channels).all() or not farthest.all():
+        c = like_ranges(reach)
+        if c is None:
             continue
-        c = np.clip((reach / farthest).max(axis=0), LEAST, 1)
+        c[(reach**2 < FAR * epsilons[weight]).any(axis=0)] = 1
         c, middle = (values.repeat(of_channels.shape[2] // groups) for values in (c, middle))
         for conv in convs:
             if len(conv.input) == 2:
@@ -74,6 +78,6 @@ def with_even_groups(proto: Any, feeds: Sequence[Any], but: Collection[str] = ()
 
 
 def _are_its_own(graph: Graph, convs: Sequence[Any]) -> bool:
-    """Whether weights and biases of these nodes are constants, and no other node reads the weights."""
+    """Whether weights and biases of these nodes are constants, of which others may read the biases alone."""
     names = [name for conv in convs for name in conv.input[1:]]
     return all(name in graph.weights for name in names) and graph.are_read_by_no_other([(conv, 1) for conv in convs])

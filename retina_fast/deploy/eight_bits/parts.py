@@ -1,4 +1,4 @@
-"""Parts of an ONNX graph: its last convs, what lies before some tensors and in which ranges these are, its weights."""
+"""A graph, its last convs, what lies before some tensors, and the ranges that these have and that they are to have."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +10,8 @@ from retina_fast.deploy.export.onnx_file import onnx_session
 
 Inputs = list[tuple[Any, int]]
 """Nodes, and which of their inputs."""
+LEAST = 1 / 16
+"""The least factor of a range: what is silent in these images may speak in others."""
 
 
 def last_convs(proto: Any) -> list[Any]:
@@ -43,6 +45,21 @@ def channel_ranges(proto: Any, tensors: Sequence[str], feeds: Iterable[Any]) -> 
             axes = (0, 2, 3)
             found[tensor] = np.minimum(least, values.min(axis=axes)), np.maximum(greatest, values.max(axis=axes))
     return found
+
+
+def like_ranges(reach: Any) -> Any:
+    """The least factors c (N,), from 1/16 to 1, with which no row of ``reach / c`` exceeds the largest of its row.
+
+    Args:
+        reach: (L, N) how far each of N parts of a tensor reaches in each of L levels.
+
+    Returns:
+        None if a value is not finite, or a level reaches nowhere.
+    """
+    farthest = reach.max(axis=1, keepdims=True)
+    if not np.isfinite(reach).all() or not farthest.all():
+        return None
+    return np.clip((reach / farthest).max(axis=0), LEAST, 1)
 
 
 class Graph:
@@ -79,16 +96,19 @@ class Graph:
         return numpy_helper.to_array(self.weights[name])
 
     def hold(self, name: str, value: Any) -> str:
-        """Add a weight, if there is none of that name yet; its name."""
+        """Add a weight; its name. One that is there already must be the same."""
         from onnx import numpy_helper
 
         if name not in self.weights:
             self.weights[name] = self.graph.initializer.add()
             self.weights[name].CopyFrom(numpy_helper.from_array(np.asarray(value), name))
+        assert np.array_equal(self.array(name), value), f"the graph has another {name}"
         return name
 
     def scale(self, inputs: Inputs, factor: Any, axis: int, shift: Any = 0) -> None:
-        """Multiply weights along an axis and add to them there, to those that other nodes read as copies.
+        """Multiply weights along an axis, and add to them there.
+
+        A weight that other nodes read, too, stays as it is, and these nodes read a changed copy.
 
         Args:
             inputs: where they are read.
@@ -108,6 +128,6 @@ class Graph:
             if len(readers) == len(self.readers[name]):
                 self.weights[name].CopyFrom(numpy_helper.from_array(value, name))
                 continue
-            own = self.hold(f"{name}_of_{readers[0][0].name}", value)
+            own = self.hold(f"{name}_of_{readers[0][0].output[0]}", value)
             for node, i in readers:
                 node.input[i] = own

@@ -7,8 +7,9 @@ Convolutional Neural Networks for Document Processing", 2006, section 3), and
 
     conv(x, W)  =  rows(x) W'        rows (B, H, W, kernel height * kernel width * C), W' (that many, O).
 
-The products and sums are those of whole numbers in 32 bits, and the values those of the conv. OpenVINO's 8-bit conv
-gives float32 itself.
+The products and sums are those of whole numbers, and the values those of the conv. A processor without VNNI
+instructions adds pairs of products in 16 bits, where they may saturate, as in 8-bit convs. OpenVINO's 8-bit conv gives
+float32 itself.
 """
 
 import copy
@@ -38,8 +39,14 @@ def convs_as_products(proto: Any) -> Any:
     for node in proto.graph.node:
         nodes += _Product(graph, node).nodes if _is_wanted(graph, node) else [node]
     nodes = [copy.deepcopy(node) for node in nodes]  # the old ones go with the list
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
+    # What only the convs read goes, which ONNX Runtime would compute.
+    read = {name for node in nodes for name in node.input} | {output.name for output in proto.graph.output}
+    nodes = [node for node in nodes if node.op_type != "DequantizeLinear" or not read.isdisjoint(node.output)]
+    read = {name for node in nodes for name in node.input}
+    weights = [copy.deepcopy(weight) for weight in proto.graph.initializer if weight.name in read]
+    for field, values in ((proto.graph.node, nodes), (proto.graph.initializer, weights)):
+        del field[:]
+        field.extend(values)
     return proto
 
 
@@ -48,7 +55,8 @@ def _attributes(conv: Any) -> dict[str, list[int]]:
 
 
 def _is_wanted(graph: Graph, conv: Any) -> bool:
-    """Whether it is a conv of constant 8-bit weights and of an 8-bit input, and something reads its output as it is."""
+    """Whether it is a conv of uint8 inputs and constant int8 weights with a step a channel, whose output is read as it
+    is."""
     if conv.op_type != "Conv" or all(
         node is not None and node.op_type == "QuantizeLinear" for node in graph.readers[conv.output[0]]
     ):
@@ -56,12 +64,18 @@ def _is_wanted(graph: Graph, conv: Any) -> bool:
     x, weight = (graph.made_by.get(name) for name in conv.input[:2])
     if not x or not weight or any(node.op_type != "DequantizeLinear" or len(node.input) != 3 for node in (x, weight)):
         return False
-    constants = [*x.input[1:], *weight.input]
+    if not all(name in graph.weights for name in (*x.input[1:], *weight.input)):
+        return False
+    codes, steps, zero = (graph.array(name) for name in weight.input)
+    axis = next((entry.i for entry in weight.attribute if entry.name == "axis"), 1)
     given = _attributes(conv)
     return (
-        all(name in graph.weights for name in constants)
-        and graph.array(x.input[1]).ndim == 0
-        and graph.array(weight.input[0]).ndim == 4
+        graph.array(x.input[1]).ndim == 0
+        and graph.array(x.input[2]).dtype == np.uint8  # with int8, too, ONNX Runtime has no 8-bit product
+        and codes.dtype == zero.dtype == np.int8
+        and codes.ndim == 4
+        and steps.ndim == 1
+        and axis in (0, -4)
         and given.get("group", [1]) == [1]
         and not any(entry.name == "auto_pad" and entry.s not in (b"", b"NOTSET") for entry in conv.attribute)
     )
@@ -84,7 +98,7 @@ class _Product:
             self._add("DequantizeLinear", [right, *weight.input[1:]], "right", axis=1),
         ]
         made = self._add("MatMul", factors, "product")
-        if len(conv.input) == 3:
+        if any(conv.input[2:]):
             made = self._add("Add", [made, conv.input[2]], "sum")
         self._add("Transpose", [made], "", perm=[0, 3, 1, 2])
 

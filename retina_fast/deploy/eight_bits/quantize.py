@@ -81,8 +81,9 @@ class Quantizer:
     def most_changing(self, share: float, feeds: Sequence[Any]) -> list[str]:
         """The names of the layers to leave in float32, within a budget: those that change the outputs the most.
 
-        Each layer is quantised alone. Its change is the squared difference of what the last convs give, in units of the
-        variance of each of them. The layers of the most change for each multiplication come first.
+        Each layer is quantised alone, with the activations after it. Its change is the squared difference of what the
+        last convs give, in units of the variance of each of them. The layers of the most change for each
+        multiplication come first.
 
         Args:
             share: of the multiplications of all layers, in [0, 1], that these layers may have.

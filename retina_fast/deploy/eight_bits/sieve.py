@@ -179,7 +179,7 @@ class Sieve:
         images = cells // codes.shape[1:3].numel()
         leasts = torch.full_like(images, least, dtype=torch.uint8)  # of each cell
         if least:
-            leasts = self._least_of_best(level, of_cells, images, len(codes), topk).clamp_(min=least).byte()[images]
+            leasts = self._least_of_best(level, of_cells, images, len(codes), topk).clamp_(min=least)[images]
             chosen = (greatest.index_select(0, cells) >= leasts).nonzero()[:, 0]
             if len(chosen) < len(cells):
                 cells, of_cells, leasts = cells[chosen], of_cells.index_select(0, chosen), leasts[chosen]
@@ -215,7 +215,7 @@ class Sieve:
         return torch.cat(values)[order], place
 
     def _least_of_best(self, level: int, of_cells: Tensor, images: Tensor, batch: int, topk: int) -> Tensor:
-        """(batch,) int32: the least code with which a logit of an image can be among its ``topk`` highest.
+        """(batch,) uint8: the least code with which a logit of an image can be among its ``topk`` highest.
 
         Args:
             level: which one the logits are of.
@@ -229,8 +229,8 @@ class Sieve:
         for of_image in of_cells.split(torch.bincount(images, minlength=batch).tolist()):
             counts = torch.bincount(of_image.flatten(), minlength=256).flip(0).cumsum(0)
             kth = 255 - int((counts < topk).sum())  # -1 if the image has fewer here
-            leasts.append(math.ceil(kth - below))
-        return torch.tensor(leasts, dtype=torch.int32)
+            leasts.append(max(0, math.ceil(kth - below)))
+        return torch.tensor(leasts, dtype=torch.uint8)
 
     def measured(self, outputs: Iterable[Sequence[Tensor]]) -> "Sieve":
         """The same with the margins and excesses that the graph's outputs for some images ask for."""

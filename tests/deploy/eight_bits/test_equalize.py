@@ -118,7 +118,7 @@ def test_a_conv_without_a_relu():
 
 
 def test_a_silent_channel_may_speak_later():
-    from retina_fast.deploy.eight_bits.equalize import LEAST
+    from retina_fast.deploy.eight_bits.parts import LEAST
 
     onnx = pytest.importorskip("onnx")
     proto = graph()

@@ -83,18 +83,31 @@ def test_groups_have_like_ranges_and_outputs_are_the_same(bias):
     assert old.max() / old.min() > 8 > 2 > new.max() / new.min()
 
 
-def test_a_silent_group_may_speak_later():
-    from retina_fast.deploy.eight_bits.groups import LEAST
-
+def scaled(sizes):
+    """The weights of the conv, with groups of these sizes, before and after."""
     onnx = pytest.importorskip("onnx")
-    proto = graph()
-    weights = {weight.name: weight for weight in proto.graph.initializer}
-    value = onnx.numpy_helper.to_array(weights["w"]).copy()
-    value[3:6] = 0
-    value[6:9] *= 1e-6
-    weights["w"].CopyFrom(onnx.numpy_helper.from_array(value, "w"))
-    made = {weight.name: onnx.numpy_helper.to_array(weight) for weight in evened(proto).graph.initializer}
-    np.testing.assert_allclose(made["w"][3:9], value[3:9] / LEAST, rtol=1e-6)
+    proto = graph(bias=False)
+    weight = next(weight for weight in proto.graph.initializer if weight.name == "w")
+    value = noise(CHANNELS, 3, 3, 3) * np.array(sizes, np.float32).repeat(3)[:, None, None, None]
+    weight.CopyFrom(onnx.numpy_helper.from_array(value, "w"))
+    made = evened(proto)
+    for feed in FEEDS:
+        np.testing.assert_allclose(run(made, ["rx"], feed)[0], run(proto, ["rx"], feed)[0], rtol=5e-3, atol=5e-3)
+    return value, next(onnx.numpy_helper.to_array(weight) for weight in made.graph.initializer if weight.name == "w")
+
+
+def test_a_quiet_group_may_speak_later():
+    from retina_fast.deploy.eight_bits.parts import LEAST
+
+    value, made = scaled([1, 1, 0.02, 0.02])
+    np.testing.assert_allclose(made[6:], value[6:] / LEAST, rtol=1e-6)
+
+
+def test_groups_so_small_that_epsilon_counts_keep_their_size():
+    value, made = scaled([1, 1e-4, 0, 0.001])
+    np.testing.assert_allclose(made[3:], value[3:])
+    value, made = scaled([1e-3, 1e-4, 1e-3, 1e-4])
+    np.testing.assert_allclose(made, value)
 
 
 @pytest.mark.parametrize(

@@ -23,19 +23,19 @@ KERNELS = {
 }
 
 
-def graph(kernel=(3, 3), bias=True, after="Relu", group=1, **attributes):
+def graph(kernel=(3, 3), bias=True, after="Relu", group=1, axis=0, dtype=np.uint8, **attributes):
     """x in eight bits -> conv -> ReLU, or something else."""
     weight = np.random.default_rng(1).integers(-127, 128, (OUTPUTS, CHANNELS // group, *kernel)).astype(np.int8)
     values = {
-        "step": np.float32(0.02), "zero": np.uint8(131), "weight": weight,
-        "steps": np.abs(noise(OUTPUTS)) / 100, "zeros": np.zeros(OUTPUTS, np.int8),
+        "step": np.float32(0.02), "zero": dtype(101), "weight": weight,
+        "steps": np.abs(noise(weight.shape[axis])) / 100, "zeros": np.zeros(weight.shape[axis], np.int8),
         "bias": np.arange(-300, 500, 100, dtype=np.int32), "bias_steps": np.abs(noise(OUTPUTS)) * np.float32(2e-4),
         "bias_zeros": np.zeros(OUTPUTS, np.int32),
     }  # fmt: skip
     nodes = [
         make("QuantizeLinear", ["x", "step", "zero"], ["codes"], "quantize"),
         make("DequantizeLinear", ["codes", "step", "zero"], ["values"], "dequantize"),
-        make("DequantizeLinear", ["weight", "steps", "zeros"], ["w"], "weights", axis=0),
+        make("DequantizeLinear", ["weight", "steps", "zeros"], ["w"], "weights", axis=axis),
         make("DequantizeLinear", ["bias", "bias_steps", "bias_zeros"], ["b"], "biases", axis=0),
         make("Conv", ["values", "w", "b"][: 2 + bias], ["c"], "conv", group=group, **attributes),
         make(after, ["c", "step", "zero"] if after == "QuantizeLinear" else ["c"], ["y"], "after"),
@@ -72,6 +72,9 @@ def test_values_are_those_of_the_conv(name, bias, tmp_path):
     assert proto.SerializeToString() == before
     onnx.checker.check_model(made, full_check=True)
     assert not [node for node in made.graph.node if node.op_type == "Conv"]
+    read = {name for node in made.graph.node for name in node.input} | {"y"}
+    assert all(output in read for node in made.graph.node for output in node.output)
+    assert {weight.name for weight in made.graph.initializer} <= read
     for shape in ((2, CHANNELS, 9, 14), (1, CHANNELS, 6, 7)):
         x = noise(*shape)
         expected = run(proto, x)
@@ -105,6 +108,8 @@ def test_two_convs_share_weights():
         ({"after": "QuantizeLinear"}, None, 0),  # it gives eight bits
         ({"auto_pad": "SAME_UPPER"}, None, 0),
         ({"group": 2}, None, 0),
+        ({"axis": 1}, None, 0),  # a step for each input channel
+        ({"dtype": np.int8}, None, 0),  # codes of which ONNX Runtime has no 8-bit product
         ({}, "weights", 0),  # that are computed
         ({}, "dequantize", 1),  # a step that is computed
         ({}, "conv", 0),  # of an input in float32
