@@ -14,6 +14,11 @@ LEAST = 1 / 16
 """The least factor of a range: what is silent in these images may speak in others."""
 
 
+def attributes(node: Any) -> dict[str, list[int]]:
+    """Those of a node that are whole numbers."""
+    return {entry.name: list(entry.ints) or [entry.i] for entry in node.attribute}
+
+
 def last_convs(proto: Any) -> list[Any]:
     """The Conv nodes on which no other conv depends, in the order of the graph: they give logits and box offsets."""
     ahead: set[str] = set()  # the tensors on which a conv depends
@@ -99,10 +104,11 @@ class Graph:
         """Add a weight; its name. One that is there already must be the same."""
         from onnx import numpy_helper
 
-        if name not in self.weights:
-            self.weights[name] = self.graph.initializer.add()
-            self.weights[name].CopyFrom(numpy_helper.from_array(np.asarray(value), name))
-        assert np.array_equal(self.array(name), value), f"the graph has another {name}"
+        if name in self.weights:
+            assert np.array_equal(self.array(name), value), f"the graph has another {name}"
+            return name
+        self.weights[name] = self.graph.initializer.add()
+        self.weights[name].CopyFrom(numpy_helper.from_array(np.asarray(value), name))
         return name
 
     def scale(self, inputs: Inputs, factor: Any, axis: int, shift: Any = 0) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from retina_fast.deploy.eight_bits.parts import Graph
+from retina_fast.deploy.eight_bits.parts import Graph, attributes
 
 _END = np.iinfo(np.int64).max
 
@@ -50,10 +50,6 @@ def convs_as_products(proto: Any) -> Any:
     return proto
 
 
-def _attributes(conv: Any) -> dict[str, list[int]]:
-    return {entry.name: list(entry.ints) or [entry.i] for entry in conv.attribute}
-
-
 def _is_wanted(graph: Graph, conv: Any) -> bool:
     """Whether it is a conv of uint8 inputs and constant int8 weights with a step a channel, whose output is read as it
     is."""
@@ -68,7 +64,7 @@ def _is_wanted(graph: Graph, conv: Any) -> bool:
         return False
     codes, steps, zero = (graph.array(name) for name in weight.input)
     axis = next((entry.i for entry in weight.attribute if entry.name == "axis"), 1)
-    given = _attributes(conv)
+    given = attributes(conv)
     return (
         graph.array(x.input[1]).ndim == 0
         and graph.array(x.input[2]).dtype == np.uint8  # with int8, too, ONNX Runtime has no 8-bit product
@@ -111,7 +107,7 @@ class _Product:
 
     def _rows(self, cells: str, zero: str, sides: Sequence[int]) -> str:
         """What the kernel reads at each cell it stops at, of cells (B, H, W, C) in eight bits."""
-        given, hold = _attributes(self.conv), self.graph.hold
+        given, hold = attributes(self.conv), self.graph.hold
         strides, dilations = (given.get(name, [1, 1]) for name in ("strides", "dilations"))
         top, left, bottom, right = given.get("pads", [0, 0, 0, 0])
         if any((top, left, bottom, right)):

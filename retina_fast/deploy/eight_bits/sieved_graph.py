@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from retina_fast.deploy.eight_bits.parts import attributes
 from retina_fast.deploy.eight_bits.sieve import Codes, LastConv, Sieve
 
 LOWEST = -10.0
@@ -61,14 +62,10 @@ def _is_last_conv(transpose: Any, conv: Any, weights: Mapping[str, Any]) -> bool
     return all(name in weights for name in conv.input[1:])
 
 
-def _attributes(conv: Any) -> dict[str, list[int]]:
-    return {entry.name: list(entry.ints) or [entry.i] for entry in conv.attribute}
-
-
 def _same_conv(convs: Sequence[Any], weights: Mapping[str, Any]) -> bool:
     """Whether all levels share one conv that skips no cells or channels, and gives as many cells as it reads."""
-    first, kernel = _attributes(convs[0]), list(weights[convs[0].input[1]].dims[2:])
-    if any(conv.input[1:] != convs[0].input[1:] or _attributes(conv) != first for conv in convs):
+    first, kernel = attributes(convs[0]), list(weights[convs[0].input[1]].dims[2:])
+    if any(conv.input[1:] != convs[0].input[1:] or attributes(conv) != first for conv in convs):
         return False
     ones = [*first.get("group", [1]), *first.get("strides", [1]), *first.get("dilations", [1])]
     if len(kernel) != 2 or set(ones) != {1}:
@@ -82,7 +79,7 @@ def _last_conv(convs: Sequence[Any], weights: Mapping[str, Any], inputs: tuple[C
 
     weight, *bias = (torch.from_numpy(numpy_helper.to_array(weights[name]).copy()) for name in convs[0].input[1:])
     weight = weight.contiguous(memory_format=torch.channels_last)
-    top, left, bottom, right = _attributes(convs[0]).get("pads", [0, 0, 0, 0])
+    top, left, bottom, right = attributes(convs[0]).get("pads", [0, 0, 0, 0])
     return LastConv(weight, bias[0] if bias else weight.new_zeros(len(weight)), (top, left, bottom, right), inputs)
 
 
