@@ -7,10 +7,11 @@ t have their middles close together. The IoU of their intervals of x exceeds t t
 
     w (1 / t - 1) / 2
 
-apart, where w is the width of either of the two, and likewise in height. Where the image's boxes are parted better by
-their y coordinates, both axes are exchanged first. Where many boxes lie on few places nearly all of them are pairs; if
-few boxes were kept in the window before, torchvision's own function is fast then. Each IoU is computed step by step as
-torchvision computes it, in the dtype of the boxes.
+apart, where w is the width of either of the two, and no further than half of w and half of the widest box's width;
+likewise in height. Where the image's boxes are parted better by their y coordinates, both axes are exchanged first.
+Where most boxes are pairs, torchvision's own function is called for each class: it compares each kept box with all that
+are worse, but takes less time for a pair. Each IoU is computed step by step as torchvision computes it, in the dtype of
+the boxes.
 """
 
 import math
@@ -29,6 +30,7 @@ _LARGEST = 2048  # boxes of any window, whose pairs thus take 32 MB at most
 _KEPT = 1 / 8  # the share of a first window that is kept, as a guess
 _CHUNK = 2**15  # pairs that are listed in one go, so that they fit a cache
 _CALL = 2048  # pairs that are listed in the time of a call of torchvision's
+_PAIRS = 2  # that torchvision's function compares in the time in which one is listed
 _LOOPED = 100  # pairs of overlapping boxes that a loop is fastest for
 _ROUNDS = 16  # in which nearly all sets of overlapping boxes are decided
 _SLACK = 1e-5  # of a distance or a width: more than all rounding of an IoU comes to
@@ -56,6 +58,12 @@ class _Sorted(NamedTuple):
     def take(self, index: Array) -> "_Sorted":
         return _Sorted(*(field.take(index, axis=-1) for field in self))
 
+    def near(self, others: "_Sorted") -> tuple[Array, Array]:
+        """Where, among the others, those begin that lie near enough for each box along the axis, and how many."""
+        middle, reach = self.across
+        start = others.across[0].searchsorted(middle - reach)
+        return start, others.across[0].searchsorted(middle + reach, "right") - start
+
     def with_others(self, others: "_Sorted") -> "_Sorted":
         """These and others, sorted anew."""
         both = _Sorted(*(np.concatenate(pair, axis=-1) for pair in zip(self, others, strict=True)))
@@ -76,14 +84,26 @@ class _Frame:
             labels = labels.astype(np.int64, copy=False)
             few = int(labels.max()) - int(labels.min()) < 2**20  # so that bits are left for the middle
             labels = labels - labels.min() if few else np.unique(labels, return_inverse=True)[1]
-        self.boxes, self.labels = boxes, labels
+        self.classes = 1 if labels is None else np.count_nonzero(np.bincount(labels))
+        self.boxes, self.labels, self.thresh = boxes, labels, thresh
         self.low, high = float(boxes.min()), float(boxes.max())
         self.half = high / 2 - self.low / 2
+        self.widest, self.highest = (float((boxes[:, i + 2] - boxes[:, i]).max()) for i in (0, 1))
         # Below 1e-5 all boxes are compared whose middles are near enough to touch.
         self.reach = max((1 / thresh - 1) / 2, 0) * (1 + _SLACK) + _SLACK if thresh > 1e-5 else math.inf
         self.farthest = max(-self.low, high)
 
-    def sorted(self, ranks: slice) -> _Sorted:
+    def calls_are_faster(self, listed: float, compared: float) -> bool:
+        """Whether calls of torchvision's function are faster than to list so many pairs, if one call for boxes of one
+        class compares ``compared`` pairs."""
+        return _PAIRS * (listed - self.classes * _CALL) > compared / self.classes
+
+    def kept_by_calls(self, ranks: Array) -> Array:
+        """The rising places, among these rising ranks, of the boxes that stay by torchvision's function."""
+        labels = None if self.labels is None else self.labels[ranks]
+        return kept_class_by_class(self.boxes[ranks], labels, self.thresh)
+
+    def sorted(self, ranks: Array) -> _Sorted:
         """The boxes of these ranks."""
         boxes = self.boxes[ranks]
         kind = np.finfo(boxes.dtype)
@@ -95,14 +115,14 @@ class _Frame:
         across = np.array((x1, width), np.float64)
         across /= self.half
         across[0] += across[1] / 2 - self.low / self.half  # from 0 to 2
-        across[1] = np.minimum(reach * across[1], across[1] / 2 + 1)
+        across[1] = np.minimum(reach * across[1], across[1] / 2 + self.widest / self.half / 2)
         if self.labels is not None:
             across[0] += 8 * self.labels[ranks]
         across[1] += 4 * kind.eps + 2.0**-48 * (across[0].max(initial=0) + self.farthest / self.half)
-        down = np.array((y1 / 2 + y2 / 2, np.minimum(reach * height, height / 2 + self.half)), boxes.dtype)
+        down = np.array((y1 / 2 + y2 / 2, np.minimum(reach * height, height / 2 + self.highest / 2)), boxes.dtype)
         down[1] += 8 * kind.eps * self.farthest
         order = across[0].argsort()
-        return _Sorted(np.arange(ranks.start, ranks.stop), sides, across, down).take(order)
+        return _Sorted(ranks, sides, across, down).take(order)
 
 
 def _exceeds(a: Array, i: Array, b: Array, j: Array, thresh: float) -> Array:
@@ -173,26 +193,29 @@ def kept_class_by_class(boxes: Array, labels: Array | None, thresh: float) -> Ar
     return stays.nonzero()[0]
 
 
-def _stay(window: _Sorted, frame: _Frame, thresh: float, share: float) -> Array:
-    """Which boxes of a window stay, as bool, if no others suppress them; of the window before it a ``share`` stayed, by
-    which torchvision's time is guessed."""
+def _not_suppressed(window: _Sorted, kept: _Sorted, start: Array, counts: Array, thresh: float) -> _Sorted:
+    """The boxes of a window that no kept one suppresses; ``start`` and ``counts`` are those of :meth:`_Sorted.near`."""
+    if not counts.any():
+        return window
+    left = np.ones(len(counts), bool)
+    left[_overlapping(window, kept, start, counts, thresh)[0]] = False
+    return window.take(left.nonzero()[0])
+
+
+def _staying(window: _Sorted, frame: _Frame, guess: float) -> _Sorted:
+    """The boxes of a window that stay if no others suppress them; the ``guess`` is how many they will be."""
     middle, reach = window.across
     first = np.arange(1, len(middle) + 1)
     counts = middle.searchsorted(middle + reach, "right") - first
+    if not counts.any():
+        return window
     by_rank = window.ranks.argsort()
-    pairs = int(counts.sum())
-    if pairs > _CALL:
-        ranks = window.ranks[by_rank]
-        labels = None if frame.labels is None else frame.labels[ranks]
-        classes = 1 if labels is None else len(np.unique(labels))
-        if 2 * pairs > classes * _CALL + share * len(ranks) ** 2 / (2 * classes):
-            stays = np.zeros(len(ranks), bool)
-            stays[by_rank[kept_class_by_class(frame.boxes[ranks], labels, thresh)]] = True
-            return stays
+    if frame.calls_are_faster(int(counts.sum()), min(guess, len(middle)) * len(middle) / 2):
+        return window.take(np.sort(by_rank[frame.kept_by_calls(window.ranks[by_rank])]))
     place = np.empty_like(by_rank)
     place[by_rank] = first - 1
-    i, j = (place[index] for index in _overlapping(window, window, first, counts, thresh))
-    return _settled(np.minimum(i, j), np.maximum(i, j), len(place))[place]
+    i, j = (place[index] for index in _overlapping(window, window, first, counts, frame.thresh))
+    return window.take(_settled(np.minimum(i, j), np.maximum(i, j), len(place))[place].nonzero()[0])
 
 
 def _kept_of_able(boxes: Array, labels: Array | None, thresh: float, most: int) -> Array:
@@ -204,22 +227,23 @@ def _kept_of_able(boxes: Array, labels: Array | None, thresh: float, most: int) 
     if down < across:  # fewer boxes share a y than an x coordinate; IoUs are the same numbers with x and y exchanged
         boxes = boxes[:, [1, 0, 3, 2]]
     frame, share = _Frame(boxes, labels, thresh), _KEPT
-    first, size = 0, min(max(_FIRST[0], 2 * most), _FIRST[1])
-    kept = frame.sorted(slice(0, 0))
-    while first < len(boxes) and len(kept.ranks) < most:
-        window = frame.sorted(slice(first, min(first + size, len(boxes))))
-        first, size = first + size, min(2 * size, _LARGEST)
-        if len(kept.ranks):
-            middle, reach = window.across
-            start = kept.across[0].searchsorted(middle - reach)
-            counts = kept.across[0].searchsorted(middle + reach, "right") - start
-            left = np.ones(len(middle), bool)
-            left[_overlapping(window, kept, start, counts, thresh)[0]] = False
-            window = window.take(left.nonzero()[0])
-        if len(window.ranks):
-            stays = _stay(window, frame, thresh, share)
-            share = np.count_nonzero(stays) / len(stays)
-            kept = kept.with_others(window.take(stays.nonzero()[0]))
+    waiting, size = np.arange(len(boxes)), min(max(_FIRST[0], 2 * most), _FIRST[1])
+    kept = frame.sorted(waiting[:0])
+    while len(waiting) and (count := len(kept.ranks)) < most:
+        ranks = waiting[:size]
+        window = frame.sorted(ranks)
+        start, counts = window.near(kept)
+        # As many as serve, if the same share stays as of the last window, and how many kept ones lie before each.
+        many = waiting[: max(size, min(4 * int(waiting[0]), int(2 * (most - count) / max(share, 1e-9))))]
+        before = count + share * len(many) / 2
+        listed = counts.mean() / max(count, 1) * before * len(many)
+        if counts.sum() > _CHUNK and frame.calls_are_faster(listed, count**2 / 2 + before * len(many)):
+            stay = frame.kept_by_calls(np.concatenate((np.sort(kept.ranks), many)))[count:]
+            ranks, window = many, frame.sorted(many[stay - count])
+        else:
+            window = _staying(_not_suppressed(window, kept, start, counts, thresh), frame, share * size)
+        kept = kept.with_others(window)
+        waiting, size, share = waiting[len(ranks) :], min(2 * size, _LARGEST), len(window.ranks) / len(ranks)
     return np.sort(kept.ranks)[:most]
 
 
