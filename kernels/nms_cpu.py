@@ -15,6 +15,7 @@ the boxes.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,12 +140,11 @@ def _exceeds(a: Array, i: Array, b: Array, j: Array, thresh: float) -> Array:
     return (np.divide(intersection, union, out=union) > thresh).nonzero()[0]
 
 
-def _overlapping(a: _Sorted, b: _Sorted, first: Array, counts: Array, thresh: float) -> tuple[Array, Array]:
-    """The pairs of a box of ``a`` and one of ``b`` with an IoU above the threshold, by their places there; each box of
-    ``a`` is compared with ``counts`` of ``b``, from ``first`` on."""
+def _overlapping(a: _Sorted, b: _Sorted, first: Array, counts: Array, thresh: float) -> Iterator[tuple[Array, Array]]:
+    """The pairs of a box of ``a`` and one of ``b`` with an IoU above the threshold, by their places there, in parts;
+    each box of ``a`` is compared with ``counts`` of ``b``, from ``first`` on."""
     ends = counts.cumsum()
     ahead = first - ends + counts  # of its first pair's place in the list
-    found: list[tuple[Array, Array]] = []
     start = done = 0
     while start < len(counts):
         stop = max(start + 1, int(ends.searchsorted(done + _CHUNK, "right")))
@@ -156,10 +156,8 @@ def _overlapping(a: _Sorted, b: _Sorted, first: Array, counts: Array, thresh: fl
         near = (np.abs(apart, out=apart) <= a.down[1, start:stop].repeat(own)).nonzero()[0]
         i, j = np.arange(start, stop).repeat(own).take(near), j.take(near)
         over = _exceeds(a.sides, i, b.sides, j, thresh)
-        found.append((i.take(over), j.take(over)))
+        yield i.take(over), j.take(over)
         start, done = stop, int(ends[stop - 1])
-    i, j = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
-    return i, j
 
 
 def _settled(above: Array, below: Array, count: int) -> Array:
@@ -198,7 +196,8 @@ def _not_suppressed(window: _Sorted, kept: _Sorted, start: Array, counts: Array,
     if not counts.any():
         return window
     left = np.ones(len(counts), bool)
-    left[_overlapping(window, kept, start, counts, thresh)[0]] = False
+    for i, _ in _overlapping(window, kept, start, counts, thresh):
+        left[i] = False
     return window.take(left.nonzero()[0])
 
 
@@ -214,7 +213,8 @@ def _staying(window: _Sorted, frame: _Frame, guess: float) -> _Sorted:
         return window.take(np.sort(by_rank[frame.kept_by_calls(window.ranks[by_rank])]))
     place = np.empty_like(by_rank)
     place[by_rank] = first - 1
-    i, j = (place[index] for index in _overlapping(window, window, first, counts, frame.thresh))
+    parts = zip(*_overlapping(window, window, first, counts, frame.thresh), strict=True)
+    i, j = (place[np.concatenate(part)] for part in parts)
     return window.take(_settled(np.minimum(i, j), np.maximum(i, j), len(place))[place].nonzero()[0])
 
 
