@@ -76,13 +76,13 @@ FLAT, FAR = {"boxes": torch.tensor([[5.0, 5, 5, 9]])}, torch.tensor([9])
 ONE = {"boxes": torch.tensor([[1.0, 1, 60, 60]])}
 FAULTS: dict[str, Any] = {
     "boxes that are a number": {"boxes": 0.0},
-    "boxes (4,)": {"boxes": torch.rand(4)},
+    "boxes (4,)": {"boxes": torch.arange(4.0)},
     "no boxes": {"labels": torch.tensor([1])},
     "a box without width": FLAT | {"labels": torch.tensor([0])},
     "a box without width or label": FLAT,
     "a class too many": ONE | {"labels": FAR},
     "no labels": ONE,
-    "too few labels": {"boxes": torch.rand(2, 4).cumsum(1) * 20, "labels": torch.tensor([1])},
+    "too few labels": {"boxes": torch.tensor([[1.0, 1, 30, 30], [9.0, 9, 60, 60]]), "labels": torch.tensor([1])},
     "no dict": None,
     "nothing": good_targets()[0],
 }
