@@ -14,6 +14,7 @@ are worse, but takes less time for a pair. Each IoU is computed step by step as 
 the boxes.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -27,7 +28,8 @@ Array = NDArray[Any]
 
 _FEW = 128  # boxes of which all pairs are compared
 _FIRST = 256, 1024  # boxes of the first window, at least and at most; between them twice as many as are asked for
-_LARGEST = 2048  # boxes of any window, whose pairs thus take 32 MB at most
+_LARGEST = 2048  # boxes of any window, of which thus two million pairs are listed at most
+_BEST = 32  # kept boxes that a window is compared with before the others, where these are many
 _KEPT = 1 / 8  # the share of a first window that is kept, as a guess
 _CHUNK = 2**15  # pairs that are listed in one go, so that they fit a cache
 _CALL = 2048  # pairs that are listed in the time of a call of torchvision's
@@ -65,6 +67,10 @@ class _Sorted(NamedTuple):
         start = others.across[0].searchsorted(middle - reach)
         return start, others.across[0].searchsorted(middle + reach, "right") - start
 
+    def best(self, count: int) -> "_Sorted":
+        """So many of them."""
+        return self.take(np.sort(self.ranks.argsort()[:count]))
+
     def with_others(self, others: "_Sorted") -> "_Sorted":
         """These and others, sorted anew."""
         both = _Sorted(*(np.concatenate(pair, axis=-1) for pair in zip(self, others, strict=True)))
@@ -85,7 +91,6 @@ class _Frame:
             labels = labels.astype(np.int64, copy=False)
             few = int(labels.max()) - int(labels.min()) < 2**20  # so that bits are left for the middle
             labels = labels - labels.min() if few else np.unique(labels, return_inverse=True)[1]
-        self.classes = 1 if labels is None else np.count_nonzero(np.bincount(labels))
         self.boxes, self.labels, self.thresh = boxes, labels, thresh
         self.low, high = float(boxes.min()), float(boxes.max())
         self.half = high / 2 - self.low / 2
@@ -94,10 +99,13 @@ class _Frame:
         self.reach = max((1 / thresh - 1) / 2, 0) * (1 + _SLACK) + _SLACK if thresh > 1e-5 else math.inf
         self.farthest = max(-self.low, high)
 
-    def calls_are_faster(self, listed: float, compared: float) -> bool:
-        """Whether calls of torchvision's function are faster than to list so many pairs, if one call for boxes of one
-        class compares ``compared`` pairs."""
-        return _PAIRS * (listed - self.classes * _CALL) > compared / self.classes
+    def calls_are_faster(self, ranks: Array, listed: float, compared: float) -> bool:
+        """Whether calls of torchvision's function for boxes of these ranks are faster than a list of so many pairs, if
+        one call for as many of one class compares ``compared`` pairs."""
+        if listed <= _CALL:
+            return False
+        classes = 1 if self.labels is None else np.count_nonzero(np.bincount(self.labels[ranks]))
+        return _PAIRS * (listed - classes * _CALL) > compared / classes
 
     def kept_by_calls(self, ranks: Array) -> Array:
         """The rising places, among these rising ranks, of the boxes that stay by torchvision's function."""
@@ -116,11 +124,12 @@ class _Frame:
         across = np.array((x1, width), np.float64)
         across /= self.half
         across[0] += across[1] / 2 - self.low / self.half  # from 0 to 2
-        across[1] = np.minimum(reach * across[1], across[1] / 2 + self.widest / self.half / 2)
+        # The smaller of two bounds; of no reach and a width that became 0 the first is NaN.
+        across[1] = np.fmin(reach * across[1], across[1] / 2 + self.widest / self.half / 2)
         if self.labels is not None:
             across[0] += 8 * self.labels[ranks]
         across[1] += 4 * kind.eps + 2.0**-48 * (across[0].max(initial=0) + self.farthest / self.half)
-        down = np.array((y1 / 2 + y2 / 2, np.minimum(reach * height, height / 2 + self.highest / 2)), boxes.dtype)
+        down = np.array((y1 / 2 + y2 / 2, np.fmin(reach * height, height / 2 + self.highest / 2)), boxes.dtype)
         down[1] += 8 * kind.eps * self.farthest
         order = across[0].argsort()
         return _Sorted(ranks, sides, across, down).take(order)
@@ -182,17 +191,22 @@ def _settled(above: Array, below: Array, count: int) -> Array:
 def kept_class_by_class(boxes: Array, labels: Array | None, thresh: float) -> Array:
     """The rising positions of the boxes that stay, at any threshold, by one call of torchvision's for each class. The
     boxes lie best first."""
-    labels = np.zeros(len(boxes)) if labels is None else labels
+    order, starts = np.arange(len(boxes)), np.zeros(1, np.int64)
+    if labels is not None:
+        order = labels.argsort(kind="stable")
+        starts = np.unique(labels[order], return_index=True)[1]
+    by_class = torch.from_numpy(boxes[order])
+    falling = torch.arange(len(boxes), 0, -1, dtype=by_class.dtype)
     stays = np.zeros(len(boxes), bool)
-    for label in np.unique(labels):
-        own = (labels == label).nonzero()[0]
-        falling = torch.from_numpy(np.arange(len(own), 0, -1).astype(boxes.dtype))
-        stays[own[torchvision_nms(torch.from_numpy(boxes[own]), falling, thresh).numpy()]] = True
+    for start, stop in itertools.pairwise((*starts.tolist(), len(boxes))):
+        kept = torchvision_nms(by_class[start:stop], falling[: stop - start], thresh)
+        stays[order[start:stop][kept.numpy()]] = True
     return stays.nonzero()[0]
 
 
-def _not_suppressed(window: _Sorted, kept: _Sorted, start: Array, counts: Array, thresh: float) -> _Sorted:
-    """The boxes of a window that no kept one suppresses; ``start`` and ``counts`` are those of :meth:`_Sorted.near`."""
+def _not_suppressed(window: _Sorted, kept: _Sorted, near: tuple[Array, Array], thresh: float) -> _Sorted:
+    """The boxes of a window that no kept one suppresses, of those ``near`` by :meth:`_Sorted.near`."""
+    start, counts = near
     if not counts.any():
         return window
     left = np.ones(len(counts), bool)
@@ -209,7 +223,7 @@ def _staying(window: _Sorted, frame: _Frame, guess: float) -> _Sorted:
     if not counts.any():
         return window
     by_rank = window.ranks.argsort()
-    if frame.calls_are_faster(int(counts.sum()), min(guess, len(middle)) * len(middle) / 2):
+    if frame.calls_are_faster(window.ranks, int(counts.sum()), min(guess, len(middle)) * len(middle) / 2):
         return window.take(np.sort(by_rank[frame.kept_by_calls(window.ranks[by_rank])]))
     place = np.empty_like(by_rank)
     place[by_rank] = first - 1
@@ -232,16 +246,22 @@ def _kept_of_able(boxes: Array, labels: Array | None, thresh: float, most: int) 
     while len(waiting) and (count := len(kept.ranks)) < most:
         ranks = waiting[:size]
         window = frame.sorted(ranks)
-        start, counts = window.near(kept)
-        # As many as serve, if the same share stays as of the last window, and how many kept ones lie before each.
+        near = window.near(kept)
+        if near[1].sum() > 4 * _BEST * len(ranks):
+            best = kept.best(_BEST)
+            window = _not_suppressed(window, best, window.near(best), thresh)
+            near = window.near(kept)
+        # As many as serve if the same share stays as of the last window, and how many kept ones lie before each. Those
+        # that are gone already would not be compared for long.
         many = waiting[: max(size, min(4 * int(waiting[0]), int(2 * (most - count) / max(share, 1e-9))))]
-        before = count + share * len(many) / 2
-        listed = counts.mean() / max(count, 1) * before * len(many)
-        if counts.sum() > _CHUNK and frame.calls_are_faster(listed, count**2 / 2 + before * len(many)):
+        before, pairs = count + share * len(many) / 2, int(near[1].sum())
+        listed = pairs / max(count, 1) / len(ranks) * before * len(many)
+        compared = count**2 / 2 + len(window.ranks) / len(ranks) * before * len(many)
+        if pairs > _CHUNK and frame.calls_are_faster(many, listed, compared):
             stay = frame.kept_by_calls(np.concatenate((np.sort(kept.ranks), many)))[count:]
             ranks, window = many, frame.sorted(many[stay - count])
         else:
-            window = _staying(_not_suppressed(window, kept, start, counts, thresh), frame, share * size)
+            window = _staying(_not_suppressed(window, kept, near, thresh), frame, share * size)
         kept = kept.with_others(window)
         waiting, size, share = waiting[len(ranks) :], min(2 * size, _LARGEST), len(window.ranks) / len(ranks)
     return np.sort(kept.ranks)[:most]

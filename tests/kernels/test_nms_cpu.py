@@ -19,7 +19,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "pairs": {"_FEW": 10**9},
     "one window": {"_FEW": 0, "_FIRST": (10**9, 10**9), "_ROUNDS": 0},
-    "lists": {"_FEW": 0, "_FIRST": (16, 16), "_CALL": 10**9, "_CHUNK": 50, "_LOOPED": 0},
+    "lists": {"_FEW": 0, "_FIRST": (16, 16), "_CALL": 10**9, "_CHUNK": 50, "_LOOPED": 0, "_BEST": 1},
     "calls": {"_FEW": 0, "_FIRST": (16, 16), "_CALL": -(10**9)},
     "calls with the kept ones": {"_FEW": 0, "_FIRST": (16, 16), "_CALL": -(10**9), "_CHUNK": 0},
 }
@@ -106,6 +106,12 @@ def test_boxes_that_overlap_nothing(way):
     assert torch.equal(nms_image(huge, scores[:40].double(), labels[:40], 0.5), expected)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1e-5, 0.5])
+def test_widths_that_are_nothing_beside_the_heights(threshold):
+    boxes = torch.tensor([[0.0, 0.0, 1e-300, 1e30]], dtype=torch.float64).repeat(2000, 1)
+    assert nms_image(boxes, torch.arange(2000, 0, -1) / 2000, None, threshold).tolist() == [0]
+
+
 def test_the_sum_of_two_areas_may_be_infinite(way):
     """Where each is finite: then the IoU is 0 in torchvision, too, and with a smaller box it is not."""
     side = 1.5e19  # an area of 2.25e38, of at most 3.4e38
@@ -183,6 +189,25 @@ def test_many_boxes_on_one_place_after_many_that_are_apart(listed):
     assert nms_image(boxes, scores, None, 0.5).tolist() == [*range(15_001)]
     assert max(listed) < nms_cpu._LARGEST**2 / 2
     assert sum(listed) < 100 * 30_000
+
+
+def test_copies_of_a_large_box_beside_many_small_ones(listed):
+    """The best of all suppresses them: they are not compared with the small ones, too, which all lie near them."""
+    boxes, scores, _ = scene("none", 20_000, 1, torch.float32)
+    boxes[0] = boxes[4000:] = torch.tensor([0.0, 0.0, 10_000.0, 1000.0])
+    scores = torch.arange(20_000, 0, -1).float()
+    assert nms_image(boxes, scores, None, 0.5).tolist() == [*range(4000)]
+    assert sum(listed) < 100 * 20_000
+
+
+def test_a_class_of_many_boxes_among_many_classes_of_one(listed):
+    """What a window of one class costs depends on that class alone."""
+    boxes, scores, _ = scene("one place", 20_000, 1, torch.float32)
+    boxes += torch.arange(20_000)[:, None] // 2048 * 100.0
+    labels = torch.cat((torch.zeros(19_000), torch.arange(1, 1001)))
+    scores = torch.arange(20_000, 0, -1).float()
+    assert torch.equal(nms_image(boxes, scores, labels, 0.5), class_by_class(boxes, scores, labels, 0.5))
+    assert sum(listed) < 10 * 20_000
 
 
 def test_scores_of_more_bits_than_the_boxes():
