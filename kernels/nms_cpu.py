@@ -1,17 +1,18 @@
 """Suppression of one image's boxes on a CPU, mostly by passes over lists of pairs.
 
-A few boxes are compared pair by pair. Of more, the best are decided on first, by windows, each up to twice as large as
-that before. The boxes of a window are compared with those that are kept already, then with each other. What is compared
-is a list of pairs: boxes lie sorted by class and the middle of their width, and two boxes whose IoU exceeds a threshold
-t have their middles close together. The IoU of their intervals of x exceeds t then, too, so the middles lie less than
+A few boxes are compared pair by pair. Of more, the best are decided on first, by windows, each at most twice as large
+as the one before. The boxes of a window are compared with those that are kept already, then with each other. What is
+compared is a list of pairs: boxes lie sorted by class and the middle of their width, and two boxes whose IoU exceeds a
+threshold t have their middles close together. The IoU of their intervals of x exceeds t then, too, so the middles lie
+less than
 
     w (1 / t - 1) / 2
 
-apart, where w is the width of either of the two, and no further than half of w and half of the widest box's width;
-likewise in height. Where the image's boxes are parted better by their y coordinates, both axes are exchanged first.
-Where most boxes are pairs, torchvision's own function is called for each class: it compares each kept box with all that
-are worse, but takes less time for a pair. Each IoU is computed step by step as torchvision computes it, in the dtype of
-the boxes.
+apart, where w is the width of either of the two. They also touch, so the middles lie no further apart than half the sum
+of w and the widest box's width, which is the bound at thresholds near 0. Likewise in height. Where the image's boxes
+are parted better by their y coordinates, both axes are exchanged first. Where most pairs of boxes would be listed,
+torchvision's own function is called for each class: it compares each kept box with all that are worse, but takes less
+time for a pair. Each IoU is computed step by step as torchvision computes it, in the dtype of the boxes.
 """
 
 import itertools

@@ -3,12 +3,12 @@
 The values of channel k are divided by c_k, and the conv's weights for it multiplied by c_k, so that in float32 the
 network gives what it gave. ReLU(x / c) is ReLU(x) / c, so the division goes into the weights and biases that make x: a
 conv's, or a norm's. (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019,
-section 4.1, where the ranges are those of weights.) With M_lk for the largest value of channel k in level l,
+section 4.1, where the ranges are those of weights.) With M_lk for the largest magnitude of channel k in level l,
 
     c_k = max over l of  M_lk / max over j of M_lj,
 
-the smallest c_k with which no level's largest value grows. So no step grows, and the error of channel k shrinks to c_k
-of what it was.
+the smallest c_k with which no level's largest magnitude grows, but no less than 1/16, since what is small in these
+images may be large in others. So no step grows, and the error of channel k shrinks to c_k of what it was.
 """
 
 import copy

@@ -9,10 +9,10 @@ are taken for each channel and then for each group, and give the norm as one pro
 which OpenVINO does in channels_last memory, in one pass with the ReLU and the quantisation that follow. ONNX Runtime
 takes longer for it than for InstanceNormalization.
 
-Of x in eight bits, (code - zero point) * step, all is computed of code * step: OpenVINO then adds up the codes
-themselves for the mean, and reads them for the product. The squares are of x, so that E[x^2] and E[x]^2 do not cancel
-where the zero point is large. They do in a group whose mean is many times its deviation: at 40 times, the norm has a
-relative error of up to 0.5%, at 3 times of 1e-5.
+Where x is in eight bits, (code - zero point) * step, the mean and the product are computed from code * step: OpenVINO
+then adds up the codes themselves, and reads them for the product. The squares are those of x, so that a large zero
+point makes nothing cancel. E[x^2] - E[x]^2 still loses digits in a group whose mean is many times its deviation: at 40
+times, the norm has a relative error of up to 0.5%, at 3 times of 1e-5.
 """
 
 import copy

@@ -6,10 +6,10 @@ of group g in level l, and h_lg for the largest distance of a value there from m
 
     m_g = mean over l of (a_lg + b_lg) / 2        c_g = max over l of  h_lg / max over j of h_lj,
 
-the smallest c_g with which no group reaches farther than the one of its level that reaches farthest. Groups so small
-that epsilon counts keep their size. (Scales as in
-Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.1; a norm
-asks for no inverse in the layer after it.)
+the smallest c_g with which no group reaches farther than the one of its level that reaches farthest, but no less than
+1/16, since what is small in these images may be large in others. Groups whose values are so small that the norm's
+epsilon matters are not scaled. (Scales as in Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
+Correction", ICCV 2019, section 4.1; here no later layer has to undo them, since the norm does.)
 """
 
 import copy

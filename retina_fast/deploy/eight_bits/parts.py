@@ -1,4 +1,4 @@
-"""A graph, its last convs, what lies before some tensors, and the ranges that these have and that they are to have."""
+"""A graph, its last convs, the part before given tensors, and the ranges of tensors, as they are and are to be."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence

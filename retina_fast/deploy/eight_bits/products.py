@@ -1,15 +1,15 @@
 """Convs in eight bits with float32 outputs as ONNX Runtime computes them in eight bits: as a matrix product.
 
-The convs before the last GroupNorm of a head read eight bits and give float32. ONNX Runtime's 8-bit conv gives eight
-bits alone, so that it would compute them in float32; but its 8-bit matrix product gives float32. So the kernel's
-neighbourhood of each cell is laid out as a row, in eight bits (im2col; Chellapilla et al., "High Performance
+The conv right before the last GroupNorm of a head reads eight bits and gives float32. ONNX Runtime's 8-bit conv gives
+eight bits alone, so that it would compute this one in float32; but its 8-bit matrix product gives float32. So the
+kernel's neighbourhood of each cell is laid out as a row, in eight bits (im2col; Chellapilla et al., "High Performance
 Convolutional Neural Networks for Document Processing", 2006, section 3), and
 
-    conv(x, W)  =  rows(x) W'        rows (B, H, W, kernel height * kernel width * C), W' (that many, O).
+    conv(x)  =  rows(x) M        rows: (B, H, W, N), M: (N, outputs), N = kernel height * kernel width * C.
 
-The products and sums are those of whole numbers, and the values those of the conv. A processor without VNNI
-instructions adds pairs of products in 16 bits, where they may saturate, as in 8-bit convs. OpenVINO's 8-bit conv gives
-float32 itself.
+The products and sums are of whole numbers, so that the values are those of the conv in eight bits. A processor without
+VNNI instructions adds pairs of products in 16 bits, where they may saturate, as in 8-bit convs. OpenVINO's 8-bit conv
+gives float32 itself.
 """
 
 import copy

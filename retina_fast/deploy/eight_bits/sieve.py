@@ -1,12 +1,12 @@
-"""The last convs of a network in eight bits, computed in float32 where a detection can be, and nowhere else.
+"""The last convs of a network in eight bits, computed in float32 where a detection can be, if that is at few cells.
 
 Logits and box offsets are to be those of float32 convs. But nearly all cells of the pyramid are background, and these
 two convs, left in float32, would take as long as all the others in eight bits. So the graph
 (:mod:`retina_fast.deploy.eight_bits.sieved_graph`) computes the logits in eight bits, which serve to decide: a logit is
-computed in float32 if that value, plus a margin, exceeds the score threshold, and if it can be one of the k highest of
-its image and level, which are all that is ever looked at. It is the product with the neighbourhood of what the conv
-reads, which is in eight bits. Those logits that exceed the threshold, and are among the highest, are the candidates;
-box offsets are computed at their cells alone.
+wanted in float32 if that value, plus a margin, exceeds the score threshold, and if it can be one of the k highest of
+its image and level, which are all that is ever looked at. Such a logit is the product of the conv's float32 weights for
+it with the 8-bit features around its cell. Those that exceed the threshold, and are among the highest, are the
+candidates; box offsets are computed at their cells. Where many cells are wanted, a conv runs at all of them.
 
 A level's margin is twice the largest amount by which an 8-bit logit was too low on the calibration images, and its
 excess twice that by which one was too high. With q for 8-bit logits and q_k for the k-th highest of them, at least k
