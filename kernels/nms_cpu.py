@@ -30,6 +30,7 @@ Array = NDArray[Any]
 _FEW = 128  # boxes of which all pairs are compared
 _FIRST = 256, 1024  # boxes of the first window, at least and at most; between them twice as many as are asked for
 _LARGEST = 2048  # boxes of any window, of which thus two million pairs are listed at most
+_NEAR = 2  # kept boxes near each one of a window, on average, up to which pairs are listed whatever else holds
 _BEST = 32  # kept boxes that a window is compared with before the others, where these are many
 _KEPT = 1 / 8  # the share of a first window that is kept, as a guess
 _CHUNK = 2**15  # pairs that are listed in one go, so that they fit a cache
@@ -258,7 +259,7 @@ def _kept_of_able(boxes: Array, labels: Array | None, thresh: float, most: int) 
         before, pairs = count + share * len(many) / 2, int(near[1].sum())
         listed = pairs / max(count, 1) / len(ranks) * before * len(many)
         compared = count**2 / 2 + len(window.ranks) / len(ranks) * before * len(many)
-        if pairs > _CHUNK and frame.calls_are_faster(many, listed, compared):
+        if pairs > _NEAR * len(ranks) and frame.calls_are_faster(many, listed, compared):
             stay = frame.kept_by_calls(np.concatenate((np.sort(kept.ranks), many)))[count:]
             ranks, window = many, frame.sorted(many[stay - count])
         else:

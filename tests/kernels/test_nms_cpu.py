@@ -21,7 +21,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "one window": {"_FEW": 0, "_FIRST": (10**9, 10**9), "_ROUNDS": 0},
     "lists": {"_FEW": 0, "_FIRST": (16, 16), "_CALL": 10**9, "_CHUNK": 50, "_LOOPED": 0, "_BEST": 1},
     "calls": {"_FEW": 0, "_FIRST": (16, 16), "_CALL": -(10**9)},
-    "calls with the kept ones": {"_FEW": 0, "_FIRST": (16, 16), "_CALL": -(10**9), "_CHUNK": 0},
+    "calls with the kept ones": {"_FEW": 0, "_FIRST": (16, 16), "_CALL": -(10**9), "_NEAR": 0},
 }
 
 
