@@ -22,6 +22,16 @@ MASK = 0x7FFFFFFF
 WINDOW = 128  # boxes a turn; the quickest of 32 to 512 on a CPU, batch 4, 512x640, one class
 
 
+def taken(x: Tensor, index: Tensor) -> Tensor:
+    """(B, K, ...): of each image's rows in x (B, N, ...), those at ``index`` (B, K).
+
+    One list of rows of all images is written to ONNX as Gather. GatherElements, as which ``gather`` is written, is
+    limited to 64 places in onnx's own evaluator.
+    """
+    first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
+
+
 def best_by_key(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k highest of rows (B, n) and where they lie, the lower index first on a tie.
 
@@ -145,8 +155,8 @@ class Postprocess(nn.Module):
         # Choosing anchors first is quicker and loses nothing: before any logit of an anchor outside the k best come k
         # logits of others.
         rows = self.best(level.amax(dim=2), k)[1].sort(dim=1).values
-        best, index = self.best(level.gather(1, rows[..., None].expand(-1, -1, classes)).flatten(1), k)
-        return best, rows.gather(1, index // classes) * classes + index % classes
+        best, index = self.best(taken(level, rows).flatten(1), k)
+        return best, taken(rows, index // classes) * classes + index % classes
 
     def forward(self, cls_logits: list[Tensor], bbox_regression: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         values, indices, first = [], [], 0
@@ -157,10 +167,9 @@ class Postprocess(nn.Module):
             first += level.shape[1] * level.shape[2]
         count = sum(level.shape[1] for level in values)
         logits, order = self.best(torch.cat(values, dim=1), count)  # (B, M), best first
-        chosen = torch.cat(indices, dim=1).gather(1, order)
+        chosen = taken(torch.cat(indices, dim=1), order)
         anchors, labels = chosen // self.num_classes, chosen % self.num_classes
-        deltas = torch.cat(flatten_all(bbox_regression, self.box_channels), dim=1)
-        deltas = deltas.gather(1, anchors[..., None].expand(-1, -1, self.box_channels)).float()
+        deltas = taken(torch.cat(flatten_all(bbox_regression, self.box_channels), dim=1), anchors).float()
         boxes = torch.minimum(decode(deltas, self.anchors[anchors]).clamp(min=0), self.limits)
 
         most = min(self.most, count)
@@ -168,10 +177,10 @@ class Postprocess(nn.Module):
         falling = torch.arange(count, 0, -1, device=boxes.device)
         ranks = torch.where(kept, falling, 0).topk(most).values  # (B, D); 0 is padding
         real, position = ranks > 0, (count - ranks).clamp(max=count - 1)
-        boxes = boxes.gather(1, position[..., None].expand(-1, -1, 4)) * self.scale
+        boxes = taken(boxes, position) * self.scale
         return (
             torch.where(real[..., None], boxes, 0.0),
-            torch.where(real, logits.gather(1, position).sigmoid(), 0.0),
-            torch.where(real, labels.gather(1, position), -1),
+            torch.where(real, taken(logits, position).sigmoid(), 0.0),
+            torch.where(real, taken(labels, position), -1),
             real.sum(dim=1),
         )

@@ -93,8 +93,7 @@ def test_the_file_holds_standard_operators_alone(written):
 
 
 def test_the_reference_evaluator_computes_the_same(written, images):
-    """As far as the heads: its GatherElements takes no more than 64 rows. A sum that is rounded otherwise may be a
-    neighbouring code of 8 bits."""
+    """The heads' outputs, and the detections. A sum that is rounded otherwise may be a neighbouring code of 8 bits."""
     from onnx.reference import ReferenceEvaluator
 
     heads = as_far_as_the_heads(written[0])
@@ -103,6 +102,13 @@ def test_the_reference_evaluator_computes_the_same(written, images):
     assert len(reference) == 4
     for ours, theirs in zip(onnx_session(heads.SerializeToString()).run(None, batch), reference, strict=True):
         assert np.linalg.norm(ours - theirs) < 1e-2 * np.linalg.norm(theirs - theirs.mean())
+    files = load_exported(written[0])(images[3:5])
+    found: Any = ReferenceEvaluator(str(written[0])).run(None, batch)
+    evaluated = Detections(*map(torch.from_numpy, found))
+    kept = compare(zip(files.to_list(), evaluated.to_list(), strict=True))
+    assert kept.found > 100
+    assert kept.kept > 0.95 * kept.found
+    assert kept.new < 0.05 * kept.found
 
 
 def test_symmetric_as_tensorrt_takes_it(model, images, tmp_path):
