@@ -21,7 +21,7 @@ demo: .venv/installed
 test: .venv/installed  # one process for each core, of one thread: threads of several processes wait for each other
 	$(PYTEST) -m 'not slow'
 
-test-all: .venv/installed  # with the tests that take minutes each
+test-all: .venv/installed  # with those that take longer than CI has time for
 	$(PYTEST)
 
 # The oldest versions lie in front of the others, of which those of .venv are used.

@@ -117,6 +117,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.slow
 def test_modules_that_moved_are_found_under_their_earlier_names(tmp_path):
     """And nothing is imported for them before it is asked for."""
     places = "data.errors", "data.metrics", "deploy.engine", "deploy.export.exported"

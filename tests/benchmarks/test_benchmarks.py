@@ -96,7 +96,7 @@ def test_goals_stand_on_their_cases_only():
     assert {"inference, retinanet_resnet50_fpn_v2, batch 32, 800x800, 91 classes"} <= {name for name, _ in keys}
 
 
-NIGHTLY = "models.training_step", "models.spinenet"
+NIGHTLY = "models.inference", "models.training_step", "models.spinenet"
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,7 @@ def deadly(path, limit):
     gpu.run_cases(cases, Results(path, here), CPU, math.inf)
 
 
+@pytest.mark.slow
 def test_a_case_that_takes_the_process_with_it_is_passed_by_next_time(tmp_path):
     path = tmp_path / "gpu.json"
     for limit, failed, measured in (
@@ -161,6 +162,7 @@ def test_the_file_is_named_after_the_device():
     assert gpu.file_name("cpu", small=True) == "small-cpu.json"
 
 
+@pytest.mark.slow
 def test_small_twins_by_the_same_command(monkeypatch, tmp_path):
     command = ["gpu", "kernels.anchor_matching", "--small", "--output", str(tmp_path), "--worker=0"]
     monkeypatch.setattr(sys, "argv", command)
@@ -226,6 +228,7 @@ def test_fine():
 """
 
 
+@pytest.mark.slow
 def test_a_test_that_hangs_fails_and_the_others_go_on(tmp_path):
     pytest.importorskip("xdist")
     (tmp_path / "test_hanging.py").write_text(HANGING)

@@ -220,6 +220,7 @@ def test_scenes_are_those_of_the_benchmarks():
     assert 4000 < found.candidates <= 5000  # a thousand of each level, and fewer of the smallest
 
 
+@pytest.mark.slow
 def test_the_trunk_is_counted_as_it_runs():
     steps = goals.inference_work(1)
     convs = [step for step in steps if isinstance(step, TorchOp) and step.name == "convolution"]

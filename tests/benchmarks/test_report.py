@@ -27,6 +27,7 @@ def readme(tmp_path):
     return tmp_path / "README.md"
 
 
+@pytest.mark.slow
 def test_pictures_and_a_table(record, readme, capsys):
     pytest.importorskip("matplotlib")
     folder = readme.parent / "pictures"

@@ -208,6 +208,7 @@ def test_a_recipe_sets_what_is_not_given(data, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_bench_measures_everyone_on_the_same_images(data, tmp_path):
     images = sorted(Path(data[3]).glob("*.png"))[:2]
     result = invoke(

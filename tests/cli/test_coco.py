@@ -101,6 +101,7 @@ def test_labels_are_cocos_category_ids():
     assert len([name for name in categories if name not in ("__background__", "N/A")]) == 80
 
 
+@pytest.mark.slow
 def test_evaluate_and_detect_with_published_weights(published, coco, tmp_path):
     data = ("--json", coco / "annotations" / "instances_val2017.json", "--images", coco / "val2017")
     objects = len(json.loads(data[1].read_text())["annotations"])
@@ -135,7 +136,8 @@ def test_both_published_models_load(published):
 COMMANDS = {"v1": ["evaluate", "train", "evaluate"], "v2": ["evaluate", "check", "train", "evaluate"]}
 
 
-@pytest.mark.parametrize("version", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["v1", "v2"])
 def test_the_commands_of_the_page(version, published, coco, monkeypatch):
     """They run in their order, on the miniature and without torchrun, for two steps of two images."""
     page = (Path(__file__).parents[2] / "docs" / "coco.md").read_text()

@@ -104,6 +104,7 @@ def test_paths_are_taken_as_they_are_needed(photos):
     assert max(ahead) <= 2 * 2
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(photos, tmp_path, monkeypatch):
     """Only names stay in memory: far less than the 100 boxes of each image, or its pixels."""
     alive: weakref.WeakSet = weakref.WeakSet()

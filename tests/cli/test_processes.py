@@ -183,6 +183,7 @@ def test_slurm_must_say_how_many_processes_a_machine_has(monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_evaluate_and_detect_by_two_processes_equal_one(data, run_by, tmp_path):
     model = ("--checkpoint", run_by(1) / "model.pt")
     missing = Path(data[3]).parent / "missing.txt"

@@ -61,6 +61,7 @@ def test_a_capture_that_fails_keeps_nothing_half_made(with_graphs, monkeypatch):
     assert len(with_graphs(images((90, 90)))[0]["boxes"])
 
 
+@pytest.mark.slow
 def test_random_batches_give_right_results_in_bounded_memory():
     seen = soak(14, max_shapes=4)
     assert seen["shapes"] > 8

@@ -156,6 +156,7 @@ def test_the_network_of_a_recipe_with_another_matcher(data, name):
     assert (min(sizes), max(sizes)) == ranges.get(name, (800, 800))
 
 
+@pytest.mark.slow
 def test_a_short_run_with_another_matcher(data, tmp_path, monkeypatch):
     small = RECIPES["tood-1x"].kwargs | {"min_size": 96}  # type: ignore[operator]
     monkeypatch.setitem(RECIPES, "tood-1x", replace(RECIPES["tood-1x"], kwargs=small))

@@ -146,8 +146,9 @@ def test_parameter_groups_are_torchvisions(recipe, data):
     assert frozen == (53 if recipe == V1 else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_published")
-@pytest.mark.parametrize("recipe", [V1, pytest.param(V2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", [V1, V2])
 def test_a_step_is_torchvisions(recipe, data, tmp_path, monkeypatch):
     """The step is in float64, where a difference would not be rounding."""
     seen: list[tuple[Any, Any, Any]] = []
@@ -318,6 +319,7 @@ def test_whole_images_alone(data, tmp_path):
 
 
 @pytest.mark.usefixtures("_published")
+@pytest.mark.slow
 def test_a_run_from_a_model_file_is_resumed_without_it(data, tmp_path):
     """The run has the builder's arguments of the file, here those that freeze all stages of the ResNet."""
     frozen: dict[str, Any] = {"trainable_backbone_layers": 0}

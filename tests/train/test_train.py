@@ -218,6 +218,7 @@ def test_a_run_goes_on_with_the_annotations_that_it_was_begun_with(data, whole, 
         run(CocoDataset(*shapes), whole, resume=True)
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoints_and_the_best_model_stay(data, tmp_path):
     settings = replace(SETTINGS, steps=4, every=1)
     run(data, tmp_path, settings, validation=data, keep=3)
@@ -233,6 +234,7 @@ def test_the_newest_checkpoints_and_the_best_model_stay(data, tmp_path):
         run(data, tmp_path, resume=True, settings=settings)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_costs_one_interval(data, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, 5, lambda: (tmp_path / f"last.ckpt.{os.getpid()}.partial").symlink_to("/dev/full"))

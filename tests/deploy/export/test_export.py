@@ -211,6 +211,7 @@ def test_torch_file_holds_no_operators_of_ours(name, files):
     assert torch.ops.higher_order.while_loop in targets
 
 
+@pytest.mark.slow
 def test_torchvisions_model_and_prepared_images(images, tmp_path):
     """Without preprocessing a file takes what the model's transform would make of the images."""
     model = spread(small(min_size=96), images)
@@ -293,6 +294,7 @@ def invoke(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_command_line(images, tmp_path):
     inputs = tmp_path / "images"
     inputs.mkdir()
