@@ -70,7 +70,7 @@ class _Sorted(NamedTuple):
         return start, others.across[0].searchsorted(middle + reach, "right") - start
 
     def best(self, count: int) -> "_Sorted":
-        """So many of them."""
+        """The ``count`` of them that rank first."""
         return self.take(np.sort(self.ranks.argsort()[:count]))
 
     def with_others(self, others: "_Sorted") -> "_Sorted":

@@ -318,8 +318,8 @@ def test_whole_images_alone(data, tmp_path):
         train(settings, data, output=tmp_path, workers=0)
 
 
-@pytest.mark.usefixtures("_published")
 @pytest.mark.slow
+@pytest.mark.usefixtures("_published")
 def test_a_run_from_a_model_file_is_resumed_without_it(data, tmp_path):
     """The run has the builder's arguments of the file, here those that freeze all stages of the ResNet."""
     frozen: dict[str, Any] = {"trainable_backbone_layers": 0}
