@@ -182,6 +182,13 @@ def test_runs_where_the_package_is_not(name, format, files, images, tmp_path):
         np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-4)
 
 
+def test_the_reference_evaluator_of_onnx_detects_the_same(files, images):
+    reference = pytest.importorskip("onnx.reference")
+    found = reference.ReferenceEvaluator(str(files("small", "onnx"))).run(None, {"images": images[:2].numpy()})
+    for ours, theirs in zip(load_exported(files("small", "onnx"))(images[:2]), found, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-3)
+
+
 SEVERAL_CLASSES_AND_ONE = ["small", pytest.param("trees", marks=pytest.mark.slow)]
 
 
