@@ -22,6 +22,7 @@ from retina_fast.kernels.candidate_places import write_candidates
 from retina_fast.kernels.candidate_search import search_keys
 from retina_fast.kernels.dispatch import is_differentiated, runs_triton
 from retina_fast.kernels.levels import check_levels, flatten_all
+from retina_fast.kernels.nms_cpu import best_first
 
 
 class Candidates(NamedTuple):
@@ -108,7 +109,8 @@ def candidates_of(
     for b, levels in enumerate(found):
         chosen = [_highest(values, topk) for values, _ in levels]
         joined = torch.cat([values[best] for (values, _), best in zip(levels, chosen, strict=True)])
-        joined, order = joined.sort(descending=True, stable=True)
+        order = torch.from_numpy(best_first(joined.cpu().numpy())).to(device)
+        joined = joined[order]
         indices = [
             positions[best] + first for (_, positions), best, first in zip(levels, chosen, firsts[:-1], strict=True)
         ]

@@ -1,9 +1,11 @@
-"""Transfers between host and device that do not wait for queued work, the dtype to compute in, and memory."""
+"""Transfers between host and device that do not wait for queued work, the dtype to compute in, threads and memory."""
 
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +127,36 @@ def lay_out(model: nn.Module) -> None:
         for tensor in (weight, weight.grad):
             if tensor is not None and tensor.is_cuda and tensor.dim() == 4:
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def _openmp() -> Any:
+    """The OpenMP library that the process has loaded, or None."""
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    return library if library is not None and hasattr(library, "omp_set_num_threads") else None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute in the calling thread alone; other threads of the program keep theirs.
+
+    OpenMP's threads wait busily for milliseconds after a parallel loop, and so take the cores from another runtime that
+    starts meanwhile. ``torch.set_num_threads`` would also hold for threads that the program starts meanwhile.
+
+    Example::
+
+        >>> with one_thread():
+        ...     image = torch.rand(3, 800, 800).div_(2)
+    """
+    threads = torch.get_num_threads()
+    if _openmp() is None:
+        yield
+        return
+    _openmp().omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        _openmp().omp_set_num_threads(threads)
 
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt, in glibc's malloc.h

@@ -156,7 +156,7 @@ def in_openvino(model: Any, shape: Sequence[int]) -> Run:
     compiled = openvino.Core().compile_model(model, "CPU", options | threads)
 
     def run(array: Any) -> list[Any]:
-        outputs = compiled(array, share_outputs=True)
+        outputs = compiled(array, share_inputs=True, share_outputs=True)
         return [outputs[i] for i in range(len(outputs))]
 
     return run

@@ -165,7 +165,9 @@ def _openvino(content: bytes) -> Run:
                 del compiled[next(iter(compiled))]
             model.reshape(list(pixels.shape))
             compiled[pixels.shape] = core.compile_model(model, "CPU", options)
-        outputs = compiled[pixels.shape](pixels, share_outputs=True)  # the next call writes over them
+        outputs = compiled[pixels.shape](
+            pixels, share_inputs=True, share_outputs=True
+        )  # the next call writes over them
         return [outputs[i] for i in range(len(outputs))]
 
     return run

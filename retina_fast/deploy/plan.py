@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from retina_fast.cuda_graph import CaptureStream
 from retina_fast.deploy.onnx_network import Network
 from retina_fast.deploy.tuned import timed_convs
 from retina_fast.detections import Detections, Thresholds, detect, detect_candidates
+from retina_fast.device import one_thread
 from retina_fast.forward import Convs, Sizes, run_network
 from retina_fast.heads import reg_max_of
 from retina_fast.kernels.image_batch import image_batch, image_table, launch_image_batch
 from retina_fast.model import RetinaNet
 
 Run = Callable[[], Detections]
+_FEW_VALUES = 2**23
+"""Of images and batch: one thread prepares so many in less time than another runtime would then wait for cores."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class Plan:
         if self.graphs:
             return Detections(*(tensor.clone() for tensor in self.replay()))  # the next replay writes over the graph's
         constants = self.model.transform.image_mean, self.model.transform.image_std
-        image_batch(images, sizes, *constants, self.model.transform.size_divisible, self.batch)
+        values = self.batch.numel() + sum(image.numel() for image in images)
+        with one_thread() if isinstance(self.convs, Network) and values <= _FEW_VALUES else nullcontext():
+            image_batch(images, sizes, *constants, self.model.transform.size_divisible, self.batch)
         return self.detect_in_batch()
 
     def run(self) -> Detections:

@@ -19,12 +19,14 @@ from retina_fast import (
 )
 from retina_fast.backbones.timm import timm_fpn
 from retina_fast.data.errors import UserError
-from retina_fast.deploy import engine_runtime, onnx_network
+from retina_fast.deploy import engine_runtime, onnx_network, plan
 from retina_fast.deploy.eight_bits.agreement import compare
 from retina_fast.deploy.eight_bits.quantize import Quantizer
 from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
 from retina_fast.deploy.onnx_network import Network, trace
+from retina_fast.device import _openmp
 from retina_fast.forward import run_convs
+from retina_fast.kernels.image_batch import image_batch
 from retina_fast.predict.load import TREES, load_model
 from tests.deploy.export.test_export import PHOTO, small
 from tests.deploy.pictures import floats
@@ -92,6 +94,34 @@ def test_another_runtime_behind_the_same_engine(model, stand_in):
             assert torch.equal(ours["labels"], theirs["labels"])
     with pytest.raises(TypeError, match=r"what StandIn runs stays in float32 on the CPU: compile the model anew"):
         engine.to(torch.float64)
+
+
+@pytest.mark.skipif(_openmp() is None, reason="no OpenMP")
+@pytest.mark.parametrize(("few", "threads"), [(2**23, 1), (64 * 96 * 3, 2)])
+def test_few_images_are_prepared_by_one_thread_before_another_runtime_starts(
+    model, stand_in, monkeypatch, few, threads
+):
+    """Their values count as they are given and as the batch has them; the threads of a PyTorch engine stay."""
+    given, noted = pictures((64, 80)), []
+
+    def prepared(*arguments):
+        noted.append(torch.get_num_threads())
+        return image_batch(*arguments)
+
+    monkeypatch.setattr(plan, "_FEW_VALUES", few)
+    monkeypatch.setattr(plan, "image_batch", prepared)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        engine = compile_inference(model, given, dtype=torch.float32, try_runtimes=True)
+        plain = compile_inference(model, dtype=torch.float32)
+        noted.clear()
+        engine(given)
+        plain(given)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert noted == [threads, 2]
 
 
 def test_what_cannot_be_compiled(model, stand_in, monkeypatch):

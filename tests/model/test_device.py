@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from retina_fast import device
-from retina_fast.device import LateRead, Uploads, has_bfloat16, keep_freed_memory
+from retina_fast.device import LateRead, Uploads, has_bfloat16, keep_freed_memory, one_thread
 
 
 class Timeline:
@@ -158,3 +159,27 @@ def test_another_c_library_is_left_alone(malloc_of_its_own, monkeypatch):
 def test_settings_of_malloc_in_the_environment_stand(malloc_of_its_own, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     assert not keep_freed_memory()
+
+
+@pytest.mark.skipif(device._openmp() is None, reason="no OpenMP")
+def test_one_thread_is_that_of_the_caller_alone():
+    with ThreadPoolExecutor(1) as pool:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            other = pool.submit(torch.get_num_threads).result()
+            with pytest.raises(ZeroDivisionError), one_thread():
+                assert torch.get_num_threads() == 1
+                assert pool.submit(torch.get_num_threads).result() == other
+                assert ThreadPoolExecutor(1).submit(torch.get_num_threads).result() == 2  # of a thread that starts now
+                raise ZeroDivisionError
+            assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_without_openmp_one_thread_changes_nothing(monkeypatch):
+    monkeypatch.setattr(device, "_openmp", lambda: None)
+    threads = torch.get_num_threads()
+    with one_thread():
+        assert torch.get_num_threads() == threads

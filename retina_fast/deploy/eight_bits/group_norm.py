@@ -100,7 +100,7 @@ def group_norms(graph: Graph) -> list[GroupNorm]:
 
 def _by_sums(graph: Graph, norm: GroupNorm) -> list[Any]:
     """The nodes that take the place of a norm's; their constants are added to the graph."""
-    from onnx import helper
+    from onnx import TensorProto, helper
 
     output, groups = norm.nodes[-1].output[0], norm.groups
     nodes: list[Any] = []
@@ -125,14 +125,22 @@ def _by_sums(graph: Graph, norm: GroupNorm) -> list[Any]:
     grouped, apart = held("grouped", np.array([0, groups, -1])), held("apart", np.array([0, -1, 1, 1]))
     weight, bias = (value.reshape(1, groups, -1).astype(np.float32) for value in (norm.weight, norm.bias))
 
-    centred = add("Sub", [x, middle], "centred")
-    squares = add("Mul", [centred, centred], "squares")
-    of_groups = []
-    for kind, values in (("mean", x), ("square", squares)):
-        of_channels = add("ReduceMean", [values, cells], f"{kind}_of_channels", keepdims=1)
-        rows = add("Reshape", [of_channels, grouped], f"{kind}_in_groups")
-        of_groups.append(add("ReduceMean", [rows, places], kind, keepdims=1))  # (B, groups, 1)
-    mean, square = of_groups
+    def mean_of_groups(of_channels: str, name: str) -> str:
+        return add(
+            "ReduceMean", [add("Reshape", [of_channels, grouped], f"{name}_in_groups"), places], name, keepdims=1
+        )
+
+    mean = mean_of_groups(add("ReduceMean", [x, cells], "mean_of_channels", keepdims=1), "mean")  # (B, groups, 1)
+    if x == norm.x:  # in float32: no feature map of squares is written
+        length = add("ReduceL2", [x, cells], "length", keepdims=1)
+        sides = add("Shape", [x], "sides", start=2)
+        count = add("Cast", [add("ReduceProd", [sides], "area", keepdims=1)], "count", to=TensorProto.FLOAT)
+        square_of_channels = add("Div", [add("Mul", [length, length], "sum_of_squares"), count], "square_of_channels")
+    else:
+        centred = add("Sub", [x, middle], "centred")
+        squares = add("Mul", [centred, centred], "squares")
+        square_of_channels = add("ReduceMean", [squares, cells], "square_of_channels", keepdims=1)
+    square = mean_of_groups(square_of_channels, "square")
     apart_from_centre = add("Sub", [mean, middle], "mean_of_centred")
     variance = add("Sub", [square, add("Mul", [apart_from_centre, apart_from_centre], "square_of_mean")], "variance")
     variance = add("Max", [variance, held("least", np.float32(0))], "not_negative")  # as rounding may make it

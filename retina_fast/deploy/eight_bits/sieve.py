@@ -49,46 +49,44 @@ class Codes:
 
 @dataclass(frozen=True)
 class LastConv:
-    """A conv in float32, of stride 1, on features that are codes.
+    """A conv in float32, of stride 1, on features that are codes and have the border that its pads add.
 
     Attributes:
         weight: (O, C, kernel height, kernel width).
         bias: (O,).
-        pads: rows above, columns to the left, rows below, columns to the right.
         inputs: what a code of the features stands for, a level each.
     """
 
     weight: Tensor
     bias: Tensor
-    pads: tuple[int, int, int, int]
     inputs: tuple[Codes, ...]
 
-    def padded(self, features: Tensor, level: int) -> Tensor:
-        """Features (B, H, W, C) uint8 with a border of the code that stands for 0."""
-        top, left, bottom, right = self.pads
-        return F.pad(features, (0, 0, left, right, top, bottom), value=self.inputs[level].zero)
-
     def everywhere(self, features: Tensor, level: int) -> Tensor:
-        """The outputs (B, H, W, O) for features (B, H, W, C) uint8."""
-        values = self.inputs[level].values(self.padded(features, level)).permute(0, 3, 1, 2)
+        """The outputs (B, H, W, O) for features (B, H + border, W + border, C) uint8."""
+        values = self.inputs[level].values(features).permute(0, 3, 1, 2)
         return F.conv2d(values, self.weight, self.bias).permute(0, 2, 3, 1)
 
-    def patches(self, padded: Tensor, cells: Tensor) -> Tensor:
+    def grid(self, features: Tensor) -> tuple[int, int]:
+        """H and W, without the border."""
+        rows, columns = features.shape[1:3]
+        return rows - self.weight.shape[2] + 1, columns - self.weight.shape[3] + 1
+
+    def patches(self, features: Tensor, cells: Tensor) -> Tensor:
         """(N, kernel height * kernel width * C) uint8: what the conv reads at N cells.
 
         Args:
-            padded: of :meth:`padded`.
+            features: as :meth:`everywhere` takes them.
             cells: (N,) their indices among the B * H * W cells without the border.
         """
-        rows, columns, channels = padded.shape[1:]
-        sides = self.weight.shape[2:]
-        height, width = rows - sides[0] + 1, columns - sides[1] + 1
-        down, right = (torch.arange(side) for side in sides)
-        beside = (down[:, None] * columns + right).flatten()  # where a cell's neighbours lie beside the first of them
+        columns, channels = features.shape[2:]
+        sides, (height, width) = self.weight.shape[2:], self.grid(features)
+        beside = torch.tensor([down * columns + right for down in range(sides[0]) for right in range(sides[1])])
         line = cells // width  # of all images
-        first = (line + line // height * (sides[0] - 1)) * columns + cells % width
+        first = cells + line * (sides[1] - 1)  # of its neighbours, as if in the first image
+        if len(features) > 1:
+            first += line // height * ((sides[0] - 1) * columns)
         index = (first[:, None] + beside).flatten()
-        return padded.view(-1, channels).index_select(0, index).view(len(cells), len(beside) * channels)
+        return features.view(-1, channels).index_select(0, index).view(len(cells), len(beside) * channels)
 
     def at_patches(self, patches: Tensor, level: int, outputs: Tensor | None = None) -> Tensor:
         """(P, N): P of the outputs, all if None, for N patches of a level."""
@@ -102,11 +100,10 @@ class LastConv:
         return torch.addmm(bias[:, None], weight, values.T, alpha=codes.scale)
 
     def at(self, features: Tensor, level: int, cells: Tensor) -> Tensor:
-        """(N, O) at N cells, their indices among the B * H * W of features (B, H, W, C) uint8."""
-        if len(cells) > MOST_CELLS * features.shape[:3].numel():
+        """(N, O) at N cells, given as :meth:`patches` takes them."""
+        if len(cells) > MOST_CELLS * len(features) * math.prod(self.grid(features)):
             return self.everywhere(features, level).flatten(0, 2).index_select(0, cells)
-        padded = self.padded(features, level)
-        rows = [self.at_patches(self.patches(padded, some), level) for some in cells.split(CELLS)]
+        rows = [self.at_patches(self.patches(features, some), level) for some in cells.split(CELLS)]
         return torch.cat(rows, dim=1).T
 
 
@@ -115,7 +112,7 @@ class Sieve:
     """What finds the candidates, and the convs that are computed there.
 
     Its methods take the outputs of the graph, uint8 all: L levels of logits (B, H, W, O), then L of the features that
-    the logits' conv reads, then L of those that the other reads, (B, H, W, C) each.
+    the logits' conv reads, then L of those that the other reads, (B, H + border, W + border, C) each.
 
     Attributes:
         logits: the conv that gives the logits.
@@ -170,20 +167,13 @@ class Sieve:
     ) -> list[tuple[Tensor, Tensor]]:
         """For each image the logits above a threshold that can be among the highest, and their positions among all of
         the image and level."""
-        held, count = self.codes[level], codes.shape[3]
+        held, count, cells_of_image = self.codes[level], codes.shape[3], codes.shape[1:3].numel()
         # Code 255 may stand for any greater value, and code 0 for any lower one.
         least = math.ceil(max(0.0, min(255.0, (threshold - self.margins[level]) / held.scale + held.zero)))
-        greatest = codes.amax(dim=3).flatten()
-        cells = (greatest >= least).nonzero()[:, 0]
-        of_cells = codes.view(-1, count).index_select(0, cells)
-        images = cells // codes.shape[1:3].numel()
-        leasts = torch.full_like(images, least, dtype=torch.uint8)  # of each cell
-        if least:
-            leasts = self._least_of_best(level, of_cells, images, len(codes), topk).clamp_(min=least)[images]
-            chosen = (greatest.index_select(0, cells) >= leasts).nonzero()[:, 0]
-            if len(chosen) < len(cells):
-                cells, of_cells, leasts = cells[chosen], of_cells.index_select(0, chosen), leasts[chosen]
-        if len(cells) > MOST_CELLS * len(greatest):
+        images = [self._wanted(level, image, least, topk) for image in codes.flatten(1, 2)]
+        first = torch.empty(0, dtype=torch.int64)
+        cells = torch.cat([first, *(chosen + b * cells_of_image for b, (chosen, _) in enumerate(images))])
+        if len(cells) > MOST_CELLS * len(codes) * cells_of_image:
             exact = self.logits.everywhere(features, level).flatten(1)
             return [(image[place], place) for image in exact for place in (contenders(image, threshold, topk),)]
         if count <= FEW_LOGITS:
@@ -191,46 +181,49 @@ class Sieve:
             row, output = (rows > threshold).nonzero(as_tuple=True)
             values, places = rows[row, output], cells[row] * count + output
         else:
-            values, places = self._in_groups(level, features, cells, of_cells >= leasts[:, None], threshold)
-        size = codes.shape[1:].numel()
-        counts = torch.searchsorted(places, torch.arange(len(codes) + 1) * size).diff().tolist()
+            wanted = torch.cat([torch.empty(0, count, dtype=torch.bool), *(logits for _, logits in images)])
+            values, places = self._in_groups(level, features, cells, wanted, threshold)
+        counts = torch.searchsorted(places, torch.arange(len(codes) + 1) * (cells_of_image * count)).diff().tolist()
         split = zip(values.split(counts), places.split(counts), strict=True)
-        return [(value, place - b * size) for b, (value, place) in enumerate(split)]
+        return [(value, place - b * cells_of_image * count) for b, (value, place) in enumerate(split)]
+
+    def _wanted(self, level: int, codes: Tensor, least: int, topk: int) -> tuple[Tensor, Tensor]:
+        """The cells (N,) of an image, of those with a code of ``least`` or more, with a logit that can be among the
+        ``topk`` highest, and which of their logits (N, O) can.
+
+        Args:
+            level: which one the codes are of.
+            codes: (H * W, O).
+            least: 0 if all are wanted.
+            topk: how many are looked at.
+        """
+        greatest = codes.amax(dim=1)
+        cells = (greatest >= least).nonzero()[:, 0]
+        of_cells = codes.index_select(0, cells)
+        if least > 0 and topk < of_cells.numel():
+            counts = torch.bincount(of_cells.flatten(), minlength=256).flip(0).cumsum(0)
+            kth = 255 - int((counts < topk).sum())
+            below = (self.margins[level] + self.excesses[level]) / self.codes[level].scale
+            least = max(least, math.ceil(kth - below))
+            chosen = (greatest.index_select(0, cells) >= least).nonzero()[:, 0]
+            cells, of_cells = cells.index_select(0, chosen), of_cells.index_select(0, chosen)
+        return cells, of_cells >= least
 
     def _in_groups(
         self, level: int, features: Tensor, cells: Tensor, wanted: Tensor, threshold: float
     ) -> tuple[Tensor, Tensor]:
         """The logits above a threshold among those wanted of each cell (N, O), and their rising positions among all."""
         order = wanted.sum(dim=1).argsort()  # by how many logits they want
-        padded = self.logits.padded(features, level)
         values, places = [torch.empty(0)], [cells[:0]]
         for group in order.split(GROUP) if len(order) else ():
             outputs = wanted.index_select(0, group).any(dim=0).nonzero()[:, 0]
             own = cells.index_select(0, group)
-            rows = self.logits.at_patches(self.logits.patches(padded, own), level, outputs).T
+            rows = self.logits.at_patches(self.logits.patches(features, own), level, outputs).T
             row, column = (rows > threshold).nonzero(as_tuple=True)
             values.append(rows[row, column])
             places.append(own[row] * wanted.shape[1] + outputs[column])
         place, order = torch.cat(places).sort()
         return torch.cat(values)[order], place
-
-    def _least_of_best(self, level: int, of_cells: Tensor, images: Tensor, batch: int, topk: int) -> Tensor:
-        """(batch,) uint8: the least code with which a logit of an image can be among its ``topk`` highest.
-
-        Args:
-            level: which one the logits are of.
-            of_cells: (N, O) codes.
-            images: (N,) ascending, of which image they are.
-            batch: how many images there are.
-            topk: how many are looked at.
-        """
-        below = (self.margins[level] + self.excesses[level]) / self.codes[level].scale
-        leasts = []
-        for of_image in of_cells.split(torch.bincount(images, minlength=batch).tolist()):
-            counts = torch.bincount(of_image.flatten(), minlength=256).flip(0).cumsum(0)
-            kth = 255 - int((counts < topk).sum())  # -1 if the image has fewer here
-            leasts.append(max(0, math.ceil(kth - below)))
-        return torch.tensor(leasts, dtype=torch.uint8)
 
     def measured(self, outputs: Iterable[Sequence[Tensor]]) -> "Sieve":
         """The same with the margins and excesses that the graph's outputs for some images ask for."""

@@ -44,12 +44,13 @@ def sieved(proto: Any, ranges: Mapping[str, Any]) -> tuple[Any, Sieve] | None:
     features = _Features(graph, made_by, weights, ranges)
     logits, deltas = (_last_conv(convs, weights, tuple(features.of(conv).codes for conv in convs)) for convs in sides)
     codes = tuple(
-        _in_eight_bits(graph, i, logits, features.of(conv), ranges[conv.output[0]]) for i, conv in enumerate(sides[0])
+        _in_eight_bits(graph, i, logits, features.of(conv), conv, ranges[conv.output[0]])
+        for i, conv in enumerate(sides[0])
     )
     for transpose, conv in pairs:
         graph.node.remove(transpose)
         graph.node.remove(conv)
-    _replace_outputs(graph, half, [features.of(conv).name for convs in sides for conv in convs])
+    _replace_outputs(graph, half, [(features.of(conv), _pads(conv)) for convs in sides for conv in convs])
     used = {name for node in graph.node for name in node.input}
     for weight in [weight for weight in graph.initializer if weight.name not in used]:
         graph.initializer.remove(weight)
@@ -70,8 +71,13 @@ def _same_conv(convs: Sequence[Any], weights: Mapping[str, Any]) -> bool:
     ones = [*first.get("group", [1]), *first.get("strides", [1]), *first.get("dilations", [1])]
     if len(kernel) != 2 or set(ones) != {1}:
         return False
-    top, left, bottom, right = first.get("pads", [0, 0, 0, 0])
+    top, left, bottom, right = _pads(convs[0])
     return [top + bottom, left + right] == [side - 1 for side in kernel]
+
+
+def _pads(conv: Any) -> list[int]:
+    """Rows above, columns to the left, rows below, columns to the right."""
+    return list(attributes(conv).get("pads", [0, 0, 0, 0]))
 
 
 def _last_conv(convs: Sequence[Any], weights: Mapping[str, Any], inputs: tuple[Codes, ...]) -> LastConv:
@@ -79,8 +85,7 @@ def _last_conv(convs: Sequence[Any], weights: Mapping[str, Any], inputs: tuple[C
 
     weight, *bias = (torch.from_numpy(numpy_helper.to_array(weights[name]).copy()) for name in convs[0].input[1:])
     weight = weight.contiguous(memory_format=torch.channels_last)
-    top, left, bottom, right = attributes(convs[0]).get("pads", [0, 0, 0, 0])
-    return LastConv(weight, bias[0] if bias else weight.new_zeros(len(weight)), (top, left, bottom, right), inputs)
+    return LastConv(weight, bias[0] if bias else weight.new_zeros(len(weight)), inputs)
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ def _rounded(weight: Any) -> Any:
     return rounded
 
 
-def _in_eight_bits(graph: Any, level: int, last: LastConv, feature: _Quantized, found: Any) -> Codes:
+def _in_eight_bits(graph: Any, level: int, last: LastConv, feature: _Quantized, conv: Any, found: Any) -> Codes:
     """Append the conv with 8-bit inputs, weights and outputs; what the codes of its outputs stand for."""
     from onnx import helper
 
@@ -189,14 +194,15 @@ def _in_eight_bits(graph: Any, level: int, last: LastConv, feature: _Quantized, 
     add("DequantizeLinear", [feature.name, feature.scale, feature.zero], "x")
     add("DequantizeLinear", ["weight", "weight_scale"], "w", axis=0)
     add("DequantizeLinear", ["bias", "bias_scale"], "b", axis=0)
-    add("Conv", ["x", "w", "b"], "y", pads=list(last.pads), kernel_shape=list(last.weight.shape[2:]))
+    add("Conv", ["x", "w", "b"], "y", pads=_pads(conv), kernel_shape=list(last.weight.shape[2:]))
     add("QuantizeLinear", ["y", "out_scale", "out_zero"], "out")
     add("Transpose", ["out"], "codes", perm=[0, 2, 3, 1])
     return codes
 
 
-def _replace_outputs(graph: Any, levels: int, features: Sequence[str]) -> None:
-    """Let the graph give the codes of the logits, and all that the last convs read, in (B, H, W, C)."""
+def _replace_outputs(graph: Any, levels: int, features: Sequence[tuple[_Quantized, list[int]]]) -> None:
+    """Let the graph give the codes of the logits, and all that the last convs read, in (B, H, W, C), with the border
+    that a conv's pads add."""
     from onnx import TensorProto, helper
 
     old = list(graph.output)
@@ -206,7 +212,12 @@ def _replace_outputs(graph: Any, levels: int, features: Sequence[str]) -> None:
         output = helper.make_tensor_value_info(f"sieve{i}_codes", TensorProto.UINT8, None)
         output.type.tensor_type.shape.CopyFrom(shape)
         graph.output.append(output)
-    for i, tensor in enumerate(features):
-        name = f"features{i}"
-        graph.node.append(helper.make_node("Transpose", [tensor], [name], f"{name}_transpose", perm=[0, 2, 3, 1]))
+    for i, (feature, (top, left, bottom, right)) in enumerate(features):
+        name, codes = f"features{i}", feature.name
+        if top or left or bottom or right:  # before the Transpose, where OpenVINO takes no time for it
+            pads, zero, padded = f"{name}_pads", f"{name}_zero", f"{name}_padded"
+            _hold(graph, {pads: np.array([0, 0, top, left, 0, 0, bottom, right]), zero: np.uint8(feature.codes.zero)})
+            graph.node.append(helper.make_node("Pad", [codes, pads, zero], [padded], padded))
+            codes = padded
+        graph.node.append(helper.make_node("Transpose", [codes], [name], f"{name}_transpose", perm=[0, 2, 3, 1]))
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, [None] * 4))

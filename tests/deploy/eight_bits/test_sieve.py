@@ -26,28 +26,24 @@ INPUTS = (Codes(0.02, 0), Codes(0.015, 40))
 
 def last_conv(outputs, kernel=(3, 3)):
     weight = torch.randn(outputs, 5, *kernel).contiguous(memory_format=torch.channels_last)
-    above, left = (side // 2 for side in kernel)
-    return LastConv(weight, torch.randn(outputs), (above, left, above, left), INPUTS)
+    return LastConv(weight, torch.randn(outputs), INPUTS)
 
 
-def features_of(*shape):
-    return torch.randint(0, 256, shape, dtype=torch.uint8)
+def features_of(batch, height, width, border=2):
+    """(batch, height + border, width + border, 5) uint8."""
+    return torch.randint(0, 256, (batch, height + border, width + border, 5), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (3, 5), (2, 4)])
 @pytest.mark.parametrize("level", [0, 1])
 def test_a_conv_at_some_cells_and_at_all(kernel, level):
-    above, left = ((side - 1) // 2 for side in kernel)
-    pads = above, left, kernel[0] - 1 - above, kernel[1] - 1 - left
-    conv, features = replace(last_conv(7, kernel), pads=pads), features_of(2, 6, 9, 5)
-    values = F.pad(
-        INPUTS[level].scale * (features.double() - INPUTS[level].zero), (0, 0, pads[1], pads[3], pads[0], pads[2])
-    )
+    conv, features = last_conv(7, kernel), features_of(2, 5 + kernel[0], 8 + kernel[1], border=0)
+    values = INPUTS[level].scale * (features.double() - INPUTS[level].zero)
     expected = F.conv2d(values.permute(0, 3, 1, 2), conv.weight.double(), conv.bias.double()).permute(0, 2, 3, 1)
     torch.testing.assert_close(conv.everywhere(features, level).double(), expected, rtol=1e-5, atol=1e-5)
     given, right = features.clone(), expected.flatten(0, 2)
     for cells in (torch.arange(2 * 6 * 9), (torch.rand(2 * 6 * 9) < 0.5).nonzero()[:, 0], torch.tensor([54, 0])):
-        patches = conv.patches(conv.padded(features, level), cells)
+        patches = conv.patches(features, cells)
         made = conv.at_patches(patches, level).T
         torch.testing.assert_close(made.double(), right[cells], rtol=1e-5, atol=1e-5)
         some = torch.tensor([5, 0])
@@ -86,9 +82,9 @@ def computed(monkeypatch):
     patches, at_patches, everywhere = LastConv.patches, LastConv.at_patches, LastConv.everywhere
     cells_of: list[list[int]] = []
 
-    def noted(conv, padded, cells):
+    def noted(conv, features, cells):
         cells_of.append(cells.tolist())
-        return patches(conv, padded, cells)
+        return patches(conv, features, cells)
 
     def multiplied(conv, rows, level, outputs=None):
         product = at_patches(conv, rows, level, outputs)
@@ -96,7 +92,7 @@ def computed(monkeypatch):
         return product
 
     def dense(conv, features, level):
-        made.append((conv, level, list(range(features.shape[:3].numel())), len(conv.bias)))
+        made.append((conv, level, list(range(len(features) * math.prod(conv.grid(features)))), len(conv.bias)))
         return everywhere(conv, features, level)
 
     for name, way in (("patches", noted), ("at_patches", multiplied), ("everywhere", dense)):
@@ -107,7 +103,7 @@ def computed(monkeypatch):
 def outputs_of(codes):
     """One level of codes (H, W) as a graph gives them: the second of three logits has the code, the others 0."""
     codes = torch.tensor(codes, dtype=torch.uint8)[None, :, :, None]
-    return [F.pad(codes, (1, 1)), *(features_of(1, *codes.shape[1:3], 5) for _ in range(2))]
+    return [F.pad(codes, (1, 1)), *(features_of(1, *codes.shape[1:3]) for _ in range(2))]
 
 
 def test_cells_are_chosen_by_code_margin_and_threshold(computed):
@@ -152,14 +148,14 @@ def test_candidates_are_those_of_all_cells(classes, topk, computed, monkeypatch)
     """Of two levels and images, of which the second has lower logits; where an anchor has few classes, and many."""
     monkeypatch.setattr("retina_fast.deploy.eight_bits.sieve.GROUP", 4)
     conv = last_conv(3 * classes)
-    features = [features_of(2, side, 9, 5) for side in (15, 8)]
+    features = [features_of(2, side, 9) for side in (15, 8)]
     for level in features:
         level[1] //= 2
     conv = replace(conv, bias=conv.bias - conv.everywhere(features[0], 0).quantile(0.95 if classes == 2 else 0.997))
     held, margins, excesses = (Codes(0.5, 128), Codes(0.4, 100)), (2.0, 1.0), (3.0, 1.5)
     codes = [of_exact(conv, features[i], i, held[i], margins[i], excesses[i]) for i in range(2)]
     sieve = Sieve(conv, last_conv(12), held, margins, excesses)
-    outputs = [*codes, *features, *(features_of(2, side, 9, 5) for side in (15, 8))]
+    outputs = [*codes, *features, *(features_of(2, side, 9) for side in (15, 8))]
     found = same_as_everywhere(sieve, outputs, classes, 0.5, topk)
     assert found.counts[0] >= min(topk, 20)
     computed.clear()
@@ -180,7 +176,7 @@ def test_candidates_are_those_of_all_cells(classes, topk, computed, monkeypatch)
 def test_of_each_image_those_are_computed_that_can_be_among_its_own_highest(computed):
     """An image with few logits above the threshold does not lower the bar for the others."""
     sieve = Sieve(last_conv(6), last_conv(12), (Codes(0.1, 100),), (0.1,), (0.1,))
-    codes, features = torch.randint(0, 256, (2, 40, 40, 6), dtype=torch.uint8), features_of(2, 40, 40, 5)
+    codes, features = torch.randint(0, 256, (2, 40, 40, 6), dtype=torch.uint8), features_of(2, 40, 40)
     codes[1] = 0
     codes[1, 7, 3:8] = 200
     sieve.candidates([codes, features, features], 2, 0.5, 9)
@@ -191,7 +187,7 @@ def test_of_each_image_those_are_computed_that_can_be_among_its_own_highest(comp
 
 
 def test_many_cells_are_computed_part_by_part(computed, monkeypatch):
-    conv, features = last_conv(6), features_of(2, 40, 40, 5)
+    conv, features = last_conv(6), features_of(2, 40, 40)
     cells = (torch.rand(2 * 40 * 40) < 0.3).nonzero()[:, 0]
     expected = conv.at(features, 0, cells)
     monkeypatch.setattr("retina_fast.deploy.eight_bits.sieve.CELLS", 100)
@@ -203,7 +199,7 @@ def test_many_cells_are_computed_part_by_part(computed, monkeypatch):
 def test_images_without_candidates_change_nothing_for_the_others():
     sieve = Sieve(last_conv(6), last_conv(12), (Codes(0.1, 100),), (0.1,), (0.1,))
     codes = torch.randint(0, 256, (1, 40, 40, 6), dtype=torch.uint8)
-    features = features_of(1, 40, 40, 5)
+    features = features_of(1, 40, 40)
     alone = sieve.candidates([codes, features, features], 2, 0.5, 9)
     assert alone.counts.tolist() == [9]
     blank = torch.zeros_like(codes)
@@ -218,18 +214,17 @@ def test_images_without_candidates_change_nothing_for_the_others():
     assert sieve.offsets([codes[:0], features[:0], features[:0]], none.anchors, 3).shape == (0, 9, 4)
 
 
-def graph(last="Conv"):
-    """Two levels, of 16x16 and 8x8 cells, whose logits and box offsets are convs of one tower each."""
+def graph(last="Conv", activation="Relu", pads=(1, 1, 1, 1)):
+    """Two levels, of 16x16 and 8x8 cells, whose logits and box offsets are convs of one tower each, of these pads."""
     onnx = pytest.importorskip("onnx")
     make, array = onnx.helper.make_node, onnx.numpy_helper.from_array
-    pads = {"pads": [1, 1, 1, 1]}
     nodes = [make("MaxPool", ["x"], ["x1"], "pool", kernel_shape=[2, 2], strides=[2, 2])]
     for i, level in enumerate(("x", "x1")):
         nodes += [
-            make("Conv", [level, "w", "b"], [f"c{i}"], f"tower{i}", **pads),
-            make("Relu", [f"c{i}"], [f"r{i}"], f"relu{i}"),
-            make("Conv", [f"r{i}", "w_logits", "b_logits"], [f"l{i}"], f"logits{i}", **pads),
-            make("Conv", [f"r{i}", "w_deltas"], [f"d{i}"], f"deltas{i}", **pads),
+            make("Conv", [level, "w", "b"], [f"c{i}"], f"tower{i}", pads=(1, 1, 1, 1)),
+            make(activation, [f"c{i}"], [f"r{i}"], f"relu{i}"),
+            make("Conv", [f"r{i}", "w_logits", "b_logits"], [f"l{i}"], f"logits{i}", pads=pads),
+            make("Conv", [f"r{i}", "w_deltas"], [f"d{i}"], f"deltas{i}", pads=pads),
         ]
     for i, name in enumerate(("l0", "l1", "d0", "d1")):
         nodes.append(make("Transpose", [name], [f"output{i}"], f"turn{i}", perm=[0, 2, 3, 1]))
@@ -281,7 +276,9 @@ def test_a_channel_without_weights_has_its_bias():
     assert not held["sieve0_weight"][2].any()
 
 
-def test_no_cell_above_the_threshold_is_missed():
+@pytest.mark.parametrize(("activation", "pads"), [("Relu", (1, 1, 1, 1)), ("LeakyRelu", (0, 2, 2, 0))])
+def test_no_cell_above_the_threshold_is_missed(activation, pads):
+    """Also where 0 has another code than 0, and the border is on two sides alone."""
     onnx = pytest.importorskip("onnx")
     ort = pytest.importorskip("onnxruntime")
     from retina_fast.deploy.eight_bits.quantize import Quantizer
@@ -290,12 +287,13 @@ def test_no_cell_above_the_threshold_is_missed():
         session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
         return [torch.from_numpy(output) for output in session.run(None, {"x": x})]
 
-    quantizer = Quantizer(graph(), (noise(1, 3, 16, 16, seed=i) for i in range(4)))
+    quantizer = Quantizer(graph(activation=activation, pads=pads), (noise(1, 3, 16, 16, seed=i) for i in range(4)))
     quantized = quantizer.quantized()
     made = sieved(quantized, quantizer.ranges)
     assert made
     proto, sieve = made
     onnx.checker.check_model(proto, full_check=True)
+    assert (sieve.logits.inputs[0].zero > 0) == (activation == "LeakyRelu")
     weights = {weight.name for weight in proto.graph.initializer}
     assert not {"w_logits", "b_logits", "w_deltas"} & weights  # the sieve has them
     samples = [run(proto, noise(1, 3, 16, 16, seed=i)) for i in range(4)]
@@ -309,9 +307,16 @@ def test_no_cell_above_the_threshold_is_missed():
         assert (sieve.margins[i], sieve.excesses[i]) == pytest.approx((MARGIN * too_low, MARGIN * too_high))
     x = noise(2, 3, 24, 16, seed=9)
     exact, outputs = run(quantized, x), run(proto, x)  # the last convs of the first are in float32
+    for i, features in enumerate(outputs[2:]):
+        zero = (sieve.logits, sieve.deltas)[i // 2].inputs[i % 2].zero
+        inside = (0, 0, -pads[1], -pads[3], -pads[0], -pads[2])
+        height, width = outputs[i % 2].shape[1:3]
+        assert F.pad(features, inside).shape == (2, height, width, 4)
+        assert torch.equal(F.pad(F.pad(features, inside), [-side for side in inside], value=zero), features)
     logits, deltas = sieve.everywhere(outputs)
-    for ours, theirs in zip(logits + deltas, exact, strict=True):
-        torch.testing.assert_close(ours.permute(0, 2, 3, 1), theirs, rtol=1e-4, atol=1e-4)
+    if activation == "Relu":  # the other's output stays in float32 in the first graph
+        for ours, theirs in zip(logits + deltas, exact, strict=True):
+            torch.testing.assert_close(ours.permute(0, 2, 3, 1), theirs, rtol=1e-4, atol=1e-4)
     found = [same_as_everywhere(sieve, outputs, 3, threshold, 10**9) for threshold in (0.02, 0.05, 0.3, 0.9)]
     assert (found[0].counts > found[1].counts).all()
     assert (found[2].counts > 0).all()
