@@ -42,10 +42,14 @@ def image_batch_reference(
 ) -> Tensor:
     """The definition; see :func:`image_batch`. Fills ``out`` and returns it."""
     for b, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
-        if not image.is_floating_point():
+        whole_numbers = not image.is_floating_point()
+        if whole_numbers:
             image = image.float().div_(255)
-        centre, spread = (torch.as_tensor(x, dtype=image.dtype, device=image.device) for x in (mean, std))
-        image = (image - centre[:, None, None]).div_(spread[:, None, None])
+        centre, spread = (
+            torch.as_tensor(x, dtype=image.dtype, device=image.device)[:, None, None] for x in (mean, std)
+        )
+        in_place = whole_numbers and len(image) >= len(mean)  # in what was just made
+        image = (image.sub_(centre) if in_place else image - centre).div_(spread)
         if image.shape[1:] != (h, w):
             image = F.interpolate(image[None], size=(h, w), mode="bilinear", align_corners=False)[0]
         out[b, : len(image), :h, :w] = image
