@@ -51,7 +51,7 @@ from retina_fast.predict.load import TREES, load_model
 
 SPLITS = ("heldout", "OSBS_029", "SOAP_061")
 SIDE = 800
-ROUNDS = 7
+ROUNDS = 15
 SAMPLES = slice(1, 3)
 """The tiles for calibration where only the speed is asked for. The first of these is timed: a tenth of the embedded
 detector's cells have a score above the threshold there, and next to none in the tile before."""
