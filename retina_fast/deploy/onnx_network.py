@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from retina_fast.convert import copied
-from retina_fast.deploy.eight_bits.group_norm import norms_by_sums
 from retina_fast.deploy.eight_bits.products import convs_as_products
 from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.deploy.export.onnx_file import QUANTIZED_OPSET, onnx_session, translate
+from retina_fast.deploy.openvino_graph import OpenVinoGraph
 from retina_fast.forward import DELTAS, LOGITS, run_convs
 from retina_fast.kernels.candidate_selection import Candidates
 from retina_fast.model import RetinaNet
@@ -25,7 +25,6 @@ Run = Callable[[Any], Sequence[Any]]
 _ROUNDS = 5  # after one that is not counted
 PAUSE = 0.1
 """Seconds before a call is timed: a runtime's threads wait busily for a while after a call, and slow down the next."""
-_COMPILED = 8  # shapes; the one compiled longest ago goes
 
 
 class _Outputs(nn.Module):
@@ -78,6 +77,11 @@ def graph_input(pixels: Tensor) -> Any:
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
+def _features(batch: int, sizes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Empty features (B, 1, H, W) of the heights and widths."""
+    return [torch.zeros((), device="cpu").expand(batch, 1, *size) for size in sizes]
+
+
 class Network:
     """Trunk and heads in another runtime: called in place of :func:`retina_fast.forward.run_convs`.
 
@@ -91,25 +95,30 @@ class Network:
     def __init__(self, content: bytes, runtime: str, sieve: Sieve | None = None) -> None:
         self.content, self.runtime, self.sieve = content, runtime, sieve
         self._run: Run | None = None
-        self._forms: dict[tuple[int, ...], tuple[list[Tensor], dict[str, int | None]]] = {}
+        self._counts: dict[str, int | None] = {}  # how many levels the heads return of each output; None is one tensor
+        self._flattened: dict[tuple[int, ...], list[tuple[int, ...]]] = {}  # by the pixels' size
 
     def __call__(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Mapping[str, Any]]:
-        """``pixels`` (B, 3, H, W) float32. Of the features only the shapes are right: anchors need no more."""
-        features, counts = self._form(model, pixels)
+        """``pixels`` (B, 3, H, W) float32. Of the features only height and width are right: anchors need no more."""
         outputs = self.run(pixels)
         if self.sieve:
-            return features, dict(zip((LOGITS, DELTAS), self.sieve.everywhere(outputs), strict=True))
-        returned: dict[str, Any] = {}
+            logits, deltas = self.sieve.everywhere(outputs)
+            return _features(len(pixels), [tuple(level.shape[2:]) for level in logits]), {
+                LOGITS: logits,
+                DELTAS: deltas,
+            }
         outputs = [level.permute(0, 3, 1, 2) if level.dim() == 4 else level for level in outputs]
-        for name, count in counts.items():
+        returned: dict[str, Any] = {}
+        for name, count in self._counts_of(model, pixels).items():
             returned[name] = outputs[0] if count is None else outputs[:count]
             outputs = outputs[count or 1 :]
-        return features, returned
+        return _features(len(pixels), self._sizes(model, pixels, _levels(returned[LOGITS]))), returned
 
     def candidates(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Candidates, Tensor]:
         """Features as above, candidates, and their box offsets (B, M, C), by the sieve."""
         assert self.sieve is not None
-        features, outputs = self._form(model, pixels)[0], self.run(pixels)
+        outputs = self.run(pixels)
+        features = _features(len(pixels), [tuple(level.shape[1:3]) for level in outputs[: len(self.sieve.codes)]])
         num_classes = int(model.head.classification_head.num_classes)
         found = self.sieve.candidates(outputs, num_classes, model.score_thresh, model.topk_candidates)
         return features, found, self.sieve.offsets(outputs, found.anchors, outputs[0].shape[3] // num_classes)
@@ -120,18 +129,23 @@ class Network:
             self._run = RUNTIMES[self.runtime](self.content)
         return [torch.from_numpy(output) for output in self._run(graph_input(pixels))]
 
-    def _form(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], dict[str, int | None]]:
-        """The features, empty, and how many levels the heads return of each output."""
-        size = tuple(pixels.shape[1:])
-        if size not in self._forms:
-            features, returned = run_convs(model, pixels[:1])
-            levels = [level.new_zeros(()).expand(level.shape) for level in features]
-            counts = {
+    def _counts_of(self, model: Any, pixels: Tensor) -> dict[str, int | None]:
+        if not self._counts:
+            side = model.transform.size_divisible
+            returned = run_convs(model, pixels.new_zeros(1, pixels.shape[1], side, side))[1]
+            self._counts = {
                 name: None if isinstance(returned[name], Tensor) else len(returned[name]) for name in (LOGITS, DELTAS)
             }
-            self._forms[size] = levels, counts
-        levels, counts = self._forms[size]
-        return [level.expand(len(pixels), -1, -1, -1) for level in levels], counts
+        return self._counts
+
+    def _sizes(self, model: Any, pixels: Tensor, logits: Sequence[Tensor]) -> list[tuple[int, ...]]:
+        """The heights and widths of the features: those of the logits, but where a user's own head flattens these."""
+        if all(level.dim() == 4 for level in logits):
+            return [tuple(level.shape[2:]) for level in logits]
+        size = tuple(pixels.shape[1:])
+        if size not in self._flattened:
+            self._flattened[size] = [tuple(level.shape[2:]) for level in run_convs(model, pixels[:1])[0]]
+        return self._flattened[size]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy opens the graph anew: a session can be neither copied nor pickled."""
@@ -145,35 +159,7 @@ def _onnxruntime(content: bytes) -> Run:
     return lambda pixels: session.run(None, {"pixels": pixels})
 
 
-def _openvino(content: bytes) -> Run:
-    """OpenVINO, with a graph compiled for each shape of pixels."""
-    import onnx
-    import openvino
-
-    core = openvino.Core()
-    model = core.read_model(norms_by_sums(onnx.load_from_string(content)).SerializeToString(), b"")
-    options = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    compiled: dict[tuple[int, ...], Any] = {}
-
-    def run(pixels: Any) -> list[Any]:
-        if pixels.shape not in compiled:
-            if len(compiled) == _COMPILED:
-                del compiled[next(iter(compiled))]
-            model.reshape(list(pixels.shape))
-            compiled[pixels.shape] = core.compile_model(model, "CPU", options)
-        outputs = compiled[pixels.shape](
-            pixels, share_inputs=True, share_outputs=True
-        )  # the next call writes over them
-        return [outputs[i] for i in range(len(outputs))]
-
-    return run
-
-
-RUNTIMES: dict[str, Callable[[bytes], Run]] = {"ONNX Runtime": _onnxruntime, "OpenVINO": _openvino}
+RUNTIMES: dict[str, Callable[[bytes], Run]] = {"ONNX Runtime": _onnxruntime, "OpenVINO": OpenVinoGraph}
 """How a graph is opened, by the name of the runtime."""
 
 

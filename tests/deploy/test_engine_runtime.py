@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.models.detection.retinanet import RetinaNetHead
 
 from retina_fast import (
     RetinaNet,
@@ -25,7 +26,7 @@ from retina_fast.deploy.eight_bits.quantize import Quantizer
 from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
 from retina_fast.deploy.onnx_network import Network, trace
 from retina_fast.device import _openmp
-from retina_fast.forward import run_convs
+from retina_fast.forward import DELTAS, LOGITS, run_convs
 from retina_fast.kernels.image_batch import image_batch
 from retina_fast.predict.load import TREES, load_model
 from tests.deploy.export.test_export import PHOTO, small
@@ -94,6 +95,54 @@ def test_another_runtime_behind_the_same_engine(model, stand_in):
             assert torch.equal(ours["labels"], theirs["labels"])
     with pytest.raises(TypeError, match=r"what StandIn runs stays in float32 on the CPU: compile the model anew"):
         engine.to(torch.float64)
+
+
+class FlatHead(RetinaNetHead):
+    """A user's own, which flattens its outputs."""
+
+    def forward(self, features):
+        return super().forward(features)
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+def test_pytorch_computes_nothing_at_sizes_that_come_again(model, monkeypatch, own_head):
+    """And at new ones only for heads whose outputs do not tell the features' sizes."""
+    if own_head:
+        model.head.__class__ = FlatHead
+
+    def opened(content):
+        @torch.no_grad()
+        def run(pixels):
+            returned = run_convs(model, torch.from_numpy(pixels).permute(0, 3, 1, 2))[1]
+            levels = [level for name in (LOGITS, DELTAS) for level in onnx_network._levels(returned[name])]
+            return [(level.permute(0, 2, 3, 1) if level.dim() == 4 else level).numpy() for level in levels]
+
+        return run
+
+    computed = []
+
+    def noted(model, pixels):
+        computed.append(tuple(pixels.shape))
+        return run_convs(model, pixels)
+
+    monkeypatch.setattr(onnx_network, "run_convs", noted)
+    monkeypatch.setattr(onnx_network, "RUNTIMES", {"StandIn": opened})
+    network = Network(b"", "StandIn")
+    for shape in ((2, 3, 64, 96), (3, 3, 96, 64), (1, 3, 64, 96)):
+        pixels = torch.rand(shape)
+        with torch.no_grad():
+            features, returned = network(model, pixels)
+            levels, expected = run_convs(model, pixels)
+        assert [(len(level), *level.shape[2:]) for level in features] == [
+            (len(level), *level.shape[2:]) for level in levels
+        ]
+        assert all(level.dtype == torch.float32 for level in features)
+        for name in (LOGITS, DELTAS):
+            assert isinstance(returned[name], torch.Tensor) == own_head
+            for ours, theirs in zip(returned[name], expected[name], strict=True):
+                torch.testing.assert_close(ours, theirs)
+    once = [(1, 3, 32, 32)]
+    assert computed == ([*once, (1, 3, 64, 96), (1, 3, 96, 64)] if own_head else once)
 
 
 @pytest.mark.skipif(_openmp() is None, reason="no OpenMP")
@@ -195,7 +244,7 @@ def test_each_network_in_eight_bits(name):
     pixels = torch.randn(2, 3, 256, 128)
     levels, expected = run_convs(model, pixels)
     features, returned = Network(quantizer.quantized().SerializeToString(), "ONNX Runtime")(model, pixels)
-    assert [level.shape for level in features] == [level.shape for level in levels]
+    assert [(len(level), *level.shape[2:]) for level in features] == [(2, *level.shape[2:]) for level in levels]
     assert returned.keys() == expected.keys()
     for key, outputs in expected.items():
         assert len(returned[key]) == len(outputs)
