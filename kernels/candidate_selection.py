@@ -109,7 +109,7 @@ def candidates_of(
     for b, levels in enumerate(found):
         chosen = [_highest(values, topk) for values, _ in levels]
         joined = torch.cat([values[best] for (values, _), best in zip(levels, chosen, strict=True)])
-        order = torch.from_numpy(best_first(joined.cpu().numpy())).to(device)
+        order = torch.from_numpy(best_first(joined.detach().cpu().numpy())).to(device)
         joined = joined[order]
         indices = [
             positions[best] + first for (_, positions), best, first in zip(levels, chosen, firsts[:-1], strict=True)

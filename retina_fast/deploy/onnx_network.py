@@ -151,6 +151,15 @@ class Network:
         """A copy opens the graph anew: a session can be neither copied nor pickled."""
         return vars(self) | {"_run": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: for what a version with other graphs pickled.
+        """
+        if vars(Network(b"", "")).keys() - state.keys():
+            raise ValueError("this engine was pickled by another version of retina_fast: compile the model anew")
+        vars(self).update(state)
+
 
 def _onnxruntime(content: bytes) -> Run:
     import onnx

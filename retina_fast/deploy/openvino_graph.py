@@ -58,7 +58,7 @@ class OpenVinoGraph:
             self._compile(shape)
         self._compiled.move_to_end(shape)
         outputs = _run(self._compiled[shape], pixels)
-        if len(self._compiled) > _FIRST and not self._tried:
+        if len(self._compiled) > _FIRST and not self._tried and np.isfinite(pixels).all():  # NaN has no certain code
             self._tried, self._of_any_shape = True, self._alike(pixels, outputs)
         return outputs
 

@@ -97,6 +97,16 @@ def test_another_runtime_behind_the_same_engine(model, stand_in):
         engine.to(torch.float64)
 
 
+def test_what_another_version_pickled_is_refused():
+    network = Network(b"graph", "OpenVINO")
+    twin = pickle.loads(pickle.dumps(network))
+    assert vars(twin) == vars(network)
+    state = network.__getstate__()
+    del state["_counts"]
+    with pytest.raises(ValueError, match="pickled by another version of retina_fast: compile the model anew"):
+        twin.__setstate__(state)
+
+
 class FlatHead(RetinaNetHead):
     """A user's own, which flattens its outputs."""
 

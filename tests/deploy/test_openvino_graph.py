@@ -106,6 +106,17 @@ def test_a_graph_of_any_shape_that_is_wrong_is_not_used(graph, monkeypatch, wron
     assert [shape for shape in graph.core.compiled if shape] == [of(side) for side in (32, 64, 96, 128, 160)]
 
 
+def test_pixels_that_are_not_finite_decide_nothing(graph):
+    """Of NaN two graphs may give two codes."""
+    for side in (32, 64):
+        call(graph, side)
+    graph.run(np.full(of(96), np.nan, np.float32))
+    assert graph.core.compiled == [of(32), of(64), of(96)]
+    call(graph, 96)
+    assert graph.core.compiled[3:] == [None]
+    assert call(graph, 128) is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("eight_bits", [False, True])
 def test_openvino_gives_the_same_for_shapes_that_come_often_and_seldom(eight_bits):

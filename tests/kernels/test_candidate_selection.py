@@ -163,6 +163,13 @@ def test_the_reference_misses_nothing_in_long_rows(length, topk, dtype):
 # Gradients
 
 
+def test_the_reference_takes_logits_that_require_gradients():
+    logits = [torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(0))]
+    expected = candidate_selection_reference(logits, 3, 0.05, 20)
+    found = candidate_selection_reference([logits[0].requires_grad_()], 3, 0.05, 20)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
 def test_scores_are_differentiable():
     logits = (torch.randn(2, 3 * 2, 4, 4, generator=torch.Generator().manual_seed(0)) * 2).requires_grad_()
     ours = candidate_selection([logits], 2, 0.3, 9)
