@@ -21,6 +21,7 @@ together. Between which bounds the difference from float32 lies if squares of th
 
 import argparse
 import copy
+import random
 import statistics
 import tempfile
 import time
@@ -256,13 +257,17 @@ def candidates(engine: Engine, image: Tensor) -> float:
 
 
 def medians(engines: Mapping[str, Any], image: Tensor) -> dict[str, tuple[float, float]]:
-    """The seconds of each on the wall clock and on the processor; they take turns, and the first does not count.
+    """The seconds of each on the wall clock and on the processor. They take turns, in another order in each round, of
+    which the first does not count.
 
     Before each is a pause, see :data:`retina_fast.deploy.onnx_network.PAUSE`.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    order, shuffle = list(engines), random.Random(0).shuffle
     for _ in range(ROUNDS + 1):
-        for name, engine in engines.items():
+        shuffle(order)
+        for name in order:
+            engine = engines[name]
             time.sleep(PAUSE)
             wall, processor = time.perf_counter(), time.process_time()
             engine([image])
