@@ -148,15 +148,15 @@ def one_thread() -> Iterator[None]:
         >>> with one_thread():
         ...     image = torch.rand(3, 800, 800).div_(2)
     """
-    threads = torch.get_num_threads()
-    if _openmp() is None:
+    openmp, threads = _openmp(), torch.get_num_threads()
+    if openmp is None:
         yield
         return
-    _openmp().omp_set_num_threads(1)
+    openmp.omp_set_num_threads(1)
     try:
         yield
     finally:
-        _openmp().omp_set_num_threads(threads)
+        openmp.omp_set_num_threads(threads)
 
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt, in glibc's malloc.h

@@ -100,15 +100,14 @@ class Network:
 
     def __call__(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Mapping[str, Any]]:
         """``pixels`` (B, 3, H, W) float32. Of the features only height and width are right: anchors need no more."""
+        returned: dict[str, Any]
         outputs = self.run(pixels)
         if self.sieve:
             logits, deltas = self.sieve.everywhere(outputs)
-            return _features(len(pixels), [tuple(level.shape[2:]) for level in logits]), {
-                LOGITS: logits,
-                DELTAS: deltas,
-            }
+            returned = {LOGITS: logits, DELTAS: deltas}
+            return _features(len(pixels), self._sizes(model, pixels, logits)), returned
         outputs = [level.permute(0, 3, 1, 2) if level.dim() == 4 else level for level in outputs]
-        returned: dict[str, Any] = {}
+        returned = {}
         for name, count in self._counts_of(model, pixels).items():
             returned[name] = outputs[0] if count is None else outputs[:count]
             outputs = outputs[count or 1 :]

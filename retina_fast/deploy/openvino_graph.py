@@ -7,7 +7,6 @@ where the shape is open: so this one is made of the graph as it was given, and s
 a graph for one shape.
 """
 
-import operator
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -59,7 +58,7 @@ class OpenVinoGraph:
         self._compiled.move_to_end(shape)
         outputs = _run(self._compiled[shape], pixels)
         if len(self._compiled) > _FIRST and not self._tried and np.isfinite(pixels).all():  # NaN has no certain code
-            self._tried, self._of_any_shape = True, self._alike(pixels, outputs)
+            self._tried, self._of_any_shape = True, self._open_shape(pixels, outputs)
         return outputs
 
     def _read(self, content: bytes) -> Any:
@@ -72,16 +71,18 @@ class OpenVinoGraph:
         self._compiled[shape] = self._core.compile_model(self._model, "CPU", self._options)
         del self._calls[shape]
 
-    def _alike(self, pixels: Any, outputs: Sequence[Any]) -> Any:
+    def _open_shape(self, pixels: Any, outputs: Sequence[Any]) -> Any:
         """A graph of any shape, if there can be one that gives the same outputs but for rounding."""
         try:
             graph = self._core.compile_model(self._read(self._content), "CPU", self._options)
             others = _run(graph, pixels)
         except Exception:  # whatever OpenVINO raises, there is a graph for each shape
             return None
-        off = (np.abs(a.astype(np.float32) - b).mean() for a, b in zip(outputs, others, strict=True))
-        bounds = (_UNLIKE * output.std(dtype=np.float32) for output in outputs)
-        return graph if all(map(operator.le, off, bounds)) else None
+        same = all(
+            np.abs(a.astype(np.float32) - b).mean() <= _UNLIKE * a.std(dtype=np.float32)
+            for a, b in zip(outputs, others, strict=True)
+        )
+        return graph if same else None
 
 
 def _run(graph: Any, pixels: Any) -> list[Any]:
