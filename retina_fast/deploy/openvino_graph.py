@@ -3,8 +3,8 @@
 A graph that is compiled for one shape is the fastest, but compiling takes longer than several images do, and
 photographs have dozens of shapes. So the first two shapes get a graph each, as does any that comes often. The others
 share one of any shape, which is up to a third slower. OpenVINO 2026.4.1 computes wrong values of GroupNorm by sums
-where the shape is open: so this one is made of the graph as it was given, and serves only if its outputs are those of
-a graph for one shape.
+where the shape is open: so this one keeps the norms as they were given, and serves only if its outputs are those of a
+graph for one shape.
 """
 
 from collections import Counter, OrderedDict
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from retina_fast.deploy.eight_bits.group_norm import norms_by_sums
+from retina_fast.deploy.eight_bits.group_norm import norms_by_sums, norms_in_float32
 
 _FIRST = 2  # shapes that get a graph each at once
 _OFTEN = 16  # calls of a shape, in which the graph of any shape loses about the time that compiling takes
@@ -36,8 +36,9 @@ class OpenVinoGraph:
         import onnx
         import openvino
 
-        self._content, self._core = content, openvino.Core()
-        self._model = self._read(norms_by_sums(onnx.load_from_string(content)).SerializeToString())
+        proto = norms_in_float32(onnx.load_from_string(content))
+        self._content, self._core = proto.SerializeToString(), openvino.Core()
+        self._model = self._read(norms_by_sums(proto).SerializeToString())
         self._options = {
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),

@@ -9,7 +9,7 @@ from torch import nn
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from retina_fast.deploy.eight_bits.group_norm import norms_by_sums  # noqa: E402
+from retina_fast.deploy.eight_bits.group_norm import norms_by_sums, norms_in_float32  # noqa: E402
 from retina_fast.deploy.export.onnx_file import QUANTIZED_OPSET, onnx_session, translate  # noqa: E402
 
 make, array, value = onnx.helper.make_node, onnx.numpy_helper.from_array, onnx.helper.make_tensor_value_info
@@ -82,6 +82,37 @@ def test_a_large_map_far_from_the_zero_point_keeps_its_variance():
     expected = F.group_norm((codes.double() - int(ZERO)) * float(STEP), 4, weight, bias).relu()
     given = run(norms_by_sums(proto), codes.to(torch.uint8).numpy()).double()
     assert float((given - expected).norm() / expected.norm()) < 1e-3  # ONNX Runtime adds up float32
+
+
+@pytest.mark.parametrize("other_reader", [False, True])
+def test_a_norm_reads_what_a_conv_gives_before_it_is_rounded(other_reader):
+    proto, held = graph(True)
+    del proto.graph.node[0]  # what dequantises the input
+    before = [
+        make("Conv", ["codes", "kernel"], ["given"]),
+        make("QuantizeLinear", ["given", "step", "zero"], ["rounded"]),
+        make("DequantizeLinear", ["rounded", "step", "zero"], ["x"]),
+    ]
+    nodes = [*before, *proto.graph.node, *([make("Neg", ["x"], ["other"])] if other_reader else [])]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    kernel = torch.randn(12, 12, 1, 1)
+    proto.graph.initializer.append(array(kernel.numpy(), "kernel"))
+    proto.graph.input[0].type.tensor_type.elem_type = 1
+    if other_reader:
+        proto.graph.output.append(value("other", 1, [None] * 4))
+    x = torch.randn(2, 12, 7, 9)
+    weight, bias = (torch.from_numpy(held[name]).flatten() for name in ("weight", "bias"))
+    conv = F.conv2d(x, kernel)
+    expected = F.group_norm(conv, 4, weight, bias).relu()
+    assert not torch.allclose(run(proto, x.numpy()), expected, atol=1e-2)  # the codes have steps of 0.3
+    made = norms_in_float32(proto)
+    for found in (made, norms_by_sums(made)):
+        torch.testing.assert_close(run(found, x.numpy()), expected, rtol=1e-4, atol=1e-4)
+    if other_reader:
+        session = onnx_session(norms_by_sums(made).SerializeToString())
+        rounded = ((conv / float(STEP)).round() + int(ZERO)).clamp(0, 255) - int(ZERO)
+        torch.testing.assert_close(torch.from_numpy(session.run(["other"], {"codes": x.numpy()})[0]), -rounded * float(STEP))
 
 
 @pytest.mark.parametrize("other", [{"ones": 2.0}, {"twice": True}])
