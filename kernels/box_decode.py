@@ -53,7 +53,15 @@ def box_decode_reference(
     rows = index.long()[..., None]  # (B, M, 1)
     anchors = anchors.expand(index.shape[0], -1, 4) if anchors.dim() == 2 else anchors
     own = anchors.gather(1, rows.expand(-1, -1, 4))  # (B, M, 4)
-    boxes = decode(flat.gather(1, rows.expand(-1, -1, flat.shape[2])).float(), own)
+    return decode_and_clip(flat.gather(1, rows.expand(-1, -1, flat.shape[2])), own, image_sizes)
+
+
+def decode_and_clip(deltas: Tensor, anchors: Tensor, image_sizes: Tensor) -> Tensor:
+    """The boxes (B, M, 4) of deltas (B, M, C) of any float dtype on anchors (B, M, 4), inside their images (B, 2)."""
+    deltas = deltas.float()
+    if deltas.shape[-1] == 4:  # one column after another in memory, so that an operation takes long rows
+        deltas, anchors = (x.mT.contiguous().mT for x in (deltas, anchors))
+    boxes = decode(deltas, anchors)
     limits = image_sizes.to(boxes.dtype).flip(1).repeat(1, 2)[:, None]  # (B, 1, 4): w, h, w, h
     return torch.minimum(boxes.clamp_(min=0), limits)
 

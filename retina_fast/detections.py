@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models.detection import retinanet as tv
 
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
-from retina_fast.kernels.box_decode import box_decode
+from retina_fast.kernels.box_decode import decode_and_clip
 from retina_fast.kernels.candidate_selection import Candidates
 from retina_fast.kernels.dispatch import is_transformed
 from retina_fast.kernels.postprocess import detections_of, postprocess
@@ -102,7 +102,6 @@ def detect_candidates(
     image_sizes: Tensor,
     original_sizes: Tensor,
     thresholds: Thresholds,
-    reg_max: int,
 ) -> Detections:
     """The same from candidates that are chosen already.
 
@@ -113,9 +112,8 @@ def detect_candidates(
         image_sizes: as :func:`detect` takes them.
         original_sizes: likewise.
         thresholds: of which those of the suppression count.
-        reg_max: as :class:`retina_fast.forward.HeadOutputs` has it.
     """
-    places = torch.arange(deltas.shape[1], device=deltas.device).expand(len(deltas), -1)
-    boxes = box_decode([deltas], anchors.float()[candidates.anchors], places, image_sizes, reg_max)
+    own = anchors.float().index_select(0, candidates.anchors.flatten()).view(*candidates.anchors.shape, 4)
+    boxes = decode_and_clip(deltas, own, image_sizes)
     limits = thresholds.nms_thresh, thresholds.detections_per_img
     return Detections(*detections_of(candidates, boxes, image_sizes, original_sizes, *limits))

@@ -5,6 +5,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,8 +132,9 @@ def lay_out(model: nn.Module) -> None:
 
 @functools.cache
 def _openmp() -> Any:
-    """The OpenMP library that the process has loaded, or None."""
-    library = ctypes.CDLL(None) if os.name == "posix" else None
+    """The library of PyTorch's operations, by which those of OpenMP and MKL are found; None without OpenMP."""
+    found = [*(Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")] if os.name == "posix" else []
+    library = ctypes.CDLL(str(found[0])) if found else None
     return library if library is not None and hasattr(library, "omp_set_num_threads") else None
 
 
@@ -141,7 +143,9 @@ def one_thread() -> Iterator[None]:
     """Let PyTorch compute in the calling thread alone; other threads of the program keep theirs.
 
     OpenMP's threads wait busily for milliseconds after a parallel loop, and so take the cores from another runtime that
-    starts meanwhile. ``torch.set_num_threads`` would also hold for threads that the program starts meanwhile.
+    starts meanwhile. And what one thread wrote, and another reads, goes from core to core, which between cores without
+    a common cache takes longer than small operations do. ``torch.set_num_threads`` would also hold for threads that the
+    program starts meanwhile.
 
     Example::
 
@@ -152,11 +156,15 @@ def one_thread() -> Iterator[None]:
     if openmp is None:
         yield
         return
+    of_mkl = getattr(openmp, "MKL_Set_Num_Threads_Local", None)  # matrix products do not follow OpenMP's setting
+    before = of_mkl(1) if of_mkl else 0
     openmp.omp_set_num_threads(1)
     try:
         yield
     finally:
         openmp.omp_set_num_threads(threads)
+        if of_mkl:
+            of_mkl(before)
 
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt, in glibc's malloc.h

@@ -250,7 +250,7 @@ def candidates(engine: Engine, image: Tensor) -> float:
     """The share of cells that have a candidate."""
     network, model = engine.settings.network, engine.model
     assert network is not None
-    features, found, _ = network.candidates(model, pixels_of(model, image))
+    features, found, _ = network.candidates(model, network.run(pixels_of(model, image)))
     per_cell = model.anchor_generator.num_anchors_per_location()[0]
     cells = found.anchors[0, : int(found.counts)] // per_cell
     return len(cells.unique()) / sum(cells_of(features))

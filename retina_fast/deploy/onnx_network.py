@@ -113,11 +113,11 @@ class Network:
             outputs = outputs[count or 1 :]
         return _features(len(pixels), self._sizes(model, pixels, _levels(returned[LOGITS]))), returned
 
-    def candidates(self, model: Any, pixels: Tensor) -> tuple[list[Tensor], Candidates, Tensor]:
-        """Features as above, candidates, and their box offsets (B, M, C), by the sieve."""
+    def candidates(self, model: Any, outputs: Sequence[Tensor]) -> tuple[list[Tensor], Candidates, Tensor]:
+        """From the outputs of a graph with a sieve: features as above, candidates, and their box offsets (B, M, C)."""
         assert self.sieve is not None
-        outputs = self.run(pixels)
-        features = _features(len(pixels), [tuple(level.shape[1:3]) for level in outputs[: len(self.sieve.codes)]])
+        sizes = [tuple(level.shape[1:3]) for level in outputs[: len(self.sieve.codes)]]
+        features = _features(len(outputs[0]), sizes)
         num_classes = int(model.head.classification_head.num_classes)
         found = self.sieve.candidates(outputs, num_classes, model.score_thresh, model.topk_candidates)
         return features, found, self.sieve.offsets(outputs, found.anchors, outputs[0].shape[3] // num_classes)

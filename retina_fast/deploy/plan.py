@@ -18,13 +18,14 @@ from retina_fast.deploy.tuned import timed_convs
 from retina_fast.detections import Detections, Thresholds, detect, detect_candidates
 from retina_fast.device import one_thread
 from retina_fast.forward import Convs, Sizes, run_network
-from retina_fast.heads import reg_max_of
 from retina_fast.kernels.image_batch import image_batch, image_table, launch_image_batch
 from retina_fast.model import RetinaNet
 
 Run = Callable[[], Detections]
 _FEW_VALUES = 2**23
 """Of images and batch: one thread prepares so many in less time than another runtime would then wait for cores."""
+_FEW_LOGITS = 2**20
+"""Of a batch: beside cores without a common cache, one thread makes detections of so many in less time than two."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,12 @@ class Plan:
         """From the batch to detections."""
         sizes, thresholds = (self.table[:, 3:5], self.table[:, 1:3]), Thresholds.of(self.model)
         if isinstance(self.convs, Network) and self.convs.sieve:
-            features, candidates, deltas = self.convs.candidates(self.model, self.batch)
-            anchors = batch_anchors(self.model.anchor_generator, self.batch, (), features)
-            return detect_candidates(candidates, deltas, anchors, *sizes, thresholds, reg_max_of(self.model.head))
+            levels = self.convs.run(self.batch)
+            logits = sum(level.numel() for level in levels[: len(self.convs.sieve.codes)])
+            with one_thread() if logits <= _FEW_LOGITS else nullcontext():
+                features, candidates, deltas = self.convs.candidates(self.model, levels)
+                anchors = batch_anchors(self.model.anchor_generator, self.batch, (), features)
+                return detect_candidates(candidates, deltas, anchors, *sizes, thresholds)
         outputs = run_network(self.model, self.batch, convs=self.convs)
         self.anchors = outputs.anchors
         return detect(outputs, *sizes, thresholds)

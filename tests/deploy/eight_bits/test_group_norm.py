@@ -112,7 +112,8 @@ def test_a_norm_reads_what_a_conv_gives_before_it_is_rounded(other_reader):
     if other_reader:
         session = onnx_session(norms_by_sums(made).SerializeToString())
         rounded = ((conv / float(STEP)).round() + int(ZERO)).clamp(0, 255) - int(ZERO)
-        torch.testing.assert_close(torch.from_numpy(session.run(["other"], {"codes": x.numpy()})[0]), -rounded * float(STEP))
+        other = torch.from_numpy(session.run(["other"], {"codes": x.numpy()})[0])
+        torch.testing.assert_close(other, -rounded * float(STEP))
 
 
 @pytest.mark.parametrize("other", [{"ones": 2.0}, {"twice": True}])
