@@ -206,14 +206,19 @@ def kept_class_by_class(boxes: Array, labels: Array | None, thresh: float) -> Ar
     return stays.nonzero()[0]
 
 
+def _near(window: _Sorted, kept: _Sorted) -> tuple[Array, Array]:
+    """:meth:`_Sorted.near` of the fewer of the two, whose lists are longer and so take less time."""
+    return kept.near(window) if len(kept.ranks) < len(window.ranks) else window.near(kept)
+
+
 def _not_suppressed(window: _Sorted, kept: _Sorted, near: tuple[Array, Array], thresh: float) -> _Sorted:
-    """The boxes of a window that no kept one suppresses, of those ``near`` by :meth:`_Sorted.near`."""
+    """The boxes of a window that no kept one suppresses, of those ``near`` by :func:`_near`."""
     start, counts = near
     if not counts.any():
         return window
-    left = np.ones(len(counts), bool)
-    for i, _ in _overlapping(window, kept, start, counts, thresh):
-        left[i] = False
+    left, by_kept = np.ones(len(window.ranks), bool), len(kept.ranks) < len(window.ranks)
+    for i, j in _overlapping(*((kept, window) if by_kept else (window, kept)), start, counts, thresh):
+        left[j if by_kept else i] = False
     return window.take(left.nonzero()[0])
 
 
@@ -248,11 +253,11 @@ def _kept_of_able(boxes: Array, labels: Array | None, thresh: float, most: int) 
     while len(waiting) and (count := len(kept.ranks)) < most:
         ranks = waiting[:size]
         window = frame.sorted(ranks)
-        near = window.near(kept)
+        near = _near(window, kept)
         if near[1].sum() > 4 * _BEST * len(ranks):
             best = kept.best(_BEST)
-            window = _not_suppressed(window, best, window.near(best), thresh)
-            near = window.near(kept)
+            window = _not_suppressed(window, best, _near(window, best), thresh)
+            near = _near(window, kept)
         # As many as serve if the same share stays as of the last window, and how many kept ones lie before each. Those
         # that are gone already would not be compared for long.
         many = waiting[: max(size, min(4 * int(waiting[0]), int(2 * (most - count) / max(share, 1e-9))))]

@@ -25,6 +25,7 @@ from retina_fast.deploy.eight_bits.agreement import compare
 from retina_fast.deploy.eight_bits.quantize import Quantizer
 from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
 from retina_fast.deploy.onnx_network import Network, trace
+from retina_fast.detections import detect_candidates
 from retina_fast.device import _openmp
 from retina_fast.forward import DELTAS, LOGITS, run_convs
 from retina_fast.kernels.image_batch import image_batch
@@ -195,8 +196,15 @@ def test_what_cannot_be_compiled(model, stand_in, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_embedded_detector_in_eight_bits():
+def test_the_embedded_detector_in_eight_bits(monkeypatch):
     pytest.importorskip("onnxruntime")
+    noted = []
+
+    def detected(*arguments):
+        noted.append(torch.get_num_threads())
+        return detect_candidates(*arguments)
+
+    monkeypatch.setattr(plan, "detect_candidates", detected)
     model = load_model(TREES)[0].cpu()
     images = list(crops([decode_image(str(PHOTO), ImageReadMode.RGB)], 8, 96, 128))
     engine = compile_inference(model, images, dtype=torch.int8)
@@ -215,6 +223,15 @@ def test_the_embedded_detector_in_eight_bits():
         kept = compare(zip(model(floats(batch)), engine(batch), strict=True))
     assert kept.found > 10
     assert kept.kept >= 0.95 * kept.found
+    if _openmp():
+        before = torch.get_num_threads()
+        noted.clear()
+        torch.set_num_threads(2)
+        engine(batch)
+        monkeypatch.setattr(plan, "_FEW_LOGITS", 0)
+        engine(batch)
+        torch.set_num_threads(before)
+        assert noted == [1, 2]  # one thread makes detections of few logits
     with pytest.warns(UserWarning, match="the model finds nothing in the images for calibration"):
         compile_inference(model, pictures(*[(64, 64)] * 8), dtype=torch.int8)
 
