@@ -227,10 +227,12 @@ def test_the_embedded_detector_in_eight_bits(monkeypatch):
         before = torch.get_num_threads()
         noted.clear()
         torch.set_num_threads(2)
-        engine(batch)
-        monkeypatch.setattr(plan, "_FEW_LOGITS", 0)
-        engine(batch)
-        torch.set_num_threads(before)
+        try:
+            engine(batch)
+            monkeypatch.setattr(plan, "_FEW_LOGITS", 0)
+            engine(batch)
+        finally:
+            torch.set_num_threads(before)
         assert noted == [1, 2]  # one thread makes detections of few logits
     with pytest.warns(UserWarning, match="the model finds nothing in the images for calibration"):
         compile_inference(model, pictures(*[(64, 64)] * 8), dtype=torch.int8)
