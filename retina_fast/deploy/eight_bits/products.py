@@ -7,9 +7,8 @@ Convolutional Neural Networks for Document Processing", 2006, section 3), and
 
     conv(x)  =  rows(x) M        rows: (B, H, W, N), M: (N, outputs), N = kernel height * kernel width * C.
 
-The products and sums are of whole numbers, so that the values are those of the conv in eight bits. A processor without
-VNNI instructions adds pairs of products in 16 bits, where they may saturate, as in 8-bit convs. OpenVINO's 8-bit conv
-gives float32 itself.
+The products and sums are of whole numbers, so that the values are those of the conv in eight bits. OpenVINO's 8-bit
+conv gives float32 itself.
 """
 
 import copy

@@ -22,6 +22,7 @@ from retina_fast.data.errors import UserError
 from retina_fast.deploy.eight_bits.equalize import equalized
 from retina_fast.deploy.eight_bits.groups import with_even_groups
 from retina_fast.deploy.eight_bits.parts import last_convs, part_before
+from retina_fast.deploy.eight_bits.weight_scales import weight_scales
 from retina_fast.deploy.export.onnx_file import onnx_session
 
 _ACTIVATIONS = ("Relu", "Clip")
@@ -107,21 +108,32 @@ class Quantizer:
 
     def _made(self, proto: Any, nodes: list[str]) -> Any:
         """A graph with these nodes in eight bits; with none, itself."""
+        from onnx import numpy_helper
         from onnxruntime.quantization import QDQQuantizer, QuantType
 
         if not nodes:
             return copy.deepcopy(proto)
+        chosen = {node.input[1] for node in proto.graph.node if node.op_type == "Conv" and node.name in nodes}
+        weights = {w.name: numpy_helper.to_array(w) for w in proto.graph.initializer if w.name in chosen}
+        scales = {
+            name: [{"axis": 0, "scale": scale, "zero_point": 0} for scale in weight_scales(weight)]
+            for name, weight in weights.items()
+        }
         quantizer = QDQQuantizer(
             copy.deepcopy(proto),
             True,  # a scale a channel
-            False,  # 8 bits of weights, not 7
+            False,  # 8 bits of weights, not 7, see weight_scales
             QuantType.QInt8,
             QuantType.QInt8 if self._symmetric else QuantType.QUInt8,
             self.ranges,
             nodes,
             [],
             list(_TYPES),
-            {"ActivationSymmetric": self._symmetric, "QuantizeBias": not self._symmetric},
+            {
+                "ActivationSymmetric": self._symmetric,
+                "QuantizeBias": not self._symmetric,
+                "TensorQuantOverrides": scales,
+            },
         )
         made = quantizer.quantize_model()
         _leave_in_float(made.graph, self._in_float)

@@ -14,6 +14,7 @@ import torch
 
 from retina_fast.deploy.eight_bits.parts import attributes
 from retina_fast.deploy.eight_bits.sieve import Codes, LastConv, Sieve
+from retina_fast.deploy.eight_bits.weight_scales import weight_scales
 
 LOWEST = -10.0
 """Logits below this need not be told apart: their scores are below 5e-5."""
@@ -172,8 +173,8 @@ def _in_eight_bits(graph: Any, level: int, last: LastConv, feature: _Quantized, 
     weight = last.weight.numpy()
     # (O,): with it the bias, too, is a whole number of 31 bits, as of a channel whose weights are 0.
     least_scale = np.abs(last.bias.numpy()) / (2**30 * feature.codes.scale)
-    weight_scale = np.maximum(np.maximum(np.abs(weight).max(axis=(1, 2, 3)) / 127, least_scale), 1e-12)
-    weight_scale = weight_scale.astype(np.float32)
+    # Each weight is moved by half a step at most, and by half a step at most for the one before.
+    weight_scale = np.maximum(weight_scales(weight, moved=1), least_scale).astype(np.float32)
     bias_scale = (weight_scale * np.float32(feature.codes.scale)).astype(np.float32)
     held = {
         "out_scale": np.float32(codes.scale),

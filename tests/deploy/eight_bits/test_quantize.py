@@ -11,6 +11,7 @@ from torchvision.io import write_png
 from retina_fast.data.errors import UserError
 from retina_fast.deploy.eight_bits.agreement import compare
 from retina_fast.deploy.eight_bits.calibration import MOST_FILES, calibration_images
+from tests.deploy.eight_bits.pairs import INT16, largest_sums
 from tests.deploy.pictures import images as pictures
 
 
@@ -61,12 +62,15 @@ def quantizer():
     return Quantizer(graph(), (noise(1, 3, 16, 16, seed=i) for i in range(4)))
 
 
-def run(model, x):
+def run(model, x, plainly=False):
+    """``plainly``: each node by itself, so that convs of codes compute in float32."""
     import onnxruntime
 
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
-        None, {"x": x}
-    )[0]
+    options = onnxruntime.SessionOptions()
+    if plainly:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
 
 
 def test_convs_and_what_lies_between_are_quantised(quantizer):
@@ -81,6 +85,7 @@ def test_convs_and_what_lies_between_are_quantised(quantizer):
         assert weights[f"{name}_quantized"].dtype == np.int8
         assert weights[f"{name}_scale"].shape == (4,)
         assert not weights[f"{name}_zero_point"].any()
+        assert largest_sums(weights[f"{name}_quantized"]).max() <= INT16
     assert {weights[f"b{i}_quantized"].dtype for i in (1, 2)} == {np.dtype(np.int32)}
     assert weights["w3"].dtype == weights["b3"].dtype == np.float32
     assert {node.domain for node in made.graph.node} == {""}
@@ -101,6 +106,24 @@ def test_eight_bits_are_near_float32_in_two_runtimes(quantizer):
     assert 1e-4 < change < 0.05, change
     reference: Any = ReferenceEvaluator(made).run(None, {"x": x})
     np.testing.assert_allclose(ours, reference[0], atol=0.02 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_no_product_is_lost_on_this_processor(symmetric):
+    """With weights of one sign, whose pairs would exceed 16 bits if they had all 256 steps."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from retina_fast.deploy.eight_bits.quantize import Quantizer
+
+    proto = graph()
+    for weight in proto.graph.initializer:
+        if weight.name in ("w1", "w2"):
+            value = np.abs(onnx.numpy_helper.to_array(weight)) + 3
+            weight.CopyFrom(onnx.numpy_helper.from_array(value.astype(np.float32), weight.name))
+    feeds = [np.abs(noise(1, 3, 16, 16, seed=i)) for i in range(4)]
+    made = Quantizer(proto, feeds, symmetric).quantized()
+    plain = run(made, feeds[0], plainly=True)
+    np.testing.assert_allclose(run(made, feeds[0]), plain, atol=0.01 * np.abs(plain).max())
 
 
 def test_a_layer_is_tried_with_the_activations_that_bound_its_outputs(quantizer, monkeypatch):

@@ -13,6 +13,7 @@ from retina_fast.deploy.eight_bits.sieve import FEW_LOGITS, MARGIN, Codes, LastC
 from retina_fast.deploy.eight_bits.sieved_graph import sieved
 from retina_fast.kernels.candidate_selection import candidate_selection, logit
 from retina_fast.kernels.levels import flatten_all
+from tests.deploy.eight_bits.pairs import INT16, largest_sums
 from tests.deploy.eight_bits.test_quantize import noise
 
 
@@ -258,6 +259,7 @@ def test_errors_of_rounded_weights_cancel_where_the_input_is_smooth():
     error = held["sieve0_weight"] * step - exact
     assert np.abs(error / step).max() <= 1.0 + 1e-6
     assert np.abs((error / step).sum(axis=(2, 3))).max() <= 0.5 + 1e-6  # of single roundings up to 4.5
+    assert largest_sums(held["sieve0_weight"]).max() <= INT16
 
 
 def test_a_channel_without_weights_has_its_bias():
