@@ -44,7 +44,7 @@ from retina_fast.deploy.engine import Engine
 from retina_fast.deploy.export.onnx_file import onnx_session
 from retina_fast.deploy.export.write import export
 from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
-from retina_fast.deploy.onnx_network import PAUSE, RUNTIMES, Network, Run, graph_input, trace
+from retina_fast.deploy.onnx_network import PAUSE, RUNTIMES, Network, Run, trace
 from retina_fast.deploy.report import pixels_of
 from retina_fast.forward import LOGITS, cells_of, run_convs
 from retina_fast.predict.evaluate import evaluate
@@ -86,7 +86,7 @@ class Rival(Network):
 
     def run(self, pixels: Tensor) -> list[Tensor]:
         """The outputs of the graph."""
-        return [torch.from_numpy(output) for output in self.opened(graph_input(pixels))]
+        return [torch.from_numpy(output) for output in self.opened(pixels.contiguous().numpy())]
 
 
 class WholeFile:
@@ -200,7 +200,7 @@ def rivals(model: RetinaNet, engine: Engine, pictures: Sequence[Tensor]) -> dict
     with tempfile.TemporaryDirectory() as folder:
         export(own, Path(folder) / "file.onnx", "onnx", (SIDE, SIDE))
         file = onnx.load(Path(folder) / "file.onnx")
-    arrays = [graph_input(pixels_of(own, picture)) for picture in pictures]
+    arrays = [pixels_of(own, picture).numpy() for picture in pictures]
     images = [picture[None].numpy() for picture in pictures]
     convs = [conv.name for conv in last_convs(proto)]
     ways: dict[str, Any] = {}

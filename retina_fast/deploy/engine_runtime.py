@@ -15,7 +15,7 @@ from retina_fast.deploy.eight_bits.agreement import COMPARED, SEARCHED, Found, K
 from retina_fast.deploy.eight_bits.calibration import calibration_images
 from retina_fast.deploy.eight_bits.quantize import Quantizer
 from retina_fast.deploy.eight_bits.sieved_graph import sieved
-from retina_fast.deploy.onnx_network import RUNTIMES, Network, fastest, graph_input, trace
+from retina_fast.deploy.onnx_network import RUNTIMES, Network, fastest, trace
 from retina_fast.deploy.report import RuntimeChoice, pixels_of
 from retina_fast.forward import run_convs
 from retina_fast.model import RetinaNet
@@ -57,10 +57,10 @@ def choose_network(
 
         def feeds() -> Iterator[Any]:
             for image in calibration_images(images):
-                yield graph_input(pixels_of(model, image))
+                yield pixels_of(model, image).numpy()
 
         quantizer = Quantizer(proto, feeds())
-        searched = [graph_input(pixels_of(model, image)) for image in images[:SEARCHED]]
+        searched = [pixels_of(model, image).numpy() for image in images[:SEARCHED]]
         left += quantizer.most_changing(float32_share, searched) if float32_share else []
         proto, layers = quantizer.quantized(left), len(quantizer.layers) - len(left)
         made = sieved(proto, quantizer.ranges)

@@ -1,7 +1,7 @@
 """Trunk and heads as an ONNX graph, which another runtime runs in place of PyTorch: ONNX Runtime or OpenVINO.
 
-The graph takes the engine's batch as it lies in memory, (B, H, W, 3) with any B, H and W, and gives the outputs of the
-heads; images, anchors and detections stay the engine's. What runs it is imported only when it is asked for.
+The graph takes the engine's batch (B, 3, H, W), of any B, H and W, and gives the outputs of the heads; images, anchors
+and detections stay the engine's. What runs it is imported only when it is asked for.
 """
 
 import statistics
@@ -28,9 +28,10 @@ PAUSE = 0.1
 
 
 class _Outputs(nn.Module):
-    """What is traced: from pixels (B, H, W, 3) to the logits' levels, then the box offsets', (B, H, W, channels) each.
+    """What is traced: from pixels (B, 3, H, W) to the logits' levels, then the box offsets', (B, H, W, channels) each.
 
-    That is how tensors in channels_last memory lie, so that neither a runtime nor the postprocess turns them.
+    So lie the runtimes' feature maps in memory, and so the postprocess reads them. The pixels lie channel by channel as
+    images do: their codes of one byte, which the runtimes turn, are a quarter of the batch.
     """
 
     def __init__(self, model: RetinaNet) -> None:
@@ -38,7 +39,7 @@ class _Outputs(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        returned = run_convs(self.model, pixels.permute(0, 3, 1, 2))[1]
+        returned = run_convs(self.model, pixels)[1]
         levels = [level for name in (LOGITS, DELTAS) for level in _levels(returned[name])]
         return [level.permute(0, 2, 3, 1) if level.dim() == 4 else level for level in levels]
 
@@ -56,25 +57,14 @@ def trace(model: RetinaNet, multiple: int) -> Any:
     """
     model = copied(model).to(memory_format=torch.contiguous_format)
     # Large enough that no level has a single row, which the exporter would take for a constant.
-    pixels = torch.zeros(2, 8 * multiple, 12 * multiple, 3, device="cpu")
+    pixels = torch.zeros(2, 3, 8 * multiple, 12 * multiple, device="cpu")
     height, width = (multiple * torch.export.Dim(name, min=1) for name in ("height", "width"))
-    shapes = {"pixels": {0: torch.export.Dim("batch", min=1), 1: height, 2: width}}
+    shapes = {"pixels": {0: torch.export.Dim("batch", min=1), 2: height, 3: width}}
     with torch.no_grad():
         outputs = _Outputs(model).eval()
         program = torch.export.export(outputs, (pixels,), dynamic_shapes=shapes)
-        count = len(outputs(torch.zeros(1, multiple, multiple, 3, device="cpu")))
+        count = len(outputs(pixels[:1, :, :multiple, :multiple]))
     return translate(program, shapes, [f"output{i}" for i in range(count)], QUANTIZED_OPSET)
-
-
-def graph_input(pixels: Tensor) -> Any:
-    """The array (B, H, W, 3) that the graph takes for ``pixels`` (B, 3, H, W); no copy if they are channels_last.
-
-    Example::
-
-        >>> graph_input(torch.zeros(2, 3, 64, 96)).shape
-        (2, 64, 96, 3)
-    """
-    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _features(batch: int, sizes: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -126,7 +116,7 @@ class Network:
         """The outputs of the graph."""
         if self._run is None:
             self._run = RUNTIMES[self.runtime](self.content)
-        return [torch.from_numpy(output) for output in self._run(graph_input(pixels))]
+        return [torch.from_numpy(output) for output in self._run(pixels.contiguous().numpy())]
 
     def _counts_of(self, model: Any, pixels: Tensor) -> dict[str, int | None]:
         if not self._counts:

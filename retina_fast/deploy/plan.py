@@ -64,7 +64,8 @@ class Plan:
     ) -> None:
         device = next(model.parameters()).device
         self.model, self.convs, self.image_dtype, self.graphs = model, convs, image_dtype, settings.graphs
-        self.batch = torch.empty(shape, dtype=settings.dtype, device=device, memory_format=torch.channels_last)
+        layout = torch.contiguous_format if isinstance(convs, Network) else torch.channels_last
+        self.batch = torch.empty(shape, dtype=settings.dtype, device=device, memory_format=layout)
         self.table = torch.empty((shape[0], 8), dtype=torch.int64, device=device)
         self.anchors: Tensor | None = None  # held, since a graph reads them where they lie and the cache may drop them
 

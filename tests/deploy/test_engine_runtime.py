@@ -36,9 +36,19 @@ from tests.deploy.pictures import images as pictures
 from tests.instruments.exported import crops
 
 
+def with_scores(model):
+    """The model with heads whose outputs differ; those of their own start do by less than float32's rounding."""
+    for conv in model.head.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+    return model
+
+
 @pytest.fixture
 def model():
-    return small(min_size=64, max_size=96, score_thresh=0.0099)
+    return with_scores(small(min_size=64, max_size=96, score_thresh=0.3))
 
 
 @pytest.fixture
@@ -55,7 +65,7 @@ def stand_in(monkeypatch, model):
 
         @torch.no_grad()
         def run(pixels):
-            outputs = conv_outputs(model, torch.from_numpy(pixels).permute(0, 3, 1, 2))[levels:]
+            outputs = conv_outputs(model, torch.from_numpy(pixels))[levels:]
             return [output.permute(0, 2, 3, 1).numpy() for output in outputs]
 
         return run
@@ -124,7 +134,7 @@ def test_pytorch_computes_nothing_at_sizes_that_come_again(model, monkeypatch, o
     def opened(content):
         @torch.no_grad()
         def run(pixels):
-            returned = run_convs(model, torch.from_numpy(pixels).permute(0, 3, 1, 2))[1]
+            returned = run_convs(model, torch.from_numpy(pixels))[1]
             levels = [level for name in (LOGITS, DELTAS) for level in onnx_network._levels(returned[name])]
             return [(level.permute(0, 2, 3, 1) if level.dim() == 4 else level).numpy() for level in levels]
 
@@ -257,17 +267,12 @@ def test_each_network_in_eight_bits(name):
     """The heads' outputs at a size other than that of calibration. Random weights magnify roundings."""
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    model = NETWORKS[name]().eval().requires_grad_(False)
-    for conv in model.head.modules():  # whose own start gives logits that differ by less than float32's rounding
-        if isinstance(conv, nn.Conv2d):
-            nn.init.kaiming_normal_(conv.weight)
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
+    model = with_scores(NETWORKS[name]().eval().requires_grad_(False))
     multiple = math.lcm(32, getattr(model.backbone, "size_divisible", 1))
     sample = torch.rand(1, 3, 128, 128)
     fold_batch_norm(model, partial(conv_outputs, model, sample))
     proto = trace(model, multiple)
-    quantizer = Quantizer(proto, (torch.randn(1, 128, 256, 3).numpy() for _ in range(8)))
+    quantizer = Quantizer(proto, (torch.randn(1, 3, 128, 256).numpy() for _ in range(8)))
     convs = {node.input[1] for node in proto.graph.node if node.op_type == "Conv"}
     assert len(quantizer.layers) == len(convs) - 2
     pixels = torch.randn(2, 3, 256, 128)

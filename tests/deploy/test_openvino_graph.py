@@ -131,11 +131,11 @@ def test_openvino_gives_the_same_for_shapes_that_come_often_and_seldom(eight_bit
     model = load_model(TREES)[0].cpu().eval().requires_grad_(False)
     proto = trace(model, 32)
     if eight_bits:
-        proto = Quantizer(proto, (torch.randn(1, 128, 128, 3).numpy() for _ in range(4))).quantized()
+        proto = Quantizer(proto, (torch.randn(1, 3, 128, 128).numpy() for _ in range(4))).quantized()
     content = proto.SerializeToString()
     runs = {name: RUNTIMES[name](content) for name in ("OpenVINO", "ONNX Runtime")}
     for shape in ((128, 128), (96, 160), (160, 96), (128, 192), (192, 128)):
-        pixels = np.random.default_rng(0).standard_normal((2, *shape, 3)).astype(np.float32)
+        pixels = np.random.default_rng(0).standard_normal((2, 3, *shape)).astype(np.float32)
         for ours, theirs in zip(*(run(pixels) for run in runs.values()), strict=True):
             assert np.abs(ours - theirs).mean() < (0.1 if eight_bits else 1e-4) * theirs.std()
     graph = runs["OpenVINO"]

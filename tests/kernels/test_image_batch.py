@@ -137,6 +137,26 @@ def test_a_batch_that_is_no_multiple_of_anything(device, large_tiles):
     torch.testing.assert_close(batch, expected, rtol=0, atol=tolerance(device))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "mean", "std"), [(3, MEAN, STD), (1, MEAN, STD), (3, [0.5], STD), (1, [0.5], STD)]
+)
+def test_bytes_that_keep_their_size_are_those_of_their_floats(layout, dtype, channels, mean, std):
+    """Whatever the batch's memory and dtype; also of one channel, which is repeated."""
+    images = [
+        random_image(torch.Generator().manual_seed(0), *size, torch.uint8, "cpu", channels) for size in ((9, 7), (5, 8))
+    ]
+    out = torch.full((2, 3, 12, 8), torch.nan, dtype=dtype).contiguous(memory_format=layout)
+    image_batch(images, [(9, 7), (5, 8)], mean, std, 4, out)
+    centre, spread = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    for image, batched in zip(images, out, strict=True):
+        expected, (height, width) = (image.float() / 255 - centre) / spread, image.shape[1:]
+        assert torch.equal(batched[:, :height, :width], expected.to(dtype))
+        assert not batched[:, height:].any()
+        assert not batched[:, :, width:].any()
+
+
 def test_what_the_kernel_leaves_to_the_reference():
     image = torch.rand(3, 4, 4)
     assert module.kernel_serves([image, image[:1]], 3)

@@ -25,7 +25,8 @@ KERNELS = {
 
 def graph(kernel=(3, 3), bias=True, after="Relu", group=1, axis=0, dtype=np.uint8, **attributes):
     """x in eight bits -> conv -> ReLU, or something else."""
-    weight = np.random.default_rng(1).integers(-127, 128, (OUTPUTS, CHANNELS // group, *kernel)).astype(np.int8)
+    shape = OUTPUTS, CHANNELS // group, *kernel
+    weight = np.random.default_rng(1).integers(-64, 65, shape).astype(np.int8)  # see weight_scales
     values = {
         "step": np.float32(0.02), "zero": dtype(101), "weight": weight,
         "steps": np.abs(noise(weight.shape[axis])) / 100, "zeros": np.zeros(weight.shape[axis], np.int8),
