@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.models.detection.retinanet import RetinaNetHead
 
@@ -33,22 +32,15 @@ from retina_fast.predict.load import TREES, load_model
 from tests.deploy.export.test_export import PHOTO, small
 from tests.deploy.pictures import floats
 from tests.deploy.pictures import images as pictures
+from tests.instruments.agreement import spread
 from tests.instruments.exported import crops
-
-
-def with_scores(model):
-    """The model with heads whose outputs differ; those of their own start do by less than float32's rounding."""
-    for conv in model.head.modules():
-        if isinstance(conv, nn.Conv2d):
-            nn.init.kaiming_normal_(conv.weight)
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
-    return model
 
 
 @pytest.fixture
 def model():
-    return with_scores(small(min_size=64, max_size=96, score_thresh=0.3))
+    made = small(min_size=64, max_size=96, score_thresh=0.3)
+    spread(made.head)
+    return made
 
 
 @pytest.fixture
@@ -267,7 +259,8 @@ def test_each_network_in_eight_bits(name):
     """The heads' outputs at a size other than that of calibration. Random weights magnify roundings."""
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    model = with_scores(NETWORKS[name]().eval().requires_grad_(False))
+    model = NETWORKS[name]().eval().requires_grad_(False)
+    spread(model.head)
     multiple = math.lcm(32, getattr(model.backbone, "size_divisible", 1))
     sample = torch.rand(1, 3, 128, 128)
     fold_batch_norm(model, partial(conv_outputs, model, sample))

@@ -74,3 +74,13 @@ def margin(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
             distances = (iou - 0.5).abs()[these["labels"][alone][:, None] == other["labels"]]
             nearest = min([nearest, *distances.tolist()])
     return nearest
+
+
+def spread(head):
+    """Give a head's convs weights whose outputs differ. Those of their own start nearly do not, and rounding then
+    decides which score is the higher."""
+    for conv in head.modules():
+        if isinstance(conv, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(conv.weight)
+            if conv.bias is not None:
+                torch.nn.init.zeros_(conv.bias)

@@ -21,7 +21,7 @@ from tests.instruments.fake_gpu import launches_of
 def model():
     torch.manual_seed(0)
     made = retinanet_resnet18_fpn(num_classes=7, weights_backbone=None, min_size=64, max_size=128)
-    made.score_thresh = 0.01
+    agreement.spread(made.head.classification_head)
     return made.eval()
 
 
