@@ -149,19 +149,22 @@ def recorded_sgd(model, gradients):
     "change", [lambda model: model, pytest.param(viewing, marks=pytest.mark.slow)], ids=["stock", "own part"]
 )
 def test_gradients_by_winograds_algorithm(change, winograd):
-    """To rounding, but for those before a value so near to 0 that rounding decides whether ReLU keeps it; it then moves
-    them by 4e-4."""
-    ours, plain = change(pretrained()), change(pretrained())
-    gradients: list[list[torch.Tensor]] = [[], []]
-    optimizers = [recorded_sgd(model, kept) for model, kept in zip((ours, plain), gradients, strict=True)]
-    losses = TrainingStep(ours, optimizers[0])(*batch(2))
-    expected = plain_step(plain, optimizers[1], batch(2))
-    assert len(winograd) > 60
-    for name, value in expected.items():
-        assert abs(losses[name] - value) <= 1e-5 * value
-    assert len(gradients[0]) > 40
-    pairs = [*zip(*gradients, strict=True)]
-    changes = sorted(float((mine - other).norm() / other.norm()) for mine, other in pairs)
-    assert changes[len(changes) // 3] <= 1e-5
-    assert changes[-1] <= 2e-3
-    assert all(mine.is_contiguous() for mine, _ in pairs)
+    """On one of three batches: now and then a value is so near to 0 that rounding decides whether ReLU keeps it, which
+    moves the gradients before it by 4e-4 to 2e-2; in which batch depends on the processor."""
+    for step in (1, 2, 5):
+        ours, plain = change(pretrained()), change(pretrained())
+        gradients: list[list[torch.Tensor]] = [[], []]
+        optimizers = [recorded_sgd(model, kept) for model, kept in zip((ours, plain), gradients, strict=True)]
+        winograd.clear()
+        losses = TrainingStep(ours, optimizers[0])(*batch(step))
+        expected = plain_step(plain, optimizers[1], batch(step))
+        assert len(winograd) > 60
+        for name, value in expected.items():
+            assert abs(losses[name] - value) <= 1e-5 * value
+        assert len(gradients[0]) > 40
+        assert all(mine.is_contiguous() for mine in gradients[0])
+        pairs = zip(*gradients, strict=True)
+        changes = [float((mine - other).norm() / other.norm()) for mine, other in pairs]
+        if max(changes) <= 1e-4:
+            return
+    pytest.fail("the gradients of no batch agree to 1e-4")
