@@ -2,7 +2,9 @@
 # With a GPU: make gpu-test · make gpu.
 PYTHON ?= python3
 BIN := .venv/bin
-# Python compiles what is imported; that pip compiles all modules of all packages takes a third of the set-up.
+# Python compiles what is imported and keeps it, also where the environment says not to, since every process would else
+# compile torch again for seconds; that pip compiles all modules of all packages takes a third of the set-up.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 

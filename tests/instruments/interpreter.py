@@ -1,16 +1,19 @@
-"""Takes two costs out of Triton's interpreter that change nothing of what it computes, and a fault out of that of 3.6.
+"""Takes costs out of Triton's interpreter that change nothing of what it computes, and a fault out of that of 3.6.
 
-Tests of kernels spend most of their time in the interpreter, and with these a third of that is left:
+Tests of kernels spend most of their time in the interpreter, and with these less than half of that is left:
 
 - each call of a function within a kernel searches the whole of ``triton.language`` for what it must replace, which the
   launch has done before;
 - each integer sum and product is computed again in int64 to see whether it overflowed, and what is seen is thrown away,
-  since only ``debug=True`` would make an error of it.
+  since only ``debug=True`` would make an error of it;
+- each reduction and scan by a function of the kernel's own goes from element to element, where slices will do;
+- each tensor makes anew what depends on its shape alone, and each constant the table of NumPy's types.
 
-Both are in Triton 3.6 to 3.9. The minimum or maximum of a number and NaN is the number, as on a GPU; 3.6 returns NaN.
+All are in Triton 3.6 to 3.9. The minimum or maximum of a number and NaN is the number, as on a GPU; 3.6 returns NaN.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -26,20 +29,101 @@ def quicken() -> None:
     options = interpreter.interpreter_builder.options
     if not options.debug:
         interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+    interpreter.ReduceOps.generic_reduce = _reduce_slices
+    interpreter.ScanOps.generic_scan = _scan_slices
+    _replace_once_a_launch()
+    _remember_shapes()
+    _remember_types()
 
+
+def _replace_once_a_launch() -> None:
     launch, replace = interpreter.GridExecutor.__call__, interpreter._patch_lang
     replaced: set[frozenset[str]] = set()  # during this launch: the names of the modules whose functions were
+    seen: set[int] = set()  # and the modules that were looked through for these
 
     def launch_afresh(executor: Any, *args: Any, **kwargs: Any) -> None:
         replaced.clear()
+        seen.clear()
         launch(executor, *args, **kwargs)
 
     def replace_once(function: Any) -> Any:
-        seen = frozenset(value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core)
-        if seen in replaced:
+        if id(function.__globals__) in seen:
             return interpreter._LangPatchScope()
-        replaced.add(seen)
+        seen.add(id(function.__globals__))
+        used = frozenset(value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core)
+        if used in replaced:
+            return interpreter._LangPatchScope()
+        replaced.add(used)
         return replace(function)
 
     interpreter.GridExecutor.__call__ = launch_afresh
     interpreter._patch_lang = replace_once
+
+
+def _remember_shapes() -> None:
+    make = tl.tensor.__init__
+    made: dict[tuple[int, ...], dict[str, Any]] = {}  # of each shape: the attributes of a tensor
+
+    def make_alike(tensor: Any, handle: Any, kind: Any) -> None:
+        shape = kind.shape if kind.is_block() else ()
+        if shape not in made:
+            make(tensor, handle, kind)
+            made[shape] = dict(tensor.__dict__)
+        tensor.__dict__.update(made[shape])
+        tensor.handle, tensor.type, tensor.dtype = handle, kind, kind.scalar
+
+    tl.tensor.__init__ = make_alike
+
+
+def _remember_types() -> None:
+    find = interpreter._get_np_dtype
+    found: dict[str, np.dtype] = {}
+
+    def find_once(dtype: Any) -> np.dtype:
+        name = dtype.scalar.name
+        if name not in found:
+            found[name] = find(dtype.scalar)
+        return found[name]
+
+    interpreter._get_np_dtype = find_once
+
+
+def _reduce_slices(operation: Any, tensors: tuple[Any, ...]) -> list[Any]:
+    """What ``generic_reduce`` gives: all that lies beside each other is combined at once, in the same order."""
+    flat = list(tensors)
+    if operation.axis is None:
+        flat = [operation.to_tensor(tensor.handle.data.flatten(), tensor.dtype) for tensor in tensors]
+    axis = operation.axis or 0
+    *_, last = _running(operation, flat, axis)
+    if operation.keep_dims:
+        last = [np.expand_dims(data, axis) for data in last]
+    return [operation.to_tensor(data, tensor.dtype) for data, tensor in zip(last, tensors, strict=True)]
+
+
+def _scan_slices(operation: Any, tensors: tuple[Any, ...]) -> list[Any]:
+    """What ``generic_scan`` gives, likewise."""
+    slices = zip(*_running(operation, list(tensors), operation.axis), strict=True)
+    whole = [np.stack(parts, operation.axis) for parts in slices]
+    return [operation.to_tensor(data, tensor.dtype) for data, tensor in zip(whole, tensors, strict=True)]
+
+
+def _running(operation: Any, tensors: list[Any], axis: int) -> list[list[np.ndarray]]:
+    """For each index of the axis, all up to it combined: for each of the tensors an array without that axis."""
+    shape = tensors[0].handle.data.shape
+    beside = shape[:axis] + shape[axis + 1 :]
+
+    def at(index: int) -> tuple[Any, ...]:
+        return tuple(operation.to_tensor(x.handle.data.take(index, axis), x.dtype) for x in tensors)
+
+    def arrays(values: tuple[Any, ...]) -> list[np.ndarray]:
+        plain = [value.handle.data if isinstance(value, tl.tensor) else value for value in values]
+        data = [np.asarray(value, x.handle.data.dtype) for value, x in zip(plain, tensors, strict=True)]
+        return [x.reshape(beside) if x.size == math.prod(beside) else np.broadcast_to(x, beside) for x in data]
+
+    combined = at(0)
+    running = [arrays(combined)]
+    for index in range(1, shape[axis]):
+        values = operation.combine_fn.fn(*combined, *at(index))
+        running.append(arrays(values if isinstance(values, tuple) else (values,)))
+        combined = tuple(operation.to_tensor(data, x.dtype) for data, x in zip(running[-1], tensors, strict=True))
+    return running
