@@ -1,13 +1,14 @@
 """Takes costs out of Triton's interpreter that change nothing of what it computes, and a fault out of that of 3.6.
 
-Tests of kernels spend most of their time in the interpreter, and with these less than half of that is left:
+Tests of kernels spend most of their time in the interpreter, and with these less than half of it is left:
 
 - each call of a function within a kernel searches the whole of ``triton.language`` for what it must replace, which the
   launch has done before;
 - each integer sum and product is computed again in int64 to see whether it overflowed, and what is seen is thrown away,
   since only ``debug=True`` would make an error of it;
 - each reduction and scan by a function of the kernel's own goes from element to element, where slices will do;
-- each tensor makes anew what depends on its shape alone, and each constant the table of NumPy's types.
+- each tensor and type makes anew what depends on its shape alone, shapes are compared number by number though most are
+  one and the same, and each constant makes the table of NumPy's types.
 
 All are in Triton 3.6 to 3.9. The minimum or maximum of a number and NaN is the number, as on a GPU; 3.6 returns NaN.
 """
@@ -61,18 +62,31 @@ def _replace_once_a_launch() -> None:
 
 
 def _remember_shapes() -> None:
-    make = tl.tensor.__init__
+    make, make_type, equal = tl.tensor.__init__, tl.block_type.__init__, tl.tuple.__eq__
     made: dict[tuple[int, ...], dict[str, Any]] = {}  # of each shape: the attributes of a tensor
+    made_types: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def make_alike(tensor: Any, handle: Any, kind: Any) -> None:
-        shape = kind.shape if kind.is_block() else ()
+        shape = tuple(kind.shape) if kind.is_block() else ()
         if shape not in made:
             make(tensor, handle, kind)
             made[shape] = dict(tensor.__dict__)
         tensor.__dict__.update(made[shape])
         tensor.handle, tensor.type, tensor.dtype = handle, kind, kind.scalar
 
-    tl.tensor.__init__ = make_alike
+    def make_type_alike(kind: Any, element: Any, shape: Any) -> None:
+        key = (element.name, *(side.value if isinstance(side, tl.constexpr) else side for side in shape))
+        if key not in made_types:
+            make_type(kind, element, shape)
+            made_types[key] = dict(kind.__dict__)
+        kind.__dict__.update(made_types[key])
+        kind.element_ty = element
+
+    def equal_if_the_same(one: Any, other: Any) -> Any:
+        return tl.constexpr(True) if one is other else equal(one, other)
+
+    tl.tensor.__init__, tl.block_type.__init__ = make_alike, make_type_alike
+    tl.tuple.__eq__ = equal_if_the_same
 
 
 def _remember_types() -> None:
