@@ -14,6 +14,7 @@ float32 logits are q_k - excess or more, so none of the k highest has a q below 
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,14 +26,17 @@ from retina_fast.kernels.candidate_selection import Candidates, candidates_of, c
 
 MARGIN = 2.0
 """In units of the largest error on the calibration images."""
-FEW_LOGITS = 64
-"""Up to so many logits a cell are few: all of them are computed at each cell that has a candidate."""
-GROUP = 64
-"""With more, cells are taken in groups of this size; each group computes the logits that one of its cells wants."""
-CELLS = 4096
-"""So many cells are computed at a time, which bounds the memory that their neighbourhoods take in float32."""
 MOST_CELLS = 0.4
 """If a conv is wanted at a larger share of a level's cells, it is computed at all of them."""
+MOST_LOGITS = 0.2
+"""If a larger share of the chosen cells' logits is wanted, all of these are computed, by a matrix product. Else each
+that is wanted is computed by itself, which takes five times as long a logit (AVX2)."""
+CELLS = 4096
+"""So many cells are computed at a time, which bounds the memory that their neighbourhoods take in float32."""
+
+with warnings.catch_warnings():  # the first sparse tensor of a process has PyTorch say that these are in beta
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu", check_invariants=False)
 
 
 @dataclass(frozen=True)
@@ -88,16 +92,31 @@ class LastConv:
         index = (first[:, None] + beside).flatten()
         return features.view(-1, channels).index_select(0, index).view(len(cells), len(beside) * channels)
 
-    def at_patches(self, patches: Tensor, level: int, outputs: Tensor | None = None) -> Tensor:
-        """(P, N): P of the outputs, all if None, for N patches of a level."""
-        codes = self.inputs[level]
-        values = patches.float()
-        if codes.zero:
-            values -= codes.zero
-        weight, bias = self.weight.permute(0, 2, 3, 1).flatten(1), self.bias  # a view of memory in channels_last
-        if outputs is not None:
-            weight, bias = weight.index_select(0, outputs), bias.index_select(0, outputs)
-        return torch.addmm(bias[:, None], weight, values.T, alpha=codes.scale)
+    def at_patches(self, patches: Tensor, level: int) -> Tensor:
+        """(O, N) for N patches of a level."""
+        values, weight = self._factors(patches, level)
+        return torch.addmm(self.bias[:, None], weight, values.T, alpha=self.inputs[level].scale)
+
+    def some_at_patches(self, patches: Tensor, level: int, starts: Tensor, outputs: Tensor) -> Tensor:
+        """(W,) single outputs of N patches.
+
+        Args:
+            patches: as :meth:`patches` gives them.
+            level: of the features.
+            starts: (N + 1,) where each patch begins among the outputs, the last value is W.
+            outputs: (W,) which ones.
+        """
+        values, weight = self._factors(patches, level)
+        size = len(patches), len(weight)
+        chosen = torch.sparse_csr_tensor(starts, outputs, self.bias[outputs], size, check_invariants=False)
+        return torch.sparse.sampled_addmm(chosen, values, weight.T, alpha=self.inputs[level].scale).values()
+
+    def _factors(self, patches: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """What patches stand for, but for the scale, and the weights (O, kernel height * kernel width * C)."""
+        values, zero = patches.float(), self.inputs[level].zero
+        if zero:
+            values -= zero
+        return values, self.weight.permute(0, 2, 3, 1).flatten(1)  # a view of memory in channels_last
 
     def at(self, features: Tensor, level: int, cells: Tensor) -> Tensor:
         """(N, O) at N cells, given as :meth:`patches` takes them."""
@@ -105,6 +124,24 @@ class LastConv:
             return self.everywhere(features, level).flatten(0, 2).index_select(0, cells)
         rows = [self.at_patches(self.patches(features, some), level) for some in cells.split(CELLS)]
         return torch.cat(rows, dim=1).T
+
+    def some_at(self, features: Tensor, level: int, cells: Tensor, rows: Tensor, outputs: Tensor) -> Tensor:
+        """(W,) single outputs.
+
+        Args:
+            features: as :meth:`everywhere` takes them.
+            level: theirs.
+            cells: (N,) as :meth:`patches` takes them.
+            rows: (W,) of which of the cells, rising.
+            outputs: (W,) which ones.
+        """
+        starts = torch.searchsorted(rows, torch.arange(len(cells) + 1))  # (N + 1,) of each cell's among all
+        values = [self.bias[:0]]
+        for first in range(0, len(cells), CELLS):
+            own = starts[first : first + CELLS + 1]
+            patches = self.patches(features, cells[first : first + CELLS])
+            values.append(self.some_at_patches(patches, level, own - own[0], outputs[own[0] : own[-1]]))
+        return torch.cat(values)
 
 
 @dataclass(frozen=True)
@@ -176,13 +213,17 @@ class Sieve:
         if len(cells) > MOST_CELLS * len(codes) * cells_of_image:
             exact = self.logits.everywhere(features, level).flatten(1)
             return [(image[place], place) for image in exact for place in (contenders(image, threshold, topk),)]
-        if count <= FEW_LOGITS:
-            rows = self.logits.at(features, level, cells)
-            row, output = (rows > threshold).nonzero(as_tuple=True)
-            values, places = rows[row, output], cells[row] * count + output
+        wanted = torch.cat([torch.empty(0, count, dtype=torch.bool), *(logits for _, logits in images)])
+        if int(wanted.count_nonzero()) > MOST_LOGITS * wanted.numel():
+            found = self.logits.at(features, level, cells)
+            row, output = (found > threshold).nonzero(as_tuple=True)
+            values = found[row, output]
         else:
-            wanted = torch.cat([torch.empty(0, count, dtype=torch.bool), *(logits for _, logits in images)])
-            values, places = self._in_groups(level, features, cells, wanted, threshold)
+            row, output = wanted.nonzero(as_tuple=True)
+            values = self.logits.some_at(features, level, cells, row, output)
+            above = (values > threshold).nonzero()[:, 0]
+            values, row, output = values[above], row[above], output[above]
+        places = cells[row] * count + output
         counts = torch.searchsorted(places, torch.arange(len(codes) + 1) * (cells_of_image * count)).diff().tolist()
         split = zip(values.split(counts), places.split(counts), strict=True)
         return [(value, place - b * cells_of_image * count) for b, (value, place) in enumerate(split)]
@@ -208,22 +249,6 @@ class Sieve:
             chosen = (greatest.index_select(0, cells) >= least).nonzero()[:, 0]
             cells, of_cells = cells.index_select(0, chosen), of_cells.index_select(0, chosen)
         return cells, of_cells >= least
-
-    def _in_groups(
-        self, level: int, features: Tensor, cells: Tensor, wanted: Tensor, threshold: float
-    ) -> tuple[Tensor, Tensor]:
-        """The logits above a threshold among those wanted of each cell (N, O), and their rising positions among all."""
-        order = wanted.sum(dim=1).argsort()  # by how many logits they want
-        values, places = [torch.empty(0)], [cells[:0]]
-        for group in order.split(GROUP) if len(order) else ():
-            outputs = wanted.index_select(0, group).any(dim=0).nonzero()[:, 0]
-            own = cells.index_select(0, group)
-            rows = self.logits.at_patches(self.logits.patches(features, own), level, outputs).T
-            row, column = (rows > threshold).nonzero(as_tuple=True)
-            values.append(rows[row, column])
-            places.append(own[row] * wanted.shape[1] + outputs[column])
-        place, order = torch.cat(places).sort()
-        return torch.cat(values)[order], place
 
     def measured(self, outputs: Iterable[Sequence[Tensor]]) -> "Sieve":
         """The same with the margins and excesses that the graph's outputs for some images ask for."""

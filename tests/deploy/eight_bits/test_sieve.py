@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retina_fast.deploy.eight_bits.sieve import FEW_LOGITS, MARGIN, Codes, LastConv, Sieve
+from retina_fast.deploy.eight_bits.sieve import MARGIN, Codes, LastConv, Sieve
 from retina_fast.deploy.eight_bits.sieved_graph import sieved
 from retina_fast.kernels.candidate_selection import candidate_selection, logit
 from retina_fast.kernels.levels import flatten_all
@@ -47,9 +47,9 @@ def test_a_conv_at_some_cells_and_at_all(kernel, level):
         patches = conv.patches(features, cells)
         made = conv.at_patches(patches, level).T
         torch.testing.assert_close(made.double(), right[cells], rtol=1e-5, atol=1e-5)
-        some = torch.tensor([5, 0])
-        made = conv.at_patches(patches, level, some).T
-        torch.testing.assert_close(made.double(), right[cells][:, some], rtol=1e-5, atol=1e-5)
+        row, output = (torch.rand(len(cells), 7) < 0.2).nonzero(as_tuple=True)
+        made = conv.some_at(features, level, cells, row, output)
+        torch.testing.assert_close(made.double(), right[cells][row, output], rtol=1e-5, atol=1e-5)
     assert torch.equal(features, given)
 
 
@@ -78,25 +78,31 @@ def same_as_everywhere(sieve, outputs, num_classes, score_thresh, topk):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """What the convs computed: which conv, its level, the cells, and how many outputs."""
+    """What the convs computed: which conv, its level, the cells, and how many outputs of them all."""
     made: list[tuple[LastConv, int, list[int], int]] = []
     patches, at_patches, everywhere = LastConv.patches, LastConv.at_patches, LastConv.everywhere
+    some_at_patches = LastConv.some_at_patches
     cells_of: list[list[int]] = []
 
     def noted(conv, features, cells):
         cells_of.append(cells.tolist())
         return patches(conv, features, cells)
 
-    def multiplied(conv, rows, level, outputs=None):
-        product = at_patches(conv, rows, level, outputs)
-        made.append((conv, level, cells_of[-1], len(product)))
-        return product
+    def multiplied(conv, rows, level):
+        made.append((conv, level, cells_of[-1], len(rows) * len(conv.bias)))
+        return at_patches(conv, rows, level)
+
+    def chosen(conv, rows, level, starts, outputs):
+        made.append((conv, level, cells_of[-1], len(outputs)))
+        return some_at_patches(conv, rows, level, starts, outputs)
 
     def dense(conv, features, level):
-        made.append((conv, level, list(range(len(features) * math.prod(conv.grid(features)))), len(conv.bias)))
+        cells = list(range(len(features) * math.prod(conv.grid(features))))
+        made.append((conv, level, cells, len(cells) * len(conv.bias)))
         return everywhere(conv, features, level)
 
-    for name, way in (("patches", noted), ("at_patches", multiplied), ("everywhere", dense)):
+    ways = {"patches": noted, "at_patches": multiplied, "some_at_patches": chosen, "everywhere": dense}
+    for name, way in ways.items():
         monkeypatch.setattr(LastConv, name, way)
     return made
 
@@ -117,7 +123,7 @@ def test_cells_are_chosen_by_code_margin_and_threshold(computed):
         computed.clear()
         found = sieve.candidates(outputs, 1, threshold, 99)
         conv, level, cells, wanted = computed[0]
-        assert (len(computed), conv, level, wanted) == (1, sieve.logits, 0, 3)  # all logits of a cell
+        assert (len(computed), conv, level, wanted) == (1, sieve.logits, 0, 3 * len(cells))  # all logits of a cell
         assert cells == ([*range(8)] if all_computed else chosen)
         above = (rows > logit(threshold)) & torch.isin(torch.arange(8), torch.tensor(chosen))[:, None]
         expected = rows.masked_fill(~above, -math.inf).flatten().sort(descending=True, stable=True)
@@ -143,11 +149,11 @@ def of_exact(conv, features, level, held, margin, excess):
     return (off / held.scale + held.zero).round().clamp(0, 255).to(torch.uint8)
 
 
-@pytest.mark.parametrize("classes", [2, FEW_LOGITS // 3 + 2])
+@pytest.mark.parametrize("classes", [2, 24])
 @pytest.mark.parametrize("topk", [0, 1, 5, 40, 10**9])
 def test_candidates_are_those_of_all_cells(classes, topk, computed, monkeypatch):
     """Of two levels and images, of which the second has lower logits; where an anchor has few classes, and many."""
-    monkeypatch.setattr("retina_fast.deploy.eight_bits.sieve.GROUP", 4)
+    monkeypatch.setattr("retina_fast.deploy.eight_bits.sieve.CELLS", 4)
     conv = last_conv(3 * classes)
     features = [features_of(2, side, 9) for side in (15, 8)]
     for level in features:
@@ -161,17 +167,32 @@ def test_candidates_are_those_of_all_cells(classes, topk, computed, monkeypatch)
     assert found.counts[0] >= min(topk, 20)
     computed.clear()
     sieve.candidates(outputs, classes, 0.5, topk)
-    products = [(level, len(cells) * wanted) for conv, level, cells, wanted in computed]
+    count = sum(wanted for *_, wanted in computed)
     if topk <= 5:  # then fewer are computed than exceed the threshold
-        most = sum(count for _, count in products)
         computed.clear()
         sieve.candidates(outputs, classes, 0.5, 10**9)
-        assert most < sum(len(cells) * wanted for _, _, cells, wanted in computed)
-    if classes > 2 and topk <= 5:
-        assert all(len(cells) <= 4 for _, _, cells, _ in computed)
-        assert sum(count for _, count in products) < 0.5 * sum(level.numel() for level in codes)
+        assert count < sum(wanted for *_, wanted in computed)
+        assert count < (0.5 if classes == 2 else 0.02) * sum(level.numel() for level in codes)
     for score_thresh in (0.0, 0.02, 0.9, 1.0):
         same_as_everywhere(sieve, outputs, classes, score_thresh, topk)
+
+
+@pytest.mark.parametrize(("share", "computed_of_100"), [(0.1, 10), (0.5, 100)])
+def test_many_logits_of_a_cell_are_computed_one_by_one_or_all_together(share, computed_of_100, computed):
+    conv, features = last_conv(100), features_of(1, 20, 20)
+    codes = torch.zeros(1, 20, 20, 100, dtype=torch.uint8)
+    codes[0, 3:6, :, : int(100 * share)] = 255
+    sieve = Sieve(conv, last_conv(12), (Codes(0.1, 100),), (0.1,), (0.1,))
+    found = sieve.candidates([codes, features, features], 50, 0.5, 10**9)
+    ((_, _, cells, count),) = computed
+    assert cells == list(range(60, 120))
+    assert count == 60 * computed_of_100
+    exact = conv.everywhere(features, 0).flatten()
+    chosen = exact.new_zeros(exact.shape, dtype=torch.bool).view(400, 100)
+    chosen[60:120, :computed_of_100] = True
+    right = ((exact > 0) & chosen.flatten()).nonzero()[:, 0]
+    assert sorted((found.anchors * 50 + found.labels)[0, : len(right)].tolist()) == right.tolist()
+    assert found.counts.tolist() == [len(right)]
 
 
 def test_of_each_image_those_are_computed_that_can_be_among_its_own_highest(computed):
