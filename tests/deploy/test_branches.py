@@ -44,7 +44,7 @@ def pixels():
     return torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("count", [1, 3, 9])
+@pytest.mark.parametrize("count", [1, 3, pytest.param(9, marks=pytest.mark.slow)])
 def test_branches_give_what_one_stream_gives(model, count):
     with torch.no_grad():
         levels, heads = run_convs(model, pixels())

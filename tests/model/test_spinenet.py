@@ -48,7 +48,9 @@ def trainable(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "size", [pytest.param(x, marks=pytest.mark.slow if x in ("143", "190") else ()) for x in SIZES]
+)
 def test_published_parameters_and_multiply_adds(size):
     with torch.device("meta"):
         model = MODELS[f"retinanet_spinenet{size}"]().eval()

@@ -198,6 +198,7 @@ def division_of_zero_faults(ptx: str) -> str:
 
 NIGHTLY = (
     "focal_loss fp16 K=91",
+    "focal_loss fp32 K=91",
     "focal_loss fp32 K=1 gamma=1.5",
     "sigmoid_focal_loss fp32 gamma=1.5",
     "box_loss bf16 smooth_l1",
@@ -207,6 +208,7 @@ NIGHTLY = (
     "candidate_selection bf16 K=7 equal",
     "candidate_selection bf16 K=7 mixed",
     "candidate_selection bf16 K=91",
+    "candidate_selection bf16 K=1",
     "candidate_selection fp32 K=7 mixed",
     "batched_nms best first",
 )

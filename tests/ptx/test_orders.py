@@ -179,7 +179,14 @@ def _hand_on(values, told, drawn, out, BLOCK: tl.constexpr, RELEASE: tl.constexp
     tl.store(out + n, n)
 
 
-@pytest.mark.parametrize("order", [{}, {"together": 2}, *({"seed": seed, "shuffle": True} for seed in range(1, 7))])
+@pytest.mark.parametrize(
+    "order",
+    [
+        {},
+        {"together": 2},
+        *(pytest.param({"seed": n, "shuffle": True}, marks=pytest.mark.slow if n > 1 else ()) for n in range(1, 7)),
+    ],
+)
 @pytest.mark.parametrize(
     ("release", "acquire", "scope", "barrier", "race"),
     [

@@ -110,7 +110,7 @@ def settings_of(recipe: str, crop: int) -> TrainSettings:
     return TrainSettings("retinanet_spinenet49s", steps=4, batch_size=2, crop=crop, recipe=recipe)
 
 
-@pytest.mark.parametrize("name", ["spinenet-b", "spinenet-c"])
+@pytest.mark.parametrize("name", [pytest.param("spinenet-b", marks=pytest.mark.slow), "spinenet-c"])
 def test_a_short_run_by_a_published_recipe(data, tmp_path, monkeypatch, name):
     small = RECIPES[name].kwargs | {"specification": TINY}  # type: ignore[operator]
     monkeypatch.setitem(RECIPES, name, replace(RECIPES[name], kwargs=small))

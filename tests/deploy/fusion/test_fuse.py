@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from functools import partial
 from typing import Any, cast
 
@@ -53,7 +54,7 @@ def folded(name, size=64):
 # Equal to what they were
 
 BUILDERS = [
-    pytest.param(name, marks=pytest.mark.slow if "101" in name or "152" in name else ())  # more of ResNet-50's blocks
+    pytest.param(name, marks=pytest.mark.slow if re.search("34|101|152", name) else ())  # more of the others' blocks
     for name in builders.MODELS
     if "spinenet" not in name or name.endswith(("49s", "49xs_mobile"))
 ]
