@@ -16,12 +16,6 @@ from retina_fast.kernels.levels import flatten_all
 from tests.deploy.eight_bits.pairs import INT16, largest_sums
 from tests.deploy.eight_bits.test_quantize import noise
 
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 INPUTS = (Codes(0.02, 0), Codes(0.015, 40))
 
 
@@ -185,8 +179,7 @@ def test_many_logits_of_a_cell_are_computed_one_by_one_or_all_together(share, co
     sieve = Sieve(conv, last_conv(12), (Codes(0.1, 100),), (0.1,), (0.1,))
     found = sieve.candidates([codes, features, features], 50, 0.5, 10**9)
     ((_, _, cells, count),) = computed
-    assert cells == list(range(60, 120))
-    assert count == 60 * computed_of_100
+    assert (cells, count) == (list(range(60, 120)), 60 * computed_of_100)
     exact = conv.everywhere(features, 0)[0, 3:6, :, :computed_of_100]
     right = exact[exact > 0].sort(descending=True).values.sigmoid()
     torch.testing.assert_close(found.scores[0, : int(found.counts)], right)
