@@ -30,8 +30,9 @@ def quicken() -> None:
     options = interpreter.interpreter_builder.options
     if not options.debug:
         interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
-    interpreter.ReduceOps.generic_reduce = _reduce_slices
-    interpreter.ScanOps.generic_scan = _scan_slices
+    reduce, scan = interpreter.ReduceOps, interpreter.ScanOps
+    reduce.generic_reduce = _unless_it_branches(_reduce_slices, reduce.generic_reduce)
+    scan.generic_scan = _unless_it_branches(_scan_slices, scan.generic_scan)
     _replace_once_a_launch()
     _remember_shapes()
     _remember_types()
@@ -70,12 +71,13 @@ def _remember_shapes() -> None:
         shape = tuple(kind.shape) if kind.is_block() else ()
         if shape not in made:
             make(tensor, handle, kind)
-            made[shape] = dict(tensor.__dict__)
+            made[shape] = {"shape": tensor.shape, "numel": tensor.numel}
         tensor.__dict__.update(made[shape])
         tensor.handle, tensor.type, tensor.dtype = handle, kind, kind.scalar
 
     def make_type_alike(kind: Any, element: Any, shape: Any) -> None:
-        key = (element.name, *(side.value if isinstance(side, tl.constexpr) else side for side in shape))
+        sides = [side.value if isinstance(side, tl.constexpr) else side for side in shape]
+        key = (element.name, *sides, *map(type, sides))
         if key not in made_types:
             make_type(kind, element, shape)
             made_types[key] = dict(kind.__dict__)
@@ -100,6 +102,29 @@ def _remember_types() -> None:
         return found[name]
 
     interpreter._get_np_dtype = find_once
+
+
+class _Branch(Exception):
+    """A function of the kernel's own asks whether a value holds, which of a slice it does and does not."""
+
+
+def _unless_it_branches(by_slices: Any, by_elements: Any) -> Any:
+    def refuse(value: Any) -> bool:
+        if value.handle.data.size > 1:
+            raise _Branch
+        return bool(value.handle.data)
+
+    def combine(operation: Any, tensors: tuple[Any, ...]) -> list[Any]:
+        holds, tl.tensor.__bool__ = tl.tensor.__bool__, refuse
+        try:
+            return by_slices(operation, tensors)
+        except _Branch:
+            pass
+        finally:
+            tl.tensor.__bool__ = holds
+        return by_elements(operation, tensors)
+
+    return combine
 
 
 def _reduce_slices(operation: Any, tensors: tuple[Any, ...]) -> list[Any]:

@@ -24,6 +24,23 @@ def _halves(value, other):
 
 
 @triton.jit
+def _larger(value, other):
+    return value if value > other else other
+
+
+@triton.jit
+def _largest(values, out, A: tl.constexpr, B: tl.constexpr):
+    b = tl.arange(0, B)
+    tl.store(out + b, tl.reduce(tl.load(values + tl.arange(0, A)[:, None] * B + b[None, :]), 0, _larger))
+
+
+def test_own_functions_may_branch():
+    values, out = torch.randn(4, 8), torch.empty(8)
+    _largest[(1,)](values, out, 4, 8)
+    assert torch.equal(out, values.amax(dim=0))
+
+
+@triton.jit
 def _kernel(
     values, indices, reduced, reduced_index, scanned, whole, AXIS: tl.constexpr, REVERSE: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,

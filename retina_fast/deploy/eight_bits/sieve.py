@@ -34,9 +34,11 @@ that is wanted is computed by itself, which takes five times as long a logit (AV
 CELLS = 4096
 """So many cells are computed at a time, which bounds the memory that their neighbourhoods take in float32."""
 
-with warnings.catch_warnings():  # the first sparse tensor of a process has PyTorch say that these are in beta
+with (
+    warnings.catch_warnings()
+):  # the first sparse tensor of a process has PyTorch say that these are in beta, unchecked
     warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu", check_invariants=False)
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class LastConv:
         """
         values, weight = self._factors(patches, level)
         size = len(patches), len(weight)
-        chosen = torch.sparse_csr_tensor(starts, outputs, self.bias[outputs], size, check_invariants=False)
+        chosen = torch.sparse_csr_tensor(starts, outputs, self.bias[outputs], size)
         return torch.sparse.sampled_addmm(chosen, values, weight.T, alpha=self.inputs[level].scale).values()
 
     def _factors(self, patches: Tensor, level: int) -> tuple[Tensor, Tensor]:
