@@ -1,6 +1,6 @@
 """Takes costs out of Triton's interpreter that change nothing of what it computes, and a fault out of that of 3.6.
 
-Tests of kernels spend most of their time in the interpreter, and with these less than half of it is left:
+Tests of kernels spend most of their time in the interpreter, and with these a third of that is left at most:
 
 - each call of a function within a kernel searches the whole of ``triton.language`` for what it must replace, which the
   launch has done before;

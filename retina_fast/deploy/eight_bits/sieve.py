@@ -34,10 +34,8 @@ that is wanted is computed by itself, which takes five times as long a logit (AV
 CELLS = 4096
 """So many cells are computed at a time, which bounds the memory that their neighbourhoods take in float32."""
 
-with (
-    warnings.catch_warnings()
-):  # the first sparse tensor of a process has PyTorch say that these are in beta, unchecked
-    warnings.simplefilter("ignore")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that sparse tensors are in beta, and not checked: said of the first of a process
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu")
 
 
