@@ -110,7 +110,7 @@ class Network:
         features = _features(len(outputs[0]), sizes)
         num_classes = int(model.head.classification_head.num_classes)
         found = self.sieve.candidates(outputs, num_classes, model.score_thresh, model.topk_candidates)
-        return features, found, self.sieve.offsets(outputs, found.anchors, outputs[0].shape[3] // num_classes)
+        return features, found, self.sieve.offsets(outputs, found.anchors, len(self.sieve.logits.bias) // num_classes)
 
     def run(self, pixels: Tensor) -> list[Tensor]:
         """The outputs of the graph."""

@@ -148,8 +148,9 @@ class LastConv:
 class Sieve:
     """What finds the candidates, and the convs that are computed there.
 
-    Its methods take the outputs of the graph, uint8 all: L levels of logits (B, H, W, O), then L of the features that
-    the logits' conv reads, then L of those that the other reads, (B, H + border, W + border, C) each.
+    Its methods take the outputs of the graph, uint8 all: L levels of logits (B, H, W, O or more, of which the first O
+    count), then L of the features that the logits' conv reads, then L of those that the other reads,
+    (B, H + border, W + border, C) each.
 
     Attributes:
         logits: the conv that gives the logits.
@@ -177,10 +178,10 @@ class Sieve:
     def candidates(self, outputs: Sequence[Tensor], num_classes: int, score_thresh: float, topk: int) -> Candidates:
         """What :func:`retina_fast.kernels.candidate_selection.candidate_selection` gives for the logits of all cells,
         unless an image makes larger errors in eight bits than margin and excess allow for."""
-        batch, levels = len(outputs[0]), range(len(self.codes))
-        of_levels = [self._found(i, outputs[i], outputs[len(levels) + i], logit(score_thresh), topk) for i in levels]
-        images = [[found[b] for found in of_levels] for b in range(batch)]
-        sizes = [outputs[i].shape[1:].numel() for i in levels]
+        codes, threshold = self._logits(outputs), logit(score_thresh)
+        of_levels = [self._found(i, level, outputs[len(codes) + i], threshold, topk) for i, level in enumerate(codes)]
+        images = [[found[b] for found in of_levels] for b in range(len(codes[0]))]
+        sizes = [level.shape[1:].numel() for level in codes]
         return candidates_of(images, sizes, num_classes, topk, outputs[0].device)
 
     def offsets(self, outputs: Sequence[Tensor], anchors: Tensor, per_cell: int) -> Tensor:
@@ -198,6 +199,10 @@ class Sieve:
         index = torch.cat(places, dim=1).gather(1, cells) * per_cell + anchors % per_cell
         of_anchors = torch.cat(rows).view(first * per_cell, len(self.deltas.bias) // per_cell)
         return of_anchors.index_select(0, index.flatten()).unflatten(0, anchors.shape)
+
+    def _logits(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The levels of logits (B, H, W, O) in eight bits."""
+        return [level[..., : len(self.logits.bias)] for level in outputs[: len(self.codes)]]
 
     def _found(
         self, level: int, codes: Tensor, features: Tensor, threshold: float, topk: int
@@ -255,8 +260,8 @@ class Sieve:
         levels = range(len(self.codes))
         too_low, too_high = ([0.0] * len(levels) for _ in range(2))
         for of_image in outputs:
-            for i in levels:
-                codes, exact = of_image[i], self.logits.everywhere(of_image[len(levels) + i], i)
+            for i, codes in enumerate(self._logits(of_image)):
+                exact = self.logits.everywhere(of_image[len(levels) + i], i)
                 error = exact - self.codes[i].values(codes)
                 below, above = error[codes < 255], -error[codes > 0]  # 255 stands for all above, and 0 for all below
                 too_low[i] = max(too_low[i], float(below.amax()) if len(below) else 0.0)
