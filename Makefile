@@ -13,6 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no
 # The versions of constraints.txt; where the index no longer has one of them, the newest that pyproject.toml allows.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip  # that of Python 3.11 takes a minute longer for all that follows
 	$(PIP) --constraint constraints.txt --editable '.[dev]' \
 		|| (echo 'constraints.txt cannot be met here: installing the newest versions' && $(PIP) --editable '.[dev]')
 	touch $@
