@@ -69,7 +69,9 @@ def choose_network(
             run = Network(proto.SerializeToString(), "ONNX Runtime").run
             sieve = sieve.measured(run(pixels_of(model, image)) for image in images[:SEARCHED])
     networks = {name: Network(proto.SerializeToString(), name, sieve) for name in RUNTIMES}
-    runs: dict[str, Callable[[], Any]] = {name: partial(run, model, pixels) for name, run in networks.items()}
+    runs: dict[str, Callable[[], Any]] = {
+        name: partial(_as_in_an_engine, network, model, pixels) for name, network in networks.items()
+    }
     if not eight_bits:
         batch = pixels.contiguous(memory_format=torch.channels_last)
         runs[PYTORCH] = partial(run_convs, model, batch)
@@ -80,6 +82,14 @@ def choose_network(
     best = min(seconds, key=lambda name: seconds[name])
     size, margin = tuple(pixels.shape[2:]), max(sieve.margins) if sieve else None
     return networks.get(best), RuntimeChoice(best, size, seconds, failed, layers, left, len(images), margin)
+
+
+def _as_in_an_engine(network: Network, model: RetinaNet, pixels: Tensor) -> None:
+    """Run what an engine asks of a network: with a sieve, the last convs of few cells."""
+    if network.sieve:
+        network.candidates(model, network.run(pixels))
+    else:
+        network(model, pixels)
 
 
 def compare_with(model: RetinaNet, engine: Callable[..., Any], images: Sequence[Tensor]) -> Kept:

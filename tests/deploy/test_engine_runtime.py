@@ -22,6 +22,7 @@ from retina_fast.data.errors import UserError
 from retina_fast.deploy import engine_runtime, onnx_network, plan
 from retina_fast.deploy.eight_bits.agreement import compare
 from retina_fast.deploy.eight_bits.quantize import Quantizer
+from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
 from retina_fast.deploy.onnx_network import Network, trace
 from retina_fast.detections import detect_candidates
@@ -195,6 +196,24 @@ def test_what_cannot_be_compiled(model, stand_in, monkeypatch):
     monkeypatch.setattr(engine_runtime, "fastest", lambda runs: ({}, {"Other": "it is not there"}))
     with pytest.raises(UserError, match="no runtime runs the graph: Other: it is not there"):
         compile_inference(model, given, dtype=torch.float32, try_runtimes=True)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of a calibration with few images, and what random weights lose
+def test_in_eight_bits_a_runtime_is_timed_with_the_last_convs_of_few_cells(model, monkeypatch):
+    pytest.importorskip("onnxruntime")
+
+    def everywhere(*_):
+        raise AssertionError("the last convs were computed at all cells")
+
+    def fastest(runs):
+        with monkeypatch.context() as patch:
+            patch.setattr(Sieve, "everywhere", everywhere)
+            return onnx_network.fastest(runs)
+
+    monkeypatch.setattr(engine_runtime, "fastest", fastest)
+    engine = compile_inference(model, pictures((64, 80)), dtype=torch.int8)
+    assert "ONNX Runtime was left out" not in str(engine)
+    assert len(engine(pictures((80, 64)))[0]["boxes"]) > 5
 
 
 @pytest.mark.slow
