@@ -20,9 +20,10 @@ LOWEST = -10.0
 """Logits below this need not be told apart: their scores are below 5e-5."""
 
 BLOCK = 32
-"""OpenVINO's 8-bit convs on AVX2 compute 8 outputs at a time, and up to 4 times 8 with what is once read, if that
-divides their number. ResNets of 91 classes have 819 logits a cell, 103 times 8, which is a prime number: those take
-334 ms for the finest level of an 800x800 image, and 832 take 261 (one thread of an AMD EPYC, OpenVINO 2026.4.1)."""
+"""OpenVINO's 8-bit convs on AVX2 compute outputs in groups of 8. What they read once serves 4, 3, 2 groups or 1, as
+many as divide the number of groups. ResNets of 91 classes have 819 logits a cell, which are 103 groups, a
+prime number: for the finest level of an 800x800 image they take 334 ms, and 832 take 261 (one thread of an AMD EPYC,
+OpenVINO 2026.4.1, by no command of the repository)."""
 
 
 def with_blocks(count: int) -> int:
