@@ -75,7 +75,7 @@ def norms_in_float32(proto: Any) -> Any:
         rounded = back and graph.made_by.get(back.input[0])
         if back and rounded and [back.op_type, rounded.op_type] == ["DequantizeLinear", "QuantizeLinear"]:
             for node in graph.readers[norm.x]:
-                if node and node.op_type in ("Reshape", "Shape"):
+                if node and node.op_type == "Reshape":
                     node.input[0] = rounded.input[0]
     return proto
 

@@ -137,6 +137,7 @@ class Quantizer:
         )
         made = quantizer.quantize_model()
         _leave_in_float(made.graph, self._in_float)
+        _take_shapes_of_codes(made.graph)
         quantizer.model.topological_sort()
         quantizer.model.clean_initializers()
         del made.metadata_props[:]
@@ -197,6 +198,14 @@ def _leave_in_float(graph: Any, tensors: Collection[str]) -> None:
     for node in graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = pairs.get(name, name)
+
+
+def _take_shapes_of_codes(graph: Any) -> None:
+    """Let each Shape read codes, not values: ONNX Runtime would compute the values once more, for it alone."""
+    codes = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    for node in graph.node:
+        if node.op_type == "Shape":
+            node.input[0] = codes.get(node.input[0], node.input[0])
 
 
 def _heads(proto: Any) -> Any:

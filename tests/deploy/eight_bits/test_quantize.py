@@ -11,6 +11,7 @@ from torchvision.io import write_png
 from retina_fast.data.errors import UserError
 from retina_fast.deploy.eight_bits.agreement import compare
 from retina_fast.deploy.eight_bits.calibration import MOST_FILES, calibration_images
+from retina_fast.deploy.export.onnx_file import onnx_session
 from tests.deploy.eight_bits.pairs import INT16, largest_sums
 from tests.deploy.pictures import images as pictures
 
@@ -95,6 +96,23 @@ def test_convs_and_what_lies_between_are_quantised(quantizer):
     assert {"centred", "c2", "a2", "r3"} <= quantised
     assert not {"x", "c3", "l1", "y"} & quantised
     assert {entry.key: entry.value for entry in made.metadata_props} == {"ours": "stays"}
+
+
+def test_a_shape_is_read_of_the_codes():
+    """ONNX Runtime gives each reader of the values a DequantizeLinear of its own, and so would a Shape take a pass."""
+    import onnx
+
+    from retina_fast.deploy.eight_bits.quantize import Quantizer
+
+    proto = graph()
+    proto.graph.node.append(onnx.helper.make_node("Shape", ["a2"], ["sides"], "shape"))
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("sides", onnx.TensorProto.INT64, [4]))
+    made = Quantizer(proto, [noise(1, 3, 16, 16)]).quantized()
+    made_by = {output: node.op_type for node in made.graph.node for output in node.output}
+    shape = next(node for node in made.graph.node if node.op_type == "Shape")
+    assert made_by[shape.input[0]] == "QuantizeLinear"
+    session = onnx_session(made.SerializeToString())
+    assert session.run(["sides"], {"x": noise(2, 3, 16, 16)})[0].tolist() == [2, 4, 8, 8]
 
 
 def test_eight_bits_are_near_float32_in_two_runtimes(quantizer):
