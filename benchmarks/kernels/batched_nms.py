@@ -45,6 +45,7 @@ SETTINGS = [
     *[Setting(classes=1, kind=kind) for kind in SETS],
     *[Setting(boxes=boxes) for boxes in (0, 1000, 20_000, 100_000)],
     Setting(kept=5000),
+    Setting(boxes=20_000, classes=1, kept=20_000),
 ]
 GOALS = {base: f"K5-b{base.batch}" for base in BASES}
 CPU_SETTING = Setting(classes=1)
@@ -70,7 +71,9 @@ def boxes_of(setting: Setting, generator: torch.Generator) -> Tensor:
     if setting.kind == "all overlapping":
         return torch.tensor([0.0, 0, 100, 100]) + rand(setting.boxes, 4)
     step = 2.5 if setting.kind == "chain" else 20.0  # of boxes 10 wide: an IoU of 0.6 with the next
-    x = (torch.arange(setting.boxes) * step).expand(shape)
+    x = (torch.arange(setting.boxes) * step).repeat(setting.batch, 1)
+    if setting.kind == "chain":  # a tile that begins at an even rank begins with a box that the tile before suppresses
+        x[:, :1] = -1000.0
     return torch.stack((x, torch.zeros(shape), x + 10, torch.full(shape, 10.0)), dim=2)
 
 
@@ -147,6 +150,7 @@ SMALL = [
     _case(Setting(boxes=200, classes=11, kept=250), "K5-b1"),
     _case(Setting(2, 200, 11, kept=250), "K5-b32"),
     *[_case(Setting(2, 200, 1, kind, 250)) for kind in SETS],
+    *[_case(Setting(1, 1500, 1, kind, 1500)) for kind in ("clustered", "chain")],  # tiles that wait for each other
     _case(Setting(boxes=0)),
 ]
 

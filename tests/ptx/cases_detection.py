@@ -169,13 +169,14 @@ def batched_nms(
 ) -> Run:  # fmt: skip
     """Clusters of boxes with few distinct scores, in three images of which one is empty. In the first, many pairs have
     an IoU that is the threshold but for rounding. With `small_tiles` a class has several tiles. With `chain` each box
-    of an image overlaps with the next, and none with the one after."""
+    of an image but the first overlaps with the next, and none with the one after."""
     which = torch.randint(0, max(count // 5, 1), (3, count, 1), generator=generator).expand(-1, -1, 2)
     corner = torch.rand(3, max(count // 5, 1), 2, generator=generator).gather(1, which) * 300
     corner = corner + torch.randn(3, count, 2, generator=generator) * 3
     boxes = torch.cat((corner, corner + 10 + torch.rand(3, count, 2, generator=generator) * 8), dim=2)
     if chain:
-        corner = torch.stack((torch.arange(count) * 2.5, torch.zeros(count)), dim=1).expand(3, -1, -1)
+        corner = torch.stack((torch.arange(count) * 2.5, torch.zeros(count)), dim=1).repeat(3, 1, 1)
+        corner[:, 0] = -1000
         boxes = torch.cat((corner, corner + 10), dim=2)
     scores: Tensor | None = torch.rand(3, count, generator=generator).mul(50).round() / 50
     labels = shifted(torch.randint(0, classes, (3, count), generator=generator), shift) if by_class else None
