@@ -155,6 +155,17 @@ def run_network(
     return head_outputs(model.head, returned, anchors, cells_of(features))
 
 
+def input_channels(model: nn.Module) -> int:
+    """The channels of a model's images, as its first conv takes them.
+
+    Example::
+
+        >>> input_channels(nn.Sequential(nn.Conv2d(1, 8, 3)))
+        1
+    """
+    return next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+
+
 def cells_of(features: Sequence[Tensor]) -> list[int]:
     """How many cells the grid of each level ``(B, C, H, W)`` has."""
     return [level.shape[-2] * level.shape[-1] for level in features]

@@ -60,6 +60,9 @@ class DetectorModule(Predicts, nn.Module):
         """Make what belongs to the device of the model's weights."""
         raise NotImplementedError
 
+    def check_move(self, weight: Tensor) -> None:
+        """Called before the weights are moved, with an empty one that has come to lie where they will."""
+
     def moved(self) -> None:
         """Called when the weights have come to lie elsewhere or have another dtype, before :meth:`prepare`."""
 
@@ -95,7 +98,9 @@ class DetectorModule(Predicts, nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DetectorModule":
-        before = next(self.model.parameters()).data_ptr()
+        weight = next(self.model.parameters())
+        self.check_move(fn(weight.new_empty(0)))
+        before = weight.data_ptr()
         super()._apply(fn, recurse)
         if next(self.model.parameters()).data_ptr() != before:
             self.moved()

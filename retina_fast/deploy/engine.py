@@ -10,14 +10,14 @@ from a table that one small upload replaces. At most `max_shapes` are kept; the 
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection import retinanet as tv
 
 from retina_fast.convert import copied, from_torchvision
@@ -34,7 +34,7 @@ from retina_fast.deploy.report import Report, difference
 from retina_fast.deploy.tuned import Chooser, choose_ways, timed_convs, user_cache_file
 from retina_fast.detections import Detections, Thresholds
 from retina_fast.device import Uploads, best_dtype, keep_freed_memory
-from retina_fast.forward import Convs, Sizes, run_convs
+from retina_fast.forward import Convs, Sizes, input_channels, run_convs
 from retina_fast.kernels.conv_float8 import FLOAT8
 from retina_fast.kernels.dispatch import HAS_TRITON, is_transformed
 from retina_fast.kernels.image_batch import batch_shape
@@ -72,14 +72,17 @@ class Engine(DetectorModule):
         self._sides: list[Any] = []  # streams beside that of the captures
         self._uploads = Uploads(self._device)
 
+    def check_move(self, weight: Tensor) -> None:
+        """Raise TypeError for weights that another runtime does not follow."""
+        network = self.settings.network
+        if network and (weight.device.type, weight.dtype) != ("cpu", torch.float32):
+            raise TypeError(f"what {network.runtime} runs stays in float32 on the CPU: compile the model anew")
+
     def moved(self) -> None:
         """Compute in the dtype that the weights have now, and capture graphs if they lie on a GPU now. What was
         measured before holds no longer."""
         self.model.to(memory_format=torch.channels_last)
         weight = next(self.model.parameters())
-        network = self.settings.network
-        if network and (weight.device.type, weight.dtype) != ("cpu", torch.float32):
-            raise TypeError(f"what {network.runtime} runs stays in float32 on the CPU: compile the model anew")
         way = {"dtype": weight.dtype, "graphs": _takes_graphs(weight.device, self.settings.max_shapes)}
         self.settings = replace(self.settings, **way)
         if self.report.float8 and not self.report.float8.simulated and not keeps_float8(weight):
@@ -279,14 +282,14 @@ def compile_inference(
         raise ValueError(f"max_shapes must be at least 0, got {max_shapes}")
     if device.type == "cpu":
         keep_freed_memory()
-    if len(images):
+    if not isinstance(images, Sized) or len(images):
         images = check_images(images, 1, take_uint8=True)
     own = copied(model).eval().requires_grad_(False)
     # The batch is padded for the backbone at once, which then need not pad.
     own.transform.size_divisible = math.lcm(own.transform.size_divisible, getattr(own.backbone, "size_divisible", 1))
     norms = count_norms(own)
-    channels = next(module.in_channels for module in own.modules() if isinstance(module, nn.Conv2d))
-    sample = torch.rand(1, channels, 128, 128, device=device, dtype=next(own.parameters()).dtype)
+    own = own.to(torch.promote_types(next(own.parameters()).dtype, weights))  # norms are folded in the wider dtype
+    sample = torch.rand(1, input_channels(own), 128, 128, device=device, dtype=next(own.parameters()).dtype)
     outputs = partial(conv_outputs, own, sample)
     with torch.no_grad(), timed_convs():  # else cuDNN would keep what its heuristics chose for these shapes
         folded = fold_batch_norm(own, outputs)

@@ -3,6 +3,7 @@
 The graph is written once; the runtimes that are installed take turns on the first image, and the fastest stays.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retina_fast.convert import copied
 from retina_fast.data.errors import UserError
 from retina_fast.deploy.eight_bits.agreement import COMPARED, SEARCHED, Found, Kept, compare
 from retina_fast.deploy.eight_bits.calibration import calibration_images
@@ -35,6 +37,9 @@ def choose_network(
         float32_share: how much of the work may then stay in float32, see
             :meth:`retina_fast.deploy.eight_bits.quantize.Quantizer.most_changing`.
 
+    Warns:
+        UserWarning: for modules with forward hooks.
+
     Raises:
         UserError: for another dtype or device, without an image, for images that cannot serve for calibration, or if no
             runtime is installed that runs the graph.
@@ -50,13 +55,18 @@ def choose_network(
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise UserError(f"other runtimes, and eight bits, serve a CPU alone, but the model is on {device}")
+    if hooked := [name or "the model" for name, module in model.named_modules() if module._forward_hooks]:
+        warnings.warn(
+            f"forward hooks are not called where another runtime runs trunk and heads: of {', '.join(hooked)}",
+            stacklevel=3,
+        )
     pixels = pixels_of(model, images[0])
     proto = trace(model, model.transform.size_divisible)
     layers, left, sieve = 0, [], None
     if eight_bits:
 
         def feeds() -> Iterator[Any]:
-            for image in calibration_images(images):
+            for image in calibration_images(images, channels=pixels.shape[1]):
                 yield pixels_of(model, image).numpy()
 
         quantizer = Quantizer(proto, feeds())
@@ -96,15 +106,17 @@ def compare_with(model: RetinaNet, engine: Callable[..., Any], images: Sequence[
     """What became of the model's detections in the first 16 images, with a warning if too much did.
 
     Args:
-        model: in float32, as the user gave it.
+        model: as the user gave it; it detects in float32.
         engine: of it, in eight bits.
         images: uint8 or floating point.
     """
+    if next(model.parameters()).dtype != torch.float32:
+        model = copied(model).float()
 
     @torch.no_grad()
     def pairs() -> Iterator[tuple[Found, Found]]:
         for image in images[:COMPARED]:
-            yield model([image if image.is_floating_point() else image.float() / 255])[0], engine([image])[0]
+            yield model([image.float() / (1 if image.is_floating_point() else 255)])[0], engine([image])[0]
 
     kept = compare(pairs())
     kept.warn("the engine", stacklevel=4)

@@ -17,7 +17,7 @@ from retina_fast.deploy.eight_bits.products import convs_as_products
 from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.deploy.export.onnx_file import QUANTIZED_OPSET, onnx_session, translate
 from retina_fast.deploy.openvino_graph import OpenVinoGraph
-from retina_fast.forward import DELTAS, LOGITS, run_convs
+from retina_fast.forward import DELTAS, LOGITS, input_channels, run_convs
 from retina_fast.kernels.candidate_selection import Candidates
 from retina_fast.model import RetinaNet
 
@@ -57,7 +57,8 @@ def trace(model: RetinaNet, multiple: int) -> Any:
     """
     model = copied(model).to(memory_format=torch.contiguous_format)
     # Large enough that no level has a single row, which the exporter would take for a constant.
-    pixels = torch.zeros(2, 3, 8 * multiple, 12 * multiple, device="cpu")
+    sides = 8 * multiple, 12 * multiple
+    pixels = torch.zeros(2, input_channels(model), *sides, dtype=torch.float32, device="cpu")
     height, width = (multiple * torch.export.Dim(name, min=1) for name in ("height", "width"))
     shapes = {"pixels": {0: torch.export.Dim("batch", min=1), 2: height, 3: width}}
     with torch.no_grad():

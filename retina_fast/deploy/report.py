@@ -168,6 +168,7 @@ def pixels_of(model: RetinaNet, image: Tensor) -> Tensor:
     """The batch (1, 3, H, W) that an image becomes, float32 on the device of the model's weights."""
     weights = next(model.parameters())
     (image,) = check_images([image.to(weights.device)], 1, take_uint8=True)
+    image = image.float() if image.is_floating_point() else image
     transform = model.transform
     constants = transform.image_mean, transform.image_std
     return image_batch([image], resized_sizes(transform, [image]), *constants, transform.size_divisible)

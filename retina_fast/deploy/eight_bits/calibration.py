@@ -19,13 +19,16 @@ FEW = 8
 """Fewer images than that, without those of a single colour, are warned of."""
 
 
-def calibration_images(images: Images, size: tuple[int, int] | None = None, prepared: bool = False) -> Iterator[Tensor]:
+def calibration_images(
+    images: Images, size: tuple[int, int] | None = None, prepared: bool = False, channels: int = 3
+) -> Iterator[Tensor]:
     """Each image, read and checked as it is asked for, so that only one is in memory.
 
     Args:
         images: see :data:`Images`.
         size: the height and width that each must have; None takes any.
         prepared: whether they are float32 of any values, as the model's transform makes them.
+        channels: of each.
 
     Raises:
         UserError: at once for a folder without images, or what is no list of images. While reading, for an unreadable
@@ -46,9 +49,13 @@ def calibration_images(images: Images, size: tuple[int, int] | None = None, prep
         named = ((str(path), read_image(path).as_subclass(Tensor)) for path in _files(Path(images)))
     elif isinstance(images, Iterable):
         named = ((f"calibration image {i}", image) for i, image in enumerate(images))
+    elif hasattr(images, "__len__") and hasattr(images, "__getitem__"):  # a PyTorch Dataset, which need not end
+        named = ((f"calibration image {i}", images[i]) for i in range(len(images)))
     else:
-        raise UserError(f"the images for calibration must be a list of images or a folder, got {type(images)}")
-    return _checked(named, size, prepared)
+        raise UserError(
+            f"the images for calibration must be a list or another iterable of images, or a folder, got {type(images)}"
+        )
+    return _checked(named, (channels, *size) if size else (channels,), prepared)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -61,7 +68,7 @@ def _files(folder: Path) -> list[Path]:
     return [files[i * len(files) // count] for i in range(count)]
 
 
-def _checked(named: Iterable[tuple[str, Tensor]], size: tuple[int, int] | None, prepared: bool) -> Iterator[Tensor]:
+def _checked(named: Iterable[tuple[str, Tensor]], size: tuple[int, ...], prepared: bool) -> Iterator[Tensor]:
     count = plain = 0
     for name, image in named:
         _check(name, image, size, prepared)
@@ -82,13 +89,13 @@ def _checked(named: Iterable[tuple[str, Tensor]], size: tuple[int, int] | None, 
         )
 
 
-def _check(name: str, image: Tensor, size: tuple[int, int] | None, prepared: bool) -> None:
+def _check(name: str, image: Tensor, size: tuple[int, ...], prepared: bool) -> None:
     if not isinstance(image, Tensor):
-        raise UserError(f"{name} must be a Tensor (3, H, W), got {type(image)}")
-    if image.dim() != 3 or image.shape[0] != 3 or not image.numel():
-        raise UserError(f"{name} must be (3, H, W), got {tuple(image.shape)}")
-    if size and tuple(image.shape[1:]) != tuple(size):
-        expected, given = ("x".join(map(str, sides)) for sides in (size, image.shape[1:]))
+        raise UserError(f"{name} must be a Tensor ({size[0]}, H, W), got {type(image)}")
+    if image.dim() != 3 or image.shape[0] != size[0] or not image.numel():
+        raise UserError(f"{name} must be ({size[0]}, H, W), got {tuple(image.shape)}")
+    if size[1:] and tuple(image.shape[1:]) != size[1:]:
+        expected, given = ("x".join(map(str, sides)) for sides in (size[1:], image.shape[1:]))
         raise UserError(f"{name} must be {expected} pixels, height and width, got {given}: crop or resize it")
     if prepared and image.dtype != torch.float32:
         raise UserError(f"{name} must be float32, as the model's transform makes it, got {image.dtype}")

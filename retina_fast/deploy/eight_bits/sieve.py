@@ -84,7 +84,9 @@ class LastConv:
         """
         columns, channels = features.shape[2:]
         sides, (height, width) = self.weight.shape[2:], self.grid(features)
-        beside = torch.tensor([down * columns + right for down in range(sides[0]) for right in range(sides[1])])
+        beside = torch.tensor(
+            [down * columns + right for down in range(sides[0]) for right in range(sides[1])], device=cells.device
+        )
         line = cells // width  # of all images
         first = cells + line * (sides[1] - 1)  # of its neighbours, as if in the first image
         if len(features) > 1:
@@ -135,7 +137,9 @@ class LastConv:
             rows: (W,) of which of the cells, rising.
             outputs: (W,) which ones.
         """
-        starts = torch.searchsorted(rows, torch.arange(len(cells) + 1))  # (N + 1,) of each cell's among all
+        starts = torch.searchsorted(
+            rows, torch.arange(len(cells) + 1, device=rows.device)
+        )  # (N + 1,) of each cell's among all
         values = [self.bias[:0]]
         for first in range(0, len(cells), CELLS):
             own = starts[first : first + CELLS + 1]
@@ -189,7 +193,7 @@ class Sieve:
         batch, levels = len(anchors), len(self.codes)
         cells = anchors // per_cell
         sizes = [level.shape[1:3].numel() for level in outputs[:levels]]
-        chosen = torch.zeros(batch, sum(sizes), dtype=torch.bool).scatter_(1, cells, True)
+        chosen = torch.zeros(batch, sum(sizes), dtype=torch.bool, device=cells.device).scatter_(1, cells, True)
         rows, places, first = [], [], 0
         for i, of_level in enumerate(chosen.split(sizes, dim=1)):
             flat = of_level.flatten()
@@ -213,12 +217,12 @@ class Sieve:
         # Code 255 may stand for any greater value, and code 0 for any lower one.
         least = math.ceil(max(0.0, min(255.0, (threshold - self.margins[level]) / held.scale + held.zero)))
         images = [self._wanted(level, image, least, topk) for image in codes.flatten(1, 2)]
-        first = torch.empty(0, dtype=torch.int64)
+        first = torch.empty(0, dtype=torch.int64, device=codes.device)
         cells = torch.cat([first, *(chosen + b * cells_of_image for b, (chosen, _) in enumerate(images))])
         if len(cells) > MOST_CELLS * len(codes) * cells_of_image:
             exact = self.logits.everywhere(features, level).flatten(1)
             return [(image[place], place) for image in exact for place in (contenders(image, threshold, topk),)]
-        wanted = torch.cat([torch.empty(0, count, dtype=torch.bool), *(logits for _, logits in images)])
+        wanted = torch.cat([codes.new_empty(0, count, dtype=torch.bool), *(logits for _, logits in images)])
         if int(wanted.count_nonzero()) > MOST_LOGITS * wanted.numel():
             found = self.logits.at(features, level, cells)
             row, output = (found > threshold).nonzero(as_tuple=True)
@@ -229,7 +233,8 @@ class Sieve:
             above = (values > threshold).nonzero()[:, 0]
             values, row, output = values[above], row[above], output[above]
         places = cells[row] * count + output
-        counts = torch.searchsorted(places, torch.arange(len(codes) + 1) * (cells_of_image * count)).diff().tolist()
+        ends = torch.arange(len(codes) + 1, device=places.device) * (cells_of_image * count)
+        counts = torch.searchsorted(places, ends).diff().tolist()
         split = zip(values.split(counts), places.split(counts), strict=True)
         return [(value, place - b * cells_of_image * count) for b, (value, place) in enumerate(split)]
 

@@ -5,6 +5,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from importlib import metadata
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from retina_fast.deploy.export.onnx_file import KEY, OPSET, QUANTIZED_OPSET, Onn
 from retina_fast.deploy.export.openvino_files import weights_file, write_openvino
 from retina_fast.deploy.export.postprocess import Postprocess
 from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
+from retina_fast.forward import input_channels
 from retina_fast.model import RetinaNet
 from retina_fast.transform import resized_size
 
@@ -120,8 +122,12 @@ def export(
     device, dtype = (getattr(next(model.parameters()), name) for name in ("device", "dtype"))
     kind = checked_format(format, path, dtype)
     check_file(path)
-    if not isinstance(image_size, Sequence) or [type(side) for side in image_size] != [int, int] or min(image_size) < 1:
+    sides = list(image_size) if isinstance(image_size, Sequence) else []
+    if [isinstance(side, Integral) and not isinstance(side, bool) for side in sides] != [True, True] or min(sides) < 1:
         raise UserError(f"image_size must be a height and a width in whole pixels, got {image_size}")
+    image_size = int(sides[0]), int(sides[1])
+    if input_channels(model) != 3:
+        raise UserError(f"an exported file takes images of 3 channels, and the model {input_channels(model)}")
     if math.isnan(model.score_thresh):
         raise UserError(f"score_thresh must be a number, got {model.score_thresh}")
     if not 0 <= model.nms_thresh <= 1:
@@ -141,7 +147,7 @@ def export(
     if preprocess and min(resized_size(own.transform, *image_size)) < 1:
         raise UserError(f"image_size {image_size} would be resized to {resized_size(own.transform, *image_size)}")
     if calibration is not None:
-        sample = torch.rand(1, 3, 128, 128, device="cpu")
+        sample = torch.rand(1, 3, 128, 128, dtype=torch.float32, device="cpu")
         fold_batch_norm(own, lambda: conv_outputs(own, sample))
     graph = Graph(own, image_size, preprocess, OnnxPostprocess if kind.through_onnx else Postprocess)
     labels = range(graph.postprocess.num_classes)
