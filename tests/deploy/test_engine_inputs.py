@@ -1,6 +1,7 @@
 """What users give an engine in another runtime: images and models of other dtypes, defaults of PyTorch's, hooks."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -71,9 +72,10 @@ def test_images_of_double_precision(found):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_images_of_half_precision(dtype):
     given = [image.to(dtype) for image in IMAGES]
-    assert compile_inference(network(), given, dtype=torch.int8).report.difference.images == 3
-    engine = compile_inference(network(), given, dtype=torch.float32, try_runtimes=True)
-    assert not engine.report.runtime_choice.failed.keys() - {"OpenVINO"}
+    for way in ({"dtype": torch.int8}, {"dtype": torch.float32, "try_runtimes": True}):
+        report: Any = compile_inference(network(), given, **way).report
+        assert report.difference.images == 3
+        assert not report.runtime_choice.failed.keys() - {"OpenVINO"}
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
@@ -122,11 +124,12 @@ def test_forward_hooks_are_warned_of():
 
 
 def test_what_is_no_list_of_images():
+    given: Any = (image for image in IMAGES)
     with pytest.raises(TypeError, match=r"images must be a list of \(C, H, W\) tensors .* got a <class 'generator'>"):
-        compile_inference(network(), (image for image in IMAGES), dtype=torch.int8)
+        compile_inference(network(), given, dtype=torch.int8)
 
 
-class Images(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset[torch.Tensor]):
     def __len__(self):
         return len(IMAGES)
 
@@ -137,7 +140,7 @@ class Images(torch.utils.data.Dataset):
 def test_a_dataset_and_sizes_of_numpy_calibrate_a_file(tmp_path):
     import numpy as np
 
-    sides = np.int64(64), np.int64(64)
+    sides: Any = np.int64(64), np.int64(64)
     described = retina_fast.export(network(), tmp_path / "model.onnx", "onnx", sides, quantize=Images())
     assert described["quantized"]["calibrated_with"] == 3
 

@@ -3,14 +3,16 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from retina_fast.data.errors import UserError
 from retina_fast.data.images import IMAGE_SUFFIXES, read_image
 
-Images = Iterable[Tensor] | str | Path
+Images = Iterable[Tensor] | Dataset[Tensor] | str | Path
 """Images (3, H, W) each, uint8 in [0, 255] or floating point in [0, 1]; or a folder of image files."""
 
 MOST_FILES = 300
@@ -49,8 +51,9 @@ def calibration_images(
         named = ((str(path), read_image(path).as_subclass(Tensor)) for path in _files(Path(images)))
     elif isinstance(images, Iterable):
         named = ((f"calibration image {i}", image) for i, image in enumerate(images))
-    elif hasattr(images, "__len__") and hasattr(images, "__getitem__"):  # a PyTorch Dataset, which need not end
-        named = ((f"calibration image {i}", images[i]) for i in range(len(images)))
+    elif isinstance(images, Dataset):  # which need not end by itself
+        data: Any = images
+        named = ((f"calibration image {i}", data[i]) for i in range(len(data)))
     else:
         raise UserError(
             f"the images for calibration must be a list or another iterable of images, or a folder, got {type(images)}"
