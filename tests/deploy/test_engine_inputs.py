@@ -47,8 +47,13 @@ def runtime(one_thread):
 
 
 @pytest.fixture(scope="module")
-def engine():
-    return compile_inference(network(), IMAGES, dtype=torch.int8)
+def model():
+    return network()
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return compile_inference(model, IMAGES, dtype=torch.int8)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +83,8 @@ def test_images_of_half_precision(dtype):
         assert not report.runtime_choice.failed.keys() - {"OpenVINO"}
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_models_of_other_dtypes(dtype, found):
     """Each engine is that of the model's weights in float32; bfloat16's are rounded."""
     expected = compile_inference(network().to(dtype).float(), IMAGES, dtype=torch.int8)(IMAGES)
@@ -87,21 +93,26 @@ def test_models_of_other_dtypes(dtype, found):
     assert next(model.parameters()).dtype == dtype
 
 
-def test_other_default_dtypes_and_devices(engine, found, tmp_path):
-    model = network()
-    torch.set_default_dtype(torch.float64)
-    try:
-        same(engine(IMAGES), found)
-        same(compile_inference(model, IMAGES, dtype=torch.int8)(IMAGES), found)
-        retina_fast.export(model, tmp_path / "model.onnx", "onnx", (64, 64), quantize=IMAGES)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    torch.set_default_device("meta")
-    try:
-        same(engine(IMAGES), found)
-        same(compile_inference(model, IMAGES, dtype=torch.int8)(IMAGES), found)
-    finally:
-        torch.set_default_device(None)
+@pytest.fixture(params=["dtype", "device"])
+def other_default(request):
+    """PyTorch with another default."""
+    if request.param == "dtype":
+        torch.set_default_dtype(torch.float64)
+    else:
+        torch.set_default_device("meta")
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+def test_other_defaults(engine, found, other_default):
+    same(engine(IMAGES), found)
+
+
+@pytest.mark.slow
+def test_compiled_with_other_defaults(model, found, other_default, tmp_path):
+    same(compile_inference(model, IMAGES, dtype=torch.int8)(IMAGES), found)
+    retina_fast.export(model, tmp_path / "model.onnx", "onnx", (64, 64), quantize=IMAGES)
 
 
 def test_models_of_one_channel(tmp_path):

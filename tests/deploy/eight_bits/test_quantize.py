@@ -249,7 +249,7 @@ def test_bad_calibration_images_are_named(tmp_path):
         "broken.png: not a readable image": tmp_path,
         "empty: holds no image": tmp_path / "empty",
         "absent: no such folder of images": str(tmp_path / "absent"),
-        "must be a list of images or a folder, got <class 'int'>": 3,
+        "must be a list or another iterable of images, or a folder, got <class 'int'>": 3,
     }  # fmt: skip
     for message, images in wrong.items():
         with pytest.raises(UserError, match=message):
