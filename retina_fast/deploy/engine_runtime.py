@@ -57,8 +57,8 @@ def choose_network(
         raise UserError(f"other runtimes, and eight bits, serve a CPU alone, but the model is on {device}")
     if hooked := [name or "the model" for name, module in model.named_modules() if module._forward_hooks]:
         warnings.warn(
-            f"forward hooks are not called where another runtime runs trunk and heads: of {', '.join(hooked)}",
-            stacklevel=3,
+            f"another runtime calls no forward hooks, which were traced once: of {', '.join(hooked)}",
+            stacklevel=4,
         )
     pixels = pixels_of(model, images[0])
     proto = trace(model, model.transform.size_divisible)

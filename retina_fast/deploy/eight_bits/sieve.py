@@ -137,9 +137,8 @@ class LastConv:
             rows: (W,) of which of the cells, rising.
             outputs: (W,) which ones.
         """
-        starts = torch.searchsorted(
-            rows, torch.arange(len(cells) + 1, device=rows.device)
-        )  # (N + 1,) of each cell's among all
+        every = torch.arange(len(cells) + 1, device=rows.device)
+        starts = torch.searchsorted(rows, every)  # (N + 1,) where each cell's begin among all
         values = [self.bias[:0]]
         for first in range(0, len(cells), CELLS):
             own = starts[first : first + CELLS + 1]
