@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import UserError as ConstraintError
 
 from retina_fast.convert import copied
 from retina_fast.data.errors import UserError
@@ -41,8 +42,9 @@ def choose_network(
         UserWarning: for modules with forward hooks.
 
     Raises:
-        UserError: for another dtype or device, without an image, for images that cannot serve for calibration, or if no
-            runtime is installed that runs the graph.
+        UserError: for another dtype or device, without an image, for images that cannot serve for calibration, for a
+            model that needs other sizes than its ``size_divisible`` says, or if no runtime is installed that runs the
+            graph.
         ModuleNotFoundError: without the packages that write the graph.
     """
     if not 0 <= float32_share <= 1:
@@ -61,7 +63,14 @@ def choose_network(
             stacklevel=4,
         )
     pixels = pixels_of(model, images[0])
-    proto = trace(model, model.transform.size_divisible)
+    multiple = model.transform.size_divisible
+    try:
+        proto = trace(model, multiple)
+    except ConstraintError as error:
+        raise UserError(
+            f"no graph serves all heights and widths that are multiples of the model's size_divisible, {multiple}: give it "
+            "a multiple of 32"
+        ) from error
     layers, left, sieve = 0, [], None
     if eight_bits:
 

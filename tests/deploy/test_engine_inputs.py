@@ -124,6 +124,13 @@ def test_models_of_one_channel(tmp_path):
         retina_fast.export(model, tmp_path / "model.onnx", "onnx", (64, 64))
 
 
+def test_sizes_that_no_graph_serves():
+    model = network()
+    model.transform.size_divisible = 1
+    with pytest.raises(UserError, match="multiples of the model's size_divisible, 1: give it a multiple of 32"):
+        compile_inference(model, IMAGES, dtype=torch.int8)
+
+
 def test_forward_hooks_are_warned_of():
     model = network()
     model.backbone.first.register_forward_hook(lambda module, given, output: None)
