@@ -68,8 +68,8 @@ def choose_network(
         proto = trace(model, multiple)
     except ConstraintError as error:
         raise UserError(
-            f"no graph serves all heights and widths that are multiples of the model's size_divisible, {multiple}: give it "
-            "a multiple of 32"
+            f"no graph serves all heights and widths that are multiples of the model's size_divisible, {multiple}: "
+            "give it a multiple of 32"
         ) from error
     layers, left, sieve = 0, [], None
     if eight_bits:
