@@ -57,8 +57,8 @@ def trace(model: RetinaNet, multiple: int) -> Any:
     """
     model = copied(model).to(memory_format=torch.contiguous_format)
     # Large enough that no level has a single row, which the exporter would take for a constant.
-    sides = 8 * multiple, 12 * multiple
-    pixels = torch.zeros(2, input_channels(model), *sides, dtype=torch.float32, device="cpu")
+    sides = input_channels(model), 8 * multiple, 12 * multiple
+    pixels = torch.zeros(2, *sides, dtype=torch.float32, device="cpu")
     height, width = (multiple * torch.export.Dim(name, min=1) for name in ("height", "width"))
     shapes = {"pixels": {0: torch.export.Dim("batch", min=1), 2: height, 3: width}}
     with torch.no_grad():

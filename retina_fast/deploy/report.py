@@ -165,7 +165,7 @@ class Report:
 
 
 def pixels_of(model: RetinaNet, image: Tensor) -> Tensor:
-    """The batch (1, 3, H, W) that an image becomes, float32 on the device of the model's weights."""
+    """The batch (1, C, H, W) that an image becomes, float32 on the device of the model's weights."""
     weights = next(model.parameters())
     (image,) = check_images([image.to(weights.device)], 1, take_uint8=True)
     image = image.float() if image.is_floating_point() else image

@@ -88,7 +88,7 @@ def test_tiles_see_what_the_tiles_before_them_keep(scene, count, classes, batch,
     check(by_kernels(*arguments))
     if on_gpu:
         other = torch.rand(2**26, device=device)
-        torch.use_deterministic_algorithms(True)  # empty memory becomes NaN and the largest integers, in a graph too
+        torch.use_deterministic_algorithms(True, warn_only=True)  # empty memory becomes NaN and the largest integers
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
