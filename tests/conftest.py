@@ -17,11 +17,13 @@ if not torch.cuda.is_available():
 from torchvision.io import write_png
 
 from retina_fast.kernels.dispatch import INTERPRETED
+from tests.instruments import drawn
 
+drawn.quicken()
 if INTERPRETED:
-    from tests.instruments.interpreter import quicken
+    from tests.instruments import interpreter
 
-    quicken()
+    interpreter.quicken()
 
 torch.backends.cudnn.allow_tf32 = False  # tolerances are those of float32
 torch.manual_seed(0)  # of what test files draw when they are imported
@@ -81,7 +83,10 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """What fails once fails again."""
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # which notes a traceback for each kind of device that is not there
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,6 +4,7 @@ import doctest
 import enum
 import importlib
 import inspect
+import linecache
 import pkgutil
 
 import pytest
@@ -23,6 +24,7 @@ SLOW = {"retina_fast.deploy.export.write"}  # traces a whole detector, as tests/
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODULES + KERNELS]
 )
 def test_examples(name):
+    linecache.clearcache()  # doctest looks at each file in it, for each example
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert failed == 0
 

@@ -35,13 +35,17 @@ class Whole(torch.nn.Module):
 
 
 def close(ours, expected):
-    for field, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(field, other)
+    """The same detections; rounding orders those whose scores are as good as equal."""
+    ours = Detections(*ours)
+    assert torch.equal(ours.counts, expected.counts)
+    for found, image in zip(ours.to_list(), expected.to_list(), strict=True):
+        torch.testing.assert_close(found["scores"], image["scores"])
+        assert agreement.differing(found, image) == 0
 
 
 @torch.no_grad()
 def test_the_model_compiles_whole_for_any_batch(model, one_thread):
-    compiled = torch.compile(model.detect, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model.detect, fullgraph=True, backend="eager")
     for n in (3, 2, 5):
         batch = torch.rand(n, 3, 70, 90)
         torch._dynamo.mark_dynamic(batch, 0)  # an error if the first batch's size became a constant

@@ -108,10 +108,14 @@ class Machine:
         self.local_memory, self.async_copies = LocalMemory(self), AsyncCopies(self)
         self.scalars = Scalars(self)
         garbage = {1: 0xEF, 2: 0xBEEF, 4: 0xDEADBEEF, 8: 0xDEADBEEFDEADBEEF}
+        unwritten: dict[str, Array] = {}  # one for all registers of a type: a write makes a new array
         self._registers: list[Array] = [None] * len(self.program.registers)
         for index, kind in self.program.registers.values():
-            value = np.bool_(False) if kind == "b1" else np.dtype(kind).type(garbage[int(kind[1])])
-            self._registers[index] = np.full(self.count, value)
+            if kind not in unwritten:
+                value = np.bool_(False) if kind == "b1" else np.dtype(kind).type(garbage[int(kind[1])])
+                unwritten[kind] = np.full(self.count, value)
+                unwritten[kind].setflags(write=False)
+            self._registers[index] = unwritten[kind]
 
     def _run_group(self) -> None:
         schedule = Schedule(self.program, self.count // self.program.threads, self.random, self.options.shuffle)

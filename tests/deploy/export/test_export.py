@@ -1,5 +1,6 @@
 """Files that run without the package: the same detections as the model's, and clear refusals."""
 
+import functools
 import json
 import math
 import re
@@ -117,9 +118,15 @@ def files(models, tmp_path_factory):
     return file
 
 
+@pytest.fixture(scope="module")
+def opened(files):
+    """The exported detector of a case, read once."""
+    return functools.cache(lambda name, format: load_exported(files(name, format)))
+
+
 @pytest.mark.parametrize(("name", "format"), CASES)
-def test_detections_equal_the_models(name, format, models, files, images, expected):
-    exported = load_exported(files(name, format))
+def test_detections_equal_the_models(name, format, models, opened, images, expected):
+    exported = opened(name, format)
     assert exported.format == format
     result = comparison.compare(expected[name], exported)
     assert result["lost"] <= 4, result
@@ -172,20 +179,20 @@ np.savez("outputs.npz", *outputs)
 
 
 @pytest.mark.parametrize(("name", "format"), ONE_EACH)
-def test_runs_where_the_package_is_not(name, format, files, images, tmp_path):
+def test_runs_where_the_package_is_not(name, format, files, opened, images, tmp_path):
     np.save(tmp_path / "images.npy", images[:4].numpy())
     command = [sys.executable, "-P", "-c", RUN, format, files(name, format)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     outputs = np.load(tmp_path / "outputs.npz")
-    for ours, theirs in zip(load_exported(files(name, format))(images[:4]), outputs.values(), strict=True):
+    for ours, theirs in zip(opened(name, format)(images[:4]), outputs.values(), strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-4)
 
 
-def test_the_reference_evaluator_of_onnx_detects_the_same(files, images):
+def test_the_reference_evaluator_of_onnx_detects_the_same(files, opened, images):
     reference = pytest.importorskip("onnx.reference")
     found = reference.ReferenceEvaluator(str(files("small", "onnx"))).run(None, {"images": images[:2].numpy()})
-    for ours, theirs in zip(load_exported(files("small", "onnx"))(images[:2]), found, strict=True):
+    for ours, theirs in zip(opened("small", "onnx")(images[:2]), found, strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-3)
 
 
@@ -234,8 +241,8 @@ def test_torchvisions_model_and_prepared_images(images, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "format"), ONE_EACH)
-def test_wrong_inputs_and_damaged_files_are_refused(name, format, files, images, tmp_path):
-    exported = load_exported(files(name, format))
+def test_wrong_inputs_and_damaged_files_are_refused(name, format, files, opened, images, tmp_path):
+    exported = opened(name, format)
     with pytest.raises(UserError, match=r"images must be \(B, 3, 96, 128\), got \(9, 3, 96, 127\)"):
         exported(images[..., :-1])
     with pytest.raises(UserError, match=r"images must be \(B, 3, 96, 128\), got \(0, 3, 96, 128\)"):
