@@ -53,9 +53,9 @@ def data(tmp_path_factory) -> tuple[Any, ...]:
     return ("--json", json_file, "--images", images)
 
 
-def training(data: tuple[Any, ...], output: Path) -> tuple[Any, ...]:
-    size = ("--crop", 32, "--batch-size", 4, "--steps", STEPS, "--every", 2, "--workers", 0, "--no-bf16", "--keep", 9)
-    return ("train", *data, *size, "--output", output)
+def training(data: tuple[Any, ...], output: Path, every: int = 4) -> tuple[Any, ...]:
+    size = ("--crop", 32, "--batch-size", 4, "--steps", STEPS, "--workers", 0, "--no-bf16", "--keep", 9)
+    return ("train", *data, *size, "--every", every, "--output", output)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_a_run_is_resumed_by_another_number_of_processes(data, run_by, tmp_path)
 @pytest.mark.parametrize("by", ["srun", "torchrun"])
 def test_processes_that_are_killed_or_stopped_are_resumed_to_the_same_weights(by, data, run_by, tmp_path):
     """One of two processes is killed. The run is resumed and stopped, and then resumed to its end."""
-    line = training(data, tmp_path)
+    line = training(data, tmp_path, every=2)
     torchrun = by == "torchrun"
     run, *others = (
         [started_by_torchrun(*line, processes=2, module=DOUBLE)]

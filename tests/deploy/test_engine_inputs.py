@@ -155,6 +155,7 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
         return IMAGES[i % len(IMAGES)]  # which never ends
 
 
+@pytest.mark.slow
 def test_a_dataset_and_sizes_of_numpy_calibrate_a_file(tmp_path):
     import numpy as np
 

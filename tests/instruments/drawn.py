@@ -1,8 +1,8 @@
 """Random weights in a tenth of the time: tensors are filled with numbers that were drawn before.
 
-The tests build hundreds of models, and torch draws the weights of most twice, by a layer's own initialisation and by its
-model's. Here a draw is a window of a pool of numbers, which torch's generator places: one seed gives the same weights
-again, and two draws differ, though they may have numbers in common.
+The tests build hundreds of models, and torch draws the weights of most twice, by a layer's own initialisation and by
+its model's. Here a draw is a window of a pool of numbers, which torch's generator places: one seed gives the same
+weights again, and two draws differ, though they may have numbers in common.
 """
 
 import functools
@@ -18,6 +18,8 @@ FEWEST, MOST = 1 << 10, 3 << 20
 
 def quicken() -> None:
     """Has torch's `uniform_`, `normal_` and `nn.init.trunc_normal_` fill tensors from pools in this process."""
+    if hasattr(Tensor.uniform_, "__wrapped__"):
+        return
     generator = torch.Generator().manual_seed(0)
     uniform, normal = torch.rand(POOL, generator=generator), torch.randn(POOL, generator=generator)
     truncated = nn.init.trunc_normal_(torch.empty(POOL), generator=generator)
@@ -48,7 +50,7 @@ def quicken() -> None:
 
 @torch.no_grad()
 def _fill(tensor: Tensor, pool: Tensor, shift: float, scale: float) -> bool:
-    """Whether the tensor is one that can be filled: its elements are then `shift + scale * x` of a window of the pool."""
+    """Whether the tensor could be filled: its elements are then `shift + scale * x` of a window of the pool."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.is_contiguous()
     if not plain or tensor.dtype != torch.float32 or not FEWEST <= tensor.numel() <= MOST:
         return False

@@ -53,6 +53,7 @@ def test_the_model_compiles_whole_for_any_batch(model, one_thread):
         assert model.detect(batch).counts.sum() > 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_model_exports_whole_for_any_batch(model, one_thread):
     batch = torch.export.Dim("batch", min=1, max=64)

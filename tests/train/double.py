@@ -9,6 +9,7 @@ from typing import Any
 
 from retina_fast import cli
 from retina_fast.train import run
+from tests.instruments import drawn
 
 _Detector = run.Detector
 
@@ -20,4 +21,5 @@ def _double(*arguments: Any) -> run.Detector:
 run.Detector = _double  # type: ignore[assignment, misc]
 
 if __name__ == "__main__":
+    drawn.quicken()  # as the tests have it: the weights of a run that is started are those of one that is forked
     cli.app()

@@ -63,7 +63,7 @@ BUILDERS = [
 @pytest.mark.parametrize("name", BUILDERS)
 @torch.no_grad()
 def test_every_builder_in_float32(name):
-    model, x = folded(name, 128)
+    model, x = folded(name)
     before = outputs(model, x)
     assert fuse_convs(model, lambda: outputs(model, x)) == count_convs(model)
     for ours, theirs in zip(outputs(model, x), before, strict=True):
