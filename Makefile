@@ -10,10 +10,23 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no
 
 .PHONY: demo test test-all test-oldest lint bench docs gpu-test gpu report clean
 
-# The versions of constraints.txt; where the index no longer has one of them, the newest that pyproject.toml allows.
-.venv/installed: pyproject.toml constraints.txt
+.venv/pip:
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip  # that of Python 3.11 takes a minute longer for all that follows
+	touch $@
+
+# With --jobs 2 these two go beside each other: torch with what it brings along, and the others. Neither need succeed.
+WITH_TORCH := torch|torchvision|triton|filelock|fsspec|jinja2|markupsafe|mpmath|networkx|numpy|pillow|sympy|typing_extensions
+.venv/torch: .venv/pip
+	-$(PIP) --constraint constraints.txt torch torchvision
+	touch $@
+
+.venv/others: .venv/pip
+	grep -viE '^(#|($(WITH_TORCH))==)' constraints.txt >$@
+	-$(PIP) --no-deps --requirement $@
+
+# The versions of constraints.txt; where the index no longer has one of them, the newest that pyproject.toml allows.
+.venv/installed: pyproject.toml constraints.txt .venv/torch .venv/others
 	$(PIP) --constraint constraints.txt --editable '.[dev]' \
 		|| (echo 'constraints.txt cannot be met here: installing the newest versions' && $(PIP) --editable '.[dev]')
 	touch $@

@@ -115,6 +115,7 @@ def test_compiled_with_other_defaults(model, found, other_default, tmp_path):
     retina_fast.export(model, tmp_path / "model.onnx", "onnx", (64, 64), quantize=IMAGES)
 
 
+@pytest.mark.slow
 def test_models_of_one_channel(tmp_path):
     grey = [image[:1] for image in IMAGES]
     model = network(channels=1)

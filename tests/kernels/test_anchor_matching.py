@@ -215,7 +215,7 @@ def test_shapes_that_do_not_fit(anchors, boxes, labels, message):
         anchor_matching(anchors, boxes, labels.long(), torch.tensor([0, 2]))
 
 
-@pytest.mark.parametrize("low_quality", [True, False])
+@pytest.mark.parametrize("low_quality", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_registration(anchors, device, low_quality):
     boxes = random_boxes(6, 104, torch.Generator().manual_seed(4)).to(device)
     offsets = torch.tensor([0, 2, 6], device=device)

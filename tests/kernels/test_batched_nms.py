@@ -313,7 +313,7 @@ def test_opcheck(device, small_tiles):
     torch.library.opcheck(module._reference_op, (boxes, scores, labels, counts, 0.5, 9))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiles_whole(dynamic, device):
     boxes, scores, labels = (
         torch.stack(rows).to(device) for rows in zip(*[clusters(20, s) for s in (1, 2)], strict=True)

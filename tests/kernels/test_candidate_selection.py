@@ -266,7 +266,7 @@ def test_opcheck(device, small_tiles):
     torch.library.opcheck(module._reference_op, (levels, 3, 0.3, 4))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiles_whole(dynamic, device, small_tiles):
     levels = [torch.randn(2, 9, n, n, device=device) for n in (4, 2)]
     compiled = torch.compile(candidate_selection, fullgraph=True, backend="aot_eager", dynamic=dynamic)

@@ -120,7 +120,7 @@ def test_opcheck_of_the_backward_op(device, small_tiles):
     torch.library.opcheck(module._focal_loss_op, (levels, labels, normalizers, factor, 2, 0.25, 2.0, False, True))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiles_whole_with_no_copy_of_a_gradient(dynamic, device, small_tiles, monkeypatch):
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func

@@ -155,7 +155,7 @@ def test_same_seed_same_initial_weights():
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-LARGEST = re.compile("101|152|spinenet(96|143|190)")  # more of the blocks that others have
+LARGEST = re.compile("34|101|152|spinenet(96|143|190)")  # more of the blocks that others have
 
 
 @pytest.mark.parametrize(

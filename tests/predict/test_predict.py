@@ -73,7 +73,7 @@ def test_of_a_very_large_file_the_time_decides(tmp_path, monkeypatch):
     assert again.stamp_of(None) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16, torch.float64])
 def test_without_an_engine_a_model_of_another_dtype(dtype, photo):  # noqa: F811
     model = retina_fast.load("trees").cpu()  # noqa: F811
     exact = model.predict(photo, engine=False)

@@ -82,9 +82,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "number"),
     [
-        (2, signal.SIGINT),  # the last of an interval
         (4, signal.SIGTERM),
-        *(pytest.param(step, signal.SIGINT, marks=pytest.mark.slow) for step in (0, 1, 8)),
+        # of an interval of three: the first, the middle one, the last; and the run's last
+        *(pytest.param(step, signal.SIGINT, marks=pytest.mark.slow) for step in (0, 1, 2, 8)),
     ],
 )
 def test_a_run_stopped_and_resumed_gives_the_same_weights(data, whole, tmp_path, monkeypatch, step, number):
@@ -311,7 +311,7 @@ def test_a_run_that_was_begun_with_earlier_settings_is_resumed(data, whole, tmp_
             run(data, tmp_path, replace(SETTINGS, weights_backbone="IMAGENET1K_V1"), resume=True)
 
 
-@pytest.mark.parametrize("chosen", ["task_aligned", "atss"])
+@pytest.mark.parametrize("chosen", ["task_aligned", pytest.param("atss", marks=pytest.mark.slow)])
 def test_task_aligned_assignment_begins_with_atss(data, tmp_path, monkeypatch, chosen):
     original, matchers = Detector.training_step, []
 

@@ -172,9 +172,13 @@ def test_the_engine_measures_fp8_everywhere_and_the_simulation_is_it(model, pict
     # where nothing was found to be faster, the engine computes as one in bfloat16; the simulation does not
     torch.testing.assert_close(engine(pictures[:1]), exact(pictures[:1]), rtol=0, atol=0)
     with everywhere(engine.model, "float8"):
-        found = engine(pictures[:1])
-    for twin in (simulated, copy.deepcopy(simulated), pickle.loads(pickle.dumps(simulated))):
-        torch.testing.assert_close(twin(pictures[:1]), found, rtol=0.05, atol=1e-2)
+        (found,) = engine(pictures[:1])
+    alike = simulated(pictures[:1])
+    torch.testing.assert_close(alike[0]["scores"], found["scores"], rtol=0.05, atol=1e-2)
+    near = (alike[0]["boxes"] - found["boxes"]).abs().amax(dim=1) < 1e-2
+    assert near.float().mean() > 0.8  # rounding orders detections of nearly equal scores
+    for twin in (copy.deepcopy(simulated), pickle.loads(pickle.dumps(simulated))):
+        torch.testing.assert_close(twin(pictures[:1]), alike, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU with FP8")

@@ -178,7 +178,10 @@ np.savez("outputs.npz", *outputs)
 """
 
 
-@pytest.mark.parametrize(("name", "format"), ONE_EACH)
+TORCH = pytest.param("small", "torch-export", marks=pytest.mark.slow)  # holds PyTorch's operators alone, see below
+
+
+@pytest.mark.parametrize(("name", "format"), [TORCH, *ONE_EACH[1:]])
 def test_runs_where_the_package_is_not(name, format, files, opened, images, tmp_path):
     np.save(tmp_path / "images.npy", images[:4].numpy())
     command = [sys.executable, "-P", "-c", RUN, format, files(name, format)]

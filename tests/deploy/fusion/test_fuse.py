@@ -54,7 +54,9 @@ def folded(name, size=64):
 # Equal to what they were
 
 BUILDERS = [
-    pytest.param(name, marks=pytest.mark.slow if re.search("34|101|152", name) else ())  # more of the others' blocks
+    pytest.param(
+        name, marks=pytest.mark.slow if re.search("18_fpn$|34|resnext.*fpn$|101|152", name) else ()
+    )  # more of the others' blocks
     for name in builders.MODELS
     if "spinenet" not in name or name.endswith(("49s", "49xs_mobile"))
 ]
@@ -70,7 +72,10 @@ def test_every_builder_in_float32(name):
         assert error(ours, theirs) < 1e-5
 
 
-WINOGRAD_BUILDERS = ["retinanet_resnet18_fpn", "retinanet_resnet50_fpn_v2", "retinanet_spinenet49s"]
+WINOGRAD_BUILDERS = [
+    "retinanet_resnet50_fpn_v2",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("retinanet_resnet18_fpn", "retinanet_spinenet49s")),
+]
 
 
 @pytest.mark.skipif(not serves_dtype(torch.float32), reason="this build has no fused oneDNN convs")
