@@ -53,10 +53,9 @@ def folded(name, size=64):
 
 # Equal to what they were
 
+MORE = "18_fpn$|34|resnext.*fpn$|101|152"  # of the blocks that others have
 BUILDERS = [
-    pytest.param(
-        name, marks=pytest.mark.slow if re.search("18_fpn$|34|resnext.*fpn$|101|152", name) else ()
-    )  # more of the others' blocks
+    pytest.param(name, marks=pytest.mark.slow if re.search(MORE, name) else ())
     for name in builders.MODELS
     if "spinenet" not in name or name.endswith(("49s", "49xs_mobile"))
 ]
