@@ -25,7 +25,7 @@ from tests.conftest import write_shapes
 from tests.model.recorded_graph import play_on_cpu
 
 SETTINGS = TrainSettings(
-    "retinanet_resnet18_fpn_lite", steps=9, batch_size=2, lr=1e-3, crop=64, flips=Flips.NONE, seed=3, every=3
+    "retinanet_resnet18_fpn_lite", steps=6, batch_size=2, lr=1e-3, crop=64, flips=Flips.NONE, seed=3, every=3
 )
 
 
@@ -84,7 +84,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     [
         (4, signal.SIGTERM),
         # of an interval of three: the first, the middle one, the last; and the run's last
-        *(pytest.param(step, signal.SIGINT, marks=pytest.mark.slow) for step in (0, 1, 2, 8)),
+        *(pytest.param(step, signal.SIGINT, marks=pytest.mark.slow) for step in (0, 1, 2, 5)),
     ],
 )
 def test_a_run_stopped_and_resumed_gives_the_same_weights(data, whole, tmp_path, monkeypatch, step, number):
@@ -105,10 +105,10 @@ def test_a_run_that_died_goes_on_from_its_last_interval(data, whole, tmp_path, m
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        interrupt(patch, 7, die)
+        interrupt(patch, 4, die)
         with pytest.raises(RuntimeError, match="power cut"):
             run(data, tmp_path)
-    assert state(tmp_path)["global_step"] == 6
+    assert state(tmp_path)["global_step"] == 3
     run(data, tmp_path, resume=True)
     assert_same_run(whole, tmp_path)
 
@@ -128,7 +128,7 @@ def test_what_a_run_writes(whole, data):
     assert {path.name for path in whole.iterdir()} == {
         *("last.ckpt", "model.pt", "best.pt", "log.csv", "loss.png", "precision_recall.png", "tensorboard")
     }
-    assert [row["step"] for row in rows(whole) if row["AP50"]] == ["3", "6", "9"]
+    assert [row["step"] for row in rows(whole) if row["AP50"]] == ["3", "6"]
     model = checkpoint.load(whole / "model.pt")
     assert (model.classes, model.category_ids, model.builder) == (["red", "blue"], [3, 7], SETTINGS.model)
     assert float(rows(whole)[-1]["AP50"]) == model.metrics["AP50"]
@@ -144,7 +144,7 @@ def test_the_averaged_weights_are_written_and_validated(whole):
 
 
 def test_crops_of_one_size_are_trained_by_replays(data, tmp_path, monkeypatch):
-    settings = replace(SETTINGS, steps=6, bf16=False)  # float32, in which two runs stay together
+    settings = replace(SETTINGS, bf16=False)  # float32, in which two runs stay together
     run(data, tmp_path / "plain", settings=settings)
     play_on_cpu(monkeypatch)
     original, steps = TrainingStep, list[TrainingStep]()
@@ -321,6 +321,6 @@ def test_task_aligned_assignment_begins_with_atss(data, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(Detector, "training_step", training_step)
     own = {"task_aligned": TaskAlignedMatcher, "atss": AtssMatcher}[chosen]
-    file = run(data, tmp_path, replace(SETTINGS, steps=6, every=6, arguments={"matcher": chosen}))
+    file = run(data, tmp_path, replace(SETTINGS, every=6, arguments={"matcher": chosen}))
     assert matchers == 2 * [AtssMatcher] + 4 * [own]
     assert checkpoint.load(file).kwargs["matcher"] == chosen

@@ -93,6 +93,7 @@ def models(images):
 
 AOTINDUCTOR = pytest.param("small", "aotinductor", marks=pytest.mark.slow)  # its compiler of C++ takes half a minute
 OPENVINO = pytest.param("small", "openvino", marks=pytest.mark.skipif(find_spec("openvino") is None, reason="openvino"))
+TORCH = pytest.param("small", "torch-export", marks=pytest.mark.slow)  # where PyTorch loads a file once more
 ONE_EACH = [("small", "torch-export"), ("small", "onnx"), OPENVINO, AOTINDUCTOR]
 CASES = [*ONE_EACH, *(pytest.param("trees", format, marks=pytest.mark.slow) for format in ("torch-export", "onnx"))]
 
@@ -176,9 +177,6 @@ else:
         outputs = [output.numpy() for output in run(images)]
 np.savez("outputs.npz", *outputs)
 """
-
-
-TORCH = pytest.param("small", "torch-export", marks=pytest.mark.slow)  # holds PyTorch's operators alone, see below
 
 
 @pytest.mark.parametrize(("name", "format"), [TORCH, *ONE_EACH[1:]])
