@@ -152,7 +152,7 @@ CASES: dict[str, Callable[[Generator], Run]] = {
         detection.batched_nms, by_class=True, best_first=False, count=700, limit=700, classes=5, small_tiles=True
     ),
     "batched_nms chain in tiles": partial(
-        detection.batched_nms, by_class=False, best_first=False, count=1000, limit=1000, small_tiles=True, chain=True
+        detection.batched_nms, by_class=False, best_first=False, count=1500, limit=1500, small_tiles=True, chain=True
     ),
     "batched_nms chain best first in tiles": partial(
         detection.batched_nms, by_class=False, best_first=True, count=600, limit=600, small_tiles=True, chain=True
