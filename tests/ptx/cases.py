@@ -181,9 +181,15 @@ OPERATIONS = sorted({name.split()[0] for name in CASES})
 
 OTHER_ORDERS: dict[str, dict[str, Any]] = {
     "sm_90, another order": {"seed": 1, "together": 3},
-    "sm_90, random warps, inexact functions": {"seed": 2, "shuffle": True, "perturb": 1},
+    "sm_90, random warps, inexact functions": {"seed": 2, "shuffle": True, "together": 4, "perturb": 1},
     "sm_80": {"capability": 80},
-    "sm_80, random warps, inexact functions": {"capability": 80, "seed": 3, "shuffle": True, "perturb": 1},
+    "sm_80, random warps, inexact functions": {
+        "capability": 80,
+        "seed": 3,
+        "shuffle": True,
+        "together": 4,
+        "perturb": 1,
+    },
 }
 """Options of ``emulated`` beside its defaults, in which every case must hold, too."""
 

@@ -185,7 +185,7 @@ def emulated(
     seed: int = 0,
     shuffle: bool = False,
     perturb: float = 0,
-    together: int = 4,
+    together: int = 16,
     count: bool = False,
     edit: Callable[[str], str] | None = None,
     before: Callable[[Launch], None] | None = None,

@@ -43,7 +43,7 @@ class Options:
     seed: int = 0
     shuffle: bool = False
     perturb: float = 0
-    together: int = 4
+    together: int = 16
     count: bool = False
 
 
