@@ -15,18 +15,18 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no
 	$(PIP) --upgrade pip  # that of Python 3.11 takes a minute longer for all that follows
 	touch $@
 
-# With --jobs 2 these two go beside each other: torch with what it brings along, and the others. Neither need succeed.
-WITH_TORCH := torch|torchvision|triton|filelock|fsspec|jinja2|markupsafe|mpmath|networkx|numpy|pillow|sympy|typing_extensions
-.venv/torch: .venv/pip
-	-$(PIP) --constraint constraints.txt torch torchvision
-	touch $@
+# With --jobs 2 these two go beside each other: what is for GPUs, half of all bytes, and the others. Neither need succeed.
+FOR_GPUS := ^(cuda|nvidia|triton)
+.venv/for-gpus: .venv/pip
+	grep -E '$(FOR_GPUS)' constraints.txt >$@
+	-$(PIP) --no-deps --requirement $@
 
 .venv/others: .venv/pip
-	grep -viE '^(#|($(WITH_TORCH))==)' constraints.txt >$@
+	grep -vE '$(FOR_GPUS)' constraints.txt >$@
 	-$(PIP) --no-deps --requirement $@
 
 # The versions of constraints.txt; where the index no longer has one of them, the newest that pyproject.toml allows.
-.venv/installed: pyproject.toml constraints.txt .venv/torch .venv/others
+.venv/installed: pyproject.toml constraints.txt .venv/for-gpus .venv/others
 	$(PIP) --constraint constraints.txt --editable '.[dev]' \
 		|| (echo 'constraints.txt cannot be met here: installing the newest versions' && $(PIP) --editable '.[dev]')
 	touch $@
