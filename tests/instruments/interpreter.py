@@ -3,17 +3,19 @@
 Tests of kernels spend most of their time in the interpreter, and with these a third of that is left at most:
 
 - each call of a function within a kernel searches the whole of ``triton.language`` for what it must replace, which the
-  launch has done before;
+  launch has done before, and each launch searches it anew, though it always finds the same;
+- each builtin function is called by way of two others, which look for an argument;
 - each integer sum and product is computed again in int64 to see whether it overflowed, and what is seen is thrown away,
   since only ``debug=True`` would make an error of it;
 - each reduction and scan by a function of the kernel's own goes from element to element, where slices will do;
-- each tensor and type makes anew what depends on its shape alone, shapes are compared number by number though most are
-  one and the same, and each constant makes the table of NumPy's types.
+- each tensor and type makes anew what depends on its shape alone, shapes are compared and broadcast number by number
+  though most are one and the same, and each constant makes the table of NumPy's types.
 
 All are in Triton 3.6 to 3.9. The minimum or maximum of a number and NaN is the number, as on a GPU; 3.6 returns NaN.
 """
 
 import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -34,6 +36,7 @@ def quicken() -> None:
     reduce.generic_reduce = _unless_it_branches(_reduce_slices, reduce.generic_reduce)
     scan.generic_scan = _unless_it_branches(_scan_slices, scan.generic_scan)
     _replace_once_a_launch()
+    _call_builtins_directly()
     _remember_shapes()
     _remember_types()
 
@@ -62,13 +65,33 @@ def _replace_once_a_launch() -> None:
     interpreter._patch_lang = replace_once
 
 
+def _call_builtins_directly() -> None:
+    found: dict[Any, list[tuple[str, Any]]] = {}  # of a module or class, which is whole again after each launch
+
+    def direct(member: Any, semantic: Any) -> Any:
+        function = getattr(member, "__wrapped__", member)
+        return lambda *args, _semantic=None, **kwargs: function(*args, _semantic=semantic, **kwargs)
+
+    def replace(package: Any, builder: Any, scope: Any) -> None:
+        if package not in found:
+            semantic = interpreter.TritonSemantic(builder)
+            members = [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+            found[package] = [(name, direct(member, semantic)) for name, member in members]
+        for name, function in found[package]:
+            scope.set_attr(package, name, function)
+
+    interpreter._patch_builtin = replace
+
+
 def _remember_shapes() -> None:
     make, make_type, equal = tl.tensor.__init__, tl.block_type.__init__, tl.tuple.__eq__
+    broadcast = interpreter.TritonSemantic.broadcast_impl_value
     made: dict[tuple[int, ...], dict[str, Any]] = {}  # of each shape: the attributes of a tensor
     made_types: dict[tuple[Any, ...], dict[str, Any]] = {}
+    of_shapes: dict[tuple[str, int], dict[str, Any]] = {}  # the same types, by which of the shapes in them it is
 
     def make_alike(tensor: Any, handle: Any, kind: Any) -> None:
-        shape = tuple(kind.shape) if kind.is_block() else ()
+        shape = kind.remembered if kind.is_block() else ()
         if shape not in made:
             make(tensor, handle, kind)
             made[shape] = {"shape": tensor.shape, "numel": tensor.numel}
@@ -76,19 +99,27 @@ def _remember_shapes() -> None:
         tensor.handle, tensor.type, tensor.dtype = handle, kind, kind.scalar
 
     def make_type_alike(kind: Any, element: Any, shape: Any) -> None:
-        sides = [side.value if isinstance(side, tl.constexpr) else side for side in shape]
-        key = (element.name, *sides, *map(type, sides))
-        if key not in made_types:
-            make_type(kind, element, shape)
-            made_types[key] = dict(kind.__dict__)
-        kind.__dict__.update(made_types[key])
+        attributes = of_shapes.get((element.name, id(shape)))
+        if attributes is None:
+            sides = [side.value if isinstance(side, tl.constexpr) else side for side in shape]
+            key = (element.name, *sides, *map(type, sides))
+            if key not in made_types:
+                make_type(kind, element, shape)
+                made_types[key] = {**kind.__dict__, "remembered": tuple(kind.shape)}
+            attributes = made_types[key]
+            of_shapes[element.name, id(attributes["shape"])] = attributes
+        kind.__dict__.update(attributes)
         kind.element_ty = element
 
     def equal_if_the_same(one: Any, other: Any) -> Any:
         return tl.constexpr(True) if one is other else equal(one, other)
 
+    def broadcast_unless_alike(semantic: Any, one: Any, other: Any) -> Any:
+        return (one, other) if one.shape is other.shape else broadcast(semantic, one, other)
+
     tl.tensor.__init__, tl.block_type.__init__ = make_alike, make_type_alike
     tl.tuple.__eq__ = equal_if_the_same
+    interpreter.TritonSemantic.broadcast_impl_value = broadcast_unless_alike
 
 
 def _remember_types() -> None:
