@@ -9,7 +9,8 @@ Tests of kernels spend most of their time in the interpreter, and with these a t
   since only ``debug=True`` would make an error of it;
 - each reduction and scan by a function of the kernel's own goes from element to element, where slices will do;
 - each tensor and type makes anew what depends on its shape alone, shapes are compared and broadcast number by number
-  though most are one and the same, and each constant makes the table of NumPy's types.
+  though most are one and the same, and each constant makes the table of NumPy's types;
+- each number becomes a tensor twice, and which type two operands have in common is asked anew, though most have one.
 
 All are in Triton 3.6 to 3.9. The minimum or maximum of a number and NaN is the number, as on a GPU; 3.6 returns NaN.
 """
@@ -39,6 +40,8 @@ def quicken() -> None:
     _call_builtins_directly()
     _remember_shapes()
     _remember_types()
+    _remember_constants()
+    _compare_types_first()
 
 
 def _replace_once_a_launch() -> None:
@@ -133,6 +136,44 @@ def _remember_types() -> None:
         return found[name]
 
     interpreter._get_np_dtype = find_once
+
+
+def _remember_constants() -> None:
+    make = interpreter.TritonSemantic.scalar_constant
+    made: dict[tuple[Any, ...], Any] = {}
+
+    def make_once(semantic: Any, value: Any, dtype: Any) -> Any:
+        if dtype is None or value != value:
+            return make(semantic, value, dtype)
+        key = (type(value), value, dtype.name)
+        if key not in made:
+            made[key] = make(semantic, value, dtype)
+            made[key].handle.data.setflags(write=False)
+        return made[key]
+
+    interpreter.TritonSemantic.scalar_constant = make_once
+
+
+def _compare_types_first() -> None:
+    semantics = interpreter.TritonSemantic
+    agree, common_type = semantics.binary_op_type_checking_impl, semantics.computation_type_impl
+    kept = {id(kind) for kind in (tl.int32, tl.int64, tl.float32, tl.float64)}  # by any operation on two of them
+    found: dict[tuple[Any, ...], Any] = {}
+
+    def agree_if_they_differ(semantic: Any, one: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(one, tl.tensor) and isinstance(other, tl.tensor):
+            if one.dtype is other.dtype and id(one.dtype) in kept:
+                return semantic.broadcast_impl_value(one, other)
+        return agree(semantic, one, other, *args, **kwargs)
+
+    def common_type_once(semantic: Any, one: Any, one_is_number: bool, other: Any, *args: Any) -> Any:
+        key = (one.name, one_is_number, other.name, *args)
+        if key not in found:
+            found[key] = common_type(semantic, one, one_is_number, other, *args)
+        return found[key]
+
+    semantics.binary_op_type_checking_impl = agree_if_they_differ
+    semantics.computation_type_impl = common_type_once
 
 
 class _Branch(Exception):
