@@ -161,9 +161,9 @@ def _compare_types_first() -> None:
     found: dict[tuple[Any, ...], Any] = {}
 
     def agree_if_they_differ(semantic: Any, one: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(one, tl.tensor) and isinstance(other, tl.tensor):
-            if one.dtype is other.dtype and id(one.dtype) in kept:
-                return semantic.broadcast_impl_value(one, other)
+        are_tensors = isinstance(one, tl.tensor) and isinstance(other, tl.tensor)
+        if are_tensors and one.dtype is other.dtype and id(one.dtype) in kept:
+            return semantic.broadcast_impl_value(one, other)
         return agree(semantic, one, other, *args, **kwargs)
 
     def common_type_once(semantic: Any, one: Any, one_is_number: bool, other: Any, *args: Any) -> Any:
