@@ -13,6 +13,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which torchvision already does
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else each of FakeTensorMode's many questions for GPUs looks for a driver
 
 from torchvision.io import write_png
 
