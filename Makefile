@@ -51,7 +51,7 @@ test-oldest: build/oldest  # what depends on the versions of torch and Triton mo
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/pyrefly check
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only

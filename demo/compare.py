@@ -8,6 +8,7 @@ after 30 steps.
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -57,7 +58,7 @@ def compare(data: CocoDataset, weights: Path, steps: int, crop: int) -> list[dic
         row: dict[str, float] = {"step": step}
         for name, model in models.items():
             targets = [{key: target[key].clone() for key in ("boxes", "labels")} for _, target in samples]
-            loss = sum(model(images, targets).values())
+            loss: Any = sum(model(images, targets).values())
             optimizers[name].zero_grad()
             loss.backward()
             optimizers[name].step()

@@ -73,7 +73,7 @@ def main(rounds: int = _ROUNDS) -> None:
         "model": lambda: model([image.float() / 255]),
     }
     for name, engine in engines.items():
-        calls[name] = lambda engine=engine: engine([image])  # type: ignore[misc]
+        calls[name] = lambda engine=engine: engine([image])
     console.print(f"One photograph, {image.shape[1]}x{image.shape[2]}, {machine(image.device)}, medians of {rounds}:")
     medians = milliseconds(calls, rounds)
     for name, ms in medians.items():

@@ -26,7 +26,8 @@ class TinyDetector(nn.Module):
         self.trunk = nn.Sequential(*(layer for conv in convs for layer in (conv, nn.ReLU())))
         self.classify = nn.Conv2d(32, len(CLASSES), 3, padding=1)
         self.regress = nn.Conv2d(32, 4, 3, padding=1)
-        nn.init.constant_(self.classify.bias, -4.0)  # type: ignore[arg-type]  # nearly all anchors are background
+        # Nearly all anchors are background.
+        nn.init.constant_(self.classify.bias, -4.0)  # pyrefly: ignore[bad-argument-type]
         centres = torch.arange(SIDE // STRIDE) * STRIDE + STRIDE / 2
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         self.register_buffer("anchors", torch.stack((x - 8, y - 8, x + 8, y + 8), dim=-1).reshape(-1, 4))

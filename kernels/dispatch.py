@@ -18,7 +18,7 @@ try:
 except ImportError:
     triton = SimpleNamespace(jit=lambda fn=None, **_: fn if fn else (lambda fn: fn))
     tl = SimpleNamespace(constexpr=lambda value: value)
-    TensorDescriptor = None
+    TensorDescriptor = SimpleNamespace()
     HAS_TRITON = False
 
 

@@ -280,7 +280,7 @@ class _FocalLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         labels, quality, scales, *saved = ctx.saved_tensors
         levels, grads = saved[: ctx.count], saved[ctx.count :]
         nothing = [None] * 7

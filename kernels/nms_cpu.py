@@ -107,7 +107,7 @@ class _Frame:
         if listed <= _CALL:
             return False
         classes = 1 if self.labels is None else np.count_nonzero(np.bincount(self.labels[ranks]))
-        return _PAIRS * (listed - classes * _CALL) > compared / classes
+        return bool(_PAIRS * (listed - classes * _CALL) > compared / classes)
 
     def kept_by_calls(self, ranks: Array) -> Array:
         """The rising places, among these rising ranks, of the boxes that stay by torchvision's function."""

@@ -116,7 +116,7 @@ class OnePass(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         saved = list(ctx.saved_tensors)
         levels, grads = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if needs_reference(factor):

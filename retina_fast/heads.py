@@ -51,11 +51,11 @@ class SeparableConv2d(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """Of the 1x1 conv; the one to initialise."""
-        return self[1].weight  # type: ignore[return-value]
+        return self[1].weight  # pyrefly: ignore[bad-return]
 
     @property
     def bias(self) -> Tensor:
-        return self[1].bias  # type: ignore[return-value]
+        return self[1].bias  # pyrefly: ignore[bad-return]
 
 
 class LevelNormTower(nn.Module):
@@ -78,13 +78,13 @@ class LevelNormTower(nn.Module):
         self.norms = nn.ModuleList(nn.ModuleList(norm_layer(width) for _ in range(depth)) for _ in range(num_levels))
         self.act = activation_layer(inplace=True)
         for conv in self.convs:
-            nn.init.normal_(conv.weight, std=0.01)  # type: ignore[arg-type]
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            nn.init.normal_(conv.weight, std=0.01)  # pyrefly: ignore[bad-argument-type]
+            nn.init.zeros_(conv.bias)  # pyrefly: ignore[bad-argument-type]
 
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
         if len(levels) != len(self.norms):
             raise ValueError(f"this head has norms for {len(self.norms)} levels, the backbone returns {len(levels)}")
-        return [self._level(level, norms) for level, norms in zip(levels, self.norms, strict=True)]  # type: ignore[arg-type]
+        return [self._level(level, norms) for level, norms in zip(levels, self.norms, strict=True)]  # pyrefly: ignore[bad-argument-type]
 
     def _level(self, x: Tensor, norms: nn.ModuleList) -> Tensor:
         for conv, norm in zip(self.convs, norms, strict=True):
@@ -97,7 +97,7 @@ class LevelNormClassificationHead(RetinaNetClassificationHead):
         super().__init__(tower.convs[-1].out_channels, num_anchors, num_classes)
         self.conv = tower
         if isinstance(tower.convs[-1], SeparableConv2d):
-            self.cls_logits = as_separable(self.cls_logits)  # type: ignore[has-type]
+            self.cls_logits = as_separable(self.cls_logits)
         nn.init.normal_(self.cls_logits.weight, std=1e-5)
 
     def forward(self, x: list[Tensor]) -> Tensor:
@@ -109,7 +109,7 @@ class LevelNormRegressionHead(RetinaNetRegressionHead):
         super().__init__(tower.convs[-1].out_channels, num_anchors)
         self.conv = tower
         if isinstance(tower.convs[-1], SeparableConv2d):
-            self.bbox_reg = as_separable(self.bbox_reg)  # type: ignore[has-type]
+            self.bbox_reg = as_separable(self.bbox_reg)
         nn.init.normal_(self.bbox_reg.weight, std=1e-5)
 
     def forward(self, x: list[Tensor]) -> Tensor:
@@ -148,7 +148,7 @@ class DistributionRegressionHead(RetinaNetRegressionHead):
         self.reg_max, self.conv = reg_max, head.conv
         channels = old.out_channels // 4 * box_channels(reg_max)
         self.bbox_reg = nn.Conv2d(old.in_channels, channels, 3, padding=1)
-        nn.init.zeros_(self.bbox_reg.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.bbox_reg.bias)  # pyrefly: ignore[bad-argument-type]
         if isinstance(old, SeparableConv2d):
             self.bbox_reg = as_separable(self.bbox_reg)
         nn.init.normal_(self.bbox_reg.weight, std=1e-5 if isinstance(self.conv, LevelNormTower) else 0.01)
@@ -335,12 +335,12 @@ def run_tower(tower: Any, levels: Sequence[Tensor], norm: Norm = group_norm_relu
     return list(levels)
 
 
-def _is_stock_block(block: nn.Module) -> bool:
+def _is_stock_block(block: Any) -> bool:
     """Whether it is torchvision's conv, GroupNorm with weights, ReLU; the conv may be of any kind."""
     return (
         is_stock(block, Conv2dNormActivation, "forward")
-        and len(block) == 3  # type: ignore[arg-type]
-        and is_stock(block[1], nn.GroupNorm, "forward")  # type: ignore[index]
-        and block[1].affine  # type: ignore[index]
-        and is_stock(block[2], nn.ReLU, "forward")  # type: ignore[index]
+        and len(block) == 3
+        and is_stock(block[1], nn.GroupNorm, "forward")
+        and block[1].affine
+        and is_stock(block[2], nn.ReLU, "forward")
     )

@@ -91,16 +91,16 @@ def has_hooks(module: nn.Module) -> bool:
 def _is_called_otherwise(cls: type) -> bool:
     if torch.compiler.is_compiling():
         return False
-    homes = [getattr(call, "__globals__", {}).get("__name__", "") for call in (cls.__call__, cls._call_impl)]  # type: ignore[attr-defined]
+    homes = [getattr(call, "__globals__", {}).get("__name__", "") for call in (cls.__call__, cls._call_impl)]
     return not all(home.startswith(_LIBRARIES) for home in homes)
 
 
-def is_plain_conv(module: object) -> bool:
+def is_plain_conv(module: Any) -> bool:
     """Whether it is a conv of PyTorch's own class without hooks, padded with zeros: one that a fused conv replaces."""
     return (
         is_stock(module, nn.Conv2d, "forward", "_conv_forward")
-        and module.padding_mode == "zeros"  # type: ignore[attr-defined]
-        and not isinstance(module.padding, str)  # type: ignore[attr-defined]
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
     )
 
 
@@ -144,7 +144,7 @@ for _cls, *_methods in (
     *((cls, "forward") for cls in (nn.BatchNorm2d, FrozenBatchNorm2d, nn.MaxPool2d, nn.ReLU, nn.Sequential)),
     *((cls, "forward") for cls in (BasicBlock, Bottleneck)),
 ):
-    note_methods(_cls, *_methods)  # type: ignore[arg-type]
+    note_methods(_cls, *_methods)
 
 _Rows = list[tuple[Any, str, list[Any]]]  # the module that holds a function, its name, and what may be there
 
@@ -195,10 +195,10 @@ def has_stock_transform() -> bool:
     return not steps and _are_stock(_TRANSFORM_FUNCTIONS)
 
 
-def is_stock_coder(coder: object) -> bool:
+def is_stock_coder(coder: Any) -> bool:
     """Whether boxes are coded as the operations code them: by torchvision's own coder, with its own constants."""
     return (
         is_stock(coder, BoxCoder, "encode_single", "decode_single")
-        and tuple(coder.weights) == (1.0, 1.0, 1.0, 1.0)  # type: ignore[attr-defined]
-        and coder.bbox_xform_clip == MAX_LOG_SCALE  # type: ignore[attr-defined]
+        and tuple(coder.weights) == (1.0, 1.0, 1.0, 1.0)
+        and coder.bbox_xform_clip == MAX_LOG_SCALE
     )

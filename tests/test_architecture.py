@@ -185,7 +185,7 @@ def part_rows(parts: dict[str, tuple[str, ...]], *traces: Trace) -> list[list[st
 
 def test_what_the_parts_cost():
     body, fpn = "backbone.body.", "backbone.fpn."
-    parts = {
+    parts: dict[str, tuple[str, ...]] = {
         "stem": (f"{body}conv1", f"{body}bn1"),
         **{f"stage {i}, C{i + 1}": (f"{body}layer{i}.",) for i in range(1, 5)},
         "laterals": (f"{fpn}inner_blocks.",),

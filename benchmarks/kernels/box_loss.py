@@ -56,7 +56,7 @@ def build(setting: Setting, device: torch.device) -> Built:
             boxes = target["boxes"][matches.indices[b][foreground].long()]
             loss = _box_loss(setting.loss_type, coder, anchors[foreground], boxes, flat[b][foreground])
             losses.append(loss / max(1, foreground.numel()))
-        mean = sum(losses) / setting.batch
+        mean: Any = sum(losses) / setting.batch
         return mean.detach(), *torch.autograd.grad(mean, flat)
 
     def check() -> None:

@@ -201,7 +201,7 @@ class ApexStyle(torch.autograd.Function):
         return partials.sum() / normalizer
 
     @staticmethod
-    def backward(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         (saved,) = ctx.saved_tensors
         grad = torch.empty_like(saved)
         _apex_backward[(triton.cdiv(saved.numel(), _BLOCK),)](

@@ -117,7 +117,8 @@ def build(setting: Setting, device: torch.device) -> Built:
 
     def step(model: Any, outputs: dict[str, Any], leaves: list[Tensor]) -> tuple[dict[str, Tensor], Any]:
         losses = model.compute_loss(targets, outputs, anchors)
-        return losses, torch.autograd.grad(sum(losses.values()), leaves)
+        total: Any = sum(losses.values())
+        return losses, torch.autograd.grad(total, leaves)
 
     leaves = [level for outputs in levels.values() for level in outputs]
     step_ours = functools.partial(step, ours, levels, leaves)

@@ -131,13 +131,13 @@ def plant_raster(path: Path, size: int, boxes: list[tuple[int, int, int, int]], 
 def print_planted(size: int) -> None:
     """Prints how many planted objects were lost or doubled."""
     boxes = on_seams(size)
-    planted = Counter((*box, label_of(number)) for number, box in enumerate(boxes, start=1))
+    planted: Counter[tuple[int, ...]] = Counter((*box, label_of(number)) for number, box in enumerate(boxes, start=1))
     with tempfile.TemporaryDirectory() as folder:
         plant_raster(Path(folder) / "planted.tif", size, boxes)
         with RasterFile(Path(folder) / "planted.tif") as raster:
             found = detect_tiles(find, raster, TILE, OVERLAP)
     rows = zip(found["boxes"].tolist(), found["labels"].tolist(), strict=True)
-    seen = Counter((*map(int, box), label) for box, label in rows)
+    seen: Counter[tuple[int, ...]] = Counter((*map(int, box), label) for box, label in rows)
     print(f"{len(boxes)} planted: {(planted - seen).total()} lost, {(seen - planted).total()} doubled or wrong")
 
 

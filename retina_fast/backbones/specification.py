@@ -207,7 +207,7 @@ def as_rows(blocks: Iterable[Block]) -> list[list[Any]]:
         >>> as_rows(SPINENET[:1])
         [[2, 'bottleneck', [0, 1], False]]
     """
-    rows = []
+    rows: list[list[Any]] = []
     for block in blocks:
         rows.append([block.level, block.kind, [*block.parents], block.is_output])
         if block.fusion is not None or block.alphas is not None:

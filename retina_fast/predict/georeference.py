@@ -49,7 +49,9 @@ def georeference(file: Path) -> Georeference | None:
     except Exception:  # A damaged file may make Pillow raise anything.
         return None
     code = keys.get(_PROJECTED) or keys.get(_GEODETIC)
-    return Georeference(transform, f"EPSG:{code}") if transform not in (None, _NOWHERE) and code in _CODES else None
+    if transform is None or transform == _NOWHERE or code not in _CODES:
+        return None
+    return Georeference(transform, f"EPSG:{code}")
 
 
 def is_geotiff(file: Path) -> bool:

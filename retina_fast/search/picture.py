@@ -33,6 +33,7 @@ def draw(blocks: Sequence[Block], path: Path) -> None:
     width, height = 0.56, 0.34
 
     def link(start: int, end: int, **style: Any) -> None:
+        style = {"lw": 1.5, "zorder": 1, **style}
         rises = numbered[end].level >= numbered[start].level
         bend = 0 if end == start + 1 else -0.25 if rises else 0.25
         arrow = FancyArrowPatch(
@@ -42,7 +43,7 @@ def draw(blocks: Sequence[Block], path: Path) -> None:
             arrowstyle="-|>",
             mutation_scale=9,
             color=_COLORS[numbered[start].level],
-            **{"lw": 1.5, "zorder": 1, **style},
+            **style,
         )
         axes.add_patch(arrow)
 

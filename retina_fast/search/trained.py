@@ -125,10 +125,12 @@ class _AfterEachPart(L.Callback):
         self._note = note
         self._losses: list[Tensor] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._losses.append(torch.stack([loss.detach() for loss in outputs.values()]).sum())
 
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = float(torch.stack(self._losses).mean())
         self._losses.clear()
-        self._note(loss, module.metrics)  # type: ignore[arg-type]
+        self._note(loss, pl_module.metrics)  # pyrefly: ignore[bad-argument-type]

@@ -88,7 +88,7 @@ class Detector(L.LightningModule):
         return batch
 
     def on_train_start(self) -> None:
-        optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
+        optimizer = self.optimizers().optimizer  # pyrefly: ignore[missing-attribute]
         self.take_step = TrainingStep(
             self.model if self.processes.count == 1 else DistributedDataParallel(self.model),
             optimizer,
@@ -109,10 +109,8 @@ class Detector(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         images, targets = batch
         images = [to_device(image, self.device).to(self.dtype) / 255 for image in images]
-        losses: dict[str, Tensor] = self.optimizers().step(  # type: ignore[union-attr]
-            lambda: self.take_step(images, targets)
-        )
-        self.lr_schedulers().step()  # type: ignore[union-attr]
+        losses: dict[str, Tensor] = self.optimizers().step(lambda: self.take_step(images, targets))  # pyrefly: ignore[missing-attribute]
+        self.lr_schedulers().step()  # pyrefly: ignore[missing-attribute]
         return losses
 
     def configure_optimizers(self) -> Any:
@@ -159,7 +157,7 @@ class Detector(L.LightningModule):
         self.validated.values.update(means)
 
     def _validation_data(self) -> CocoDataset:
-        return self.trainer.val_dataloaders.dataset.dataset  # type: ignore[union-attr]
+        return self.trainer.val_dataloaders.dataset.dataset  # pyrefly: ignore[missing-attribute]
 
 
 def _floats(losses: dict[str, Tensor]) -> dict[str, float]:

@@ -146,6 +146,7 @@ _WARMUP_EPOCHS = 2000 / 463  # 2,000 steps of 256 images, 463 of which are an ep
 def _spinenet(epochs: int, scales: tuple[float, float], **changes: Any) -> Recipe:
     """A protocol of SpineNet that trains for `epochs` and scales images by factors between `scales`."""
     lr, weight_decay = changes.pop("lr", 0.28), changes.pop("weight_decay", 4e-5)
+    changes = {"kwargs": {"bg_iou_thresh": 0.5, "detections_per_img": 100}, **changes}
     drops = {1 - 30 / epochs: 0.1, 1 - 10 / epochs: 0.01}
     return Recipe(
         optimizer=functools.partial(torch.optim.SGD, momentum=0.9),
@@ -161,7 +162,7 @@ def _spinenet(epochs: int, scales: tuple[float, float], **changes: Any) -> Recip
         # Published is 50 times Huber's loss with delta 0.1, a mean over 4 coordinates. Beyond delta, its slope is
         # that of an L1 loss with this factor.
         box_weight=50 * 0.1 / 4,
-        **{"kwargs": {"bg_iou_thresh": 0.5, "detections_per_img": 100}} | changes,
+        **changes,
     )
 
 

@@ -66,7 +66,7 @@ class RunFiles(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, Detector)
         self.stop.listen()
-        self.data = fingerprint(trainer.train_dataloader.dataset.dataset)  # type: ignore[union-attr]
+        self.data = fingerprint(trainer.train_dataloader.dataset.dataset)  # pyrefly: ignore[missing-attribute]
         if module.processes.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_unfinished()

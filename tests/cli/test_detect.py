@@ -153,4 +153,4 @@ def test_of_many_images_the_first_are_shown(photos, tmp_path):
     assert found
     print_found(found, console)
     assert len(found.first) < 50
-    assert "... all 60" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "... all 60" in console.file.getvalue()  # pyrefly: ignore[missing-attribute]

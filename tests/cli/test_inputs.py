@@ -62,7 +62,7 @@ def test_a_file_named_in_two_ways_comes_once(tmp_path, monkeypatch):
 def test_scores_are_obeyed_or_refused(tmp_path):
     photo(tmp_path / "in" / "x.png")
     model = Finder()
-    model.score_thresh = 0.9  # type: ignore[assignment]
+    model.score_thresh = 0.9  # pyrefly: ignore[bad-argument-type]
     detect(model, CONTENT, [tmp_path / "in"], tmp_path / "out", 0.2, workers=0)
     assert model.score_thresh == 0.9
     for score in (float("nan"), -0.1, 1.5):

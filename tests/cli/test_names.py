@@ -34,7 +34,7 @@ def _one_thread(one_thread):
 def printed(show, width: int = 400) -> str:
     console = Console(file=io.StringIO(), width=width)
     show(console)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return console.file.getvalue()  # pyrefly: ignore[missing-attribute]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -210,11 +210,11 @@ def test_bad_arguments_are_named():
     for dtype in (torch.int16, torch.float8_e5m2, "float16"):
         message = rf"dtype must be floating point of at least 16 bits, torch.float8_e4m3fn or int8, got '?{dtype}"
         with pytest.raises(ValueError, match=message):
-            compile_inference(small_model(), dtype=dtype)  # type: ignore[arg-type]
+            compile_inference(small_model(), dtype=dtype)  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(ValueError, match="on the meta device, where they have no values"):
         compile_inference(small_model().to("meta"))
     with pytest.raises(TypeError, match=r"images\[0\] must be a Tensor, got a <class 'str'>"):
-        compile_inference(small_model(), images=["photograph.jpg"])  # type: ignore[list-item]
+        compile_inference(small_model(), images=["photograph.jpg"])  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(ValueError, match="max_shapes must be at least 0, got -1"):
         compile_inference(small_model(), max_shapes=-1)
     own = compile_inference(small_model(), dtype=torch.float32)

@@ -77,7 +77,8 @@ def test_images_of_double_precision(found):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_images_of_half_precision(dtype):
     given = [image.to(dtype) for image in IMAGES]
-    for way in ({"dtype": torch.int8}, {"dtype": torch.float32, "try_runtimes": True}):
+    ways: Any = {"dtype": torch.int8}, {"dtype": torch.float32, "try_runtimes": True}
+    for way in ways:
         report: Any = compile_inference(network(), given, **way).report
         assert report.difference.images == 3
         assert not report.runtime_choice.failed.keys() - {"OpenVINO"}

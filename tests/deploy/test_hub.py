@@ -156,7 +156,7 @@ def server(saved):
             if body:
                 self.wfile.write(whole)
 
-        def log_message(self, *arguments):
+        def log_message(self, format, *args):
             pass
 
     served = ThreadingHTTPServer(("127.0.0.1", 0), Answer)

@@ -30,7 +30,7 @@ def random_outputs(seed: int) -> dict[str, list[Tensor]]:
 def models(num_classes: int = K, loss_type: str = "l1") -> tuple[torchvision.models.detection.RetinaNet, RetinaNet]:
     """Returns torchvision's model and ours without a trunk, for their anchors, losses and postprocessing."""
     backbone = torch.nn.Identity()
-    backbone.out_channels = 8  # type: ignore[assignment]
+    backbone.out_channels = 8  # pyrefly: ignore[bad-argument-type]
     theirs = torchvision.models.detection.RetinaNet(backbone, num_classes).eval()
     ours = RetinaNet(backbone, num_classes).eval()
     for model in (theirs, ours):

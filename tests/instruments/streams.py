@@ -69,8 +69,8 @@ class Streams(TorchDispatchMode):
         super().__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)
         self._patches.stop()
 
     def _current(self, device: torch.device | None = None) -> FakeStream:

@@ -1,5 +1,6 @@
 """Non-maximum suppression against a plain Python loop, and against torchvision where that is exact."""
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -293,14 +294,15 @@ def test_every_output_is_written_and_the_result_is_deterministic(device, small_t
 
 def test_errors():
     boxes, counts = torch.zeros(2, 5, 4), torch.zeros(2, dtype=torch.int64)
-    for arguments, name in (
+    wrong: Any = (
         ((boxes[0], None, None, counts), "boxes"),
         ((boxes, torch.zeros(2, 4), None, counts), "scores"),
         ((boxes, None, torch.zeros(5), counts), "labels"),
         ((boxes, None, None, counts[:1]), "counts"),
         ((boxes, None, None, counts, 0.5, -1), "max_detections"),
         ((boxes[:1, :1].expand(1, 2**29, 4), None, None, counts[:1]), "boxes"),  # offsets of coordinates have 32 bits
-    ):
+    )
+    for arguments, name in wrong:
         with pytest.raises(ValueError, match=f"{name} must be"):
             batched_nms(*arguments)
 

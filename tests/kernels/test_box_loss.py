@@ -157,14 +157,14 @@ def test_images_may_have_their_own_anchors(loss_fn, place):
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_incoming_gradient_scales(place, loss_fn, factor, dtype):
-    arguments = (*case(dtype, device=place), "l1")
+    arguments: Any = (*case(dtype, device=place), "l1")
     plain = torch.autograd.grad(loss_fn(*arguments), arguments[0])
     scaled = torch.autograd.grad(loss_fn(*arguments) * factor, arguments[0])
     assert all(torch.equal(a * factor, b) for a, b in zip(plain, scaled, strict=True))  # powers of two
 
 
 def test_backward_twice(device):
-    arguments = (*case(torch.float32, device=device), "l1")
+    arguments: Any = (*case(torch.float32, device=device), "l1")
     loss = kernel_loss(*arguments) * 3
     first = torch.autograd.grad(loss, arguments[0], retain_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, arguments[0]), strict=True))
@@ -181,7 +181,7 @@ def test_second_derivatives(device, loss_type):
 def test_no_foreground_costs_nothing(loss_fn, place, loss_type):
     deltas, anchors, indices, *rest = case(torch.float32, device=place)
     loss = loss_fn(deltas, anchors, indices.clamp(max=-1), *rest, loss_type)
-    assert loss == 0
+    assert loss.item() == 0
     assert all((grad == 0).all() for grad in torch.autograd.grad(loss, deltas))
 
 
@@ -200,7 +200,7 @@ def test_no_image(loss_fn, place):
     ],
 )
 def test_bad_arguments(change, error, message):
-    arguments = [*case(torch.float32), "l1"]
+    arguments: list[Any] = [*case(torch.float32), "l1"]
     for place, value in change.items():
         arguments[place] = value
     with pytest.raises(error, match=message):
@@ -232,7 +232,7 @@ def test_opcheck(device, loss_type, output):
 
 
 def test_fullgraph_compile(device, monkeypatch):
-    arguments = (*case(torch.float32, device=device), "smooth_l1")
+    arguments: Any = (*case(torch.float32, device=device), "smooth_l1")
     monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
     loss = torch.compile(box_loss, fullgraph=True, backend="aot_eager")(*arguments)
     expected = kernel_loss(*arguments)

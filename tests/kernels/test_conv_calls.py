@@ -179,6 +179,6 @@ def test_autocast_keeps_its_dtype(calls):
 
 def test_nothing_stays_after_an_error(calls):
     with pytest.raises(ZeroDivisionError), fast_convs(Scratch(), channels_last=True):
-        _ = 1 / 0
+        raise ZeroDivisionError
     conv()(X)
     assert not calls

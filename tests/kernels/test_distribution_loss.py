@@ -98,7 +98,7 @@ def by_the_paper(distributions, anchors, indices, boxes, offsets, normalizers, n
 )  # fmt: skip
 def test_matches_the_paper_in_float64(loss_fn, place, dtype, channels_last, tolerance):
     for loss_type in IOU_LOSSES if dtype == torch.float32 and channels_last else ("giou",):
-        arguments = (*case(dtype, channels_last, place), loss_type)
+        arguments: Any = (*case(dtype, channels_last, place), loss_type)
         levels, ours, exact = arguments[0], loss_fn(*arguments), by_the_paper(*arguments)
         assert ours.dtype == torch.float32
         assert abs(ours.cpu() - exact) <= 1e-5 * abs(exact)
@@ -182,7 +182,7 @@ def test_backward_twice_and_second_derivatives(device):
 def test_no_foreground_and_no_image_cost_nothing(loss_fn, place):
     levels, anchors, indices, boxes, offsets, normalizers, n = case(device=place)
     loss = loss_fn(levels, anchors, indices.clamp(max=-1), boxes, offsets, normalizers, n)
-    assert loss == 0
+    assert loss.item() == 0
     assert all((grad == 0).all() for grad in torch.autograd.grad(loss, levels))
     none = [level[:0] for level in levels]
     assert loss_fn(none, anchors, indices[:0], boxes[:0], offsets[:1], normalizers[:0], n) == 0
@@ -198,7 +198,7 @@ def test_no_foreground_and_no_image_cost_nothing(loss_fn, place):
     ],
 )
 def test_bad_arguments(change, message):
-    arguments = [*case(), "giou"]
+    arguments: list[Any] = [*case(), "giou"]
     for place, value in change.items():
         arguments[place] = value
     with pytest.raises(ValueError, match=message):

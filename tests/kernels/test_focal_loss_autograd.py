@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_second_backward(dtype, loss_fn, place, small_tiles):
 
 
 def test_second_derivatives(loss_fn, place, small_tiles):
-    arguments = *case(7, place), 7
+    arguments: Any = *case(7, place), 7
     losses = (lambda: loss_fn(*arguments)), (lambda: focal_loss_reference(*arguments))
     assert_differentiable_twice("focal_loss", losses, arguments[0], 1e-4)
 

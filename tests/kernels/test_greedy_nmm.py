@@ -220,13 +220,13 @@ def test_empty(shape, device):
 
 def test_errors():
     boxes, scores, labels, counts = images()
-    given = {"boxes": boxes, "scores": scores, "labels": labels, "counts": counts}
+    given: dict[str, Any] = {"boxes": boxes, "scores": scores, "labels": labels, "counts": counts}
     for name, value in (
         ("boxes", boxes[0]), ("scores", scores[:, 1:]), ("labels", scores), ("counts", counts[:1]),
         ("match_metric", "GIOU"), ("match_threshold", 0.0), ("match_threshold", math.nan), ("max_detections", -1),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name} must be"):
-            greedy_nmm(**{**given, name: value})
+            greedy_nmm(**given | {name: value})
 
 
 def test_opcheck_and_compiles_whole(device):

@@ -97,7 +97,7 @@ def test_no_candidate_no_image_no_detection(device, few_programs):
 
 def test_errors():
     logits, deltas, anchors = inputs()
-    for change, message in (
+    wrong: Any = (
         ({"topk": -1}, "topk"),
         ({"max_detections": -1}, "max_detections"),
         ({"anchors": anchors[1:]}, "anchors"),
@@ -105,11 +105,12 @@ def test_errors():
         ({"deltas": [level[:1] for level in deltas]}, "deltas"),
         ({"image_sizes": SIZES[0][:1]}, "image_sizes"),
         ({"original_sizes": SIZES[0][:, :1]}, "original_sizes"),
-    ):
-        given = {"logits": logits, "deltas": deltas, "anchors": anchors, "image_sizes": SIZES[0]}
+    )
+    for change, message in wrong:
+        given: dict[str, Any] = {"logits": logits, "deltas": deltas, "anchors": anchors, "image_sizes": SIZES[0]}
         given |= {"original_sizes": SIZES[1], "num_classes": K}
         with mock.patch.object(module, "runs_triton", return_value=True), pytest.raises(ValueError, match=message):
-            postprocess(**{**given, **change})
+            postprocess(**given | change)
 
 
 def test_opcheck(device, few_programs):

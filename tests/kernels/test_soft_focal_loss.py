@@ -208,7 +208,7 @@ def test_second_derivatives(loss_type, loss_fn, place, small_tiles):
     ],
 )
 def test_bad_arguments(change, message):
-    arguments = [*case(7), 7, "varifocal", 2.0]
+    arguments: list[Any] = [*case(7), 7, "varifocal", 2.0]
     for place, value in change.items():
         arguments[place] = value
     with pytest.raises(ValueError, match=message):

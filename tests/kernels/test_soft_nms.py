@@ -134,13 +134,13 @@ def test_float64_is_kept():
 
 def test_errors():
     boxes, scores, labels, counts = images()
-    given = {"boxes": boxes, "scores": scores, "labels": labels, "counts": counts}
+    given: dict[str, Any] = {"boxes": boxes, "scores": scores, "labels": labels, "counts": counts}
     for name, value in (
         ("boxes", boxes[0]), ("scores", scores[:, 1:]), ("labels", scores), ("counts", counts[:1]),
         ("method", "cosine"), ("sigma", 0.0), ("score_thresh", -0.1), ("max_detections", -1),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name} must be"):
-            soft_nms(**{**given, name: value})
+            soft_nms(**given | {name: value})
     with pytest.raises(ValueError, match=r"boxes must be fewer than 2\^29 an image, got 536870912"):
         soft_nms(boxes[:1, :1].expand(1, 2**29, 4), scores[:1, :1].expand(1, 2**29), None, counts[:1])
 

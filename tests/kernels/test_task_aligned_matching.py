@@ -239,7 +239,7 @@ def test_no_gradient_flows(device):
 
 
 def test_registration(device):
-    inputs = *arguments(scene((2, 1), seed=11), device), 5, 1.0, 6.0, 0
+    inputs: Any = *arguments(scene((2, 1), seed=11), device), 5, 1.0, 6.0, 0
     torch.library.opcheck(module._reference_op, inputs, test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(task_aligned_matching, fullgraph=True, backend="aot_eager", dynamic=True)
     for ours, expected in zip(compiled(*inputs), task_aligned_matching_reference(*inputs), strict=True):

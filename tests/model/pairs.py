@@ -16,7 +16,7 @@ METHODS = ("forward", "compute_loss", "postprocess_detections")
 def torchvision_model(num_classes=3, cls=tv.RetinaNet, **kwargs):
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.ReLU())
-    backbone.out_channels = 16  # type: ignore[assignment]
+    backbone.out_channels = 16  # pyrefly: ignore[bad-argument-type]
     anchors = AnchorGenerator(((16, 24, 32),), ((0.5, 1.0, 2.0),))
     model = cls(backbone, num_classes, anchor_generator=anchors, min_size=64, max_size=128, **kwargs)
     for conv in (*model.head.modules(),):
@@ -47,7 +47,7 @@ def assert_same(ours, theirs, images=IMAGES, targets=None):
     for key in expected:
         assert abs(losses[key] - expected[key]) <= 1e-5 * abs(expected[key]) + 1e-9
     grads, reference = (
-        torch.autograd.grad(sum(x.values()), list(m.parameters()), allow_unused=True)
+        torch.autograd.grad(torch.stack([*x.values()]).sum(), list(m.parameters()), allow_unused=True)
         for m, x in ((ours, losses), (theirs, expected))
     )
     for grad, other in zip(grads, reference, strict=True):

@@ -40,8 +40,8 @@ class RecordedGraph(TorchDispatchMode):
         self.ops.append((func, args, kwargs, out))
         return out
 
-    def __exit__(self, *args):
-        super().__exit__(*args)
+    def __exit__(self, exc_type, exc_val, exc_tb):
+        super().__exit__(exc_type, exc_val, exc_tb)
         with torch.no_grad():
             for tensor, value in self.before.values():
                 tensor.copy_(value)
@@ -94,7 +94,8 @@ class _Losses(torch.autograd.Function):
         return cls, box
 
     @staticmethod
-    def backward(ctx, cls, box):
+    def backward(ctx, *incoming):
+        cls, box = incoming
         grads = [grad * (cls if i < ctx.split else box) for i, grad in enumerate(ctx.saved_tensors)]
         return None, None, None, None, *grads
 

@@ -22,7 +22,7 @@ def made(monkeypatch) -> list[int]:
     """Counts the times that anchors are made."""
     calls: list[int] = []
     original = module._anchors
-    monkeypatch.setattr(module, "_anchors", lambda *args: calls.append(1) or original(*args))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(module, "_anchors", lambda *args: calls.append(1) or original(*args))
     return calls
 
 

@@ -1,6 +1,7 @@
 """What torchvision's RetinaNet takes and gives, with its signatures and results."""
 
 import inspect
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -117,9 +118,9 @@ def test_gradients_of_images(model):
     for one in (model, plain):
         images = [image.clone().requires_grad_() for image in IMAGES]
         losses = one.train()(images, good_targets())
-        grads = torch.autograd.grad(sum(losses.values()), images)
+        grads = torch.autograd.grad(torch.stack([*losses.values()]).sum(), images)
         one.eval().score_thresh = 0.6
-        detected = sum(image["scores"].sum() + image["boxes"].sum() / 100 for image in one(images))
+        detected: Any = sum(image["scores"].sum() + image["boxes"].sum() / 100 for image in one(images))
         found.append((*grads, *torch.autograd.grad(detected, images)))
     for grad, reference in zip(*found, strict=True):
         assert (grad - reference).norm() <= 1e-4 * reference.norm()

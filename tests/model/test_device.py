@@ -40,10 +40,10 @@ class Timeline:
 class Image(torch.Tensor):
     """A pinned image whose copy to a GPU is written down."""
 
-    def is_pinned(self):  # type: ignore[override]
+    def is_pinned(self):  # pyrefly: ignore[bad-override]
         return True
 
-    def to(self, device, non_blocking=False):  # type: ignore[override]
+    def to(self, device, non_blocking=False):  # pyrefly: ignore[bad-override]
         timeline.log.append(f"copied on {timeline.current}, non_blocking={non_blocking}")
         return SimpleNamespace(record_stream=lambda stream: timeline.log.append(f"kept for {stream.name}"))
 

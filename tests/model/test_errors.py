@@ -132,7 +132,7 @@ def test_bad_arguments_are_refused():
     backbone = nn.Sequential(nn.Conv2d(3, 4, 8, 8))
     with pytest.raises(ValueError, match="out_channels"):
         retina_fast.RetinaNet(backbone, 3)
-    backbone.out_channels = 4  # type: ignore[assignment]
+    backbone.out_channels = 4  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(TypeError, match="AnchorGenerator"):
         retina_fast.RetinaNet(backbone, 3, anchor_generator="yes")
     with pytest.raises(AssertionError):

@@ -74,7 +74,7 @@ def kept_and_losses(model: tv.RetinaNet, dtype: torch.dtype | None) -> tuple[int
         torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None),
     ):
         losses = model(images, targets)
-        sum(losses.values()).backward()
+        torch.stack([*losses.values()]).sum().backward()
     return sum(kept.values()), losses
 
 

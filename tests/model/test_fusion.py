@@ -30,7 +30,8 @@ def changed(row: int, rows: Any = SPINENET, **changes: Any) -> tuple[Block, ...]
 
 def tiny(rows: Any, **kwargs: Any) -> Any:
     torch.manual_seed(0)
-    return SpineNet(rows, **{"width": 0.05, "out_channels": 8} | kwargs).eval()
+    kwargs = {"width": 0.05, "out_channels": 8, **kwargs}
+    return SpineNet(rows, **kwargs).eval()
 
 
 def levels_of(net: nn.Module) -> list[torch.Tensor]:

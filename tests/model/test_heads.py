@@ -39,7 +39,7 @@ def detector(norm_layer: Any = batch_norm, **kwargs) -> RetinaNet:
     generator = AnchorGenerator(tuple((3 * s, 4 * s, 5 * s) for s in (8, 16, 32, 64, 128)), ((0.5, 1.0, 2.0),) * 5)
     head: Any = level_norm_head(8, 9, num_classes=3, width=6, depth=2, norm_layer=norm_layer)
     backbone = SpineNet(width=0.1, out_channels=8, norm_layer=norm_layer)
-    settings = {"min_size": None, "score_thresh": 0.01} | kwargs
+    settings: dict[str, Any] = {"min_size": None, "score_thresh": 0.01} | kwargs
     model = RetinaNet(backbone, 3, anchor_generator=generator, head=head, **settings)
     nn.init.normal_(head.classification_head.cls_logits.weight, std=0.3)
     nn.init.normal_(head.regression_head.bbox_reg.weight, std=0.03)
@@ -107,13 +107,13 @@ def test_losses_are_those_of_torchvision_and_every_parameter_gets_a_gradient():
     losses = model.losses_of(made, outputs)
     anchors = [outputs.anchors] * len(TARGETS)
     torch.testing.assert_close(losses, tv.RetinaNet.compute_loss(model, TARGETS, outputs.joined(), anchors))
-    sum(model(images(), EVERY_LEVEL).values()).backward()
+    torch.stack([*model(images(), EVERY_LEVEL).values()]).sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_every_parameter_of_49s_gets_a_gradient():
     model = retina_fast.retinanet_spinenet49s(num_classes=3, min_size=None)
-    sum(model(images(), EVERY_LEVEL).values()).backward()
+    torch.stack([*model(images(), EVERY_LEVEL).values()]).sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -168,7 +168,7 @@ def test_channels_last_and_bfloat16(dtype):
     model = model.to(dtype).to(memory_format=torch.channels_last)
     pictures = [picture.to(dtype) for picture in pictures]
     losses, _ = model.losses_and_detections(pictures, TARGETS)
-    sum(model.train()(pictures, TARGETS).values()).backward()
+    torch.stack([*model.train()(pictures, TARGETS).values()]).sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(losses, expected, rtol=tolerance, atol=0, check_dtype=False)
@@ -184,7 +184,7 @@ def test_autocast():
     model = detector()
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(images(), TARGETS)
-    sum(losses.values()).backward()
+    torch.stack([*losses.values()]).sum().backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
 
 

@@ -98,7 +98,7 @@ def test_the_kernels_give_the_losses_and_gradients_of_the_references(device, opt
     for context in (kernels_everywhere(), contextlib.nullcontext()):
         with context:
             losses = model.compute_loss(targets, outputs, anchors)
-        found.append((losses, torch.autograd.grad(sum(losses.values()), leaves(outputs))))
+        found.append((losses, torch.autograd.grad(torch.stack([*losses.values()]).sum(), leaves(outputs))))
     (ours, grads), (expected, exact) = found
     for key, value in ours.items():
         assert abs(value - expected[key]) <= 1e-5 * expected[key]
@@ -203,8 +203,8 @@ def test_joined_outputs_have_no_levels():
 
 def test_what_the_model_refuses():
     backbone = torch.nn.Identity()
-    backbone.out_channels = 8  # type: ignore[assignment]
-    for options, message in (
+    backbone.out_channels = 8  # pyrefly: ignore[bad-argument-type]
+    wrong: Any = (
         ({"matcher": "ATSS"}, "matcher must be one of atss, task_aligned, or a matcher itself, got 'ATSS'"),
         ({"matcher": "atss", "proposal_matcher": Matcher(0.5, 0.4)}, "give one of them"),
         (
@@ -213,7 +213,8 @@ def test_what_the_model_refuses():
         ),
         ({"box_weights": "iou"}, "box_weights must be one of quality, got 'iou'"),
         ({"box_loss": "l2"}, "box_loss must be one of l1, smooth_l1, giou, diou, ciou, got 'l2'"),
-    ):
+    )
+    for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             RetinaNet(backbone, K, **options)
     with pytest.raises(ValueError, match="top_k must be a whole number of at least 1, got 0"):
@@ -245,7 +246,7 @@ def test_what_only_an_argument_would_set_is_refused():
         pass
 
     backbone = torch.nn.Identity()
-    backbone.out_channels = 8  # type: ignore[assignment]
+    backbone.out_channels = 8  # pyrefly: ignore[bad-argument-type]
     own: Any = from_torchvision(Own(backbone, K))
     own.matcher = "the user's own"
     assert own.matcher == "the user's own"

@@ -69,7 +69,7 @@ def _box_loss(levels, *arguments):
 
 def models(loss_type, **options):
     backbone = torch.nn.Identity()
-    backbone.out_channels = 8  # type: ignore[assignment]
+    backbone.out_channels = 8  # pyrefly: ignore[bad-argument-type]
     both = TorchvisionRetinaNet(backbone, K), RetinaNet(backbone, K, **options)
     for model in both:
         model.head.regression_head._loss_type = loss_type
@@ -139,8 +139,9 @@ def test_the_kernels_give_torchvision_losses_and_gradients(device, counts, loss_
         losses = ours.compute_loss(targets, outputs, anchors)
     for key, value in losses.items():
         assert abs(value - expected[key]) <= 1e-5 * expected[key]
-    grads = torch.autograd.grad(sum(losses.values()), leaves(outputs))
-    exact = torch.autograd.grad(sum(expected.values()), leaves(outputs), allow_unused=True, materialize_grads=True)
+    total, theirs_total = (torch.stack([*found.values()]).sum() for found in (losses, expected))
+    grads = torch.autograd.grad(total, leaves(outputs))
+    exact = torch.autograd.grad(theirs_total, leaves(outputs), allow_unused=True, materialize_grads=True)
     assert all(relative(a, b) <= 1e-5 for a, b in zip(grads, exact, strict=True))
 
 

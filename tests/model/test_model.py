@@ -68,7 +68,7 @@ def test_training_equals_torchvision(builder, num_classes, sizes, counts):
     for model in (theirs, ours):
         model.load_state_dict(buffers, strict=False)
         losses = model(images, targets)
-        results.append((losses, torch.autograd.grad(sum(losses.values()), list(model.parameters()))))
+        results.append((losses, torch.autograd.grad(torch.stack([*losses.values()]).sum(), list(model.parameters()))))
     (expected, expected_grads), (losses, grads) = results
     assert list(losses) == list(expected)
     for key in expected:
@@ -175,7 +175,7 @@ def test_every_builder_trains_and_detects(name):
 
 def test_any_backbone_with_out_channels():
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 8, 8), torch.nn.ReLU())  # one level, a plain tensor
-    backbone.out_channels = 16  # type: ignore[assignment]
+    backbone.out_channels = 16  # pyrefly: ignore[bad-argument-type]
     sizes = torchvision.models.detection.anchor_utils.AnchorGenerator(((16, 32),), ((0.5, 1.0),))
     kwargs = {"num_classes": 2, "anchor_generator": sizes, "min_size": 96}
     ours = retina_fast.RetinaNet(backbone, **kwargs)

@@ -40,8 +40,9 @@ def _one_thread(one_thread):
     torch.manual_seed(0)
 
 
-def tiny(**kwargs) -> SpineNet:
-    return SpineNet(**{"width": 0.05, "out_channels": 8} | kwargs)
+def tiny(**kwargs: Any) -> SpineNet:
+    kwargs = {"width": 0.05, "out_channels": 8, **kwargs}
+    return SpineNet(**kwargs)
 
 
 def trainable(module: nn.Module) -> int:
@@ -110,11 +111,11 @@ def test_block_11_reaches_the_output_through_block_14_alone():
     handle.remove()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"p5", "p6", "p7"}  # P6 and P7 come after P5; P3 and P4 before
-    sum(level.sum() for level in net(images).values()).backward()
+    torch.stack([level.sum() for level in net(images).values()]).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.blocks[11][0].branch[0].parameters())
     net.zero_grad()
     net.added_raw[12] = ()
-    sum(level.sum() for level in net(images).values()).backward()
+    torch.stack([level.sum() for level in net(images).values()]).sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in net.blocks[11].parameters())
 
 
@@ -123,7 +124,7 @@ def test_the_rule_of_unused_blocks_is_general():
     assert [(row + 2, numbers) for row, numbers in enumerate(added_raw(rows)) if numbers] == [(14, (11,))]
     rows[10] = rows[10]._replace(parents=(5, 11))  # block 11 has a child
     assert not any(added_raw(rows))
-    later = [block._replace(parents=tuple(x + (x > 11) for x in block.parents)) for block in SPINENET[10:]]  # type: ignore[arg-type]
+    later = [block._replace(parents=tuple(x + (x > 11) for x in block.parents)) for block in SPINENET[10:]]  # pyrefly: ignore[bad-argument-type]
     rows = [*SPINENET[:10], Block(5, "bottleneck", (8, 10)), *later]
     assert added_raw(rows)[13] == (11, 12)  # two of them
     tiny(specification=rows).eval()(torch.rand(1, 3, 128, 128))

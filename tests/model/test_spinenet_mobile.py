@@ -33,8 +33,9 @@ def _one_thread(one_thread):
     torch.manual_seed(0)
 
 
-def tiny(**kwargs) -> Any:
-    return MobileSpineNet(**{"width": 0.2, "out_channels": 8} | kwargs)
+def tiny(**kwargs: Any) -> Any:
+    kwargs = {"width": 0.2, "out_channels": 8, **kwargs}
+    return MobileSpineNet(**kwargs)
 
 
 def trainable(module: nn.Module) -> int:
@@ -91,7 +92,7 @@ def test_every_block_sees_its_parents_and_the_block_that_nobody_uses():
     torch.testing.assert_close(inputs[1], outputs[0])
     for number, row in enumerate(TABLE.split(";"), start=2):
         parents = [int(parent) for parent in row.split()[1:]]
-        merged = sum(link(outputs[parent]) for link, parent in zip(net.links[number - 2], parents, strict=True))
+        merged: Any = sum(link(outputs[parent]) for link, parent in zip(net.links[number - 2], parents, strict=True))
         if number == 15:
             merged = merged + outputs[12]
         torch.testing.assert_close(inputs[number], F.silu(merged))

@@ -35,7 +35,7 @@ def test_levels_and_training(name, p6_from_c5):
     assert [tuple(level.shape) for level in levels.values()] == [(2, 8, n, n) for n in (16, 8, 4, 2, 1)]
     target = {"boxes": torch.tensor([[10.0, 10, 90, 100]]), "labels": torch.tensor([2])}
     losses = model([torch.rand(3, 128, 128)] * 2, [target] * 2)
-    sum(losses.values()).backward()
+    torch.stack([*losses.values()]).sum().backward()
     first = next(p for p in backbone.body.parameters() if p.ndim == 4)
     assert first.grad is not None
     assert first.grad.any()

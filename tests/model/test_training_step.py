@@ -261,7 +261,7 @@ def test_bad_targets_are_refused_and_change_nothing(graphs, captured):
     with pytest.raises(IndexError, match=r"targets\[1\]\['labels'\]\[2\] is 3, must be in \[0, 3\)"):
         step(images, targets)
     with pytest.raises(TypeError, match=r"images\[0\] must be a Tensor"):
-        step(["image", images[1]], batch(0)[1])  # type: ignore[list-item]
+        step(["image", images[1]], batch(0)[1])  # pyrefly: ignore[bad-argument-type]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -20,7 +20,7 @@ def test_bad_arguments_are_refused():
     model = fresh_model("cpu")
     optimizer = sgd(model)
     with pytest.raises(TypeError, match=r"model must be a retina_fast.RetinaNet, got .*Linear"):
-        TrainingStep(torch.nn.Linear(2, 2), optimizer)  # type: ignore[arg-type]
+        TrainingStep(torch.nn.Linear(2, 2), optimizer)
     with pytest.raises(ValueError, match=r"dtype must be None or torch.bfloat16, got torch.float16"):
         TrainingStep(model, optimizer, dtype=torch.float16)
     with pytest.raises(ValueError, match="max_boxes must be at least 1, got 0"):
@@ -58,7 +58,7 @@ def test_a_batch_in_parts_is_the_batch(parts, as_tensor):
     with pytest.raises(IndexError, match="targets has 4 entries for 5 images"):
         step(images, targets[:4])
     with pytest.raises(AssertionError, match="targets should not be none"):
-        step(images, None)  # type: ignore[arg-type]
+        step(images, None)  # pyrefly: ignore[bad-argument-type]
 
 
 @pytest.mark.parametrize("parts", [1, 2])

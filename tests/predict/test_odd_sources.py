@@ -223,7 +223,7 @@ def server(photo) -> Iterator[str]:
     content = photo.read_bytes()
 
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
         def do_GET(self) -> None:

@@ -65,7 +65,7 @@ def server(files) -> Iterator[str]:
     """The address of a server of the files on this machine."""
 
     class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(files))) as running:

@@ -185,9 +185,11 @@ def test_rows_of_another_run_are_refused(tmp_path):
 
     with pytest.raises(Killed):
         detect_tiles(killed, raster, TILE, OVERLAP, resume=file, about="a")
-    for changes in ({"tile": 90}, {"overlap": 0.2}, {"about": "b"}):
+    settings: dict[str, Any] = {"tile": TILE, "overlap": OVERLAP, "about": "a", "resume": file}
+    others: Any = {"tile": 90}, {"overlap": 0.2}, {"about": "b"}
+    for changes in others:
         with pytest.raises(UserError, match="rows: holds no rows of tiles of this image"):
-            detect_tiles(find, raster, **{"tile": TILE, "overlap": OVERLAP, "about": "a", "resume": file} | changes)
+            detect_tiles(find, raster, **settings | changes)
     file.write_text("important\n")
     with pytest.raises(UserError, match="rows: holds no rows of tiles of this image"):
         detect_tiles(find, raster, TILE, OVERLAP, resume=file)

@@ -181,7 +181,7 @@ def conv_chain(generator: Generator, dtype: torch.dtype, second: int = 0, filter
     shortcut = (made(1, second, 3, 5), made(32, second, 1, 1)) if second else (None, None)
     before = (made(filtered, 16, 3, 3) / 4, made(filtered)) if filtered else (None, None)
     reference: Any = conv_pointwise_reference
-    exact = [x.double() if isinstance(x, Tensor) else x for x in (*given, z, *shortcut, *before)]
+    exact: list[Any] = [x.double() if isinstance(x, Tensor) else x for x in (*given, z, *shortcut, *before)]
     x = exact[0]
     if filtered:
         x = torch.nn.functional.conv2d(x, exact[-2], exact[-1], padding=1).relu().to(dtype).double()

@@ -41,7 +41,7 @@ def linear(net: Any) -> Any:
             module.has_shortcut = False
         if isinstance(module, nn.Conv2d):
             module.padding_mode = "circular"  # zeros would lower the variance at the edges
-            module._reversed_padding_repeated_twice = [module.padding[0]] * 4  # type: ignore[list-item]
+            module._reversed_padding_repeated_twice = [module.padding[0]] * 4  # pyrefly: ignore[bad-assignment]
             nn.init.normal_(module.weight)
     return net.double()
 

@@ -165,7 +165,7 @@ def run_both_ways(rows: tuple[Block, ...], space: Space) -> None:
     net = MobileSpineNet(rows, **kwargs) if space is MOBILE else SpineNet(rows, **kwargs)
     levels = net(torch.rand(2, 3, 128, 128))
     assert [level.shape[2] for level in levels.values()] == [16, 8, 4, 2, 1]
-    sum(level.square().sum() for level in levels.values()).backward()
+    torch.stack([level.square().sum() for level in levels.values()]).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
 
 

@@ -135,7 +135,7 @@ def test_other_samplers_and_the_mobile_space(tmp_path):
     for bad in ({"space": "all"}, {"sampler": "cma"}, {"model": "retinanet_spinenet49_mobile"}):
         ((name, value),) = bad.items()
         with pytest.raises(UserError, match=f"{name} must be one of .*, got '{value}'"):
-            SearchSettings(**bad)  # type: ignore[arg-type]
+            SearchSettings(**bad)  # pyrefly: ignore[bad-argument-type]
 
 
 # Training

@@ -18,7 +18,7 @@ def _double(*arguments: Any) -> run.Detector:
     return _Detector(*arguments).double()
 
 
-run.Detector = _double  # type: ignore[assignment, misc]
+run.Detector = _double  # pyrefly: ignore[bad-assignment]
 
 if __name__ == "__main__":
     drawn.quicken()  # as the tests have it: the weights of a run that is started are those of one that is forked

@@ -51,7 +51,7 @@ def test_decay_clipping_crops_and_models():
         assert type(optimizer) is torch.optim.SGD
         assert (optimizer.defaults["momentum"], recipe.weight_decay, recipe.gradient_norm) == (0.9, 4e-5, 10)
         assert (recipe.average, recipe.focal_gamma, recipe.kwargs["bg_iou_thresh"]) == (0, 1.5, 0.5)
-    scales = [recipe_named(name).augmentation.keywords["scales"] for name in NAMES]  # type: ignore[attr-defined]
+    scales = [recipe_named(name).augmentation.keywords["scales"] for name in NAMES]  # pyrefly: ignore[missing-attribute]
     assert scales == [(0.5, 2.0), (0.5, 2.0), (0.1, 1.9), (0.1, 1.9)]
     assert [recipe_named(name).kwargs.get("stochastic_depth") for name in NAMES] == [None, 0.2, 0.16, 0.2]
     assert [recipe_named(name).kwargs.get("activation") for name in NAMES] == [None, "silu", "silu", "silu"]
@@ -112,7 +112,7 @@ def settings_of(recipe: str, crop: int) -> TrainSettings:
 
 @pytest.mark.parametrize("name", [pytest.param("spinenet-b", marks=pytest.mark.slow), "spinenet-c"])
 def test_a_short_run_by_a_published_recipe(data, tmp_path, monkeypatch, name):
-    small = RECIPES[name].kwargs | {"specification": TINY}  # type: ignore[operator]
+    small = {**RECIPES[name].kwargs, "specification": TINY}
     monkeypatch.setitem(RECIPES, name, replace(RECIPES[name], kwargs=small))
     seen: set[tuple[int, ...]] = set()
     original = Detector.training_step
@@ -158,7 +158,7 @@ def test_the_network_of_a_recipe_with_another_matcher(data, name):
 
 @pytest.mark.slow
 def test_a_short_run_with_another_matcher(data, tmp_path, monkeypatch):
-    small = RECIPES["tood-1x"].kwargs | {"min_size": 96}  # type: ignore[operator]
+    small = {**RECIPES["tood-1x"].kwargs, "min_size": 96}
     monkeypatch.setitem(RECIPES, "tood-1x", replace(RECIPES["tood-1x"], kwargs=small))
     seen = []
     monkeypatch.setattr(Detector, "on_train_batch_end", lambda self, *_: seen.append(type(self.model.proposal_matcher)))

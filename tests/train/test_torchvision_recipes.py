@@ -174,7 +174,7 @@ def test_a_step_is_torchvisions(recipe, data, tmp_path, monkeypatch):
     optimizer = published_optimizer(recipe, model)
     torch.manual_seed(mixed_seed(settings.seed, 0, 0))  # of the sizes that v2 draws
     published = model([image.double() / 255 for image in images], targets)
-    sum(published.values()).backward()
+    torch.stack([*published.values()]).sum().backward()
     optimizer.step()
 
     for name, loss in published.items():

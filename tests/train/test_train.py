@@ -34,8 +34,9 @@ def _one_thread(one_thread):
     pass
 
 
-def run(data, output: Path, settings=SETTINGS, **more) -> Path:
-    return train(settings, data, output=output, **{"workers": 0} | more)
+def run(data, output: Path, settings=SETTINGS, **more: Any) -> Path:
+    more = {"workers": 0, **more}
+    return train(settings, data, output=output, **more)
 
 
 @pytest.fixture(scope="module")

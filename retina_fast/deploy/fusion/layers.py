@@ -65,30 +65,30 @@ class FusedConv(nn.Conv2d):
     _prepared: tuple[object, dict[str, Any]] | None = None  # what the weights were, and what was made of them
 
     def forward(
-        self, x: Tensor, z: Tensor | None = None, overwrite_z: bool = False, shortcut: "FusedConv | None" = None
+        self, input: Tensor, z: Tensor | None = None, overwrite_z: bool = False, shortcut: "FusedConv | None" = None
     ) -> Tensor:
         """Run in the way that was found the fastest.
 
         Args:
-            x: ``(B, C_in, H, W)``.
+            input: ``(B, C_in, H, W)``.
             z: ``(B, C_out, H_z, W_z)``. Where its height and width are not the output's, it is resized by nearest
                 neighbours.
             overwrite_z: whether the output may take the memory of z, since nobody reads z afterwards.
             shortcut: a conv, whose output for z is added in z's place.
         """
         if torch.compiler.is_compiling():  # the compiler fuses by itself
-            return self.run("eager", x, z, overwrite_z, shortcut)
-        if self.always and self.takes_float8(x):
-            return self.run(self.always, x, z, overwrite_z, shortcut)
-        way = self.ways.get(x.shape)
-        if way is not None and way not in self.possible_ways(x, z, shortcut):  # chosen in another dtype or precision
-            way = None
-        if way is None and self._is_small(x):
+            return self.run("eager", input, z, overwrite_z, shortcut)
+        if self.always and self.takes_float8(input):
+            return self.run(self.always, input, z, overwrite_z, shortcut)
+        way = self.ways.get(input.shape)
+        if way is not None and way not in self.possible_ways(input, z, shortcut):
+            way = None  # chosen in another dtype or precision
+        if way is None and self._is_small(input):
             way = "eager"
         elif way is None:
-            gains = self.takes_winograd(x, z) and gains_from_winograd(x, self.weight)
+            gains = self.takes_winograd(input, z) and gains_from_winograd(input, self.weight)
             way = "winograd" if gains else "fused"
-        return self.run(way, x, z, overwrite_z, shortcut)
+        return self.run(way, input, z, overwrite_z, shortcut)
 
     def run(
         self,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,8 @@ def test_the_launches_on_a_gpu(monkeypatch):
 
     def prepare():
         with torch.device("cuda"):
-            trunk, x = Trunk().eval(), torch.ones(1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+            trunk: Any = Trunk().eval()
+            x = torch.ones(1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
             for module in (trunk.stem, *trunk.chain, trunk.chain[0].downsample):  # as folded norms leave them
                 for name, part in list(module.named_children()):
                     if isinstance(part, nn.BatchNorm2d):

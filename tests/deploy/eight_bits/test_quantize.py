@@ -237,7 +237,7 @@ def test_bad_calibration_images_are_named(tmp_path):
     good = pictures((8, 12))[0]
     (tmp_path / "broken.png").write_bytes(b"not an image")
     (tmp_path / "empty").mkdir()
-    wrong = {
+    wrong: dict[str, Any] = {
         "at least one, got none": [],
         "the image for calibration must show something": [torch.zeros(3, 8, 12)],
         "the 9 images for calibration must show something": [torch.full((3, 8, 12), i / 9) for i in range(9)],

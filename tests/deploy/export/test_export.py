@@ -57,10 +57,10 @@ class TwoLevels(nn.Module):
         return {"0": x, "1": self.second(x)}
 
 
-def small(cls=retina_fast.RetinaNet, **kwargs):
+def small(cls=retina_fast.RetinaNet, **kwargs: Any):
     generator = AnchorGenerator(((24, 32), (48, 64)), ((0.5, 1.0),) * 2)
     torch.manual_seed(0)
-    kwargs = {"min_size": 112, "max_size": 160, "anchor_generator": generator, "topk_candidates": 200} | kwargs
+    kwargs = {"min_size": 112, "max_size": 160, "anchor_generator": generator, "topk_candidates": 200, **kwargs}
     return cls(TwoLevels(), 3, **kwargs).eval()
 
 
@@ -292,7 +292,7 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
         retina_fast.export(small(), tmp_path / "absent" / "file", "onnx", SIZE)
 
     class Own(retina_fast.RetinaNet):
-        def postprocess_detections(self, *arguments):
+        def postprocess_detections(self, head_outputs, anchors, image_shapes):
             return []
 
     with pytest.raises(TypeError, match="postprocessing, of its own, which an exported file would not run"):

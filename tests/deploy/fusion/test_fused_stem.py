@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def stem(dtype: torch.dtype = torch.float32, **pooling: Any) -> Any:
     """A chain as a ResNet begins, followed by another conv."""
     torch.manual_seed(0)
-    sizes = {"kernel_size": 3, "stride": 2, "padding": 1, **pooling}
+    sizes: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1, **pooling}
     conv, pool = nn.Conv2d(3, 16, 7, stride=2, padding=3, dtype=dtype), nn.MaxPool2d(**sizes)
     return nn.Sequential(conv, nn.Identity(), nn.ReLU(), pool, nn.Conv2d(16, 4, 1, dtype=dtype))
 
