@@ -21,13 +21,14 @@ def quicken() -> None:
     if hasattr(Tensor.uniform_, "__wrapped__"):
         return
     generator = torch.Generator().manual_seed(0)
-    uniform, normal = torch.rand(POOL, generator=generator), torch.randn(POOL, generator=generator)
+    uniform = 2 * torch.rand(POOL, generator=generator) - 1  # like the others around 0, which most draws are
+    normal = torch.randn(POOL, generator=generator)
     truncated = nn.init.trunc_normal_(torch.empty(POOL), generator=generator)
     draw: Any = Tensor.uniform_, Tensor.normal_, nn.init.trunc_normal_
 
     @functools.wraps(draw[0])
     def uniform_(tensor, a=0.0, b=1.0, *, generator=None):
-        if generator or not _fill(tensor, uniform, a, b - a):
+        if generator or not _fill(tensor, uniform, (a + b) / 2, (b - a) / 2):
             draw[0](tensor, a, b, generator=generator)
         return tensor
 
@@ -55,5 +56,7 @@ def _fill(tensor: Tensor, pool: Tensor, shift: float, scale: float) -> bool:
     if not plain or tensor.dtype != torch.float32 or not FEWEST <= tensor.numel() <= MOST:
         return False
     begin = int(torch.randint(POOL - tensor.numel(), ()))
-    torch.mul(pool[begin : begin + tensor.numel()], scale, out=tensor.view(-1)).add_(shift)
+    torch.mul(pool[begin : begin + tensor.numel()], scale, out=tensor.view(-1))
+    if shift:
+        tensor.add_(shift)
     return True
