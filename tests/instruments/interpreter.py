@@ -40,8 +40,6 @@ def quicken() -> None:
     _call_builtins_directly()
     _remember_shapes()
     _remember_types()
-    _remember_constants()
-    _compare_types_first()
 
 
 def _replace_once_a_launch() -> None:
@@ -68,6 +66,40 @@ def _replace_once_a_launch() -> None:
     interpreter._patch_lang = replace_once
 
 
+class _Semantic(interpreter.TritonSemantic):
+    """What builtin functions do, in which the same tensors and types are asked for once."""
+
+    def __init__(self, builder: Any) -> None:
+        super().__init__(builder)
+        self._constants: dict[tuple[Any, ...], Any] = {}
+        self._common_types: dict[tuple[Any, ...], Any] = {}
+        self._kept = {id(kind) for kind in (tl.int32, tl.int64, tl.float32, tl.float64)}  # by operations on two of them
+
+    def scalar_constant(self, value: Any, dtype: Any) -> Any:
+        if dtype is None or value != value:
+            return super().scalar_constant(value, dtype)
+        key = (type(value), value, dtype.name)
+        if key not in self._constants:
+            self._constants[key] = super().scalar_constant(value, dtype)
+            self._constants[key].handle.data.setflags(write=False)
+        return self._constants[key]
+
+    def computation_type_impl(self, *types: Any) -> Any:
+        key = tuple(kind.name if isinstance(kind, tl.dtype) else kind for kind in types)
+        if key not in self._common_types:
+            self._common_types[key] = super().computation_type_impl(*types)
+        return self._common_types[key]
+
+    def binary_op_type_checking_impl(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
+        are_tensors = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor)
+        if are_tensors and lhs.dtype is rhs.dtype and id(lhs.dtype) in self._kept:
+            return self.broadcast_impl_value(lhs, rhs)
+        return super().binary_op_type_checking_impl(lhs, rhs, *args, **kwargs)
+
+    def broadcast_impl_value(self, lhs: Any, rhs: Any) -> Any:
+        return (lhs, rhs) if lhs.shape is rhs.shape else super().broadcast_impl_value(lhs, rhs)
+
+
 def _call_builtins_directly() -> None:
     found: dict[Any, list[tuple[str, Any]]] = {}  # of a module or class, which is whole again after each launch
 
@@ -77,7 +109,7 @@ def _call_builtins_directly() -> None:
 
     def replace(package: Any, builder: Any, scope: Any) -> None:
         if package not in found:
-            semantic = interpreter.TritonSemantic(builder)
+            semantic = _Semantic(builder)
             members = [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
             found[package] = [(name, direct(member, semantic)) for name, member in members]
         for name, function in found[package]:
@@ -88,7 +120,6 @@ def _call_builtins_directly() -> None:
 
 def _remember_shapes() -> None:
     make, make_type, equal = tl.tensor.__init__, tl.block_type.__init__, tl.tuple.__eq__
-    broadcast = interpreter.TritonSemantic.broadcast_impl_value
     made: dict[tuple[int, ...], dict[str, Any]] = {}  # of each shape: the attributes of a tensor
     made_types: dict[tuple[Any, ...], dict[str, Any]] = {}
     of_shapes: dict[tuple[str, int], dict[str, Any]] = {}  # the same types, by which of the shapes in them it is
@@ -117,12 +148,8 @@ def _remember_shapes() -> None:
     def equal_if_the_same(one: Any, other: Any) -> Any:
         return tl.constexpr(True) if one is other else equal(one, other)
 
-    def broadcast_unless_alike(semantic: Any, one: Any, other: Any) -> Any:
-        return (one, other) if one.shape is other.shape else broadcast(semantic, one, other)
-
     tl.tensor.__init__, tl.block_type.__init__ = make_alike, make_type_alike
     tl.tuple.__eq__ = equal_if_the_same
-    interpreter.TritonSemantic.broadcast_impl_value = broadcast_unless_alike
 
 
 def _remember_types() -> None:
@@ -136,44 +163,6 @@ def _remember_types() -> None:
         return found[name]
 
     interpreter._get_np_dtype = find_once
-
-
-def _remember_constants() -> None:
-    make = interpreter.TritonSemantic.scalar_constant
-    made: dict[tuple[Any, ...], Any] = {}
-
-    def make_once(semantic: Any, value: Any, dtype: Any) -> Any:
-        if dtype is None or value != value:
-            return make(semantic, value, dtype)
-        key = (type(value), value, dtype.name)
-        if key not in made:
-            made[key] = make(semantic, value, dtype)
-            made[key].handle.data.setflags(write=False)
-        return made[key]
-
-    interpreter.TritonSemantic.scalar_constant = make_once
-
-
-def _compare_types_first() -> None:
-    semantics = interpreter.TritonSemantic
-    agree, common_type = semantics.binary_op_type_checking_impl, semantics.computation_type_impl
-    kept = {id(kind) for kind in (tl.int32, tl.int64, tl.float32, tl.float64)}  # by any operation on two of them
-    found: dict[tuple[Any, ...], Any] = {}
-
-    def agree_if_they_differ(semantic: Any, one: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
-        are_tensors = isinstance(one, tl.tensor) and isinstance(other, tl.tensor)
-        if are_tensors and one.dtype is other.dtype and id(one.dtype) in kept:
-            return semantic.broadcast_impl_value(one, other)
-        return agree(semantic, one, other, *args, **kwargs)
-
-    def common_type_once(semantic: Any, one: Any, one_is_number: bool, other: Any, *args: Any) -> Any:
-        key = (one.name, one_is_number, other.name, *args)
-        if key not in found:
-            found[key] = common_type(semantic, one, one_is_number, other, *args)
-        return found[key]
-
-    semantics.binary_op_type_checking_impl = agree_if_they_differ
-    semantics.computation_type_impl = common_type_once
 
 
 class _Branch(Exception):
