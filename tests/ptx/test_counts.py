@@ -1,6 +1,7 @@
 """Limits of what kernels execute, where a goal rests on their speed."""
 
 import pytest
+import triton
 
 from tests.ptx.counts import COUNTS, count
 
@@ -41,6 +42,7 @@ def test_what_has_no_limit_is_counted(name):
 
 
 def test_barriers_of_a_focal_loss():
-    """Two sums over the program, and one for the labels of its tile."""
+    """Two sums over the program, and one for the labels of its tile; Triton 3.6 puts two barriers into each sum."""
     (result, _), _ = count("focal_loss bf16 K=91 background tiles")
-    assert result.barriers <= 3 * result.ctas
+    most = 5 if triton.__version__.startswith("3.6") else 3
+    assert result.barriers <= most * result.ctas
