@@ -17,8 +17,8 @@ class _Summed(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _Summed.forward(ctx, *gradients)
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        return _Summed.forward(ctx, gradient)
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):

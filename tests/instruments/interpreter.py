@@ -16,6 +16,7 @@ All are in Triton 3.6 to 3.9. The minimum or maximum of a number and NaN is the 
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 from typing import Any
@@ -102,6 +103,7 @@ class _Semantic(interpreter.TritonSemantic):
 
 def _call_builtins_directly() -> None:
     found: dict[Any, list[tuple[str, Any]]] = {}  # of a module or class, which is whole again after each launch
+    semantic_of = functools.cache(_Semantic)
 
     def direct(member: Any, semantic: Any) -> Any:
         function = getattr(member, "__wrapped__", member)
@@ -109,9 +111,8 @@ def _call_builtins_directly() -> None:
 
     def replace(package: Any, builder: Any, scope: Any) -> None:
         if package not in found:
-            semantic = _Semantic(builder)
             members = [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
-            found[package] = [(name, direct(member, semantic)) for name, member in members]
+            found[package] = [(name, direct(member, semantic_of(builder))) for name, member in members]
         for name, function in found[package]:
             scope.set_attr(package, name, function)
 
