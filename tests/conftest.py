@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if gc.isenabled():  # until all tests are collected, for what is imported stays
+    gc.disable()
+
 import pytest
 import torch
 
@@ -74,6 +77,7 @@ def pytest_collection_finish() -> None:
     """What modules and tests hold stays: the garbage collector need not look through it again each time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
