@@ -63,6 +63,7 @@ def choose_network(
             stacklevel=4,
         )
     pixels = pixels_of(model, images[0])
+    calibration = calibration_images(images, channels=pixels.shape[1]) if eight_bits else iter(())
     multiple = model.transform.size_divisible
     try:
         proto = trace(model, multiple)
@@ -73,12 +74,7 @@ def choose_network(
         ) from error
     layers, left, sieve = 0, [], None
     if eight_bits:
-
-        def feeds() -> Iterator[Any]:
-            for image in calibration_images(images, channels=pixels.shape[1]):
-                yield pixels_of(model, image).numpy()
-
-        quantizer = Quantizer(proto, feeds())
+        quantizer = Quantizer(proto, (pixels_of(model, image).numpy() for image in calibration))
         searched = [pixels_of(model, image).numpy() for image in images[:SEARCHED]]
         left += quantizer.most_changing(float32_share, searched) if float32_share else []
         proto, layers = quantizer.quantized(left), len(quantizer.layers) - len(left)

@@ -1,5 +1,6 @@
 """The images with which a detector is calibrated for eight bits: read one by one, and checked."""
 
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ FEW = 8
 def calibration_images(
     images: Images, size: tuple[int, int] | None = None, prepared: bool = False, channels: int = 3
 ) -> Iterator[Tensor]:
-    """Each image, read and checked as it is asked for, so that only one is in memory.
+    """Each image, read and checked as it is asked for, so that only one is in memory; the first one at once.
 
     Args:
         images: see :data:`Images`.
@@ -33,9 +34,9 @@ def calibration_images(
         channels: of each.
 
     Raises:
-        UserError: at once for a folder without images, or what is no list of images. While reading, for an unreadable
-            file, an image of a wrong kind or size or with values outside its range, no image at all, or images that
-            all have a single colour each: they would say nothing about the ranges.
+        UserError: at once for what is no list of images, or for no image. For an unreadable file, or an image of a
+            wrong kind or size or with values outside its range: at once if it is the first one, else when it is read.
+            In the end, for images that all have a single colour each: they would say nothing about the ranges.
 
     Warns:
         UserWarning: for fewer than 8 images, without those of a single colour.
@@ -58,7 +59,8 @@ def calibration_images(
         raise UserError(
             f"the images for calibration must be a list or another iterable of images, or a folder, got {type(images)}"
         )
-    return _checked(named, (channels, *size) if size else (channels,), prepared)
+    checked = _checked(named, (channels, *size) if size else (channels,), prepared)
+    return itertools.chain(iter([next(checked)]), checked)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -139,8 +139,9 @@ def test_symmetric_as_tensorrt_takes_it(model, images, tmp_path):
         assert all(constants[bias].dtype == np.float32 for bias in conv.input[2:])
 
 
-def test_bad_calibration_is_refused_or_warned_of(model, images, tmp_path):
+def test_bad_calibration_is_refused_before_anything_is_traced(model, images, tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
+    monkeypatch.setattr(torch.export, "export", lambda *arguments, **kwargs: pytest.fail("traced"))
     with pytest.raises(UserError, match="quantize serves the format onnx alone, got 'torch-export'"):
         retina_fast.export(model, path, "torch-export", SIZE, quantize=images)
     with pytest.raises(UserError, match=r"float32_share must lie in \[0, 1\], got 1.5"):
@@ -149,6 +150,12 @@ def test_bad_calibration_is_refused_or_warned_of(model, images, tmp_path):
         retina_fast.export(model, path, "onnx", SIZE, symmetric=True)
     with pytest.raises(UserError, match="absent: no such folder of images"):
         retina_fast.export(model, path, "onnx", SIZE, quantize=tmp_path / "absent")
+    with pytest.raises(UserError, match="must be at least one, got none"):
+        retina_fast.export(model, path, "onnx", SIZE, quantize=[])
+    with pytest.raises(UserError, match="calibration image 0 must be 96x128 pixels, height and width, got 96x127"):
+        retina_fast.export(model, path, "onnx", SIZE, quantize=images[:, :, :, 1:])
+    with pytest.raises(UserError, match=r"calibration image 0 must be floating .*, got values from 0 to 255"):
+        retina_fast.compile_inference(model, list(images.float()), dtype=torch.int8)
     assert not list(tmp_path.iterdir())
 
 
