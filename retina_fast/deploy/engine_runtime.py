@@ -63,7 +63,7 @@ def choose_network(
             stacklevel=4,
         )
     pixels = pixels_of(model, images[0])
-    calibration = calibration_images(images, channels=pixels.shape[1]) if eight_bits else iter(())
+    calibration = calibration_images(images, channels=pixels.shape[1]) if eight_bits else None
     multiple = model.transform.size_divisible
     try:
         proto = trace(model, multiple)
@@ -73,7 +73,7 @@ def choose_network(
             "give it a multiple of 32"
         ) from error
     layers, left, sieve = 0, [], None
-    if eight_bits:
+    if calibration is not None:
         quantizer = Quantizer(proto, (pixels_of(model, image).numpy() for image in calibration))
         searched = [pixels_of(model, image).numpy() for image in images[:SEARCHED]]
         left += quantizer.most_changing(float32_share, searched) if float32_share else []

@@ -60,7 +60,7 @@ def calibration_images(
             f"the images for calibration must be a list or another iterable of images, or a folder, got {type(images)}"
         )
     checked = _checked(named, (channels, *size) if size else (channels,), prepared)
-    return itertools.chain(iter([next(checked)]), checked)
+    return itertools.chain(iter([next(checked)]), checked)  # a list itself would keep the image to the end
 
 
 def _files(folder: Path) -> list[Path]:
