@@ -173,12 +173,12 @@ def test_few_images_are_prepared_by_one_thread_before_another_runtime_starts(
 
     monkeypatch.setattr(plan, "_FEW_VALUES", few)
     monkeypatch.setattr(plan, "image_batch", prepared)
+    engine = compile_inference(model, given, dtype=torch.float32, try_runtimes=True)
+    plain = compile_inference(model, dtype=torch.float32)
+    noted.clear()
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        engine = compile_inference(model, given, dtype=torch.float32, try_runtimes=True)
-        plain = compile_inference(model, dtype=torch.float32)
-        noted.clear()
         engine(given)
         plain(given)
         assert torch.get_num_threads() == 2

@@ -45,14 +45,12 @@ def best_by_key(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.gather(1, index), index
 
 
-def _overlaps(above: tuple[Tensor, Tensor], below: tuple[Tensor, Tensor], iou_thresh: Tensor) -> Tensor:
-    """(B, R, C): whether a box of ``above`` suppresses a later one of ``below``; both are boxes with their labels."""
-    (a, a_labels), (b, b_labels) = above, below
-    a, b = a.permute(2, 0, 1)[..., None], b.permute(2, 0, 1)[:, :, None]  # (4, B, R, 1) and (4, B, 1, C)
+def _overlaps(above: Tensor, below: Tensor, iou_thresh: Tensor) -> Tensor:
+    """Whether a box of ``above`` suppresses one of ``below``; both are (6, ...): corners, area and label."""
+    a, b = above, below
     width, height = (torch.minimum(a[i + 2], b[i + 2]) - torch.maximum(a[i], b[i]) for i in (0, 1))
     intersection = width.clamp(min=0) * height.clamp(min=0)
-    a_area, b_area = ((x[2] - x[0]) * (x[3] - x[1]) for x in (a, b))
-    return (intersection / (a_area + b_area - intersection) > iou_thresh) & (a_labels[..., None] == b_labels[:, None])
+    return (intersection / (a[4] + b[4] - intersection) > iou_thresh) & (a[5] == b[5])
 
 
 def suppress(boxes: Tensor, labels: Tensor, valid: Tensor, iou_thresh: float, most: int) -> Tensor:
@@ -75,22 +73,24 @@ def suppress(boxes: Tensor, labels: Tensor, valid: Tensor, iou_thresh: float, mo
     falling = torch.arange(count, 0, -1, device=boxes.device)
     places = torch.arange(window, device=boxes.device)
     earlier = places[:, None] < places
-
-    def rows(of: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        return of.gather(1, index[..., None].expand(-1, -1, 4)), labels.gather(1, index)
+    x1, y1, x2, y2 = boxes.unbind(dim=2)
+    # Within a loop each operation is traced several times: one gather and one comparison do for all boxes of a turn.
+    columns = torch.stack([x1, y1, x2, y2, (x2 - x1) * (y2 - y1), labels.to(boxes.dtype)])  # (6, B, M)
 
     def going(start: Tensor, kept: Tensor) -> Tensor:
         waiting = valid & (falling <= count - start)
         return (waiting.any(dim=1) & (kept.sum(dim=1) < most)).any()
 
     def take_window(start: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        index = (places + start).clamp(max=count - 1).expand(len(boxes), -1)  # (B, W)
-        here = rows(boxes, index)
         ranks = torch.where(kept, falling, 0).topk(most).values
-        before = rows(boxes, (count - ranks).clamp(max=count - 1))
-        gone = (_overlaps(before, here, threshold) & (ranks > 0)[..., None]).any(dim=1)
-        free = valid.gather(1, index) & (places + start < count) & ~gone
-        inside = _overlaps(here, here, threshold) & earlier  # (B, W, W)
+        here = places + start
+        index = torch.cat([count - ranks, here.expand(len(boxes), -1)], dim=1).clamp(max=count - 1)  # (B, R + W)
+        rows = columns.gather(2, index.expand(6, -1, -1))
+        overlaps = _overlaps(rows[..., None], rows[:, :, None, most:], threshold)  # (B, R + W, W)
+        index = index[:, most:]
+        gone = (overlaps[:, :most] & (ranks > 0)[..., None]).any(dim=1)
+        free = valid.gather(1, index) & (here < count) & ~gone
+        inside = overlaps[:, most:] & earlier  # (B, W, W)
 
         def unsettled(stays: Tensor, last: Tensor) -> Tensor:
             return (stays != last).any()

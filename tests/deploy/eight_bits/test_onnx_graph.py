@@ -13,6 +13,8 @@ import retina_fast
 from retina_fast import load_exported
 from retina_fast.data.errors import UserError
 from retina_fast.deploy.eight_bits.agreement import compare
+from retina_fast.deploy.eight_bits.onnx_graph import eight_bits
+from retina_fast.deploy.export import write
 from retina_fast.deploy.export.onnx_file import KEY, OUTPUTS, QUANTIZED_OPSET, onnx_session
 from retina_fast.detections import Detections
 from retina_fast.predict.load import TREES, load_model
@@ -38,10 +40,21 @@ def model(images):
 
 
 @pytest.fixture(scope="module")
-def written(model, images, tmp_path_factory):
+def in_float32():
+    """The graph that ``written`` quantises, when it is written."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def written(model, images, in_float32, tmp_path_factory):
+    def noted(proto, *arguments):
+        in_float32.append(proto)
+        return eight_bits(proto, *arguments)
+
     path = tmp_path_factory.mktemp("quantized") / "model.onnx"
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as said, pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("always", UserWarning)
+        patch.setattr(write, "eight_bits", noted)
         described = retina_fast.export(model, path, "onnx", SIZE, quantize=(image for image in images))
     return path, described, [str(warning.message) for warning in said]
 
@@ -111,11 +124,13 @@ def test_the_reference_evaluator_computes_the_same(written, images):
     assert kept.new < 0.05 * kept.found
 
 
-def test_symmetric_as_tensorrt_takes_it(model, images, tmp_path):
+def test_symmetric_as_tensorrt_takes_it(model, images, written, in_float32, tmp_path, monkeypatch):
     """Its ONNX parser refuses other zero points than 0, and biases in 32 bits."""
     import onnx
     from onnx import numpy_helper
 
+    monkeypatch.setattr(torch.export, "export", lambda *arguments, **kwargs: None)  # it is the same graph
+    monkeypatch.setattr(write, "translate", lambda *arguments, **kwargs: in_float32[0])
     described = retina_fast.export(model, tmp_path / "m.onnx", "onnx", SIZE, quantize=images, symmetric=True)
     quantized = described["quantized"]
     assert quantized["kept"] > 0.85 * quantized["found"]
