@@ -24,10 +24,12 @@ _ANCHORS = 2048
 
 
 class Count(NamedTuple):
-    """A call, and how many elements it handles."""
+    """A call, how many elements it handles, and how many programs run at once: one where they wait for each other,
+    since waiting would count."""
 
     elements: int
     run: Callable[[], object]
+    together: int = 16
 
 
 def focal_loss(dtype: torch.dtype, foreground: float, num_classes: int = 91) -> Count:
@@ -102,7 +104,7 @@ def batched_nms(overlapping: str, boxes: int = 1024) -> Count:
     step = {"none": 20.0, "all": 0.0, "chain": 2.5}[overlapping]
     corner = torch.stack((step * torch.randperm(boxes, generator=Generator().manual_seed(0)), torch.zeros(boxes)), 1)
     given = torch.cat((corner, corner + 10), 1)[None], None, None, torch.tensor([boxes]), 0.5, boxes
-    return Count(boxes, partial(_batched_nms_triton, *given))
+    return Count(boxes, partial(_batched_nms_triton, *given), together=1)
 
 
 COUNTS: dict[str, Callable[[], Count]] = {
@@ -131,8 +133,8 @@ COUNTS: dict[str, Callable[[], Count]] = {
 
 def count(name: str, capability: int = 90) -> list[tuple[Result, float]]:
     """Of each launch: what it did, and the instructions an element."""
-    elements, run = COUNTS[name]()
-    with emulated(capability, count=True) as log:
+    elements, run, together = COUNTS[name]()
+    with emulated(capability, count=True, together=together) as log:
         run()
     return [(result, 32 * result.warp_instructions / elements) for result in log.results]
 
