@@ -69,7 +69,7 @@ _AHEAD_BYTES = 1 << 13  # read before they are needed: no compiler moves a load 
 
 @triton.jit
 def _load_ahead(chunks, x_ptr, mask, TILE: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr):
-    """``chunks``, which is (), and the tile's first."""
+    """The tuple ``chunks``, which is empty, with the first chunks of the tile."""
     for begin in tl.static_range(0, min(AHEAD * CHUNK, TILE), CHUNK):
         chunks += (tl.load(x_ptr + begin + tl.arange(0, CHUNK), mask=mask),)
     return chunks

@@ -1,14 +1,16 @@
-"""The pages point at what is there: links between files, the map of the folders, the commands."""
+"""The pages point at what is there: links between files, the map of the folders, the commands, the builders."""
 
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+import retina_fast
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*.md"), *ROOT.glob("benchmarks/**/*.md")])
-CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which names things as they were called
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
@@ -33,6 +35,18 @@ def test_the_readme_is_one_page():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
+def test_parameters_of_the_builders():
+    """The table of docs/drop_in.md."""
+    page = (ROOT / "docs" / "drop_in.md").read_text()
+    rows = re.findall(r"^\| `(res\w+)` \| ([\d.]+) M \| ([\d.]+) M \|$", page, re.MULTILINE)
+    listed = {f"retinanet_{row[0]}_{kind}": row[i] for row in rows for i, kind in ((1, "fpn"), (2, "fpn_v2"))}
+    assert {*listed, "retinanet_resnet18_fpn_lite"} == {name for name in dir(retina_fast) if "retinanet_res" in name}
+    for name, millions in listed.items():
+        with torch.device("meta"):
+            model = getattr(retina_fast, name)(num_classes=91, weights_backbone=None)
+        assert f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f}" == millions, name
+
+
 def test_the_map_names_every_folder():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
@@ -44,20 +58,20 @@ def test_the_map_names_every_folder():
 
 def test_nobody_is_told_to_install_a_release():
     """There is none: pages name extras of a checkout, and errors the packages that are missing."""
-    files = [*CURRENT, *ROOT.glob("examples/*.py"), *ROOT.glob("retina_fast/**/*.py"), *ROOT.glob("kernels/*.py")]
+    files = [*PAGES, *ROOT.glob("examples/*.py"), *ROOT.glob("retina_fast/**/*.py"), *ROOT.glob("kernels/*.py")]
     assert [file for file in files if re.search(r"retina_fast\[|install '?retina[_-]fast", file.read_text())] == []
 
 
 PATH = re.compile(r"\b(?:\.ci|benchmarks|demo|docs|examples|kernels|retina_fast|tests)/[\w/]+\.(?:py|md|pt)\b")
 
 
-@pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_pages_name_exist(page):
     for path in PATH.findall(page.read_text()):
         assert (ROOT / path).is_file(), path
 
 
-@pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_that_pages_name_exist(page):
     for module in re.findall(r"python -m ((?:benchmarks|demo|examples|tests)(?:\.\w+)*)", page.read_text()):
         path = ROOT / module.replace(".", "/")

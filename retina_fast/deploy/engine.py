@@ -237,7 +237,8 @@ def compile_inference(
 
     Args:
         model: a RetinaNet of this package or of torchvision. Backbone and head may be anything.
-        images: sample images, ``(C, H, W)`` each, on which the engine's difference from the model is measured.
+        images: sample images, ``(C, H, W)`` each, on which the engine's difference from the model is measured; at least
+            one for int8, FP8 and ``try_runtimes``.
         dtype: to compute in; by default bfloat16 on a GPU that has it and on a CPU with AMX, else float16 on a GPU and
             float32 on a CPU. Anchors, boxes and scores are float32 always. int8, on a CPU, calibrates eight bits on the
             images, and runs trunk and heads by ONNX Runtime or OpenVINO, whichever is the faster. float8_e4m3fn, on
@@ -251,13 +252,14 @@ def compile_inference(
             batches and the fused way nearly always wins, nothing is timed unless a file is given.
         try_runtimes: whether to time ONNX Runtime and OpenVINO on the first image, in float32 on a CPU, and keep the
             fastest.
-        float32_share: of int8's multiplications, how many may stay in float32: those of the layers that lose the most.
+        float32_share: the share, from 0 to 1, of int8's multiplications that may stay in float32: those of the layers
+            that lose the most.
 
     Raises:
         TypeError: for anything but a RetinaNet, or if a part of the user's own would not run: a forward, transform,
             anchor generator, box coder or postprocessing.
-        ValueError: for a dtype that is not floating point, a device without FP8 if that is asked for, a negative
-            ``max_shapes``, weights without values, or, as of ``images`` everywhere, for wrong ones.
+        ValueError: for a dtype that no engine computes in, or not on this device; a negative ``max_shapes``; weights on
+            the meta device; images of a wrong shape, or none where they are needed; a missing package.
 
     Example::
 

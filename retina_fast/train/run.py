@@ -4,7 +4,7 @@ One Lightning epoch is an interval of at most 500 steps. At its end the averaged
 files are written:
 
     last.ckpt             everything that --resume needs
-    step-N.ckpt           the newest of those before it, with --keep 2 or more
+    step-N.ckpt           the newest of these, last.ckpt included, with --keep 2 or more
     model.pt              the averaged weights, for evaluate and detect
     best.pt               those with the best AP50 in validation, if there is validation data
     log.csv, tensorboard/ step, losses, learning rate, images a second, validation

@@ -130,10 +130,10 @@ COCO: dict[str, list[Change]] = {
         ids("img_{}".format, "class {}".format, "3f2a-{}".format),
         ids("\u6811{}".format, "{}/x".format, "0{}".format),
     ],
-    "ids of which some are words": [
+    "ids of which some are numbers and some words": [
         ids(lambda i: "x" if i == 1 else i, lambda i: "x" if i == 1 else i, lambda i: "x" if i == 1 else i)
     ],
-    'numbers as words, with the number elsewhere: `"7"` and `7`': [
+    'an id that is a string in one place and a number in another: `"7"` and `7`': [
         each("annotations", image_id=str, category_id=str),
         each("images", id=str),
         each("categories", id=float),

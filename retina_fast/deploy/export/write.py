@@ -69,7 +69,7 @@ def export(
     float32_share: float = 0.0,
     symmetric: bool = False,
 ) -> dict[str, Any]:
-    """Write a detector to one file that runs without this package; returns the metadata that the file holds.
+    """Write a detector to a file that runs without this package; returns the metadata that the file holds.
 
     The file takes a batch ``(B, 3, H, W)``, any B, and gives the tensors of :class:`retina_fast.Detections`: boxes
     (B, D, 4), scores (B, D), labels (B, D), counts (B). The model itself is not changed, and is left where it is.
@@ -77,10 +77,10 @@ def export(
     Args:
         model: a RetinaNet of this package or of torchvision. Backbone and head may be anything the target can hold.
         path: the file.
-        format: ``torch-export``, for :func:`torch.export.load`; ``onnx``, opset 18, with no operators but ONNX's own;
-            ``openvino``, whose weights come to lie beside it in a second file that ends in .bin;
-            or ``aotinductor``, machine code for the model's device, for ``torch._inductor.aoti_load_package``. That
-            needs a C++ compiler to write, not to run.
+        format: ``torch-export``, for :func:`torch.export.load`; ``onnx``, opset 18 (19 in eight bits), with no
+            operators but ONNX's own; ``openvino``, whose weights come to lie beside it in a second file that ends in
+            .bin; or ``aotinductor``, machine code for the model's device, for ``torch._inductor.aoti_load_package``.
+            That needs a C++ compiler to write, not to run.
         image_size: (H, W) of the images.
         preprocess: whether the file takes uint8 images and scales, normalises and resizes them as the model would. Else
             it takes float32 images that are prepared already, and boxes are in their pixels.
@@ -89,8 +89,8 @@ def export(
         quantize: images for calibration, of ``image_size``, for an ``onnx`` file whose convs compute in eight bits: an
             iterable of uint8 (3, H, W), or floating point in [0, 1], that is read once; or a folder of image files. A
             hundred are enough. The metadata say under ``quantized`` how many detections in them are kept.
-        float32_share: of the multiplications of the layers in eight bits, how many may stay in float32. They go to the
-            layers whose eight bits change logits and box offsets the most, each tried alone.
+        float32_share: the share, from 0 to 1, of the multiplications of the layers in eight bits that may stay in
+            float32. It goes to the layers whose eight bits change logits and box offsets the most, each tried alone.
         symmetric: with ``quantize``, activations as int8 with a zero point of 0, and biases in float32. TensorRT takes
             no others; in ONNX Runtime and OpenVINO detections are less exact by it.
 
