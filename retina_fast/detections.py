@@ -71,6 +71,7 @@ class Thresholds(NamedTuple):
 
         Raises:
             TypeError: for a score or IoU that is no number, or numbers of candidates or detections that are not whole.
+            ValueError: for numbers of candidates or detections below 0.
         """
         limit = _NO_LIMIT if model.detections_per_img is None else model.detections_per_img
         found = cls(model.score_thresh, model.topk_candidates, model.nms_thresh, limit)
@@ -78,6 +79,9 @@ class Thresholds(NamedTuple):
             if value is None or isinstance(value, str) or (isinstance(value, float) and not name.endswith("thresh")):
                 kind = "a number" if name.endswith("thresh") else "a whole number"
                 raise TypeError(f"model.{name} must be {kind}, got {value!r}")
+        for name in ("topk_candidates", "detections_per_img"):
+            if getattr(found, name) < 0:
+                raise ValueError(f"model.{name} must be at least 0, got {getattr(found, name)}")
         return found
 
 

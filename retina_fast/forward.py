@@ -21,7 +21,15 @@ from retina_fast.kernels.levels import flatten_all
 from retina_fast.kernels.side_distributions import box_channels
 from retina_fast.stock import overrides
 from retina_fast.targets import GroundTruths, TargetCheck, check_boxes, gather_targets
-from retina_fast.transform import batch_images, check_images, is_stock_transform, padded, resize_targets, resized_sizes
+from retina_fast.transform import (
+    batch_images,
+    channels_of,
+    check_images,
+    is_stock_transform,
+    padded,
+    resize_targets,
+    resized_sizes,
+)
 
 Images = Sequence[Tensor] | Tensor
 Targets = Sequence[Mapping[str, Tensor]]
@@ -105,7 +113,7 @@ def make_batch(
         return Batch(list(images), pixels, image_sizes, original_sizes, targets, truths)
     if targets is not None:  # boxes, images, then values, as torchvision looks at them, and draws sizes between
         check_boxes(targets)
-    images = check_images(images, max(len(transform.image_mean), len(transform.image_std)))
+    images = check_images(images, channels_of(transform))
     original_sizes = [(image.shape[1], image.shape[2]) for image in images]
     image_sizes = resized_sizes(transform, images)
     if targets is not None:

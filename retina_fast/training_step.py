@@ -29,7 +29,7 @@ from retina_fast.kernels.conv_winograd import Scratch
 from retina_fast.kernels.image_batch import batch_shape, image_table, kernel_serves, launch_image_batch
 from retina_fast.model import RetinaNet
 from retina_fast.stock import has_hooks, has_own_code, overrides
-from retina_fast.transform import is_stock_transform
+from retina_fast.transform import channels_of, is_stock_transform
 
 _GRAPH_DEVICE = "cuda"
 _WARMUP = 3  # repeats of a shape and its settings before a capture, in which cuDNN, Triton and the optimizer set up
@@ -151,7 +151,7 @@ class TrainingStep:
         batch = self.model.make_batch(images, targets)
         assert batch.truths is not None
         transform = self.model.transform
-        constants = max(len(transform.image_mean), len(transform.image_std))
+        constants = channels_of(transform)
         shape = batch_shape(batch.images, batch.image_sizes, constants, transform.size_divisible)
         settings = self._settings(batch.images[0].dtype)
         if self._graph is not None and self._graph.settings != settings:

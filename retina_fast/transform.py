@@ -50,6 +50,11 @@ def is_stock_transform(transform: object) -> bool:
     return has_stock_transform() and any(is_stock(transform, cls, *TRANSFORM_STEPS) for cls in classes)
 
 
+def channels_of(transform: GeneralizedRCNNTransform) -> int:
+    """How many channels an image may have, beside one: those of the mean and the standard deviation."""
+    return max(len(transform.image_mean), len(transform.image_std))
+
+
 def check_images(images: Sequence[Tensor] | Tensor, channels: int, take_uint8: bool = False) -> list[Tensor]:
     """The images of a list, a tuple or a 4-D batch.
 

@@ -39,7 +39,7 @@ from retina_fast.kernels.conv_float8 import FLOAT8
 from retina_fast.kernels.dispatch import HAS_TRITON, is_transformed
 from retina_fast.kernels.image_batch import batch_shape
 from retina_fast.model import RetinaNet
-from retina_fast.transform import check_images, resized_sizes
+from retina_fast.transform import channels_of, check_images, resized_sizes
 
 
 class Engine(DetectorModule):
@@ -78,6 +78,13 @@ class Engine(DetectorModule):
         if network and (weight.device.type, weight.dtype) != ("cpu", torch.float32):
             raise TypeError(f"what {network.runtime} runs stays in float32 on the CPU: compile the model anew")
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Raise TypeError for weights that another runtime would not take over."""
+        if self.settings.network:
+            runtime = self.settings.network.runtime
+            raise TypeError(f"what {runtime} runs keeps its weights: load others into the model, and compile it anew")
+        super()._load_from_state_dict(*args, **kwargs)
+
     def moved(self) -> None:
         """Compute in the dtype that the weights have now, and capture graphs if they lie on a GPU now. What was
         measured before holds no longer."""
@@ -108,7 +115,7 @@ class Engine(DetectorModule):
         """The same, padded; the host waits for no more than uploads."""
         self.check_mode()
         transform = self.model.transform
-        constants = max(len(transform.image_mean), len(transform.image_std))
+        constants = channels_of(transform)
         images = check_images(images, constants, take_uint8=True)
         if torch.jit.is_tracing() or torch.compiler.is_exporting() or is_transformed(*images):
             raise NotImplementedError(
@@ -284,8 +291,10 @@ def compile_inference(
         raise ValueError(f"max_shapes must be at least 0, got {max_shapes}")
     if device.type == "cpu":
         keep_freed_memory()
+    if float32_share and dtype != torch.int8:
+        raise ValueError(f"float32_share={float32_share} is of an engine in eight bits: give dtype=torch.int8, too")
     if not isinstance(images, Sized) or len(images):
-        images = check_images(images, 1, take_uint8=True)
+        images = check_images(images, channels_of(model.transform), take_uint8=True)
     own = copied(model).eval().requires_grad_(False)
     # The batch is padded for the backbone at once, which then need not pad.
     own.transform.size_divisible = math.lcm(own.transform.size_divisible, getattr(own.backbone, "size_divisible", 1))

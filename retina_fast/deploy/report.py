@@ -13,7 +13,7 @@ from retina_fast.kernels.image_batch import image_batch
 from retina_fast.kernels.levels import flatten_all
 from retina_fast.kernels.side_distributions import box_channels
 from retina_fast.model import RetinaNet
-from retina_fast.transform import check_images, resized_sizes
+from retina_fast.transform import channels_of, check_images, resized_sizes
 
 
 @dataclass
@@ -167,9 +167,9 @@ class Report:
 def pixels_of(model: RetinaNet, image: Tensor) -> Tensor:
     """The batch (1, C, H, W) that an image becomes, float32 on the device of the model's weights."""
     weights = next(model.parameters())
-    (image,) = check_images([image.to(weights.device)], 1, take_uint8=True)
-    image = image.float() if image.is_floating_point() else image
     transform = model.transform
+    (image,) = check_images([image.to(weights.device)], channels_of(transform), take_uint8=True)
+    image = image.float() if image.is_floating_point() else image
     constants = transform.image_mean, transform.image_std
     return image_batch([image], resized_sizes(transform, [image]), *constants, transform.size_divisible)
 

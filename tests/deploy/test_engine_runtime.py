@@ -99,6 +99,8 @@ def test_another_runtime_behind_the_same_engine(model, stand_in):
             assert torch.equal(ours["labels"], theirs["labels"])
     with pytest.raises(TypeError, match=r"what StandIn runs stays in float32 on the CPU: compile the model anew"):
         engine.to(torch.float64)
+    with pytest.raises(TypeError, match=r"what StandIn runs keeps its weights: load others into the model"):
+        engine.load_state_dict(engine.state_dict())
 
 
 def test_what_another_version_pickled_is_refused():
@@ -189,6 +191,12 @@ def test_few_images_are_prepared_by_one_thread_before_another_runtime_starts(
 
 def test_what_cannot_be_compiled(model, stand_in, monkeypatch):
     given = pictures((64, 80))
+    with pytest.raises(ValueError, match=r"float32_share=0.5 is of an engine in eight bits: give dtype=torch.int8"):
+        compile_inference(model, given, float32_share=0.5)
+    for images in ([torch.rand(4, 64, 64)], [torch.rand(2, 64, 64)]):
+        for dtype, others in ((None, False), (torch.int8, False), (torch.float32, True)):
+            with pytest.raises(ValueError, match=r"images\[0\] must be \(3, H, W\)"):
+                compile_inference(model, images, dtype, try_runtimes=others)
     with pytest.raises(UserError, match="images must be at least one: the runtimes are timed"):
         compile_inference(model, dtype=torch.int8)
     with pytest.raises(UserError, match=r"other runtimes compute in float32 or int8, got torch.bfloat16"):

@@ -89,6 +89,18 @@ def test_thresholds_that_are_no_numbers_are_named(model, name, value):
         model(IMAGES)
 
 
+@pytest.mark.parametrize("name", ["topk_candidates", "detections_per_img"])
+def test_limits_below_0_are_named(model, name):
+    setattr(model.eval(), name, -5)
+    with pytest.raises(ValueError, match=rf"model\.{name} must be at least 0, got -5"):
+        model(IMAGES)
+
+
+def test_losses_without_targets(model):
+    with pytest.raises(AssertionError, match="targets should not be none when in training mode"):
+        model.train().losses_and_detections(IMAGES, None)
+
+
 @pytest.mark.parametrize(
     ("name", "limit"),
     [
