@@ -29,14 +29,7 @@ from retina_fast.losses import check_losses, detection_losses, has_stock_losses,
 from retina_fast.predict.method import Predicts
 from retina_fast.stock import has_stock_detection_functions, is_replaced, note_methods, overrides
 from retina_fast.targets import GroundTruths, TargetCheck, gather_targets, target_check, unlabelled, with_truths
-from retina_fast.transform import (
-    channels_of,
-    check_images,
-    is_stock_transform,
-    resize_batch,
-    scaling_transform,
-    size_rows,
-)
+from retina_fast.transform import check_images, is_stock_transform, resize_batch, scaling_transform, size_rows
 
 _TRANSFORM_ARGUMENTS = {"size_divisible", "fixed_size", "_skip_resize", "image_scale"}
 
@@ -348,7 +341,7 @@ class RetinaNet(Predicts, TorchvisionRetinaNet):
 
     def _detect_alike(self, images: Tensor) -> Detections:
         """Detections of images of one size, without a Python list, so that one compiled graph serves any batch size."""
-        check_images(images[:1], channels_of(self.transform))
+        check_images(images[:1], max(len(self.transform.image_mean), len(self.transform.image_std)))
         pixels, image_sizes = resize_batch(self.transform, images)
         outputs = network.run_network(self, pixels)
         return detect(outputs, image_sizes, size_rows(images, *images.shape[2:]), Thresholds.of(self))

@@ -178,7 +178,8 @@ def plot_sizes(checked: Checked, file: Path) -> None:
 
 
 def warn_of_faults(data: CocoDataset) -> None:
-    """Warn, once, of the faults in the annotations of a data set that can be seen without reading its images.
+    """Warn, once, of the faults in the annotations of a data set that can be seen without reading its images, and where
+    no box is left.
 
     Boxes that are left out are not among them, since the data set has warned of these.
 
@@ -191,6 +192,8 @@ def warn_of_faults(data: CocoDataset) -> None:
     if kinds:
         faults = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
         warnings.warn(f"{data.json_file}: {faults}: `retina-fast check` names them", stacklevel=2)
+    if all(box["iscrowd"] for box in data.coco["annotations"]):
+        warnings.warn(f"{data.json_file}: not one box, but for crowds: there is nothing to find", stacklevel=2)
 
 
 _NO_CLASS = ("__background__", "N/A")  # labels of torchvision's weights that stand for no class

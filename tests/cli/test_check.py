@@ -15,6 +15,7 @@ from retina_fast import cli
 from retina_fast.anchors import batch_anchors
 from retina_fast.checkpoint import build
 from retina_fast.data.anchor_fit import AnchorFit, proposed_anchors
+from retina_fast.data.check import warn_of_faults
 from retina_fast.data.coco import CocoDataset
 from retina_fast.data.faults import twins
 from retina_fast.kernels.pair_iou import pairwise_iou
@@ -223,6 +224,16 @@ def test_training_begins_with_a_word_about_faults(tmp_path):
     assert result.exit_code == 0, result.output
     words = "2 x box that reaches out of its image, 1 x duplicate box: `retina-fast check` names them"
     assert words in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+def test_data_without_a_box_to_find_are_warned_of(tmp_path, crowds):
+    json_file, images = write_shapes(tmp_path / "shapes", count=1)
+    content = json.loads(json_file.read_text())
+    content["annotations"] = [box | {"iscrowd": 1} for box in content["annotations"] if crowds]
+    json_file.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="not one box, but for crowds: there is nothing to find"):
+        warn_of_faults(CocoDataset(json_file, images))
 
 
 @pytest.mark.parametrize(
