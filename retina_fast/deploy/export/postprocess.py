@@ -75,7 +75,7 @@ def suppress(boxes: Tensor, labels: Tensor, valid: Tensor, iou_thresh: float, mo
     earlier = places[:, None] < places
     x1, y1, x2, y2 = boxes.unbind(dim=2)
     # Within a loop each operation is traced several times: one gather and one comparison do for all boxes of a turn.
-    columns = torch.stack([x1, y1, x2, y2, (x2 - x1) * (y2 - y1), labels.to(boxes.dtype)])  # (6, B, M)
+    columns = torch.stack([x1, y1, x2, y2, (x2 - x1) * (y2 - y1), labels.to(boxes.dtype)])  # (6, B, M), labels to 2^24
 
     def going(start: Tensor, kept: Tensor) -> Tensor:
         waiting = valid & (falling <= count - start)
