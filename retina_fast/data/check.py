@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from retina_fast.data.anchor_fit import AnchorFit, proposed_anchors
 from retina_fast.data.coco import CocoDataset, Tried
 from retina_fast.data.errors import ImageError
-from retina_fast.data.faults import LEFT_OUT, Fault, Kind, Size, corners, place, spelling, twins
+from retina_fast.data.faults import LEFT_OUT, Fault, Kind, Size, corners, no_box, place, spelling, twins
 from retina_fast.data.fitting import FittingImages
 from retina_fast.data.outputs import save_plot
 from retina_fast.data.processes import WORKERS
@@ -94,6 +94,8 @@ def check(
     classes = dict(zip(data.category_ids, data.classes, strict=True))
     boxes = [box for box in data.coco["annotations"] if not box["iscrowd"]]
     checked.objects = Counter(classes[box["category_id"]] for box in boxes)
+    if nothing := no_box(boxes, str(annotations)):
+        report(nothing)
     boxes += [box for fault, box in data.left_out if fault.kind == Kind.OUTSIDE and not box["iscrowd"]]
 
     def report_box(kind: Kind, box: Annotation, what: str) -> None:
@@ -192,8 +194,8 @@ def warn_of_faults(data: CocoDataset) -> None:
     if kinds:
         faults = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
         warnings.warn(f"{data.json_file}: {faults}: `retina-fast check` names them", stacklevel=2)
-    if all(box["iscrowd"] for box in data.coco["annotations"]):
-        warnings.warn(f"{data.json_file}: not one box, but for crowds: there is nothing to find", stacklevel=2)
+    if nothing := no_box(data.coco["annotations"], str(data.json_file)):
+        warnings.warn(str(nothing), stacklevel=2)
 
 
 _NO_CLASS = ("__background__", "N/A")  # labels of torchvision's weights that stand for no class

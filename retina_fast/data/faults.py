@@ -41,6 +41,7 @@ class Kind(StrEnum):
     UNTOUCHED = "box that no anchor touches"
     TWICE = "image listed twice"
     SPELLING = "class spelled almost as another"
+    NO_BOX = "no box to find"
 
     @property
     def consequence(self) -> str:
@@ -73,6 +74,13 @@ class Fault(NamedTuple):
 
 
 Size = tuple[int, int]  # height, width
+
+
+def no_box(annotations: Iterable[Mapping[str, Any]], source: str) -> Fault | None:
+    """The fault of data without a box to find: those of crowds are none."""
+    if any(not box["iscrowd"] for box in annotations):
+        return None
+    return Fault(Kind.NO_BOX, f"{source}:", "not one box, but for crowds: there is nothing to find")
 
 
 def place(source: str, annotation: Mapping[str, Any]) -> str:

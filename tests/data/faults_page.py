@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from retina_fast.data.faults import LEFT_OUT
+from retina_fast.data.faults import LEFT_OUT, Kind
 from tests.data.three import agreed
 
 _PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
@@ -23,5 +23,5 @@ def outcome(annotations: Path, images: Path | None = None) -> str:
         return "refused"
     if any(fault.kind in LEFT_OUT for fault in faults):
         return "left out"
-    assert answer.boxes >= _OBJECTS
+    assert answer.boxes >= _OBJECTS or any(fault.kind == Kind.NO_BOX for fault in faults)
     return "kept" if faults else "taken"

@@ -219,6 +219,10 @@ COCO: dict[str, list[Change]] = {
                  {"counts": [1, 2]}, None, "", [[]]),
         without("annotations", "segmentation"),
     ],
+    "no annotation at all, or none but of crowds": [
+        lambda content, images: content.update(annotations=[]),
+        each("annotations", iscrowd=1),
+    ],
     "an annotation of an image that is not listed": [
         first("annotations", image_id=99),
         first("annotations", image_id=None),

@@ -1,5 +1,6 @@
 """What `docs/faults.md` says of Pascal VOC files, by the answers of check, of the loader of train, and of evaluate."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ def listed(text: str, encoding: str = "utf-8") -> Callable[[Path], Path]:
         return root / "ImageSets" / "Main" / "train.txt"
 
     return change
+
+
+def without_objects(root: Path) -> None:
+    for file in (root / "Annotations").iterdir():
+        file.write_text(re.sub("<object>.*</object>", "", file.read_text(), flags=re.DOTALL))
 
 
 def turned(root: Path) -> None:
@@ -149,6 +155,7 @@ VOC: dict[str, list[Callable[[Path], Any]]] = {
     "a corner that is no number": [
         edited("<xmin>5<", f"<xmin>{value}<") for value in ("", "x", "5,5", "5 6", "0x5", "1_0")
     ] + [edited("<xmin>5</xmin>", "")],
+    "no object at all": [without_objects],
     "an object without a name": [edited("<name>Tree</name>", ""), edited("<name>Tree<", "<name> <")],
     "a box in another tag than `<object>` and `<part>`, as `<Object>`": [
         several(edited("<object>", "<Object>"), edited("</object>", "</Object>")),
