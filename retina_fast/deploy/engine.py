@@ -246,11 +246,11 @@ def compile_inference(
         model: a RetinaNet of this package or of torchvision. Backbone and head may be anything.
         images: sample images, ``(C, H, W)`` each, on which the engine's difference from the model is measured; at least
             one for int8, FP8 and ``try_runtimes``.
-        dtype: to compute in; by default bfloat16 on a GPU that has it and on a CPU with AMX, else float16 on a GPU and
-            float32 on a CPU. Anchors, boxes and scores are float32 always. int8, on a CPU, calibrates eight bits on the
-            images, and runs trunk and heads by ONNX Runtime or OpenVINO, whichever is the faster. float8_e4m3fn, on
-            an NVIDIA GPU of compute capability 8.9 or newer, is bfloat16 whose 1x1 convs may compute in FP8 (E4M3),
-            calibrated on the images; it was simulated, and not run on a GPU.
+        dtype: to compute in; by default bfloat16 on a GPU that has it and on a CPU whose convs are faster in it, else
+            float16 on a GPU and float32 on a CPU. Anchors, boxes and scores are float32 always. int8, on a CPU,
+            calibrates eight bits on the images, and runs trunk and heads by ONNX Runtime or OpenVINO, whichever is the
+            faster. float8_e4m3fn, on an NVIDIA GPU of compute capability 8.9 or newer, is bfloat16 whose 1x1 convs may
+            compute in FP8 (E4M3), calibrated on the images; it was simulated, and not run on a GPU.
         max_shapes: how many batch shapes are kept ready; 0 keeps none, and captures no graph.
         try_compile: whether to time torch.compile's trunk against the eager one at each new shape, and keep the faster.
             That takes a minute a shape.

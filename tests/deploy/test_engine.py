@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from torchvision.io import decode_image
 from torchvision.models.detection import retinanet as tv
 
-from retina_fast import RetinaNet, compile_inference, retinanet_resnet18_fpn_v2, retinanet_spinenet49s
+from retina_fast import RetinaNet, compile_inference, device, retinanet_resnet18_fpn_v2, retinanet_spinenet49s
 from retina_fast.detections import Detections
 from retina_fast.device import best_dtype
 from retina_fast.predict.load import TREES, load_model
@@ -175,7 +175,10 @@ def test_weights_that_are_computed(change):
 def test_the_default_dtype(monkeypatch):
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda native=native: native)
+        monkeypatch.setattr(device, "convs_gain_by_bfloat16", lambda: False)
         assert best_dtype(torch.device("cpu")) == dtype
+    monkeypatch.setattr(device, "convs_gain_by_bfloat16", lambda: True)
+    assert best_dtype(torch.device("cpu")) == torch.bfloat16
     monkeypatch.setattr(torch.version, "hip", None)
     for capability, dtype in (((9, 0), torch.bfloat16), ((7, 5), torch.float16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,21 @@ def test_values_of_a_gpu_go_to_pinned_memory_of_the_host_whatever_the_default_de
 def test_bfloat16_on_a_cpu_needs_amx(monkeypatch, amx):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert has_bfloat16(torch.device("cpu")) == amx
+
+
+@pytest.mark.parametrize("supported", [False, True])
+@pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])
+def test_bfloat16_on_a_cpu_without_amx_is_timed(monkeypatch, supported, slow):
+    asked = []
+
+    def conv(x, weight, padding):
+        asked.append(x.dtype)
+        time.sleep(0.002 if x.dtype == slow else 0)
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    monkeypatch.setattr(device.F, "conv2d", conv)
+    assert device.convs_gain_by_bfloat16.__wrapped__() == (supported and slow == torch.float32)
+    assert set(asked) == ({torch.float32, torch.bfloat16} if supported else set())
 
 
 def test_the_stream_has_an_id_only_where_cuda_is_in_use(monkeypatch):
