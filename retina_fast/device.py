@@ -126,17 +126,20 @@ def convs_gain_by_bfloat16() -> bool:
     """
     if not torch.cpu._is_avx512_bf16_supported():
         return False
-    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    x, weight = torch.zeros(1, 256, 32, 32, device="cpu"), torch.zeros(256, 256, 3, 3, device="cpu")
+    pairs = [
+        [value.to(dtype, memory_format=torch.channels_last) for value in (x, weight)]
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+    def seconds(pair: list[Tensor]) -> float:
+        start = time.perf_counter()
+        F.conv2d(pair[0], pair[1], padding=1)
+        return time.perf_counter() - start
+
     with torch.inference_mode():
-        for _ in range(6):
-            for dtype, times in seconds.items():
-                like: Any = {"dtype": dtype, "device": "cpu"}
-                x, weight = torch.zeros(1, 256, 32, 32, **like), torch.zeros(256, 256, 3, 3, **like)
-                x, weight = (value.contiguous(memory_format=torch.channels_last) for value in (x, weight))
-                start = time.perf_counter()
-                F.conv2d(x, weight, padding=1)
-                times.append(time.perf_counter() - start)
-    in_float32, in_bfloat16 = (statistics.median(times[1:]) for times in seconds.values())
+        rounds = [[seconds(pair) for pair in pairs] for _ in range(6)][1:]
+    in_float32, in_bfloat16 = (statistics.median(times) for times in zip(*rounds, strict=True))
     return in_bfloat16 < in_float32
 
 
