@@ -15,14 +15,16 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from retina_fast.kernels.candidate_places import write_candidates
 from retina_fast.kernels.candidate_search import search_keys
 from retina_fast.kernels.dispatch import is_differentiated, runs_triton
 from retina_fast.kernels.levels import check_levels, flatten_all
-from retina_fast.kernels.nms_cpu import best_first
+from retina_fast.kernels.nms_cpu import positions_of, rank_keys
 
 
 class Candidates(NamedTuple):
@@ -50,16 +52,6 @@ def candidates_width(levels: Sequence[Tensor], topk: int) -> int:
     return max(1, sum(min(topk, level.shape[1] * level.shape[2]) for level in levels))
 
 
-def _highest(values: Tensor, k: int) -> Tensor:
-    """Which of values (n,) are the k highest, as bool; of equal ones those at the lower positions."""
-    if len(values) <= k or k == 0:
-        return torch.full_like(values, k > 0, dtype=torch.bool)
-    kth = values.kthvalue(len(values) + 1 - k).values
-    chosen = values > kth
-    chosen[(values == kth).nonzero()[: k - int(chosen.sum()), 0]] = True
-    return chosen
-
-
 _STRETCH = 64  # logits: a power of two, so that PyTorch finds the maxima by vector instructions
 
 
@@ -80,6 +72,15 @@ def contenders(flat: Tensor, threshold: float, topk: int) -> Tensor:
     positions = torch.cat((positions, torch.arange(whole, len(flat), device=flat.device)))
     values = flat[positions].float()
     return positions[(values > threshold) & (values >= lowest)]
+
+
+def _best(values: Tensor, counts: Sequence[int], topk: int) -> NDArray[np.int64]:
+    """Positions of float32 values, best first, of which ``counts`` are of each level: its topk highest, of equal ones
+    those at the lower positions."""
+    keys = rank_keys(values.detach().cpu().numpy())
+    levels = np.split(keys, np.cumsum(counts[:-1], dtype=np.int64))
+    best = [np.partition(level, topk)[:topk] if len(level) > topk else level for level in levels]
+    return positions_of(np.sort(np.concatenate(best)))
 
 
 def candidates_of(
@@ -107,19 +108,15 @@ def candidates_of(
     labels, counts = torch.full_like(anchors, -1), anchors.new_zeros(len(anchors))
     firsts = [*accumulate(sizes, initial=0)]
     for b, levels in enumerate(found):
-        chosen = [_highest(values, topk) for values, _ in levels]
-        joined = torch.cat([values[best] for (values, _), best in zip(levels, chosen, strict=True)])
-        order = torch.from_numpy(best_first(joined.detach().cpu().numpy())).to(device)
-        joined = joined[order]
-        indices = [
-            positions[best] + first for (_, positions), best, first in zip(levels, chosen, firsts[:-1], strict=True)
-        ]
-        index = torch.cat(indices)[order]
-        row = slice(len(index))
+        values = torch.cat([of_level for of_level, _ in levels])
+        index = torch.cat([places + first for (_, places), first in zip(levels, firsts, strict=False)])
+        order = _best(values, [len(of_level) for of_level, _ in levels], topk)
+        chosen = torch.from_numpy(order).to(device)
+        index, row = index[chosen], slice(len(order))
         anchors[b, row] = index // num_classes
-        scores[b, row] = torch.sigmoid(joined)
+        scores[b, row] = torch.sigmoid(values[chosen])
         labels[b, row] = index % num_classes
-        counts[b] = len(index)
+        counts[b] = len(order)
     return Candidates(anchors, scores, labels, counts)
 
 

@@ -305,13 +305,23 @@ def kept_of_image(boxes: Array, labels: Array | None, thresh: float, most: int |
     return np.sort(np.concatenate((index[kept], (~able).nonzero()[0])))[:most]
 
 
+def rank_keys(scores: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Distinct keys of float32 scores (N,) that rise as best_first orders them; each holds its position in 32 bits."""
+    bits = (scores + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
+    rising = ~(bits ^ (bits >> 31 & 0x7FFFFFFF))
+    rising[scores != scores] = -(2**31)
+    return (rising.astype(np.int64) << 32) | np.arange(len(scores))
+
+
+def positions_of(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The positions of the scores that have these keys."""
+    return keys & 0xFFFFFFFF
+
+
 def best_first(scores: NDArray[Any]) -> NDArray[Any]:
     """Positions of scores (N,) by falling score, the lower position first on a tie, and NaN before all numbers."""
     if scores.dtype != np.float32 or len(scores) <= 64:
         return len(scores) - 1 - scores[::-1].argsort(kind="stable")[::-1]
-    bits = (scores + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
-    rising = ~(bits ^ (bits >> 31 & 0x7FFFFFFF))
-    rising[scores != scores] = -(2**31)
-    keys = (rising.astype(np.int64) << 32) | np.arange(len(scores))  # distinct, so that any way of sorting is right
-    keys.sort()
-    return keys & 0xFFFFFFFF
+    keys = rank_keys(scores)
+    keys.sort()  # distinct, so that any way of sorting is right
+    return positions_of(keys)

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from functools import partial
+from operator import lt
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ from retina_fast.data.errors import UserError
 from retina_fast.deploy import engine_runtime, onnx_network, plan
 from retina_fast.deploy.eight_bits.agreement import compare
 from retina_fast.deploy.eight_bits.quantize import Quantizer
-from retina_fast.deploy.eight_bits.sieve import Sieve
+from retina_fast.deploy.eight_bits.sieve import MARGIN, Sieve
 from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
 from retina_fast.deploy.onnx_network import Network, trace
+from retina_fast.deploy.report import pixels_of
 from retina_fast.detections import detect_candidates
 from retina_fast.device import _openmp
 from retina_fast.forward import DELTAS, LOGITS, run_convs
@@ -253,6 +255,13 @@ def test_the_embedded_detector_in_eight_bits(monkeypatch):
         kept = compare(zip(model(floats(batch)), engine(batch), strict=True))
     assert kept.found > 10
     assert kept.kept >= 0.95 * kept.found
+    network = engine.settings.network
+    assert network
+    assert network.sieve
+    others = network.sieve.measured(network.run(pixels_of(model, image)) for image in [other_size, *images[4:]])
+    for field in ("margins", "excesses"):  # images that set no margin make no larger errors
+        largest = [allowed / MARGIN for allowed in getattr(others, field)]
+        assert all(map(lt, largest, getattr(network.sieve, field))), field
     if _openmp():
         before = torch.get_num_threads()
         noted.clear()

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from retina_fast.deploy.eight_bits.last_conv import Codes, LastConv
 from retina_fast.deploy.eight_bits.parts import attributes
-from retina_fast.deploy.eight_bits.sieve import Codes, LastConv, Sieve
+from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.deploy.eight_bits.weight_scales import weight_scales
 
 LOWEST = -10.0

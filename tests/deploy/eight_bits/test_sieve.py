@@ -7,16 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retina_fast.deploy.eight_bits.sieve import Codes, LastConv, Sieve
+from retina_fast.deploy.eight_bits.last_conv import Codes, LastConv
+from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.kernels.candidate_selection import logit
 from tests.deploy.eight_bits.everywhere import same_as_everywhere
 
 INPUTS = (Codes(0.02, 0), Codes(0.015, 40))
 
 
-def last_conv(outputs, kernel=(3, 3)):
+def last_conv(outputs, kernel=(3, 3), levels=1):
     weight = torch.randn(outputs, 5, *kernel).contiguous(memory_format=torch.channels_last)
-    return LastConv(weight, torch.randn(outputs), INPUTS)
+    return LastConv(weight, torch.randn(outputs), INPUTS[:levels])
 
 
 def features_of(batch, height, width, border=2):
@@ -24,51 +25,50 @@ def features_of(batch, height, width, border=2):
     return torch.randint(0, 256, (batch, height + border, width + border, 5), dtype=torch.uint8)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (3, 5), (2, 4)])
-@pytest.mark.parametrize("level", [0, 1])
-def test_a_conv_at_some_cells_and_at_all(kernel, level):
-    conv, features = last_conv(7, kernel), features_of(2, 5 + kernel[0], 8 + kernel[1], border=0)
-    values = INPUTS[level].scale * (features.double() - INPUTS[level].zero)
-    expected = F.conv2d(values.permute(0, 3, 1, 2), conv.weight.double(), conv.bias.double()).permute(0, 2, 3, 1)
-    torch.testing.assert_close(conv.everywhere(features, level).double(), expected, rtol=1e-5, atol=1e-5)
-    given, right = features.clone(), expected.flatten(0, 2)
-    for cells in (torch.arange(2 * 6 * 9), (torch.rand(2 * 6 * 9) < 0.5).nonzero()[:, 0], torch.tensor([54, 0])):
-        patches = conv.patches(features, cells)
-        made = conv.at_patches(patches, level).T
-        torch.testing.assert_close(made.double(), right[cells], rtol=1e-5, atol=1e-5)
-        row, output = (torch.rand(len(cells), 7) < 0.2).nonzero(as_tuple=True)
-        made = conv.some_at(features, level, cells, row, output)
-        torch.testing.assert_close(made.double(), right[cells][row, output], rtol=1e-5, atol=1e-5)
-    assert torch.equal(features, given)
+def test_a_conv_at_some_cells_and_at_all(kernel, batch, monkeypatch):
+    """Of two levels, 6x9 and 4x7 cells, of which the second has another code for 0."""
+    conv = last_conv(7, kernel, levels=2)
+    features = [features_of(batch, h + kernel[0], w + kernel[1], border=0) for h, w in ((5, 8), (3, 6))]
+    given, exact = [level.clone() for level in features], []
+    for level, (held, codes) in enumerate(zip(INPUTS, features, strict=True)):
+        values = (held.scale * (codes.double() - held.zero)).permute(0, 3, 1, 2)
+        exact.append(F.conv2d(values, conv.weight.double(), conv.bias.double()).permute(0, 2, 3, 1))
+        torch.testing.assert_close(conv.everywhere(codes, level).double(), exact[-1], rtol=1e-5, atol=1e-5)
+    right = torch.cat([level.flatten(0, 2) for level in exact])
+    assert len(right) == batch * (54 + 28)
+    some = (torch.rand(len(right)) < 0.5).nonzero()[:, 0]
+    for cells in (torch.arange(len(right)), some, some[some < 54], some[some >= 54 * batch], some[:0]):
+        for part in (4096, 10):
+            monkeypatch.setattr("retina_fast.deploy.eight_bits.last_conv.CELLS", part)
+            torch.testing.assert_close(conv.at(features, cells).double(), right[cells], rtol=1e-5, atol=1e-5)
+            row, output = (torch.rand(len(cells), 7) < 0.2).nonzero(as_tuple=True)
+            made = conv.some_at(features, cells, row, output)
+            torch.testing.assert_close(made.double(), right[cells][row, output], rtol=1e-5, atol=1e-5)
+    assert all(map(torch.equal, features, given))
 
 
 @pytest.fixture
 def computed(monkeypatch):
-    """What the convs computed: which conv, its level, the cells, and how many outputs of them all."""
-    made: list[tuple[LastConv, int, list[int], int]] = []
-    patches, at_patches, everywhere = LastConv.patches, LastConv.at_patches, LastConv.everywhere
-    some_at_patches = LastConv.some_at_patches
-    cells_of: list[list[int]] = []
+    """What the convs computed: which conv, the cells, and how many outputs of them all."""
+    made: list[tuple[LastConv, list[int], int]] = []
+    at, some_at, everywhere = LastConv.at, LastConv.some_at, LastConv.everywhere
 
-    def noted(conv, features, cells):
-        cells_of.append(cells.tolist())
-        return patches(conv, features, cells)
+    def multiplied(conv, features, cells):
+        made.append((conv, cells.tolist(), len(cells) * len(conv.bias)))
+        return at(conv, features, cells)
 
-    def multiplied(conv, rows, level):
-        made.append((conv, level, cells_of[-1], len(rows) * len(conv.bias)))
-        return at_patches(conv, rows, level)
-
-    def chosen(conv, rows, level, starts, outputs):
-        made.append((conv, level, cells_of[-1], len(outputs)))
-        return some_at_patches(conv, rows, level, starts, outputs)
+    def chosen(conv, features, cells, rows, outputs):
+        made.append((conv, cells.tolist(), len(outputs)))
+        return some_at(conv, features, cells, rows, outputs)
 
     def dense(conv, features, level):
-        cells = list(range(len(features) * math.prod(conv.grid(features))))
-        made.append((conv, level, cells, len(cells) * len(conv.bias)))
-        return everywhere(conv, features, level)
+        outputs = everywhere(conv, features, level)
+        made.append((conv, list(range(outputs[..., 0].numel())), outputs.numel()))
+        return outputs
 
-    ways = {"patches": noted, "at_patches": multiplied, "some_at_patches": chosen, "everywhere": dense}
-    for name, way in ways.items():
+    for name, way in {"at": multiplied, "some_at": chosen, "everywhere": dense}.items():
         monkeypatch.setattr(LastConv, name, way)
     return made
 
@@ -88,8 +88,8 @@ def test_cells_are_chosen_by_code_margin_and_threshold(computed):
     def check(threshold, chosen, sieve=sieve, all_computed=False):
         computed.clear()
         found = sieve.candidates(outputs, 1, threshold, 99)
-        conv, level, cells, wanted = computed[0]
-        assert (len(computed), conv, level, wanted) == (1, sieve.logits, 0, 3 * len(cells))  # all logits of a cell
+        ((conv, cells, wanted),) = computed
+        assert (conv, wanted) == (sieve.logits, 3 * len(cells))  # all logits of a cell
         assert cells == ([*range(8)] if all_computed else chosen)
         above = (rows > logit(threshold)) & torch.isin(torch.arange(8), torch.tensor(chosen))[:, None]
         expected = rows.masked_fill(~above, -math.inf).flatten().sort(descending=True, stable=True)
@@ -119,15 +119,15 @@ def of_exact(conv, features, level, held, margin, excess):
 @pytest.mark.parametrize("topk", [0, 1, 5, 40, 10**9])
 def test_candidates_are_those_of_all_cells(classes, topk, computed, monkeypatch):
     """Of two levels and images, of which the second has lower logits; where an anchor has few classes, and many."""
-    monkeypatch.setattr("retina_fast.deploy.eight_bits.sieve.CELLS", 4)
-    conv = last_conv(3 * classes)
+    monkeypatch.setattr("retina_fast.deploy.eight_bits.last_conv.CELLS", 4)
+    conv = last_conv(3 * classes, levels=2)
     features = [features_of(2, side, 9) for side in (15, 8)]
     for level in features:
         level[1] //= 2
     conv = replace(conv, bias=conv.bias - conv.everywhere(features[0], 0).quantile(0.95 if classes == 2 else 0.997))
     held, margins, excesses = (Codes(0.5, 128), Codes(0.4, 100)), (2.0, 1.0), (3.0, 1.5)
     codes = [of_exact(conv, features[i], i, held[i], margins[i], excesses[i]) for i in range(2)]
-    sieve = Sieve(conv, last_conv(12), held, margins, excesses)
+    sieve = Sieve(conv, last_conv(12, levels=2), held, margins, excesses)
     outputs = [*codes, *features, *(features_of(2, side, 9) for side in (15, 8))]
     found = same_as_everywhere(sieve, outputs, classes, 0.5, topk)
     assert found.counts[0] >= min(topk, 20)
@@ -150,7 +150,7 @@ def test_many_logits_of_a_cell_are_computed_one_by_one_or_all_together(share, co
     codes[0, 3:6, :, : int(100 * share)] = 255
     sieve = Sieve(conv, last_conv(12), (Codes(0.1, 100),), (0.1,), (0.1,))
     found = sieve.candidates([codes, features, features], 50, 0.5, 10**9)
-    ((_, _, cells, count),) = computed
+    ((_, cells, count),) = computed
     assert (cells, count) == (list(range(60, 120)), 60 * computed_of_100)
     exact = conv.everywhere(features, 0)[0, 3:6, :, :computed_of_100]
     right = exact[exact > 0].sort(descending=True).values.sigmoid()
@@ -165,19 +165,9 @@ def test_of_each_image_those_are_computed_that_can_be_among_its_own_highest(comp
     codes[1, 7, 3:8] = 200
     sieve.candidates([codes, features, features], 2, 0.5, 9)
     sieve.candidates([codes[:1], features[:1], features[:1]], 2, 0.5, 9)
-    (_, _, both, _), (_, _, alone, _) = computed
+    (_, both, _), (_, alone, _) = computed
     assert both == [*alone, *range(1600 + 7 * 40 + 3, 1600 + 7 * 40 + 8)]
     assert len(alone) < 200  # of 1,600
-
-
-def test_many_cells_are_computed_part_by_part(computed, monkeypatch):
-    conv, features = last_conv(6), features_of(2, 40, 40)
-    cells = (torch.rand(2 * 40 * 40) < 0.3).nonzero()[:, 0]
-    expected = conv.at(features, 0, cells)
-    monkeypatch.setattr("retina_fast.deploy.eight_bits.sieve.CELLS", 100)
-    torch.testing.assert_close(conv.at(features, 0, cells), expected)
-    assert [part for _, _, of_part, _ in computed[1:] for part in of_part] == cells.tolist()
-    assert max(len(of_part) for _, _, of_part, _ in computed[1:]) == 100
 
 
 def test_images_without_candidates_change_nothing_for_the_others():
