@@ -108,9 +108,8 @@ class LastConv:
             rows: (W,) of which of the cells, rising.
             outputs: (W,) which ones.
         """
-        starts = torch.searchsorted(
-            rows, torch.arange(len(cells) + 1, device=cells.device)
-        )  # where each cell's begin among all
+        every = torch.arange(len(cells) + 1, device=cells.device)
+        starts = torch.searchsorted(rows, every)  # where each cell's begin among all
         products = [self.bias[:0]]
         for first in range(0, len(cells), CELLS):
             values, scales = self._patches(features, cells[first : first + CELLS])
