@@ -34,6 +34,18 @@ def test_the_real_tile_sizes(device):
     assert error(grads, expected_grads) < 2**-8
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
+@pytest.mark.parametrize("value", [-15.0, -7.0, -4.595, -2.0, 1.0])
+def test_roundings_of_many_equal_logits_do_not_add_up(value, gamma):
+    """As of a detector whose training begins: all elements, and their roundings, are nearly the same."""
+    logits, labels, normalizers = case(91, shapes=((32, 20), (8, 5)), foreground=0.002)
+    logits = [(0 * level.detach() + value).requires_grad_() for level in logits]
+    loss, grads = loss_and_grads(focal_loss, (logits, labels, normalizers), 91, gamma=gamma)
+    expected, expected_grads = exact((logits, labels, normalizers), 91, gamma=gamma)
+    assert error(loss, expected) < 3e-6
+    assert error(grads, expected_grads) < 3e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_within_twice_eager_error(dtype, loss_fn, place, small_tiles):
     k = 7
