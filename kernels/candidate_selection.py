@@ -75,8 +75,8 @@ def contenders(flat: Tensor, threshold: float, topk: int) -> Tensor:
 
 
 def _best(values: Tensor, counts: Sequence[int], topk: int) -> NDArray[np.int64]:
-    """Positions of float32 values, best first, of which ``counts`` are of each level: its topk highest, of equal ones
-    those at the lower positions."""
+    """Positions, best first, of each level's topk highest of float32 values, which lie level by level, ``counts`` of
+    each. Of equal values the one at the lower position is the better."""
     keys = rank_keys(values.detach().cpu().numpy())
     levels = np.split(keys, np.cumsum(counts[:-1], dtype=np.int64))
     best = [np.partition(level, topk)[:topk] if len(level) > topk else level for level in levels]

@@ -306,7 +306,7 @@ def kept_of_image(boxes: Array, labels: Array | None, thresh: float, most: int |
 
 
 def rank_keys(scores: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Distinct keys of float32 scores (N,) that rise as best_first orders them; each holds its position in 32 bits."""
+    """Distinct keys of float32 scores (N,), the lowest for the best; the low 32 bits of each are its position."""
     bits = (scores + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
     rising = ~(bits ^ (bits >> 31 & 0x7FFFFFFF))
     rising[scores != scores] = -(2**31)

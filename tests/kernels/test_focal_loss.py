@@ -90,6 +90,18 @@ def test_approximations_at_their_documented_worst_stay_within_1e_5(worst, spread
 # Edges
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_a_normalizer_of_0_gives_infinity_as_the_definition_does(gamma, small_tiles):
+    logits, labels, _ = case(7, ignored=0.0)
+    inputs = logits, labels, torch.tensor([0.0, 1.0])
+    loss, grads = loss_and_grads(focal_loss, inputs, 7, gamma=gamma)
+    expected, expected_grads = exact(inputs, 7, gamma=gamma)
+    assert loss == expected == float("inf")
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert torch.equal(ours[0], theirs[0].float())
+        torch.testing.assert_close(ours[1], theirs[1].float())
+
+
 @pytest.mark.parametrize(
     ("foreground", "ignored"), [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)], ids=["none", "ignored", "all"]
 )

@@ -14,7 +14,7 @@ CELLS = 4096
 """So many cells are computed at a time, which bounds the memory that their neighbourhoods take in float32."""
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that sparse tensors are in beta, and not checked: said of the first of a process
+    warnings.simplefilter("ignore")  # once a process PyTorch says that sparse tensors are in beta
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu")
 
 

@@ -12,7 +12,7 @@ A level's margin is 1.5 times the largest amount by which an 8-bit logit was too
 excess 1.5 times that by which one was too high. With q for 8-bit logits and q_k for the k-th highest of them, at least
 k float32 logits are q_k - excess or more, so none of the k highest has a q below q_k - excess - margin.
 
-All levels and images go through each step at once: a step takes less time than to start it once for each.
+All levels and images go through each step together, which is faster than a step for each of them.
 """
 
 import math
@@ -28,7 +28,7 @@ from retina_fast.kernels.candidate_selection import Candidates, candidate_select
 MARGIN = 1.5
 """In units of the largest error on the calibration images."""
 MOST_CELLS = 0.4
-"""If a conv is wanted at a larger share of the cells, it is computed at all of them."""
+"""If a conv is wanted at a larger share of the cells of all levels and images, it is computed at all of them."""
 MOST_LOGITS = 0.2
 """If a larger share of the chosen cells' logits is wanted, all of these are computed, by a matrix product. Else each
 that is wanted is computed by itself, which takes five times as long a logit (AVX2)."""
@@ -80,8 +80,8 @@ class Sieve:
             above = _where(exact > threshold)
             values, index = exact[above], index[above]
         rows, sections = index // count, pyramid.sections(cells)
-        passed = cells - pyramid.firsts[sections] - _numbers(cells)  # cells of the section before it, not chosen
-        places = index + (passed * count)[rows]  # among all of the section
+        moved = cells - pyramid.firsts[sections] - _numbers(cells)  # from a place among chosen cells to the section's
+        places = index + (moved * count)[rows]
         counts = torch.bincount(sections[rows], minlength=len(pyramid.firsts) - 1).tolist()
         found = [*zip(values.split(counts), places.split(counts), strict=True)]
         images = [found[b :: pyramid.batch] for b in range(pyramid.batch)]
