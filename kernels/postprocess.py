@@ -5,13 +5,13 @@ cost nothing: a candidate's box is decoded where its place is found, and the kep
 kernel that finds them. Eight launches serve a batch in half precision.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from retina_fast.kernels.arguments import check_anchors, check_devices, check_shape
-from retina_fast.kernels.batched_nms import batched_nms, is_walked, thresholds_of
+from retina_fast.kernels.batched_nms import Kept, batched_nms, is_walked, thresholds_of
 from retina_fast.kernels.box_decode import box_decode
 from retina_fast.kernels.candidate_places import Decoding, write_candidates
 from retina_fast.kernels.candidate_search import search_keys
@@ -25,6 +25,8 @@ from retina_fast.kernels.take_kept import take_kept
 
 Fields = tuple[Tensor, Tensor, Tensor, Tensor]
 """Boxes (B, D, 4), scores and labels (B, D), and counts (B,)."""
+Nms = Callable[[Tensor, None, Tensor, Tensor, float, int], Kept]
+"""Suppression of boxes that lie best first, see :func:`retina_fast.kernels.batched_nms.batched_nms`."""
 
 
 def postprocess_by_steps(
@@ -39,11 +41,12 @@ def postprocess_by_steps(
     iou_thresh: float,
     max_detections: int,
     reg_max: int = 0,
+    nms: Nms = batched_nms,
 ) -> Fields:
     """The definition; see :func:`postprocess`. Each step runs by its own kernels or reference."""
     candidates = candidate_selection(logits, num_classes, score_thresh, topk)
     boxes = box_decode(deltas, anchors, candidates.anchors, image_sizes, reg_max)  # (B, M, 4)
-    return detections_of(candidates, boxes, image_sizes, original_sizes, iou_thresh, max_detections)
+    return detections_of(candidates, boxes, image_sizes, original_sizes, iou_thresh, max_detections, nms)
 
 
 def detections_of(
@@ -53,11 +56,12 @@ def detections_of(
     original_sizes: Tensor,
     iou_thresh: float,
     max_detections: int,
+    nms: Nms = batched_nms,
 ) -> Fields:
     """The last steps, from candidates and their boxes ``(B, M, 4)`` in the pixels of the batch."""
     most = min(max_detections, boxes.shape[1])
     # The candidates lie best first, so that the suppression needs no scores.
-    kept = batched_nms(boxes, None, candidates.labels, candidates.counts, iou_thresh, most)
+    kept = nms(boxes, None, candidates.labels, candidates.counts, iou_thresh, most)
     chosen = candidates.scores, candidates.labels, kept.positions, kept.counts
     return *take_kept(boxes, *chosen, image_sizes, original_sizes), kept.counts
 

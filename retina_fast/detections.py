@@ -8,10 +8,11 @@ from torch import Tensor
 from torchvision.models.detection import retinanet as tv
 
 from retina_fast.forward import DELTAS, LOGITS, HeadOutputs
+from retina_fast.kernels.batched_nms import batched_nms
 from retina_fast.kernels.box_decode import decode_and_clip
 from retina_fast.kernels.candidate_selection import Candidates
 from retina_fast.kernels.dispatch import is_transformed
-from retina_fast.kernels.postprocess import detections_of, postprocess
+from retina_fast.kernels.postprocess import Nms, detections_of, postprocess, postprocess_by_steps
 
 _NO_LIMIT = 2**31 - 1
 
@@ -85,7 +86,13 @@ class Thresholds(NamedTuple):
         return found
 
 
-def detect(outputs: HeadOutputs, image_sizes: Tensor, original_sizes: Tensor, thresholds: Thresholds) -> Detections:
+def detect(
+    outputs: HeadOutputs,
+    image_sizes: Tensor,
+    original_sizes: Tensor,
+    thresholds: Thresholds,
+    nms: Nms | None = None,
+) -> Detections:
     """From the heads' outputs to padded detections; nothing waits for the GPU.
 
     Args:
@@ -93,10 +100,12 @@ def detect(outputs: HeadOutputs, image_sizes: Tensor, original_sizes: Tensor, th
         image_sizes: ``(B, 2)`` height and width of each image inside the batch, to which boxes are clipped.
         original_sizes: ``(B, 2)`` height and width as the image was given, to which boxes are scaled back.
         thresholds: D is lowered to the width of the candidates if that is less.
+        nms: what suppresses, after the other steps one by one; None is all in one operation.
     """
     logits, deltas, anchors = outputs.levels[LOGITS], outputs.levels[DELTAS], outputs.anchors.float()
     constants = outputs.num_classes, *thresholds, outputs.reg_max
-    return Detections(*postprocess(logits, deltas, anchors, image_sizes, original_sizes, *constants))
+    given = logits, deltas, anchors, image_sizes, original_sizes, *constants
+    return Detections(*(postprocess_by_steps(*given, nms) if nms else postprocess(*given)))
 
 
 def detect_candidates(
@@ -106,6 +115,7 @@ def detect_candidates(
     image_sizes: Tensor,
     original_sizes: Tensor,
     thresholds: Thresholds,
+    nms: Nms = batched_nms,
 ) -> Detections:
     """The same from candidates that are chosen already.
 
@@ -116,8 +126,9 @@ def detect_candidates(
         image_sizes: as :func:`detect` takes them.
         original_sizes: likewise.
         thresholds: of which those of the suppression count.
+        nms: what suppresses.
     """
     own = anchors.float().index_select(0, candidates.anchors.flatten()).view(*candidates.anchors.shape, 4)
     boxes = decode_and_clip(deltas, own, image_sizes)
     limits = thresholds.nms_thresh, thresholds.detections_per_img
-    return Detections(*detections_of(candidates, boxes, image_sizes, original_sizes, *limits))
+    return Detections(*detections_of(candidates, boxes, image_sizes, original_sizes, *limits, nms))

@@ -17,8 +17,11 @@ from retina_fast.deploy.eight_bits.products import convs_as_products
 from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.deploy.export.onnx_file import QUANTIZED_OPSET, onnx_session, translate
 from retina_fast.deploy.openvino_graph import OpenVinoGraph
+from retina_fast.deploy.openvino_nms import OpenVinoNms
 from retina_fast.forward import DELTAS, LOGITS, input_channels, run_convs
+from retina_fast.kernels.batched_nms import batched_nms
 from retina_fast.kernels.candidate_selection import Candidates
+from retina_fast.kernels.postprocess import Nms
 from retina_fast.model import RetinaNet
 
 Run = Callable[[Any], Sequence[Any]]
@@ -86,6 +89,7 @@ class Network:
     def __init__(self, content: bytes, runtime: str, sieve: Sieve | None = None) -> None:
         self.content, self.runtime, self.sieve = content, runtime, sieve
         self._run: Run | None = None
+        self._nms: Nms | None = None
         self._counts: dict[str, int | None] = {}  # how many levels the heads return of each output; None is one tensor
         self._flattened: dict[tuple[int, ...], list[tuple[int, ...]]] = {}  # by the pixels' size
 
@@ -119,6 +123,12 @@ class Network:
             self._run = RUNTIMES[self.runtime](self.content)
         return [torch.from_numpy(output) for output in self._run(pixels.contiguous().numpy())]
 
+    def nms(self) -> Nms:
+        """What suppresses boxes beside this runtime."""
+        if self._nms is None:
+            self._nms = OpenVinoNms() if self.runtime == "OpenVINO" else batched_nms
+        return self._nms
+
     def _counts_of(self, model: Any, pixels: Tensor) -> dict[str, int | None]:
         if not self._counts:
             side = model.transform.size_divisible
@@ -139,7 +149,7 @@ class Network:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy opens the graph anew: a session can be neither copied nor pickled."""
-        return vars(self) | {"_run": None}
+        return vars(self) | {"_run": None, "_nms": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """

@@ -100,10 +100,10 @@ class Plan:
             with one_thread() if logits <= _FEW_LOGITS else nullcontext():
                 features, candidates, deltas = self.convs.candidates(self.model, levels)
                 anchors = batch_anchors(self.model.anchor_generator, self.batch, (), features)
-                return detect_candidates(candidates, deltas, anchors, *sizes, thresholds)
+                return detect_candidates(candidates, deltas, anchors, *sizes, thresholds, self.convs.nms())
         outputs = run_network(self.model, self.batch, convs=self.convs)
         self.anchors = outputs.anchors
-        return detect(outputs, *sizes, thresholds)
+        return detect(outputs, *sizes, thresholds, self.convs.nms() if isinstance(self.convs, Network) else None)
 
 
 def captured(run: Run, stream: Any) -> Run:
