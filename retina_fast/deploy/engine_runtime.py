@@ -5,6 +5,7 @@ The graph is written once; the runtimes that are installed take turns on the fir
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from retina_fast.data.errors import UserError
 from retina_fast.deploy.eight_bits.agreement import COMPARED, SEARCHED, Found, Kept, compare
 from retina_fast.deploy.eight_bits.calibration import calibration_images
 from retina_fast.deploy.eight_bits.quantize import Quantizer
+from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.deploy.eight_bits.sieved_graph import sieved
 from retina_fast.deploy.onnx_network import RUNTIMES, Network, fastest, trace
 from retina_fast.deploy.report import RuntimeChoice, pixels_of
@@ -24,6 +26,7 @@ from retina_fast.forward import run_convs
 from retina_fast.model import RetinaNet
 
 PYTORCH = "PyTorch"
+BY_CELLS = " with the box head at few cells"
 
 
 def choose_network(
@@ -72,18 +75,18 @@ def choose_network(
             f"no graph serves all heights and widths that are multiples of the model's size_divisible, {multiple}: "
             "give it a multiple of 32"
         ) from error
-    layers, left, sieve = 0, [], None
+    layers, left, graphs = 0, [], {"": (proto, None)}
     if calibration is not None:
         quantizer = Quantizer(proto, (pixels_of(model, image).numpy() for image in calibration))
         searched = [pixels_of(model, image).numpy() for image in images[:SEARCHED]]
         left += quantizer.most_changing(float32_share, searched) if float32_share else []
         proto, layers = quantizer.quantized(left), len(quantizer.layers) - len(left)
-        made = sieved(proto, quantizer.ranges)
-        if made:
-            proto, sieve = made
-            run = Network(proto.SerializeToString(), "ONNX Runtime").run
-            sieve = sieve.measured(run(pixels_of(model, image)) for image in images[:SEARCHED])
-    networks = {name: Network(proto.SerializeToString(), name, sieve) for name in RUNTIMES}
+        graphs = _sieved_graphs(proto, quantizer.ranges, [torch.from_numpy(array) for array in searched])
+    networks = {
+        name + way: Network(graph.SerializeToString(), name, sieve)
+        for name in RUNTIMES
+        for way, (graph, sieve) in graphs.items()
+    }
     runs: dict[str, Callable[[], Any]] = {
         name: partial(_as_in_an_engine, network, model, pixels) for name, network in networks.items()
     }
@@ -95,8 +98,24 @@ def choose_network(
     if not seconds:
         raise UserError(f"no runtime runs the graph: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
     best = min(seconds, key=lambda name: seconds[name])
-    size, margin = tuple(pixels.shape[2:]), max(sieve.margins) if sieve else None
+    sieve, size = networks[best].sieve if best in networks else None, tuple(pixels.shape[2:])
+    margin = max(sieve.margins) if sieve else None
     return networks.get(best), RuntimeChoice(best, size, seconds, failed, layers, left, len(images), margin)
+
+
+def _sieved_graphs(proto: Any, ranges: Any, samples: Sequence[Tensor]) -> dict[str, tuple[Any, Sieve | None]]:
+    """The ways to run a graph in eight bits, by what is added to a runtime's name: as it is, or with a sieve; and where
+    that can be, with a sieve that computes the tower of the box head, too."""
+    graphs: dict[str, tuple[Any, Sieve | None]] = {"": sieved(proto, ranges) or (proto, None)}
+    graph, sieve = graphs[""]
+    if sieve:
+        run = Network(graph.SerializeToString(), "ONNX Runtime").run
+        sieve = sieve.measured(map(run, samples))
+        graphs[""] = graph, sieve
+        if by_cells := sieved(proto, ranges, by_cells=True):
+            graph, own = by_cells
+            graphs[BY_CELLS] = graph, replace(own, margins=sieve.margins, excesses=sieve.excesses)
+    return graphs
 
 
 def _as_in_an_engine(network: Network, model: RetinaNet, pixels: Tensor) -> None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from retina_fast.convert import copied
+from retina_fast.deploy.eight_bits.box_tower import Run as TowerRun
 from retina_fast.deploy.eight_bits.products import convs_as_products
 from retina_fast.deploy.eight_bits.sieve import Sieve
 from retina_fast.deploy.export.onnx_file import QUANTIZED_OPSET, onnx_session, translate
-from retina_fast.deploy.openvino_graph import OpenVinoGraph
+from retina_fast.deploy.openvino_graph import OpenVinoGraph, opened
 from retina_fast.deploy.openvino_nms import OpenVinoNms
 from retina_fast.forward import DELTAS, LOGITS, input_channels, run_convs
 from retina_fast.kernels.batched_nms import batched_nms
@@ -89,6 +90,7 @@ class Network:
     def __init__(self, content: bytes, runtime: str, sieve: Sieve | None = None) -> None:
         self.content, self.runtime, self.sieve = content, runtime, sieve
         self._run: Run | None = None
+        self._run_tower: TowerRun | None = None
         self._nms: Nms | None = None
         self._counts: dict[str, int | None] = {}  # how many levels the heads return of each output; None is one tensor
         self._flattened: dict[tuple[int, ...], list[tuple[int, ...]]] = {}  # by the pixels' size
@@ -98,7 +100,7 @@ class Network:
         returned: dict[str, Any]
         outputs = self.run(pixels)
         if self.sieve:
-            logits, deltas = self.sieve.everywhere(outputs)
+            logits, deltas = self.sieve.everywhere(outputs, self._run_tower)
             returned = {LOGITS: logits, DELTAS: deltas}
             return _features(len(pixels), self._sizes(model, pixels, logits)), returned
         outputs = [level.permute(0, 3, 1, 2) if level.dim() == 4 else level for level in outputs]
@@ -115,12 +117,15 @@ class Network:
         features = _features(len(outputs[0]), sizes)
         num_classes = int(model.head.classification_head.num_classes)
         found = self.sieve.candidates(outputs, num_classes, model.score_thresh, model.topk_candidates)
-        return features, found, self.sieve.offsets(outputs, found.anchors, len(self.sieve.logits.bias) // num_classes)
+        per_cell = len(self.sieve.logits.bias) // num_classes
+        return features, found, self.sieve.offsets(outputs, found.anchors, per_cell, self._run_tower)
 
     def run(self, pixels: Tensor) -> list[Tensor]:
         """The outputs of the graph."""
         if self._run is None:
             self._run = RUNTIMES[self.runtime](self.content)
+            if self.sieve and self.sieve.tower:
+                self._run_tower = _TOWERS[self.runtime](self.sieve.tower.content)
         return [torch.from_numpy(output) for output in self._run(pixels.contiguous().numpy())]
 
     def nms(self) -> Nms:
@@ -149,7 +154,7 @@ class Network:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy opens the graph anew: a session can be neither copied nor pickled."""
-        return vars(self) | {"_run": None, "_nms": None}
+        return vars(self) | {"_run": None, "_run_tower": None, "_nms": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """
@@ -168,8 +173,15 @@ def _onnxruntime(content: bytes) -> Run:
     return lambda pixels: session.run(None, {"pixels": pixels})
 
 
+def _tower_in_onnxruntime(content: bytes) -> TowerRun:
+    session = onnx_session(content)
+    names = [given.name for given in session.get_inputs()]
+    return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+
+
 RUNTIMES: dict[str, Callable[[bytes], Run]] = {"ONNX Runtime": _onnxruntime, "OpenVINO": OpenVinoGraph}
 """How a graph is opened, by the name of the runtime."""
+_TOWERS: dict[str, Callable[[bytes], TowerRun]] = {"ONNX Runtime": _tower_in_onnxruntime, "OpenVINO": opened}
 
 
 def fastest(runs: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, str]]:

@@ -8,7 +8,8 @@ graph for one shape.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,11 +40,7 @@ class OpenVinoGraph:
         proto = norms_in_float32(onnx.load_from_string(content))
         self._content, self._core = proto.SerializeToString(), openvino.Core()
         self._model = self._read(norms_by_sums(proto).SerializeToString())
-        self._options = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-        }
+        self._options = _options()
         self._compiled: OrderedDict[tuple[int, ...], Any] = OrderedDict()  # the shape used longest ago first
         self._calls: Counter[tuple[int, ...]] = Counter()  # of shapes that have no graph of their own
         self._of_any_shape: Any = None
@@ -86,6 +83,19 @@ class OpenVinoGraph:
         return graph if same else None
 
 
-def _run(graph: Any, pixels: Any) -> list[Any]:
-    outputs = graph(pixels, share_inputs=True, share_outputs=True)
+def opened(content: bytes) -> Callable[[Sequence[Any]], list[Any]]:
+    """An ONNX file with inputs of any shapes, opened. The arrays of a call are written over by the next."""
+    import openvino
+
+    core = openvino.Core()
+    return partial(_run, core.compile_model(core.read_model(content, b""), "CPU", _options()))
+
+
+def _options() -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    return {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+
+
+def _run(graph: Any, given: Any) -> list[Any]:
+    outputs = graph(given, share_inputs=True, share_outputs=True)
     return [outputs[i] for i in range(len(outputs))]

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from retina_fast.deploy.eight_bits.box_tower import BoxTower, Run
 from retina_fast.deploy.eight_bits.last_conv import Codes, LastConv, Pyramid
 from retina_fast.kernels.candidate_selection import Candidates, candidate_selection, candidates_of, logit
 
@@ -39,8 +40,8 @@ class Sieve:
     """What finds the candidates, and the convs that are computed there.
 
     Its methods take the outputs of the graph, uint8 all: L levels of logits (B, H, W, O or more, of which the first O
-    count), then L of the features that the logits' conv reads, then L of those that the other reads,
-    (B, H + border, W + border, C) each.
+    count), then L of the features that the logits' conv reads, then L of those that the other or its tower reads,
+    (B, H + border, W + border, C) each. With a tower, those that need box offsets take what runs its file, too.
 
     Attributes:
         logits: the conv that gives the logits.
@@ -48,6 +49,7 @@ class Sieve:
         codes: what a code of the logits in eight bits stands for, a level each.
         margins: how far a logit in eight bits may lie below the one in float32, a level each.
         excesses: how far it may lie above, a level each.
+        tower: the convs before that of the box offsets, if the graph leaves them to the sieve.
     """
 
     logits: LastConv
@@ -55,11 +57,13 @@ class Sieve:
     codes: tuple[Codes, ...]
     margins: tuple[float, ...]
     excesses: tuple[float, ...]
+    tower: BoxTower | None = None
 
-    def everywhere(self, outputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def everywhere(self, outputs: Sequence[Tensor], run: Run | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """The levels (B, O, H, W) of logits and of box offsets, in channels_last memory."""
-        _, *features = self._parts(outputs)
-        return _everywhere(self.logits, features[0]), _everywhere(self.deltas, features[1])
+        codes, *features = self._parts(outputs)
+        before = self._after_tower(features[1], [codes[..., 0] >= 0 for codes in codes], run)
+        return _everywhere(self.logits, features[0]), _everywhere(self.deltas, before)
 
     def candidates(self, outputs: Sequence[Tensor], num_classes: int, score_thresh: float, topk: int) -> Candidates:
         """What :func:`retina_fast.kernels.candidate_selection.candidate_selection` gives for the logits of all cells,
@@ -87,13 +91,15 @@ class Sieve:
         images = [found[b :: pyramid.batch] for b in range(pyramid.batch)]
         return candidates_of(images, [size * count for size in pyramid.sizes], num_classes, topk, values.device)
 
-    def offsets(self, outputs: Sequence[Tensor], anchors: Tensor, per_cell: int) -> Tensor:
+    def offsets(self, outputs: Sequence[Tensor], anchors: Tensor, per_cell: int, run: Run | None = None) -> Tensor:
         """The box offsets (B, M, C) of chosen anchors (B, M), counted over all levels; a cell has ``per_cell``."""
         codes, _, features = self._parts(outputs)
         pyramid, cells = Pyramid.of(codes), anchors // per_cell
         which, cells = anchors - cells * per_cell, pyramid.of_images(cells)
         chosen = cells.new_zeros(int(pyramid.firsts[-1]), dtype=torch.bool).index_fill_(0, cells.flatten(), True)
-        at = _where(chosen)
+        sections = chosen.split([pyramid.batch * size for size in pyramid.sizes])
+        masks = [of_level.view(level.shape[:3]) for of_level, level in zip(sections, codes, strict=True)]
+        features, at = self._after_tower(features, masks, run), _where(chosen)
         if len(at) > MOST_CELLS * len(chosen):
             of_cells = torch.cat(
                 [level.permute(0, 2, 3, 1).flatten(0, 2) for level in _everywhere(self.deltas, features)]
@@ -116,6 +122,13 @@ class Sieve:
                 too_high[i] = max(too_high[i], float(above.amax()) if len(above) else 0.0)
         margins, excesses = (tuple(MARGIN * error for error in errors) for errors in (too_low, too_high))
         return replace(self, margins=margins, excesses=excesses)
+
+    def _after_tower(self, features: Sequence[Tensor], chosen: Sequence[Tensor], run: Run | None) -> Sequence[Tensor]:
+        """What the conv of the box offsets reads at chosen cells (B, H, W) of each level."""
+        if not self.tower:
+            return features
+        assert run is not None, "a tower needs what runs its file"
+        return self.tower.features(run, features, chosen)
 
     def _parts(self, outputs: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor], Sequence[Tensor]]:
         """The levels of logits (B, H, W, O), and of what each of the two convs reads."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from retina_fast.deploy.eight_bits.box_tower import box_tower
 from retina_fast.deploy.eight_bits.last_conv import Codes, LastConv
 from retina_fast.deploy.eight_bits.parts import attributes
 from retina_fast.deploy.eight_bits.sieve import Sieve
@@ -39,16 +40,18 @@ def with_blocks(count: int) -> int:
     return whole if 16 * (whole - count) <= count else count
 
 
-def sieved(proto: Any, ranges: Mapping[str, Any]) -> tuple[Any, Sieve] | None:
+def sieved(proto: Any, ranges: Mapping[str, Any], by_cells: bool = False) -> tuple[Any, Sieve] | None:
     """A graph whose outputs are those that a :class:`Sieve` reads, and that sieve, without margins.
 
     Args:
         proto: of :func:`retina_fast.deploy.onnx_network.trace`, whose outputs are L levels of logits, then L of box
             offsets; quantised but for the convs that give them.
         ranges: the least and greatest value of what these convs read and give, by name.
+        by_cells: whether the sieve also computes the tower of the box head, at the cells where that matters.
 
     Returns:
-        None where the outputs are something else, as those of a head of the user's own may be.
+        None where the outputs are something else, as those of a head of the user's own may be, or where a tower is
+        asked for and cannot be computed so.
     """
     proto = copy.deepcopy(proto)
     graph = proto.graph
@@ -61,6 +64,10 @@ def sieved(proto: Any, ranges: Mapping[str, Any]) -> tuple[Any, Sieve] | None:
     sides: list[list[Any]] = [[conv for _, conv in side] for side in (pairs[:half], pairs[half:])]
     if not all(_same_conv(convs, weights) for convs in sides):
         return None
+    found = box_tower(proto, sides[1]) if by_cells else None
+    if by_cells and not found:
+        return None
+    tower, firsts = found or (None, sides[1])
     features = _Features(graph, made_by, weights, ranges)
     logits, deltas = (_last_conv(convs, weights, tuple(features.of(conv).codes for conv in convs)) for convs in sides)
     codes = tuple(
@@ -74,12 +81,22 @@ def sieved(proto: Any, ranges: Mapping[str, Any]) -> tuple[Any, Sieve] | None:
         graph,
         half,
         with_blocks(len(logits.bias)),
-        [(features.of(conv), _pads(conv)) for convs in sides for conv in convs],
+        [(features.of(conv), _pads(conv)) for convs in (sides[0], firsts) for conv in convs],
     )
-    used = {name for node in graph.node for name in node.input}
+    _remove_unused(graph)
+    return proto, Sieve(logits, deltas, codes, (0.0,) * half, (0.0,) * half, tower)
+
+
+def _remove_unused(graph: Any) -> None:
+    """Take out the nodes and weights on which no output depends."""
+    used = {output.name for output in graph.output}
+    for node in reversed(list(graph.node)):
+        if used.isdisjoint(node.output):
+            graph.node.remove(node)
+        else:
+            used.update(node.input)
     for weight in [weight for weight in graph.initializer if weight.name not in used]:
         graph.initializer.remove(weight)
-    return proto, Sieve(logits, deltas, codes, (0.0,) * half, (0.0,) * half)
 
 
 def _is_last_conv(transpose: Any, conv: Any, weights: Mapping[str, Any]) -> bool:
