@@ -125,7 +125,7 @@ class Network:
         if self._run is None:
             self._run = RUNTIMES[self.runtime](self.content)
             if self.sieve and self.sieve.tower:
-                self._run_tower = _TOWERS[self.runtime](self.sieve.tower.content)
+                self._run_tower = TOWERS[self.runtime](self.sieve.tower.content)
         return [torch.from_numpy(output) for output in self._run(pixels.contiguous().numpy())]
 
     def nms(self) -> Nms:
@@ -181,7 +181,8 @@ def _tower_in_onnxruntime(content: bytes) -> TowerRun:
 
 RUNTIMES: dict[str, Callable[[bytes], Run]] = {"ONNX Runtime": _onnxruntime, "OpenVINO": OpenVinoGraph}
 """How a graph is opened, by the name of the runtime."""
-_TOWERS: dict[str, Callable[[bytes], TowerRun]] = {"ONNX Runtime": _tower_in_onnxruntime, "OpenVINO": opened}
+TOWERS: dict[str, Callable[[bytes], TowerRun]] = {"ONNX Runtime": _tower_in_onnxruntime, "OpenVINO": opened}
+"""How the tower of a box head is opened, likewise."""
 
 
 def fastest(runs: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, str]]:

@@ -24,6 +24,7 @@ from retina_fast.deploy import engine_runtime, onnx_network, plan
 from retina_fast.deploy.eight_bits.agreement import compare
 from retina_fast.deploy.eight_bits.quantize import Quantizer
 from retina_fast.deploy.eight_bits.sieve import MARGIN, Sieve
+from retina_fast.deploy.engine_runtime import BY_CELLS
 from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
 from retina_fast.deploy.onnx_network import Network, trace
 from retina_fast.deploy.report import pixels_of
@@ -225,6 +226,31 @@ def test_in_eight_bits_a_runtime_is_timed_with_the_last_convs_of_few_cells(model
     engine = compile_inference(model, pictures((64, 80)), dtype=torch.int8)
     assert "ONNX Runtime was left out" not in str(engine)
     assert len(engine(pictures((80, 64)))[0]["boxes"]) > 5
+
+
+def test_the_box_head_at_few_cells_detects_the_same(model, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    engines = []
+    for way in ("", BY_CELLS):
+
+        def chosen(runs, name=f"ONNX Runtime{way}"):
+            seconds, failed = onnx_network.fastest(runs)
+            return {name: seconds[name]}, failed
+
+        monkeypatch.setattr(engine_runtime, "fastest", chosen)
+        engines.append(compile_inference(model, pictures((64, 80), (96, 64)), dtype=torch.int8))
+        network = engines[-1].settings.network
+        assert network
+        assert network.sieve
+        assert bool(network.sieve.tower) == bool(way)
+        assert f"trunk and heads by ONNX Runtime{way}: at " in str(engines[-1])
+    engines.append(pickle.loads(pickle.dumps(engines[1])))
+    batch = pictures((64, 80), (90, 50), (64, 96))
+    for right, *others in zip(*(engine(batch) for engine in engines), strict=True):
+        assert len(right["boxes"]) > 5
+        for ours in others:
+            assert torch.equal(ours["labels"], right["labels"])
+            torch.testing.assert_close(ours["boxes"], right["boxes"], rtol=0, atol=0.1)
 
 
 @pytest.mark.slow

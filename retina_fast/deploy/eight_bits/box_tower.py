@@ -16,7 +16,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,15 +31,15 @@ class BoxTower:
 
     Attributes:
         content: an ONNX file. Of each level it takes the codes (T, C) of all cells, and for each conv which of its rows
-            that reads at each of N cells, (N, 9) int32; it gives the codes (N, O) of the last conv. The rows of the
-            first conv are the cells, those of each other one are the cells of the conv before and a row of 0.
+            that reads at each of N cells, (N, 9) int32; it gives the codes (N, O) of the last conv. The first conv's
+            rows are all cells, and the others' are the cells of the conv before and then a row of 0.
         depth: how many convs a level has.
-        zeros: the codes that stand for 0 after the last conv, a level each.
+        outputs: O.
     """
 
     content: bytes
     depth: int
-    zeros: tuple[int, ...]
+    outputs: int
 
     def features(self, run: Run, inputs: Sequence[Tensor], chosen: Sequence[Tensor]) -> list[Tensor]:
         """What the last conv of the head reads at chosen cells; elsewhere is 0.
@@ -53,28 +52,27 @@ class BoxTower:
         Returns:
             The levels (B, H + 2, W + 2, O) uint8, with a border of 0.
         """
-        places, arrays = [], []
-        for level, mask in zip(inputs, chosen, strict=True):
-            cells, rows = self._reads(mask.numpy())
-            places.append(cells)
-            arrays += [level.flatten(0, 2).numpy(), *rows]
-        features = []
-        for level, zero, cells, codes in zip(inputs, self.zeros, places, run(arrays), strict=True):
-            made = np.full((level.shape[:3].numel(), codes.shape[1]), zero, np.uint8)
-            made[cells] = codes
-            features.append(torch.from_numpy(made).unflatten(0, level.shape[:3]))
+        features = [level.new_zeros(*level.shape[:3], self.outputs) for level in inputs]
+        for b in range(len(inputs[0])):
+            places, arrays = [], []
+            for level, mask in zip(inputs, chosen, strict=True):
+                cells, rows = self._reads(mask[b].numpy())
+                places.append(cells)
+                arrays += [level[b].flatten(0, 1).numpy(), *rows]
+            for level, cells, codes in zip(features, places, run(arrays), strict=True):
+                level[b].flatten(0, 1).numpy()[cells] = codes
         return features
 
     def _reads(self, chosen: NDArray[np.bool_]) -> tuple[NDArray[Any], list[NDArray[Any]]]:
         """The cells of the tower's last conv, counted with the border, and the rows (N, 9) that each conv reads."""
-        mask = np.pad(chosen, ((0, 0), (1, 1), (1, 1)))
-        mask[0, 1, 1] |= not chosen.any()  # a runtime need not know of no rows
+        mask = np.pad(chosen, 1)
+        mask[1, 1] |= not chosen.any()  # a runtime need not know of no rows
         places = []
         for _ in range(self.depth):
             mask = _with_neighbours(mask)
             places.append(mask.ravel().nonzero()[0])
         places.reverse()
-        width = mask.shape[2]
+        width = mask.shape[1]
         beside = np.array([y * width + x for y in (-1, 0, 1) for x in (-1, 0, 1)])
         rows = [(places[0][:, None] + beside).astype(np.int32)]
         for before, cells in pairwise(places):
@@ -85,13 +83,12 @@ class BoxTower:
 
 
 def _with_neighbours(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The cells (B, H + 2, W + 2) of a mask and all beside them, but for the border."""
+    """The cells (H + 2, W + 2) of a mask and all beside them, but for the border."""
     wide = mask.copy()
-    wide[:, :, 1:] |= mask[:, :, :-1]
-    wide[:, :, :-1] |= mask[:, :, 1:]
+    wide[:, 1:] |= mask[:, :-1]
+    wide[:, :-1] |= mask[:, 1:]
     both = np.zeros_like(mask)
-    both[:, 1:-1] = wide[:, 1:-1] | wide[:, :-2] | wide[:, 2:]
-    both[:, :, [0, -1]] = False
+    both[1:-1, 1:-1] = (wide[1:-1] | wide[:-2] | wide[2:])[:, 1:-1]
     return both
 
 
@@ -125,9 +122,9 @@ def box_tower(proto: Any, last: Sequence[Any]) -> tuple[BoxTower, list[Any]] | N
     graph = Graph(GraphProto(name="box_tower"))
     for level, layers in enumerate(levels):
         _append(graph, given, level, layers)
-    zeros = tuple(int(given.array(layers[-1].quantize.input[2])) for layers in levels)
     model = helper.make_model(graph.graph, opset_imports=proto.opset_import, ir_version=proto.ir_version)
-    return BoxTower(model.SerializeToString(), depth, zeros), [layers[0].conv for layers in levels]
+    outputs = given.weights[last[0].input[1]].dims[1]
+    return BoxTower(model.SerializeToString(), depth, outputs), [layers[0].conv for layers in levels]
 
 
 def _is_of_3x3(graph: Graph, weight: str) -> bool:
@@ -142,7 +139,7 @@ def _layers(graph: Graph, last: Any) -> list[_Layer]:
         values = graph.maker(reader, 0)
         quantize = graph.maker(values, 0) if values and values.op_type == "DequantizeLinear" else None
         conv = graph.maker(quantize, 0) if quantize and quantize.op_type == "QuantizeLinear" else None
-        if conv and conv.op_type == "Relu":  # which the codes, of which none is below 0, stand for, too
+        if conv and conv.op_type == "Relu":  # codes that begin at 0 do the same
             conv = graph.maker(conv, 0)
         if not conv or not _can_be_gathered(graph, conv, quantize):
             return layers[::-1]
@@ -164,7 +161,7 @@ def _can_be_gathered(graph: Graph, conv: Any, quantize: Any) -> bool:
     if not all(name in graph.weights for name in held) or not _is_of_3x3(graph, weight[0]):
         return False
     codes = [graph.array(name) for name in (x[2], quantize.input[2])]
-    return all(zero.dtype == np.uint8 and zero.ndim == 0 for zero in codes) and not codes[1]
+    return all(zero.dtype == np.uint8 and zero.ndim == 0 for zero in codes) and codes[1] == 0
 
 
 def _append(graph: Graph, given: Graph, level: int, layers: Sequence[_Layer]) -> None:
@@ -200,6 +197,6 @@ def _append(graph: Graph, given: Graph, level: int, layers: Sequence[_Layer]) ->
             made = add("Add", [made, graph.hold(f"bias{level}_{i}", (values * bias_step).astype(np.float32))])
         codes = add("QuantizeLinear", [made, *(graph.hold(name, given.array(name)) for name in quantize.input[1:])])
         if i + 1 < len(layers):
-            none = np.full((1, outputs), given.array(quantize.input[2]))
-            codes = add("Concat", [codes, graph.hold(f"zero{level}_{i}", none)], axis=0)
+            none = graph.hold(f"row_of_{outputs}", np.zeros((1, outputs), np.uint8))
+            codes = add("Concat", [codes, none], axis=0)
     graph.graph.output.append(helper.make_tensor_value_info(codes, TensorProto.UINT8, [None, None]))

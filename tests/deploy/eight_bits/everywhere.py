@@ -6,14 +6,15 @@ from retina_fast.kernels.candidate_selection import candidate_selection
 from retina_fast.kernels.levels import flatten_all
 
 
-def same_as_everywhere(sieve, outputs, num_classes, score_thresh, topk):
-    """Whether candidates and box offsets are those that the convs give at all cells; the candidates."""
-    logits, deltas = sieve.everywhere(outputs)
+def same_as_everywhere(sieve, outputs, num_classes, score_thresh, topk, run=None):
+    """Whether candidates and box offsets are those that the convs give at all cells; the candidates.
+    ``run`` is what runs the tower of the box head, if there is one."""
+    logits, deltas = sieve.everywhere(outputs, run)
     right = candidate_selection(logits, num_classes, score_thresh, topk)
     ours = sieve.candidates(outputs, num_classes, score_thresh, topk)
     assert torch.equal(ours.counts, right.counts)
     per_cell = logits[0].shape[1] // num_classes
-    offsets = sieve.offsets(outputs, ours.anchors, per_cell)
+    offsets = sieve.offsets(outputs, ours.anchors, per_cell, run)
     flat = torch.cat(flatten_all(deltas, offsets.shape[2]), dim=1)
     for b, count in enumerate(right.counts.tolist()):
         (keys, scores), (right_keys, right_scores) = (
