@@ -62,7 +62,7 @@ class Sieve:
     def everywhere(self, outputs: Sequence[Tensor], run: Run | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """The levels (B, O, H, W) of logits and of box offsets, in channels_last memory."""
         codes, *features = self._parts(outputs)
-        before = self._after_tower(features[1], [codes[..., 0] >= 0 for codes in codes], run)
+        before = self._after_tower(features[1], [torch.ones(c.shape[:3], dtype=torch.bool) for c in codes], run)
         return _everywhere(self.logits, features[0]), _everywhere(self.deltas, before)
 
     def candidates(self, outputs: Sequence[Tensor], num_classes: int, score_thresh: float, topk: int) -> Candidates:
