@@ -4,14 +4,11 @@
     python -m benchmarks.models.eight_bits trees runs/mine/model.pt
 
 ``speed`` takes the embedded detector and ResNet-50 v1 and v2 with 91 classes, at 800x800, from image to detections.
-The engine in float32 is the unit. Beside it runs the engine in eight bits by each runtime, and the same engine around
-trunk and heads as the runtimes' own tools quantise them: ONNX Runtime's ``quantize_static`` with a scale a channel and
-uint8 activations, and ``nncf.quantize`` for OpenVINO, where nncf is installed. Each makes two networks: one with the
-last convs in float32, as the engine has them, and one with the last convs in eight bits, too. Each also quantises the
-whole of an exported file, which then runs without the engine; ONNX Runtime's runs in OpenVINO, too. The ResNet-50s
-have random weights; their norms have seen the picture, and their logits are scaled and shifted so that one cell in
-twenty has a score above the threshold. The engines take turns; medians are given of the wall clock and of the
-processor's time, which other work on the machine disturbs less.
+The engine in float32 is the unit. Beside it runs the engine in eight bits by each runtime, and what the runtimes' own
+tools make of the same detector (``eight_bits_rivals.py``). The ResNet-50s have random weights; their norms have seen
+the picture, and their logits are scaled and shifted so that one cell in twenty has a score above the threshold. The
+engines take turns; medians are given of the wall clock and of the processor's time, which other work on the machine
+disturbs less. How many detections each makes is said, too, and how many of float32's it keeps.
 
 ``trees`` is AP50 of the embedded detector, or of a model file, in float32 and in eight bits by each runtime: calibrated
 on 12 tiles of the training photographs, judged on the held-out parts, on two other forests, and on all of these
@@ -23,11 +20,8 @@ import argparse
 import copy
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.models.eight_bits_rivals import rivals, with_network
 from benchmarks.models.resampled import Matched, matched, print_ap50, together
 from demo.trees import prepare
 from retina_fast import RetinaNet, compile_inference, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
 from retina_fast.data.coco import CocoDataset, read_image
-from retina_fast.deploy.eight_bits.parts import last_convs
+from retina_fast.deploy.eight_bits.agreement import compare
 from retina_fast.deploy.engine import Engine
-from retina_fast.deploy.export.onnx_file import onnx_session
-from retina_fast.deploy.export.write import export
-from retina_fast.deploy.fusion.fold import conv_outputs, fold_batch_norm
-from retina_fast.deploy.onnx_network import PAUSE, RUNTIMES, Network, Run, trace
+from retina_fast.deploy.onnx_network import PAUSE, RUNTIMES, Network
 from retina_fast.deploy.report import pixels_of
 from retina_fast.forward import LOGITS, cells_of, run_convs
 from retina_fast.predict.evaluate import evaluate
@@ -52,130 +44,11 @@ from retina_fast.predict.load import TREES, load_model
 
 SPLITS = ("heldout", "OSBS_029", "SOAP_061")
 SIDE = 800
-ROUNDS = 15
 SAMPLES = slice(1, 3)
 """The tiles for calibration where only the speed is asked for. The first of these is timed: a tenth of the embedded
 detector's cells have a score above the threshold there, and next to none in the tile before."""
 CELLS = 0.05
 """The share of cells with a score above the threshold, of random weights."""
-
-
-class Opened:
-    """What runs a quantised graph, opened anew for each number of threads."""
-
-    def __init__(self, open_it: Callable[[], Run]) -> None:
-        self.open_it = open_it
-        self.opened: dict[int, Run] = {}
-
-    def __deepcopy__(self, memo: object) -> "Opened":
-        return Opened(self.open_it)
-
-    def __call__(self, array: Any) -> Sequence[Any]:
-        threads = torch.get_num_threads()
-        if threads not in self.opened:
-            self.opened[threads] = self.open_it()
-        return self.opened[threads](array)
-
-
-class Rival(Network):
-    """Trunk and heads in the hands of another quantiser."""
-
-    def __init__(self, runtime: str, open_it: Callable[[], Run]) -> None:
-        super().__init__(b"", runtime)
-        self.opened = Opened(open_it)
-
-    def run(self, pixels: Tensor) -> list[Tensor]:
-        """The outputs of the graph."""
-        return [torch.from_numpy(output) for output in self.opened(pixels.contiguous().numpy())]
-
-
-class WholeFile:
-    """An exported file that a runtime's own quantiser has changed, from image to detections."""
-
-    def __init__(self, open_it: Callable[[], Run]) -> None:
-        self.opened = Opened(open_it)
-
-    def __call__(self, images: Sequence[Tensor]) -> Sequence[Any]:
-        return self.opened(images[0][None].numpy())
-
-
-def by_onnxruntime(proto: Any, arrays: Sequence[Any], but: Sequence[str]) -> bytes:
-    """onnxruntime.quantization by its defaults for processors with AVX-512 VNNI, but for the convs of these names."""
-    import onnx
-    from onnxruntime import quantization
-
-    class Reader(quantization.CalibrationDataReader):
-        left = iter([{proto.graph.input[0].name: array} for array in arrays])
-
-        def get_next(self) -> Any:
-            return next(self.left, None)
-
-    with tempfile.TemporaryDirectory() as folder:
-        given, folded, made = (str(Path(folder) / f"{name}.onnx") for name in ("given", "folded", "made"))
-        onnx.save(proto, given)
-        quantization.quant_pre_process(given, folded, skip_symbolic_shape=True)
-        quantization.quantize_static(
-            folded,
-            made,
-            Reader(),
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            # Not InstanceNormalization, of which GroupNorm is made: the quantiser raises an error at its weights.
-            op_types_to_quantize=["Conv", "Relu", "Add", "MaxPool", "Resize"],
-            nodes_to_exclude=list(but),
-        )
-        return Path(made).read_bytes()
-
-
-def by_nncf(proto: Any, arrays: Sequence[Any], but: Sequence[str]) -> Any:
-    """nncf.quantize by its defaults, but for the convs of these names: a model of OpenVINO's."""
-    import nncf
-
-    model = openvino_model(proto.SerializeToString())
-    convs = [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() == "Convolution"]
-    ignored = [name for name in convs if name.removesuffix("/WithoutBiases") in but]
-    if len(ignored) != len(but):
-        raise ValueError(f"OpenVINO has other names for some of the convs {but}: it has {convs}")
-    scope = nncf.IgnoredScope(names=ignored)
-    return nncf.quantize(model, nncf.Dataset(arrays), subset_size=len(arrays), ignored_scope=scope)
-
-
-def openvino_model(content: bytes) -> Any:
-    """An ONNX file as a model of OpenVINO's."""
-    import openvino
-
-    return openvino.Core().read_model(content, b"")
-
-
-def in_openvino(model: Any, shape: Sequence[int]) -> Run:
-    """Compile a model for one shape of its input."""
-    import openvino
-
-    model.reshape(list(shape))
-    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.Core().compile_model(model, "CPU", options | threads)
-
-    def run(array: Any) -> list[Any]:
-        outputs = compiled(array, share_inputs=True, share_outputs=True)
-        return [outputs[i] for i in range(len(outputs))]
-
-    return run
-
-
-def in_onnxruntime(content: bytes) -> Run:
-    """Open an ONNX file with one input."""
-    session = onnx_session(content)
-    name = session.get_inputs()[0].name
-    return lambda array: session.run(None, {name: array})
-
-
-def with_network(engine: Engine, network: Network) -> Engine:
-    """A copy of the engine around another network."""
-    own = copy.deepcopy(engine)
-    own.settings = replace(own.settings, network=network)
-    own.prepare()
-    return own
 
 
 def by_runtime(engine: Engine) -> dict[str, Engine]:
@@ -188,39 +61,6 @@ def by_runtime(engine: Engine) -> dict[str, Engine]:
         for runtime in RUNTIMES
         if runtime in choice.seconds
     }
-
-
-def rivals(model: RetinaNet, engine: Engine, pictures: Sequence[Tensor]) -> dict[str, Any]:
-    """What the runtimes' own quantisers make of the model: trunk and heads, with the engine around them, and files."""
-    import onnx
-
-    own = copy.deepcopy(model).eval().requires_grad_(False)
-    fold_batch_norm(own, partial(conv_outputs, own, torch.rand(1, 3, 128, 128)))
-    proto = trace(own, own.transform.size_divisible)
-    with tempfile.TemporaryDirectory() as folder:
-        export(own, Path(folder) / "file.onnx", "onnx", (SIDE, SIDE))
-        file = onnx.load(Path(folder) / "file.onnx")
-    arrays = [pixels_of(own, picture).numpy() for picture in pictures]
-    images = [picture[None].numpy() for picture in pictures]
-    convs = [conv.name for conv in last_convs(proto)]
-    ways: dict[str, Any] = {}
-    for name, but in (("last convs in float32", convs), ("last convs, too", [])):
-        opened = partial(in_onnxruntime, by_onnxruntime(proto, arrays, but))
-        ways[f"ONNX Runtime's own int8, {name}"] = with_network(engine, Rival("ONNX Runtime", opened))
-    content = by_onnxruntime(file, images, [])
-    shape = images[0].shape
-    ways["ONNX Runtime's own int8, the whole file"] = WholeFile(partial(in_onnxruntime, content))
-    try:
-        for name, but in (("last convs in float32", convs), ("last convs, too", [])):
-            opened = partial(in_openvino, by_nncf(proto, arrays, but), arrays[0].shape)
-            ways[f"OpenVINO's own int8, {name}"] = with_network(engine, Rival("OpenVINO", opened))
-        opened = partial(in_openvino, by_nncf(file, images, []), shape)
-        ways["OpenVINO's own int8, the whole file"] = WholeFile(opened)
-        opened = partial(in_openvino, openvino_model(content), shape)
-        ways["ONNX Runtime's own int8, the whole file, in OpenVINO"] = WholeFile(opened)
-    except ModuleNotFoundError as error:
-        print(f"OpenVINO's own int8 was left out: {error}")
-    return ways
 
 
 @torch.no_grad()
@@ -256,7 +96,7 @@ def candidates(engine: Engine, image: Tensor) -> float:
     return len(cells.unique()) / sum(cells_of(features))
 
 
-def medians(engines: Mapping[str, Any], image: Tensor) -> dict[str, tuple[float, float]]:
+def medians(engines: Mapping[str, Any], image: Tensor, rounds: int) -> dict[str, tuple[float, float]]:
     """The seconds of each on the wall clock and on the processor. They take turns, in another order in each round, of
     which the first does not count.
 
@@ -264,7 +104,7 @@ def medians(engines: Mapping[str, Any], image: Tensor) -> dict[str, tuple[float,
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     order, shuffle = list(engines), random.Random(0).shuffle
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         shuffle(order)
         for name in order:
             engine = engines[name]
@@ -278,8 +118,8 @@ def medians(engines: Mapping[str, Any], image: Tensor) -> dict[str, tuple[float,
     }
 
 
-def speed(names: Sequence[str], threads: Sequence[int]) -> None:
-    """Print the time of each network in each way."""
+def speed(names: Sequence[str], threads: Sequence[int], rounds: int, ways: str) -> None:
+    """Print the detections and the time of each network in each way whose name holds ``ways``."""
     tiles = training_tiles()[SAMPLES]
     pictures = [F.interpolate(tile[None].float(), size=SIDE)[0].to(torch.uint8) for tile in tiles]
     for name in names:
@@ -292,11 +132,16 @@ def speed(names: Sequence[str], threads: Sequence[int]) -> None:
         engine = compile_inference(model, pictures, dtype=torch.int8)
         engines = {"float32, PyTorch": compile_inference(model, dtype=torch.float32), **by_runtime(engine)}
         engines |= rivals(model, engine, pictures)
+        theirs = engines["float32, PyTorch"]([pictures[0]])[0]
+        engines = {way: one for way, one in engines.items() if ways in way}
         print(f"{name}: {100 * candidates(engine, pictures[0]):.1f}% of the cells have a candidate", flush=True)
+        for way, one in engines.items():
+            ours = one([pictures[0]])[0]
+            print(f"{name}, {way}: {len(ours['boxes'])} detections; {compare([(theirs, ours)])}", flush=True)
         for count in threads:
             torch.set_num_threads(count)
-            found = medians({way: copy.deepcopy(engine) for way, engine in engines.items()}, pictures[0])
-            base = found["float32, PyTorch"]
+            found = medians({way: copy.deepcopy(one) for way, one in engines.items()}, pictures[0], rounds)
+            base = found[next(iter(found))]
             for way, (wall, used) in found.items():
                 print(
                     f"{name} at {SIDE}x{SIDE}, {count} threads, {way}: {1000 * wall:.0f} ms, {base[0] / wall:.2f} "
@@ -336,12 +181,14 @@ def main() -> None:
     part = parts.add_parser("speed")
     part.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     part.add_argument("--networks", nargs="+", default=["embedded", "resnet50", "resnet50_v2"])
+    part.add_argument("--rounds", type=int, default=15)
+    part.add_argument("--ways", default="", help="what the names of the ways hold; the first of these is the unit")
     part = parts.add_parser("trees")
     part.add_argument("file", type=Path, nargs="?", default=TREES)
     part.add_argument("--float32-share", type=float, default=0.0)
     given = parser.parse_args()
     if given.part == "speed":
-        speed(given.networks, given.threads)
+        speed(given.networks, given.threads, given.rounds, given.ways)
     else:
         trees(given.file, given.float32_share)
 
