@@ -12,7 +12,8 @@ the anchor of lower index is nearer.
 
 v is that of a sample, with n - 1 in the denominator, as in the authors' program. With S the sum of the n IoUs, and Q
 that of their squares, IoU >= m + v means n IoU - S >= 0 and (n IoU - S)^2 >= (n Q - S^2) n / (n - 1). IoUs enter it as
-whole multiples of 2^-20. So the sums are exact integers, whatever their order, and equal IoUs equal their mean.
+whole multiples of 2^-20. So the sums are exact integers, whatever their order, and equal IoUs equal their mean. An IoU
+that is no number, as of areas beyond float32, counts as 0.
 
 The authors' program makes matrices of anchors x ground truths, of distances, IoUs and marks, over 20 bytes a pair. Here
 a rectangle is kept around the centres of every tile of anchors. A program takes the tiles in the order of their
@@ -85,7 +86,7 @@ def _match_image(anchors: Tensor, boxes: Tensor, level_sizes: Sequence[int], top
             ],
             dim=1,
         )  # (g, n)
-        iou = box_iou(chunk[:, None], anchors[candidates])  # (g, n)
+        iou = box_iou(chunk[:, None], anchors[candidates]).nan_to_num(0)  # (g, n)
         centre = centres[candidates]  # (g, n, 2)
         inside = ((centre > chunk[:, None, :2]) & (centre < chunk[:, None, 2:])).all(dim=2)
         row, column = (_reaches(iou) & inside).nonzero(as_tuple=True)

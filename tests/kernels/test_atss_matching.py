@@ -209,6 +209,16 @@ def test_the_kernels_match_as_the_reference(anchors, images, share, top_k):
     assert torch.equal(match("kernel", *arguments), match("reference", *arguments))
 
 
+@PATHS
+def test_an_iou_that_is_no_number_counts_as_0(path):
+    """Areas of 1e44 are infinite in float32."""
+    huge = torch.tensor([[0.0, 0, 1e22, 1e22]])
+    anchors = torch.cat((torch.tensor([[0.0, 0, 1, 1]]).repeat(5, 1), huge))
+    assert match(path, anchors, [huge], [0, 6], 1).tolist() == [[-1, -1, -1, -1, -1, 0]]
+    near = torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 3]])  # IoUs of 1, 1/7 and 0 with the first, all 0 with the huge one
+    assert match(path, torch.cat((near, huge)), [near[:1], huge], [3], 3).tolist() == [[0, -1, -1], [0, 0, 0]]
+
+
 def test_boxes_that_are_no_boxes_stay_in_bounds():
     """On a GPU they are reported at a later call; until then the kernels must live with them."""
     anchors, sizes = grid()

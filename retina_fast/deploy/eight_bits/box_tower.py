@@ -30,9 +30,10 @@ class BoxTower:
     """Convs of 3x3 cells one after another, on several levels.
 
     Attributes:
-        content: an ONNX file. Of each level it takes the codes (T, C) of all cells, and for each conv which of its rows
-            that reads at each of N cells, (N, 9) int32; it gives the codes (N, O) of the last conv. The first conv's
-            rows are all cells, and the others' are the cells of the conv before and then a row of 0.
+        content: an ONNX file. For each level it takes the codes (T, C) of all cells and of the border, and for each
+            conv the 9 rows that this reads for each of the N cells where it is computed, (N, 9) int32. It gives the
+            codes (N, O) of the last conv. The first conv reads rows of the cells. Each other one reads rows of what the
+            conv before it gave, after which comes a row of 0.
         depth: how many convs a level has.
         outputs: O.
     """
@@ -66,7 +67,7 @@ class BoxTower:
     def _reads(self, chosen: NDArray[np.bool_]) -> tuple[NDArray[Any], list[NDArray[Any]]]:
         """The cells of the tower's last conv, counted with the border, and the rows (N, 9) that each conv reads."""
         mask = np.pad(chosen, 1)
-        mask[1, 1] |= not chosen.any()  # a runtime need not know of no rows
+        mask[1, 1] |= not chosen.any()  # a runtime need not take arrays without rows
         places = []
         for _ in range(self.depth):
             mask = _with_neighbours(mask)
