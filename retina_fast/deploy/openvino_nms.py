@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retina_fast.kernels.batched_nms import Kept, batched_nms, thresholds_of
 
-_BOXES = 256, 2**24  # for fewer of an image NumPy is faster; more cannot be told apart by ranks in float32
+_BOXES = 256, 2**20  # of an image: for fewer NumPy is faster, and for more the ranks of all classes take much memory
 _CLASSES = 8  # for more NumPy is faster
 _LEAST = float(np.finfo(np.float32).tiny)  # of the threshold, since numbers that are smaller may become 0
 
@@ -68,7 +68,7 @@ class OpenVinoNms:
             boxes,
             by_class,
             torch.tensor(max_detections, dtype=torch.int32),
-            torch.tensor(thresholds_of(iou_thresh)[1]),
+            torch.tensor(thresholds_of(iou_thresh)[1], dtype=torch.float32),
         )
         outputs = self._compiled([tensor.numpy() for tensor in given], share_inputs=True)
         found = outputs[0][: int(outputs[1][0])].astype(np.int64)  # (N, 3): image, class and position

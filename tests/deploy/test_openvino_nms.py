@@ -88,6 +88,18 @@ def test_the_boxes_of_each_class_and_image_stay_that_torchvision_keeps(ours, thr
     assert len(ours.calls) == 2
 
 
+def test_another_default_dtype_changes_nothing(ours):
+    torch.manual_seed(4)
+    boxes, labels = made(1, 300, 30, True), torch.zeros(1, 300, dtype=torch.int64)
+    torch.set_default_dtype(torch.float64)
+    try:
+        kept = ours.run(boxes, None, labels, torch.tensor([300]), 0.5, 300)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(kept.positions, ours.run(boxes, None, labels, torch.tensor([300]), 0.5, 300).positions)
+    assert [array.dtype for array in ours.calls[0]] == [array.dtype for array in ours.calls[1]]
+
+
 def test_an_iou_at_the_threshold_stays(ours):
     boxes = torch.tensor([[[0.0, 0, 4, 1], [0, 0, 2, 1], [0, 0, 3, 1]] + [[9.0, 9, 9, 9]] * 297])
     check(ours.run, boxes, torch.zeros(1, 300, dtype=torch.int64), [3], 0.5, 300)  # IoUs with the first: 0.5, 0.75
