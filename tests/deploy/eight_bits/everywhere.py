@@ -1,5 +1,7 @@
-"""A sieve beside its convs at all cells."""
+"""A sieve beside its convs at all cells, and graphs of which one is made."""
 
+import numpy as np
+import pytest
 import torch
 
 from retina_fast.kernels.candidate_selection import candidate_selection
@@ -28,3 +30,18 @@ def same_as_everywhere(sieve, outputs, num_classes, score_thresh, topk, run=None
         assert (ours.labels[b, count:] == -1).all()
         torch.testing.assert_close(offsets[b, :count], flat[b, ours.anchors[b, :count]], rtol=1e-4, atol=1e-3)
     return ours
+
+
+def model_of(nodes, values):
+    """An ONNX model from ``x`` (batch, 3, height, width) to ``output0`` to ``output3``, whose weights are given."""
+    onnx = pytest.importorskip("onnx")
+    value = onnx.helper.make_tensor_value_info
+    made = onnx.helper.make_graph(
+        nodes,
+        "graph",
+        [value("x", 1, ["batch", 3, "height", "width"])],
+        [value(f"output{i}", 1, [None] * 4) for i in range(4)],
+        [onnx.numpy_helper.from_array(np.asarray(number), name) for name, number in values.items()],
+    )
+    model = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(model)

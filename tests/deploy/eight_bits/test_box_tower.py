@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from retina_fast.deploy.eight_bits.box_tower import BoxTower
 from retina_fast.deploy.eight_bits.sieved_graph import sieved
 from retina_fast.deploy.onnx_network import TOWERS
-from tests.deploy.eight_bits.everywhere import same_as_everywhere
+from tests.deploy.eight_bits.everywhere import model_of, same_as_everywhere
 from tests.deploy.eight_bits.test_quantize import noise
 
 CHANNELS = 4
@@ -66,7 +66,7 @@ def graph(kernel=3, between=("Relu",), shared=False):
     """Two levels, of 16x16 and 8x8 cells. Logits of three classes are convs of the levels, and box offsets those of a
     tower of two convs."""
     onnx = pytest.importorskip("onnx")
-    make, array = onnx.helper.make_node, onnx.numpy_helper.from_array
+    make = onnx.helper.make_node
     pads = [kernel // 2] * 4
     nodes = [
         make("Conv", ["x", "w"], ["c0"], "first", pads=(1, 1, 1, 1)),
@@ -96,16 +96,7 @@ def graph(kernel=3, between=("Relu",), shared=False):
         "w2": noise(4, 4, kernel, kernel, seed=2), "b2": noise(4, seed=3), "w_logits": noise(6, 4, 3, 3, seed=1) / 3,
         "b_logits": noise(6) - 4, "w_deltas": noise(8, 4, 3, 3, seed=2),
     }  # fmt: skip
-    value = onnx.helper.make_tensor_value_info
-    made = onnx.helper.make_graph(
-        nodes,
-        "graph",
-        [value("x", 1, ["batch", 3, "height", "width"])],
-        [value(f"output{i}", 1, [None] * 4) for i in range(4)],
-        [array(np.asarray(number), name) for name, number in values.items()],
-    )
-    model = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=10)
-    return onnx.shape_inference.infer_shapes(model)
+    return model_of(nodes, values)
 
 
 def quantized(**kinds):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from retina_fast.deploy.eight_bits.sieve import MARGIN
 from retina_fast.deploy.eight_bits.sieved_graph import sieved
-from tests.deploy.eight_bits.everywhere import same_as_everywhere
+from tests.deploy.eight_bits.everywhere import model_of, same_as_everywhere
 from tests.deploy.eight_bits.pairs import INT16, largest_sums
 from tests.deploy.eight_bits.test_quantize import noise
 
@@ -18,7 +18,7 @@ def graph(last="Conv", activation="Relu", pads=(1, 1, 1, 1), per_cell=2):
     """Two levels, of 16x16 and 8x8 cells, whose logits of three classes and box offsets are convs of one tower each, of
     these pads."""
     onnx = pytest.importorskip("onnx")
-    make, array = onnx.helper.make_node, onnx.numpy_helper.from_array
+    make = onnx.helper.make_node
     nodes = [make("MaxPool", ["x"], ["x1"], "pool", kernel_shape=[2, 2], strides=[2, 2])]
     for i, level in enumerate(("x", "x1")):
         nodes += [
@@ -35,16 +35,7 @@ def graph(last="Conv", activation="Relu", pads=(1, 1, 1, 1), per_cell=2):
         "w": noise(4, 3, 3, 3), "b": noise(4), "w_logits": noise(3 * per_cell, 4, 3, 3, seed=1) / 3,
         "b_logits": noise(3 * per_cell) - 4, "w_deltas": noise(4 * per_cell, 4, 3, 3, seed=2),
     }  # fmt: skip
-    value = onnx.helper.make_tensor_value_info
-    made = onnx.helper.make_graph(
-        nodes,
-        "graph",
-        [value("x", 1, ["batch", 3, "height", "width"])],
-        [value(f"output{i}", 1, [None] * 4) for i in range(4)],
-        [array(np.asarray(number), name) for name, number in values.items()],
-    )
-    model = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=10)
-    return onnx.shape_inference.infer_shapes(model)
+    return model_of(nodes, values)
 
 
 def test_errors_of_rounded_weights_cancel_where_the_input_is_smooth():
