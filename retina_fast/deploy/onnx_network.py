@@ -123,9 +123,9 @@ class Network:
     def run(self, pixels: Tensor) -> list[Tensor]:
         """The outputs of the graph."""
         if self._run is None:
-            self._run = RUNTIMES[self.runtime](self.content)
             if self.sieve and self.sieve.tower:
                 self._run_tower = TOWERS[self.runtime](self.sieve.tower.content)
+            self._run = RUNTIMES[self.runtime](self.content)  # the last, by which the tower is known to be open
         return [torch.from_numpy(output) for output in self._run(pixels.contiguous().numpy())]
 
     def nms(self) -> Nms:

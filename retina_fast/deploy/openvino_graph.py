@@ -40,7 +40,7 @@ class OpenVinoGraph:
         proto = norms_in_float32(onnx.load_from_string(content))
         self._content, self._core = proto.SerializeToString(), openvino.Core()
         self._model = self._read(norms_by_sums(proto).SerializeToString())
-        self._options = _options()
+        self._options = cpu_options()
         self._compiled: OrderedDict[tuple[int, ...], Any] = OrderedDict()  # the shape used longest ago first
         self._calls: Counter[tuple[int, ...]] = Counter()  # of shapes that have no graph of their own
         self._of_any_shape: Any = None
@@ -88,10 +88,11 @@ def opened(content: bytes) -> Callable[[Sequence[Any]], list[Any]]:
     import openvino
 
     core = openvino.Core()
-    return partial(_run, core.compile_model(core.read_model(content, b""), "CPU", _options()))
+    return partial(_run, core.compile_model(core.read_model(content, b""), "CPU", cpu_options()))
 
 
-def _options() -> dict[str, Any]:
+def cpu_options() -> dict[str, Any]:
+    """How graphs are compiled: in float32 where they are not in eight bits, with as many threads as PyTorch has."""
     threads = torch.get_num_threads()
     return {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
 

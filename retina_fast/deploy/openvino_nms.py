@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retina_fast.deploy.openvino_graph import cpu_options
 from retina_fast.kernels.batched_nms import Kept, batched_nms, thresholds_of
 
 _BOXES = 256, 2**20  # of an image: for fewer NumPy is faster, and for more the ranks of all classes take much memory
@@ -40,8 +41,7 @@ class OpenVinoNms:
         ways: Any = {"sort_result_descending": False, "output_type": "i32"}
         nms = opset13.non_max_suppression(boxes, scores, most, thresh, np.float32(0), **ways)
         model = openvino.Model([nms.output(0), nms.output(2)], [boxes, scores, most, thresh])
-        options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-        self._compiled = openvino.Core().compile_model(model, "CPU", options)
+        self._compiled = openvino.Core().compile_model(model, "CPU", cpu_options())
 
     def __call__(
         self, boxes: Tensor, scores: None, labels: Tensor, counts: Tensor, iou_thresh: float, max_detections: int

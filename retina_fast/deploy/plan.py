@@ -95,12 +95,12 @@ class Plan:
         """From the batch to detections."""
         sizes, thresholds = (self.table[:, 3:5], self.table[:, 1:3]), Thresholds.of(self.model)
         if isinstance(self.convs, Network) and self.convs.sieve:
-            levels = self.convs.run(self.batch)
+            levels, nms = self.convs.run(self.batch), self.convs.nms()  # opened here, with all threads
             logits = sum(level.numel() for level in levels[: len(self.convs.sieve.codes)])
             with one_thread() if logits <= _FEW_LOGITS else nullcontext():
                 features, candidates, deltas = self.convs.candidates(self.model, levels)
                 anchors = batch_anchors(self.model.anchor_generator, self.batch, (), features)
-                return detect_candidates(candidates, deltas, anchors, *sizes, thresholds, self.convs.nms())
+                return detect_candidates(candidates, deltas, anchors, *sizes, thresholds, nms)
         outputs = run_network(self.model, self.batch, convs=self.convs)
         self.anchors = outputs.anchors
         return detect(outputs, *sizes, thresholds, self.convs.nms() if isinstance(self.convs, Network) else None)

@@ -43,11 +43,13 @@ class BoxTower:
     outputs: int
 
     def features(self, run: Run, inputs: Sequence[Tensor], chosen: Sequence[Tensor]) -> list[Tensor]:
-        """What the last conv of the head reads at chosen cells; elsewhere is 0.
+        """What the last conv of the head reads at chosen cells: the tower's outputs there and beside them. Values of
+        other cells have no meaning.
 
         Args:
             run: runs the file.
-            inputs: the levels (B, H + 2, W + 2, C) uint8 of what the tower reads, with a border of 0.
+            inputs: the levels (B, H + 2, W + 2, C) uint8 of what the tower reads, with a border of the
+                code that stands for 0.
             chosen: (B, H, W) bool, likewise.
 
         Returns:
