@@ -58,8 +58,8 @@ class OpenVinoNms:
         """
         batch, width = labels.shape
         classes = int(labels.max()) + 1 if labels.numel() else 0
-        alike = platform.machine() in ("x86_64", "AMD64") and _LEAST <= iou_thresh <= 1
-        if not alike or not 0 < classes <= _CLASSES or not _BOXES[0] < width <= _BOXES[1]:
+        same_arithmetic = platform.machine() in ("x86_64", "AMD64") and _LEAST <= iou_thresh <= 1
+        if not same_arithmetic or not 0 < classes <= _CLASSES or not _BOXES[0] < width <= _BOXES[1]:
             return batched_nms(boxes, scores, labels, counts, iou_thresh, max_detections)
         ranks = torch.arange(width, 0, -1, dtype=torch.float32) * (torch.arange(width) < counts[:, None])
         by_class = ranks.new_zeros(batch, classes, width).scatter_(1, labels.clamp(min=0)[:, None], ranks[:, None])

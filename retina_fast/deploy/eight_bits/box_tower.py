@@ -196,8 +196,10 @@ def _append(graph: Graph, given: Graph, level: int, layers: Sequence[_Layer]) ->
         )
         made = add("MatMul", [add("DequantizeLinear", [rows, step, x_zero]), right])
         if bias:
-            values, bias_step, _ = (given.array(name) for name in bias[0].input)
-            made = add("Add", [made, graph.hold(f"bias{level}_{i}", (values * bias_step).astype(np.float32))])
+            values, bias_step, bias_zero = (given.array(name) for name in bias[0].input)
+            made = add(
+                "Add", [made, graph.hold(f"bias{level}_{i}", ((values - bias_zero) * bias_step).astype(np.float32))]
+            )
         codes = add("QuantizeLinear", [made, *(graph.hold(name, given.array(name)) for name in quantize.input[1:])])
         if i + 1 < len(layers):
             none = graph.hold(f"row_of_{outputs}", np.zeros((1, outputs), np.uint8))
